@@ -1,0 +1,154 @@
+"""A budget: what may remain of a network, in real units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from secateur.errors import SecateurError, unknown
+from secateur.trace import ChannelGraph
+
+UNITS = ("macs", "params", "channels")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may remain, as fractions of the original in (0, 1]; several hold together.
+
+    Attributes:
+        macs: multiply-accumulates of one forward.
+        params: parameters.
+        channels: removable channels.
+        round_to: every layer that is cut ends with a multiple of this many channels.
+        at_least: no group ends with fewer: a number of channels, a fraction of its width in (0, 1), or either by group
+            name.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    channels: float | None = None
+    round_to: int = 1
+    at_least: float | Mapping[str, float] = 1
+
+    def __post_init__(self) -> None:
+        for unit in UNITS:
+            _check_fraction(unit, getattr(self, unit))
+        if not self.limits:
+            raise SecateurError("Budget(): nothing is limited; give at least one of macs=, params=, channels=")
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+            raise SecateurError(f"Budget(round_to={self.round_to!r}): a whole number from 1 on is expected")
+        floors = self.at_least.values() if isinstance(self.at_least, Mapping) else [self.at_least]
+        for floor in floors:
+            if not _is_number(floor) or not (0 < floor < 1 or (floor >= 1 and float(floor).is_integer())):
+                raise SecateurError(
+                    f"Budget(at_least={floor!r}): a number of channels (1, 2, ...) or a fraction in (0, 1) is expected"
+                )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The units that are limited, with their fractions."""
+        return {unit: getattr(self, unit) for unit in UNITS if getattr(self, unit) is not None}
+
+    def floors(self, graph: ChannelGraph) -> np.ndarray:
+        """The least width of every group (int64), ``round_to`` respected."""
+        named = self.at_least if isinstance(self.at_least, Mapping) else {}
+        for name in named:
+            graph.group(name)  # raises with the nearest name
+        floors = []
+        for group in graph.groups:
+            wanted = named.get(group.name, 1) if isinstance(self.at_least, Mapping) else self.at_least
+            least = math.ceil(wanted * len(group)) if wanted < 1 else int(wanted)
+            least = max(1, -(-least // self.round_to) * self.round_to)
+            floors.append(min(least, len(group)))
+        return np.array(floors, dtype=np.int64)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_fraction(unit: str, value: object) -> None:
+    if value is None:
+        return
+    wrong = f"Budget({unit}={value!r}): a fraction of the original in (0, 1] is expected"
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value):
+        raise SecateurError(f"{wrong}; {value!r} is not a number")
+    if value > 1:
+        raise SecateurError(f"{wrong}; {value!r} keeps more than everything")
+    if value <= 0:
+        raise SecateurError(f"{wrong}; {value!r} keeps nothing")
+
+
+class Meter:
+    """Counts widths of groups against a budget.
+
+    Args:
+        graph: the channel graph.
+        budget: what may remain.
+    """
+
+    def __init__(self, graph: ChannelGraph, budget: Budget) -> None:
+        self.graph = graph
+        self.full = {unit: self._count(unit, graph.widths) for unit in UNITS}
+        self.allowed = {unit: math.floor(f * self.full[unit] + 1e-9) for unit, f in budget.limits.items()}
+
+    def _count(self, unit: str, widths: np.ndarray) -> int:
+        if unit == "channels":
+            return int(widths.sum())
+        terms = self.graph.macs_terms if unit == "macs" else self.graph.params_terms
+        return terms.total(self.graph.lengths(widths))
+
+    def excess(self, widths: np.ndarray) -> dict[str, int]:
+        """How far every limited unit is above what is allowed (negative: room left)."""
+        return {unit: self._count(unit, widths) - limit for unit, limit in self.allowed.items()}
+
+    def met(self, widths: np.ndarray) -> bool:
+        """Whether these widths are within the budget."""
+        return all(over <= 0 for over in self.excess(widths).values())
+
+    def freed(self, widths: np.ndarray, units: list[str]) -> np.ndarray:
+        """What one channel less of each group frees, in fractions of the original summed over units (first order)."""
+        total = np.zeros(len(widths))
+        for unit in units:
+            if unit == "channels":
+                total += 1 / self.full[unit]
+                continue
+            terms = self.graph.macs_terms if unit == "macs" else self.graph.params_terms
+            slope = terms.gradient(self.graph.lengths(widths))
+            total += (self.graph.multiplicity.T @ slope) / self.full[unit]
+        return total
+
+    def check_feasible(self, least: np.ndarray, *, inexact: bool) -> None:
+        """Raise if even the least widths are over the budget, with the range that is feasible."""
+        over = {unit: n for unit, n in self.excess(least).items() if n > 0}
+        if not over:
+            return
+        parts = []
+        for unit in over:
+            low = self._count(unit, least)
+            parts.append(
+                f"{unit}={self.allowed[unit] / self.full[unit]:.4g} asks for at most {self.allowed[unit]:,} of {self.full[unit]:,} {unit}; "
+                f"feasible are {low:,} ({_up(low / self.full[unit])}) to {self.full[unit]:,} (1)"
+            )
+        advice = "" if inexact or all(g.exact for g in self.graph.groups) else " (inexact=True would allow more groups)"
+        raise SecateurError(
+            f"the budget cannot be met: {'; '.join(parts)}: raise it, or lower at_least= or round_to={advice}"
+        )
+
+
+def _up(fraction: float) -> str:
+    """A fraction, rounded up to four digits, so that it is feasible as printed."""
+    digits = 4 - math.floor(math.log10(fraction)) if fraction > 0 else 4
+    return f"{min(1.0, math.ceil(fraction * 10**digits) / 10**digits):.{digits}g}"
+
+
+def budget_from(given: Mapping[str, object]) -> Budget:
+    """A budget from keyword arguments in a mapping, unknown ones refused."""
+    known = (*UNITS, "round_to", "at_least")
+    for key in given:
+        if key not in known:
+            raise unknown("budget", key, known)
+    return Budget(**given)  # type: ignore[arg-type]

@@ -1,0 +1,8 @@
+"""Changing the model: cutting channels, and what must hold before and after."""
+
+from __future__ import annotations
+
+from secateur.cut.channels import check, cut, masked, recalibrate, record
+from secateur.cut.dead import dead_channels
+
+__all__ = ["check", "cut", "dead_channels", "masked", "recalibrate", "record"]

@@ -1,0 +1,210 @@
+"""Cutting: a smaller model from a model and a plan, and the masked model that it must equal."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from secateur.cut.optimizer import Follower
+from secateur.errors import SecateurError
+from secateur.plan import Plan
+from secateur.trace import call_model, fingerprint
+from secateur.trace.slices import shrink, sliced
+from secateur.trace.tracer import Inputs, tensors_in
+
+_RECORD = "_secateur_record"
+
+
+def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
+    """Build the smaller model.
+
+    Args:
+        model: the model the plan was made for; it is left untouched.
+        plan: what to remove.
+        optimizer: an optimizer of ``model``; it is handed over to the new model: its parameters are replaced and its state
+            follows the slices, so that training goes on with the smaller model.
+
+    Returns:
+        A new module, which remembers its plan (:func:`record`).
+
+    Raises:
+        SecateurError: the plan was made for another model, or the result does not run on the traced example inputs.
+    """
+    check_plan(model, plan)
+    whole = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    follower = Follower(model, plan, optimizer) if optimizer is not None else None
+    memo: dict[int, Any] = dict(whole)  # the copy shares all tensors; what is cut is replaced, the rest cloned
+    small = copy.deepcopy(model, memo)
+    undo = shrink(small, plan.slices, sliced)
+    untouched = {id(t) for t in whole.values()} - {id(t) for _, _, t in undo.entries}
+    clones = _own_tensors(small, untouched)
+    if plan.graph is not None and plan.graph.inputs is not None:
+        _try(small, plan.graph.inputs)
+    setattr(small, _RECORD, [*record(model), {"cut": plan.to_json()}])
+    if follower is not None:
+        names = {id(t): n for n, t in model.named_parameters()}
+        follower({whole[i]: clones.get(i, undo.replaced.get(n)) for i, n in names.items()})
+    return small
+
+
+def _own_tensors(small: nn.Module, shared: set[int]) -> dict[int, Tensor]:
+    """Replace the tensors that are still the old model's by clones of their own."""
+    clones: dict[int, Tensor] = {}
+    for part in small.modules():
+        for table in (part._parameters, part._buffers):
+            for key, tensor in table.items():
+                if tensor is None or id(tensor) not in shared:
+                    continue
+                if id(tensor) not in clones:
+                    clone: Tensor = tensor.detach().clone()
+                    if isinstance(tensor, nn.Parameter):
+                        clone = nn.Parameter(clone, requires_grad=tensor.requires_grad)
+                    clones[id(tensor)] = clone
+                table[key] = clones[id(tensor)]  # type: ignore[assignment]
+    return clones
+
+
+def record(model: nn.Module) -> list[dict[str, str]]:
+    """What was done to a model to make it what it is, in order, as data."""
+    return list(getattr(model, _RECORD, []))
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Raise if a plan was not made for this model."""
+    if not isinstance(plan, Plan):
+        raise SecateurError(f"a Plan is expected, {type(plan).__name__} was given")
+    own = fingerprint(model)
+    if own != plan.fingerprint:
+        raise SecateurError(
+            f"the plan was made for another model (names and shapes hash to {plan.fingerprint}, those of this "
+            f"{type(model).__name__} to {own}): build the model as it was when it was traced"
+        )
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    for name, dims in plan.slices.items():
+        for dim, positions in dims.items():
+            if name not in tensors or dim >= tensors[name].ndim or positions[-1] >= tensors[name].shape[dim]:
+                raise SecateurError(
+                    f"the plan is damaged: it removes positions of {name}:{dim} that the model does not have"
+                )
+
+
+def masked(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the model, of full size, with the removed channels zero at their producers."""
+    check_plan(model, plan)
+    if plan.graph is None:
+        raise SecateurError("masked(plan): the plan has no graph (it came from JSON): trace the model and remake it")
+    copied = copy.deepcopy(model)
+    tensors = dict(copied.named_parameters())
+    for group_name, positions in plan.removed.items():
+        group = plan.graph.group(group_name)
+        gone = torch.zeros(int(max(a.channels.max() for a in group.axes)) + 1, dtype=torch.bool)
+        gone[torch.as_tensor(group.channels[list(positions)])] = True
+        for axis in group.producers:
+            tensor = tensors[axis.name]
+            known = torch.as_tensor(axis.channels)
+            where = gone[known.clamp(max=len(gone) - 1)] & (known < len(gone))
+            with torch.no_grad():
+                tensor.index_fill_(axis.dim, where.nonzero().squeeze(1).to(tensor.device), 0)
+    return copied
+
+
+def check(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> float:
+    """The largest relative difference between what the masked and the cut network compute, in eval mode.
+
+    Args:
+        model: the original.
+        small: what :func:`cut` made of it.
+        plan: what was removed.
+        inputs: inputs to compare on, as for :func:`secateur.trace`.
+
+    Returns:
+        ``max |masked - small| / max |masked|`` over all outputs.
+
+    Raises:
+        SecateurError: the outputs differ in number or shape.
+    """
+    with torch.no_grad():
+        wanted = tensors_in(_eval(masked(model, plan), inputs))
+        given = tensors_in(_eval(small, inputs))
+    if [t.shape for t in wanted] != [t.shape for t in given]:
+        raise SecateurError(
+            f"check: the outputs' shapes differ: {[list(t.shape) for t in wanted]} and {[list(t.shape) for t in given]}"
+        )
+    worst = 0.0
+    for a, b in zip(wanted, given, strict=True):
+        if a.numel():
+            a, b = a.double(), b.double()
+            worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
+    return worst
+
+
+def _eval(model: nn.Module, inputs: Inputs) -> Any:
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        return call_model(model, pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs))
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def _try(small: nn.Module, inputs: Inputs) -> None:
+    tensor = next(small.parameters())
+    if tensor.is_meta or any(t.device != tensor.device for t in tensors_in(inputs)):
+        return
+    devices = [tensor.device.index or 0] if tensor.device.type == "cuda" else []
+    buffers = {id(b): b.clone() for b in small.buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            _eval(small, inputs)
+    except Exception as error:
+        raise SecateurError(
+            f"the cut {type(small).__name__} fails on the example inputs: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        with torch.no_grad():
+            for b in small.buffers():
+                if id(b) in buffers:
+                    b.copy_(buffers[id(b)])
+
+
+def recalibrate(model: nn.Module, data: Any, *, batches: int | None = None) -> None:
+    """Re-estimate the running statistics of all batch norms of a model, in place, as plain averages over the data.
+
+    Args:
+        model: the model.
+        data: batches; a tensor, or a tuple or list whose first entry is the input, or a dict of keyword arguments.
+        batches: use at most so many.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    modes = [(m, m.training) for m in model.modules()]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the cumulative average
+        norm.train()
+    seen = 0
+    try:
+        with torch.no_grad():
+            for batch in data:
+                if batches is not None and seen >= batches:
+                    break
+                call_model(model, _inputs_of(batch))
+                seen += 1
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for m, mode in modes:
+            m.training = mode
+    if not seen:
+        raise SecateurError("recalibrate(data): no batches were given, and the statistics are reset; give some data")
+
+
+def _inputs_of(batch: Any) -> Inputs:
+    return batch if isinstance(batch, (Tensor, Mapping)) else (batch[0],)

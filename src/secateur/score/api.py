@@ -1,0 +1,64 @@
+"""``score``: one verb for every criterion, built-in or the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError, unknown
+from secateur.score.magnitude import bn_scale, magnitude, random
+from secateur.score.taylor import Loss, taylor
+from secateur.trace import ChannelGraph, fingerprint
+
+Criterion = Callable[..., dict[str, Tensor]]
+"""``criterion(model, graph, data, loss_fn, **options)`` -> group name to one score a channel."""
+
+CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "taylor": taylor, "bn_scale": bn_scale, "random": random}
+
+
+def score(
+    model: nn.Module,
+    graph: ChannelGraph,
+    criterion: str | Criterion = "magnitude",
+    *,
+    data: Iterable[Any] | None = None,
+    loss_fn: Loss | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """How much each channel matters: the estimated increase of the loss if it goes.
+
+    Args:
+        model: the traced model; nothing of it is changed.
+        graph: its graph.
+        criterion: ``"magnitude"``, ``"taylor"``, ``"bn_scale"``, ``"random"``, or a callable with their signature.
+        data: batches, for criteria that need them.
+        loss_fn: the loss, for criteria that need it.
+        **options: the criterion's own.
+
+    Returns:
+        Group name -> float64 tensor, one score a channel; lower goes first.
+
+    Raises:
+        SecateurError: unknown criterion, a graph of another model, scores of a wrong shape or that are NaN.
+    """
+    if isinstance(criterion, str) and criterion not in CRITERIA:
+        raise unknown("criterion", criterion, CRITERIA)
+    if fingerprint(model) != graph.fingerprint:
+        raise SecateurError("score: the graph was traced from another model; trace this one")
+    function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
+    try:
+        scores = function(model, graph, data, loss_fn, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise SecateurError(f"score: {criterion!r} does not take this option: {error}") from error
+        raise
+    for name, values in scores.items():
+        if len(values) != len(graph.group(name)) or torch.as_tensor(values).isnan().any():
+            raise SecateurError(
+                f"score: the criterion gave {name!r} a tensor of shape {list(values.shape)} "
+                f"{'with NaN ' if torch.as_tensor(values).isnan().any() else ''}where {len(graph.group(name))} numbers are due"
+            )
+    return scores

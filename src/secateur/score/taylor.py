@@ -1,0 +1,111 @@
+"""First-order Taylor scores: how much the loss moves, to first order, if a channel is scaled away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.score.sums import by_group, channel_sums, producers, rows
+from secateur.trace import Axis, ChannelGraph
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def taylor(
+    model: nn.Module, graph: ChannelGraph, data: Iterable[Any] | None = None, loss_fn: Loss | None = None, *,
+    batches: int | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    r"""``score[c] = mean over batches of |sum_w w * dL/dw|``, over all producers ``w`` of the channel (arXiv 1906.10771).
+
+    The sum over producers is the derivative with respect to one common scale of everything that writes the channel. Batch
+    norms use the batch's statistics here: a filter before a norm has no derivative along itself then, so that nothing is
+    counted twice. Their running statistics come back as they were, like the gradients, the mode and the random state.
+
+    Args:
+        model: the model.
+        graph: its graph.
+        data: batches ``(inputs, targets)``.
+        loss_fn: ``loss_fn(outputs, targets)``, a scalar mean over the batch.
+        batches: use at most so many.
+
+    Raises:
+        SecateurError: no data, no loss, an empty loader, a batch that is not a pair, a loss that is not finite.
+    """
+    if data is None or loss_fn is None:
+        raise SecateurError("taylor needs data= (batches of inputs and targets) and loss_fn=")
+    parameters = dict(model.named_parameters())
+    axes = producers(graph)
+    names = list(dict.fromkeys(a.name for a in axes))
+    needed = [parameters[name] for name in names]
+    total, seen = torch.zeros(()), 0
+    with _batch_statistics(model):
+        for batch in data:
+            if batches is not None and seen >= batches:
+                break
+            gradients = _gradients(model, needed, batch, loss_fn, seen)
+            moved = dict(zip(names, (p.detach() * g for p, g in zip(needed, gradients, strict=True)), strict=True))
+
+            def along(axis: Axis, moved: dict[str, Tensor] = moved) -> Tensor:
+                return rows(moved[axis.name], axis.dim)
+
+            total = total + channel_sums(graph, axes, along).abs()
+            seen += 1
+    if not seen:
+        raise SecateurError("taylor(data): the loader is empty; give at least one batch")
+    return by_group(graph, total / seen)
+
+
+def _gradients(model: nn.Module, needed: list[nn.Parameter], batch: Any, loss_fn: Loss, number: int) -> list[Tensor]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise SecateurError(f"data: batches (inputs, targets) are expected, batch {number} is a {type(batch).__name__}")
+    inputs, targets = batch
+    device = needed[0].device
+    inputs, targets = (v.to(device) if isinstance(v, Tensor) else v for v in (inputs, targets))
+    frozen = [p for p in needed if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            try:
+                loss = loss_fn(model(inputs), targets)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                shape = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+                raise SecateurError(
+                    f"data: batch {number} (inputs of shape {shape}) does not fit the model or the loss: {error}"
+                ) from error
+            if not math.isfinite(loss.item()):
+                raise SecateurError(
+                    f"the loss of batch {number} is {loss.item()}: check the data and the model's weights"
+                )
+            found = torch.autograd.grad(loss, needed, allow_unused=True)
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(needed, found, strict=True)]
+
+
+@contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Eval mode with batch statistics in batch norms; mode, buffers and random state come back."""
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    model.eval()
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._NormBase):
+            m.train()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        with torch.no_grad():
+            for b, before in buffers:
+                b.copy_(before)

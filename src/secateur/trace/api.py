@@ -1,0 +1,105 @@
+"""``trace``: check what is given, run a skeleton once, build the graph, probe what the model's Python bears."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.trace.build import build
+from secateur.trace.graph import ChannelGraph, ChannelGroup, fingerprint, no_removable_channel
+from secateur.trace.names import Dim, Names
+from secateur.trace.probe import Chosen, mismatch, unbearable, units
+from secateur.trace.tracer import Inputs, Skeleton, Watcher, final_steps, tensors_in, watch
+
+KINDS = ("meta", "fake", "real")
+
+
+def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
+    """Find out which channels of a model live and die together.
+
+    The model's forward runs once on a copy without data (so on any device, in any dtype, and without room for a second
+    model), and once more for each group of channels that its Python does not bear to lose.
+
+    Args:
+        model: any module.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    Returns:
+        The channel graph; counts refer to the example inputs' shapes.
+
+    Raises:
+        SecateurError: nothing is removable, the forward fails on the example inputs, they are on another device.
+    """
+    _check(model, example_inputs)
+    skeleton, watcher = _watched(model, example_inputs)
+    names, mark = watcher.names, fingerprint(model)
+    params = {name: p.ndim for name, p in skeleton.module.named_parameters()}
+    graph, channel_of = build(names, params, mark)
+    steps = final_steps(watcher.steps, channel_of)
+
+    def probe(groups: Sequence[ChannelGroup]) -> str:
+        chosen = units(groups)
+        return mismatch(skeleton, steps, graph, chosen) if chosen.removed else ""
+
+    extra = []
+    for group, reason in unbearable(graph.groups, probe):
+        extra.append((np.flatnonzero(np.isin(channel_of, group.channels)), "probe", reason))
+    if extra:
+        graph, channel_of = build(names, params, mark, extra)
+        steps = final_steps(watcher.steps, channel_of)
+    if not graph.groups:
+        raise no_removable_channel(graph.frozen)
+    graph.inputs = example_inputs
+    graph.verify = lambda plan: mismatch(
+        skeleton, steps, graph, Chosen({n: p for n, p in plan.removed.items() if len(p)})
+    )
+    return graph
+
+
+def _check(model: nn.Module, inputs: Inputs) -> None:
+    if not isinstance(model, nn.Module):
+        raise SecateurError(f"trace(model): a torch.nn.Module is expected, {type(model).__name__} was given")
+    tensors = [*model.parameters(), *model.buffers()]
+    if not any(isinstance(t, nn.Parameter) for t in tensors):
+        raise SecateurError(f"{type(model).__name__} has no parameters: there is nothing to prune")
+    if any(isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer)) for t in tensors):
+        raise SecateurError(f"{type(model).__name__} has lazy parameters without a shape: run one forward first")
+    if isinstance(inputs, list) or not isinstance(inputs, (Tensor, tuple, Mapping)):
+        raise SecateurError(
+            f"trace(example_inputs): a tensor, a tuple or a dict is expected, {type(inputs).__name__} was given"
+        )
+    given = {t.device for t in tensors_in(inputs)}
+    own = {t.device for t in tensors}
+    if len(own) == 1 and given and given != own:
+        raise SecateurError(
+            f"the model is on {_words(own)}, the example inputs are on {_words(given)}: move them together, "
+            f'for instance inputs.to("{next(iter(own))}")'
+        )
+
+
+def _words(devices: set[torch.device]) -> str:
+    return " and ".join(sorted(map(str, devices)))
+
+
+def _watched(model: nn.Module, inputs: Inputs) -> tuple[Skeleton, Watcher]:
+    """Run a skeleton of the first kind that the model's Python accepts; the last kind's error is the user's."""
+    error: Exception | None = None
+    for kind in KINDS:
+        skeleton = Skeleton(model, inputs, kind)
+        try:
+            return skeleton, watch(skeleton, _fresh)
+        except Exception as failure:
+            error = failure
+    shapes = ", ".join(f"{list(t.shape)} {t.dtype}".replace("torch.", "") for t in tensors_in(inputs))
+    raise SecateurError(
+        f"{type(model).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: {error}; "
+        "give inputs that model(*example_inputs) accepts"
+    ) from error
+
+
+def _fresh(names: Names, key: str, tensor: Tensor) -> tuple[Dim, ...]:
+    return tuple(names.own(key, d, n) for d, n in enumerate(tensor.shape))

@@ -1,0 +1,141 @@
+"""What a model's own Python cannot bear: cut a skeleton, run it again, and compare every tensor with the first run.
+
+The second run starts from the channel ids that survive. Every tensor in it must then carry exactly the names that the
+first run's tensor has without the removed ones; a slice at a constant position, a view with a remembered width or an
+index table betray themselves at the operation where they happen, even where the shapes agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from secateur.trace.graph import ChannelGraph, ChannelGroup
+from secateur.trace.names import Dim, Ids, Names
+from secateur.trace.slices import shrink, shrunk, sliced
+from secateur.trace.tracer import Skeleton, Step, watch
+
+
+class Chosen:
+    """Removed positions by group name: the least that counts as a plan here."""
+
+    def __init__(self, removed: dict[str, Sequence[int]]) -> None:
+        self.removed = removed
+
+
+def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen: Chosen) -> str:
+    """Why the model does not bear this removal, or an empty string.
+
+    Args:
+        skeleton: the traced skeleton; it is changed and changed back.
+        steps: the first run, with final channel ids.
+        graph: where the groups are looked up.
+        chosen: what to remove.
+    """
+    removed = graph.slices(chosen)
+    ids = [graph.group(name).channels[list(p)] for name, p in chosen.removed.items()]
+    gone = np.zeros(1 + max((int(a.channels.max(initial=0)) for a in graph.axes), default=0), dtype=bool)
+    gone[np.concatenate(ids)] = True
+    left = {(a.name, a.dim): a.channels[~gone[a.channels]] for a in graph.axes}
+    expected = remaining(steps, gone)
+
+    def survivors(_: Names, key: str, tensor: Tensor) -> tuple[Dim, ...]:
+        return tuple(left[key, d] for d in range(tensor.ndim))
+
+    undo = shrink(skeleton.module, removed, shrunk if skeleton.kind != "real" else sliced)
+    try:
+        again = watch(skeleton, survivors, expected).steps
+    except Exception as error:  # whatever the user's forward raises is the answer
+        return f"the model's forward cannot bear it: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    finally:
+        undo()
+    return compare(expected, again)
+
+
+def remaining(steps: list[Step], gone: np.ndarray) -> list[Step]:
+    """The steps that a correctly cut model must show."""
+    cache: dict[int, Ids] = {}
+
+    def left(ids: Dim) -> Dim:
+        if ids is None:
+            return None
+        if id(ids) not in cache:
+            cache[id(ids)] = ids[~gone[ids]]
+        return cache[id(ids)]
+
+    result = []
+    for step in steps:
+        names = tuple(tuple(left(d) for d in dims) for dims in step.names)
+        shapes = tuple(
+            tuple(n if ids is None else len(ids) for ids, n in zip(dims, shape, strict=True))
+            for dims, shape in zip(names, step.shapes, strict=True)
+        )
+        result.append(Step(step.op, names, shapes))
+    return result
+
+
+def compare(expected: list[Step], again: list[Step]) -> str:
+    """The first difference between two runs, in words, or an empty string."""
+    for number, (want, got) in enumerate(zip(expected, again, strict=False)):
+        if want.op != got.op:
+            return f"the model's forward takes another path: {got.op} instead of {want.op} at operation {number}"
+        if want.shapes != got.shapes:
+            return f"the model fixes a width: {got.op} gives {got.shapes} where {want.shapes} is due"
+        for dims, others in zip(want.names, got.names, strict=True):
+            if any(not _agree(a, b) for a, b in zip(dims, others, strict=True)):
+                return f"the model fixes a position: {got.op} mixes up channels"
+    if len(expected) != len(again):
+        return f"the model's forward takes another path: {len(again)} operations instead of {len(expected)}"
+    return ""
+
+
+def _agree(want: Dim, got: Dim) -> bool:
+    if want is got:
+        return True
+    if want is None or got is None:
+        other = got if want is None else want
+        return other is None or not other.any()
+    return bool((want == np.abs(got)).all())
+
+
+def unbearable(
+    groups: Sequence[ChannelGroup], probe: Callable[[Sequence[ChannelGroup]], str]
+) -> list[tuple[ChannelGroup, str]]:
+    """The groups that the model does not bear to lose a channel of, by bisection: few forwards in the usual case.
+
+    Args:
+        groups: candidates.
+        probe: removes one unit of each of some groups; gives a reason or an empty string.
+    """
+    bad: list[tuple[ChannelGroup, str]] = []
+    left = list(groups)
+    while left:
+        found = _bisect(left, probe)
+        bad += found
+        names = {g.name for g, _ in found}
+        left = [g for g in left if g.name not in names]
+        if not found:
+            break
+    return bad
+
+
+def _bisect(
+    groups: Sequence[ChannelGroup], probe: Callable[[Sequence[ChannelGroup]], str]
+) -> list[tuple[ChannelGroup, str]]:
+    if not groups:
+        return []
+    reason = probe(groups)
+    if not reason:
+        return []
+    if len(groups) == 1:
+        return [(groups[0], reason)]
+    half = len(groups) // 2
+    found = _bisect(groups[:half], probe) + _bisect(groups[half:], probe)
+    return found or [(g, reason) for g in groups]  # each alone is borne, together they are not
+
+
+def units(groups: Iterable[ChannelGroup]) -> Chosen:
+    """The first and the last channel of each group (only the first of two), so that both ends of a slice move."""
+    return Chosen({g.name: [0] if len(g) == 2 else [0, len(g) - 1] for g in groups if len(g) > 1})

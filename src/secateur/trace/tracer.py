@@ -1,0 +1,260 @@
+"""Run a model once, watched from below, and name every position of every tensor.
+
+The model itself is never run: a *skeleton* is, a deep copy whose parameters and buffers hold no data (meta tensors).
+Where the model's Python wants more than shapes, fake tensors are tried, then a copy with real data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from secateur.errors import SecateurError
+from secateur.trace import layout  # noqa: F401  (registers its rules)
+from secateur.trace.call import Call
+from secateur.trace.names import Dim, Ids, Named, Names, anonymous
+from secateur.trace.rules import RULES, unknown_operation
+
+Inputs = Any
+"""Example inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one operation returned: the names and shapes of its tensors."""
+
+    op: str
+    names: tuple[tuple[Dim, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class Watcher(TorchDispatchMode):
+    """Sees every ATen operation and lets the rules name what it returns.
+
+    Args:
+        names: the table to fill.
+        expected: in a second run, the steps of the first one (with final names): constants take their names from there.
+    """
+
+    def __init__(self, names: Names, expected: list[Step] | None = None) -> None:
+        super().__init__()
+        self.names = names
+        self.expected = expected
+        self.steps: list[Step] = []
+        self._known: dict[int, tuple[weakref.ref[Tensor], Named]] = {}
+
+    def set(self, tensor: Tensor, named: Named) -> None:
+        """Remember the names of a tensor."""
+        self._known[id(tensor)] = (weakref.ref(tensor), named)
+
+    def get(self, tensor: Tensor) -> Named:
+        """The names of a tensor; one never seen is a constant, with fixed positions."""
+        entry = self._known.get(id(tensor))
+        if entry is None or entry[0]() is not tensor:
+            return anonymous(tensor.ndim, weight=True)
+        return entry[1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.namespace == "aten":
+            self._observe(Call(self.names, self.get, func, args, kwargs, out))
+        elif func.namespace != "prim":
+            self._observe(Call(self.names, self.get, func, args, kwargs, out), known=False)
+        return out
+
+    def _observe(self, call: Call, *, known: bool = True) -> None:
+        results = call.results()
+        if not results:
+            if call.op in {"item", "_local_scalar_dense", "is_nonzero", "equal"}:
+                call.freeze_all("its value steers the model's Python")
+            return
+        function = RULES.get(call.base) if known and not call.overload.endswith("out") else None
+        named = (function or unknown_operation)(call)
+        listed = [named] if isinstance(named, Named) else list(named or ())
+        told = len(listed) or len(results)  # what a rule is silent about (saved statistics) is nobody's input
+        weight = all(self.get(t).weight for t in call.tensors())
+        listed += [anonymous(t.ndim, weight=weight) for t in results[len(listed) :]]
+        if self.expected is not None and call.base in _CONSTANTS:
+            listed = self._expected_names(listed, results)
+        for tensor, new in zip(results, listed, strict=True):
+            if call.writes:
+                self._written(call, tensor, new)
+            self.set(tensor, new)
+        self.steps.append(
+            Step(call.op, tuple(n.dims for n in listed[:told]), tuple(tuple(t.shape) for t in results[:told]))
+        )
+
+    def _expected_names(self, listed: list[Named], results: list[Tensor]) -> list[Named]:
+        at = len(self.steps)
+        if self.expected is None or at >= len(self.expected) or len(self.expected[at].names) != len(results):
+            return listed
+        return [
+            Named(
+                tuple(d if d is None or len(d) == n else None for d, n in zip(dims, t.shape, strict=False)), weight=True
+            )
+            for dims, t in zip(self.expected[at].names, results, strict=True)
+        ]
+
+    def _written(self, call: Call, tensor: Tensor, new: Named) -> None:
+        """An in-place operation that changes what the names say must not be seen through another view."""
+        old = self.get(tensor)
+        if all(_same(a, b) for a, b in zip(old.dims, new.dims, strict=True)):
+            return
+        storage = tensor.untyped_storage()._cdata
+        for reference, other in list(self._known.values()):
+            view = reference()
+            if view is not None and view is not tensor and view.untyped_storage()._cdata == storage:
+                for ids in (*other.dims, *new.dims, *old.dims):
+                    call.freeze(ids, "is written in place through a view")
+
+
+_CONSTANTS = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "new_empty", "scalar_tensor"}
+
+
+def _same(a: Dim, b: Dim) -> bool:
+    return a is b or (a is not None and b is not None and len(a) == len(b) and bool((a == b).all()))
+
+
+class Skeleton:
+    """A copy of a model that can be run without data, made smaller, and changed back.
+
+    Args:
+        model: the user's model, left untouched.
+        inputs: example inputs, left untouched.
+        kind: ``"meta"``, ``"fake"`` or ``"real"``: what stands in for the tensors.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, kind: str) -> None:
+        self.kind = kind
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else None
+        stand_in = {"meta": _to_meta, "fake": self._to_fake, "real": _to_real}[kind]
+        memo: dict[int, Any] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            smaller = stand_in(tensor.detach())
+            if isinstance(tensor, nn.Parameter):
+                smaller = nn.Parameter(smaller, requires_grad=False)
+            memo[id(tensor)] = smaller
+        with _quiet_copy(model):
+            self.module: nn.Module = copy.deepcopy(model, memo)
+        self.module.eval()
+        self.inputs = pytree.tree_map(lambda v: stand_in(v.detach()) if isinstance(v, Tensor) else v, inputs)
+
+    def _to_fake(self, tensor: Tensor) -> Tensor:
+        assert self.fake is not None
+        return self.fake.from_tensor(tensor)
+
+    def run(self, watcher: Watcher) -> Any:
+        """One forward under the watcher, in eval mode, without gradients; the random state comes back."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(self.module)))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_no_fast_path())
+            if self.fake is not None:
+                stack.enter_context(self.fake)
+            stack.enter_context(watcher)
+            return call_model(self.module, self.inputs)
+
+
+def call_model(model: nn.Module, inputs: Inputs) -> Any:
+    """``model(*inputs)`` for a tuple, ``model(**inputs)`` for a dict, ``model(inputs)`` else."""
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(inputs)
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
+
+
+def _to_real(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+@contextlib.contextmanager
+def _quiet_copy(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise SecateurError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); secateur works on a deep copy so that "
+            "your model stays untouched: make copy.deepcopy(model) work first"
+        ) from error
+
+
+def _cuda_devices(module: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors of a model's output: containers and plain objects are looked into."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
+            found.extend(tensors_in(list(vars(leaf).values())))
+    return found
+
+
+def watch(
+    skeleton: Skeleton, name: Callable[[Names, str, Tensor], tuple[Dim, ...]], expected: list[Step] | None = None
+) -> Watcher:
+    """Run a skeleton with its parameters and buffers named, and freeze what it returns.
+
+    Args:
+        skeleton: what to run.
+        name: gives the names of a parameter or buffer.
+        expected: steps of an earlier run, see :class:`Watcher`.
+    """
+    watcher = Watcher(Names(), expected)
+    for key, tensor in (*skeleton.module.named_parameters(), *skeleton.module.named_buffers()):
+        watcher.set(tensor, Named(name(watcher.names, key, tensor), weight=True))
+    for tensor in tensors_in(skeleton.inputs):
+        watcher.set(tensor, anonymous(tensor.ndim, weight=False))
+    out = skeleton.run(watcher)
+    outputs = tensors_in(out)
+    for tensor in outputs:
+        for ids in watcher.get(tensor).dims:
+            watcher.names.freeze(ids, "output", "belongs to the model's output")
+    watcher.steps.append(
+        Step("output", tuple(watcher.get(t).dims for t in outputs), tuple(tuple(t.shape) for t in outputs))
+    )
+    return watcher
+
+
+def final_steps(steps: list[Step], channel_of: np.ndarray) -> list[Step]:
+    """The same steps with every name replaced by its channel id."""
+    cache: dict[int, Ids] = {}
+
+    def final(ids: Dim) -> Dim:
+        if ids is None:
+            return None
+        if id(ids) not in cache:
+            cache[id(ids)] = channel_of[np.abs(ids)]
+        return cache[id(ids)]
+
+    return [Step(s.op, tuple(tuple(final(d) for d in dims) for dims in s.names), s.shapes) for s in steps]
