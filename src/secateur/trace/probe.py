@@ -42,7 +42,7 @@ def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen:
     expected = remaining(steps, gone)
 
     def survivors(_: Names, key: str, tensor: Tensor) -> tuple[Dim, ...]:
-        return tuple(left[key, d] for d in range(tensor.ndim))
+        return tuple(ids if ids.any() else None for ids in (left[key, d] for d in range(tensor.ndim)))
 
     undo = shrink(skeleton.module, removed, shrunk if skeleton.kind != "real" else sliced)
     try:

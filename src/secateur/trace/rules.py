@@ -327,7 +327,7 @@ def _grouped(
     """
     names, (rows, columns, *_) = call.names, tuple(shape)
     per_input = rows // groups if transposed else columns
-    if channels is None or first is None or (second is None and columns > 1):
+    if channels is None or first is None or (second is None and per_input > 1):
         for ids in (channels, first, second):
             call.freeze(ids, "grouped convolution of fixed positions")
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from secateur.trace import layout  # noqa: F401  (registers its rules)
 from secateur.trace.call import Call
 from secateur.trace.names import Dim, Ids, Named, Names, anonymous
 from secateur.trace.rules import RULES, unknown_operation
+from secateur.trace.shapes import quick
 
 Inputs = Any
 """Example inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments."""
@@ -67,7 +68,9 @@ class Watcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = quick(func, args, kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
         if func.namespace == "aten":
             self._observe(Call(self.names, self.get, func, args, kwargs, out))
         elif func.namespace != "prim":
@@ -86,26 +89,43 @@ class Watcher(TorchDispatchMode):
         told = len(listed) or len(results)  # what a rule is silent about (saved statistics) is nobody's input
         weight = all(self.get(t).weight for t in call.tensors())
         listed += [anonymous(t.ndim, weight=weight) for t in results[len(listed) :]]
-        if self.expected is not None and call.base in _CONSTANTS:
-            listed = self._expected_names(listed, results)
+        if self.expected is not None:
+            listed = self._as_expected(listed, results, constant=call.base in _CONSTANTS)
         for tensor, new in zip(results, listed, strict=True):
             if call.writes:
                 self._written(call, tensor, new)
             self.set(tensor, new)
+        if call.base not in _IDENTITIES:
+            self._record(call, listed[:told], results[:told])
+
+    def _record(self, call: Call, listed: list[Named], results: list[Tensor]) -> None:
         self.steps.append(
-            Step(call.op, tuple(n.dims for n in listed[:told]), tuple(tuple(t.shape) for t in results[:told]))
+            Step(
+                "view" if call.base in _VIEWS else call.base,
+                tuple(n.dims for n in listed),
+                tuple(tuple(t.shape) for t in results),
+            )
         )
 
-    def _expected_names(self, listed: list[Named], results: list[Tensor]) -> list[Named]:
+    def _as_expected(self, listed: list[Named], results: list[Tensor], *, constant: bool) -> list[Named]:
+        """Names that a second run cannot know take those of the first: constants', and those of a lone channel.
+
+        Where one channel is left, all places look alike: a view may drop its name, or put it on another dim.
+        """
         at = len(self.steps)
-        if self.expected is None or at >= len(self.expected) or len(self.expected[at].names) != len(results):
+        if self.expected is None or at >= len(self.expected):
             return listed
-        return [
-            Named(
-                tuple(d if d is None or len(d) == n else None for d, n in zip(dims, t.shape, strict=False)), weight=True
-            )
-            for dims, t in zip(self.expected[at].names, results, strict=True)
-        ]
+        result = list(listed)
+        for i, (named, tensor, dims) in enumerate(zip(listed, results, self.expected[at].names, strict=False)):
+            if len(dims) != tensor.ndim or any(
+                ids is not None and len(ids) != n for ids, n in zip(dims, tensor.shape, strict=True)
+            ):
+                continue
+            differ = [d for d, (a, b) in enumerate(zip(named.dims, dims, strict=True)) if not _same(a, b)]
+            given = _values(named.dims[d] for d in differ)
+            if constant or (len(lone := _values(dims[d] for d in differ) - {0}) == 1 and given <= lone):
+                result[i] = Named(dims, named.weight)
+        return result
 
     def _written(self, call: Call, tensor: Tensor, new: Named) -> None:
         """An in-place operation that changes what the names say must not be seen through another view."""
@@ -120,7 +140,14 @@ class Watcher(TorchDispatchMode):
                     call.freeze(ids, "is written in place through a view")
 
 
+# whether PyTorch copies or views depends on strides, and so on widths
+_IDENTITIES = {"clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh"}
+_VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 _CONSTANTS = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "new_empty", "scalar_tensor"}
+
+
+def _values(dims: Iterable[Dim]) -> set[int]:
+    return {int(v) for ids in dims if ids is not None for v in np.unique(np.abs(ids))}
 
 
 def _same(a: Dim, b: Dim) -> bool:
