@@ -13,7 +13,7 @@ from secateur.trace.build import build
 from secateur.trace.graph import ChannelGraph, ChannelGroup, fingerprint, no_removable_channel
 from secateur.trace.names import Dim, Names
 from secateur.trace.probe import Chosen, mismatch, unbearable, units
-from secateur.trace.tracer import Inputs, Skeleton, Watcher, final_steps, tensors_in, watch
+from secateur.trace.tracer import Inputs, Skeleton, Watcher, final_steps, quiet, tensors_in, watch
 
 KINDS = ("meta", "fake", "real")
 
@@ -91,7 +91,8 @@ def _watched(model: nn.Module, inputs: Inputs) -> tuple[Skeleton, Watcher]:
     for kind in KINDS:
         skeleton = Skeleton(model, inputs, kind)
         try:
-            return skeleton, watch(skeleton, _fresh)
+            with quiet():
+                return skeleton, watch(skeleton, _fresh)
         except Exception as failure:
             error = failure
     shapes = ", ".join(f"{list(t.shape)} {t.dtype}".replace("torch.", "") for t in tensors_in(inputs))

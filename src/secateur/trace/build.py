@@ -27,7 +27,7 @@ def build(
         The graph, and the channel id of every name.
     """
     component = names.components()
-    roles = _roles(names)
+    roles = _roles(names, params)
     events = [*names.freezes, *extra, *_unused(names, roles)]
     reason_of = _first_event(component, events)
     channel_of = _number(names, component, reason_of >= 0)
@@ -67,8 +67,11 @@ def _owner_of(names: Names) -> Ids:
     return owner
 
 
-def _roles(names: Names) -> np.ndarray:
-    """Bool [axes, roles]: what each axis does; weights combined into one weight share what the result does."""
+def _roles(names: Names, params: dict[str, int]) -> np.ndarray:
+    """Bool [axes, roles]: what each axis does; weights combined into one weight share what the result does.
+
+    A buffer is nobody's to zero: it is carried where a parameter would be a producer.
+    """
     owner = _owner_of(names)
     table = np.zeros((len(names.owners), len(ROLES)), dtype=bool)
     for r, role in enumerate(ROLES):
@@ -83,6 +86,9 @@ def _roles(names: Names) -> np.ndarray:
             table[a] |= table[b]
             table[b] |= table[a]
         changed = table.sum() != before
+    buffers = np.array([o.name not in params for o in names.owners], dtype=bool)
+    table[:, 2] |= buffers & table[:, 0]
+    table[:, 0] &= ~buffers
     return table
 
 

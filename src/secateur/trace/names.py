@@ -64,7 +64,7 @@ class Names:
         self.roles: dict[str, list[Ids]] = {"producer": [], "consumer": [], "carried": []}
         self.aliases: list[tuple[int, int]] = []
         self.terms: list[tuple[int, tuple[Ids, ...]]] = []
-        self._edges: list[tuple[Ids, Ids]] = []
+        self.edges: list[tuple[Ids, Ids]] = []
 
     def fresh(self, size: int) -> Ids:
         """New names, all different, all vanishing."""
@@ -81,7 +81,7 @@ class Names:
     def unite(self, a: Ids, b: Ids) -> None:
         """Position by position, the names of ``a`` and ``b`` are one (both broadcast to one shape)."""
         if a is not b:
-            self._edges.append((a, b))
+            self.edges.append((a, b))
 
     def freeze(self, ids: Dim, operation: str, reason: str) -> None:
         """These names cannot be removed."""
@@ -118,9 +118,9 @@ class Names:
 
     def components(self) -> np.ndarray:
         """The component label of every name (label of name 0 is its own)."""
-        if not self._edges:
+        if not self.edges:
             return np.arange(self.count)
-        pairs = [np.broadcast_arrays(a, b) for a, b in self._edges]
+        pairs = [np.broadcast_arrays(a, b) for a, b in self.edges]
         a = np.abs(np.concatenate([p[0].ravel() for p in pairs]))
         b = np.abs(np.concatenate([p[1].ravel() for p in pairs]))
         touching = (a == 0) != (b == 0)  # one side fixed: the other is frozen

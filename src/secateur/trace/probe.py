@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.trace.graph import ChannelGraph, ChannelGroup
 from secateur.trace.names import Dim, Ids, Names
 from secateur.trace.slices import shrink, shrunk, sliced
-from secateur.trace.tracer import Skeleton, Step, watch
+from secateur.trace.tracer import Skeleton, Step, quiet, watch
 
 
 class Chosen:
@@ -46,12 +46,15 @@ def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen:
 
     undo = shrink(skeleton.module, removed, shrunk if skeleton.kind != "real" else sliced)
     try:
-        again = watch(skeleton, survivors, expected).steps
+        with quiet():
+            watcher = watch(skeleton, survivors, expected)
     except Exception as error:  # whatever the user's forward raises is the answer
         return f"the model's forward cannot bear it: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     finally:
         undo()
-    return compare(expected, again)
+    if [s.op for s in expected] != [s.op for s in watcher.steps]:  # PyTorch's own path depends on strides, and so on widths
+        return contradiction(watcher.names) or compare(expected[-1:], watcher.steps[-1:])
+    return compare(expected, watcher.steps)
 
 
 def remaining(steps: list[Step], gone: np.ndarray) -> list[Step]:
@@ -72,22 +75,33 @@ def remaining(steps: list[Step], gone: np.ndarray) -> list[Step]:
             tuple(n if ids is None else len(ids) for ids, n in zip(dims, shape, strict=True))
             for dims, shape in zip(names, step.shapes, strict=True)
         )
-        result.append(Step(step.op, names, shapes))
+        result.append(Step(step.op, names, shapes, step.numbers))
     return result
 
 
 def compare(expected: list[Step], again: list[Step]) -> str:
     """The first difference between two runs, in words, or an empty string."""
-    for number, (want, got) in enumerate(zip(expected, again, strict=False)):
-        if want.op != got.op:
-            return f"the model's forward takes another path: {got.op} instead of {want.op} at operation {number}"
+    for want, got in zip(expected, again, strict=True):
         if want.shapes != got.shapes:
             return f"the model fixes a width: {got.op} gives {got.shapes} where {want.shapes} is due"
+        if want.numbers != got.numbers:
+            return f"the model computes a number from a width: {got.op} takes {got.numbers} where {want.numbers} is due"
         for dims, others in zip(want.names, got.names, strict=True):
             if any(not _agree(a, b) for a, b in zip(dims, others, strict=True)):
                 return f"the model fixes a position: {got.op} mixes up channels"
-    if len(expected) != len(again):
-        return f"the model's forward takes another path: {len(again)} operations instead of {len(expected)}"
+    return ""
+
+
+def contradiction(names: Names) -> str:
+    """The first thing a second run says that the first did not: two channels equal, or one fixed (a lone one may be)."""
+    for a, b in names.edges:
+        one, other = (np.abs(v) for v in np.broadcast_arrays(a, b))
+        differ = one != other
+        if differ.any() and not (len(np.unique(np.r_[one[differ], other[differ]])) == 2 and not (one * other)[differ].any()):
+            return "the model's forward takes another path, on which channels are mixed up"
+    for ids, operation, reason in names.freezes:
+        if len(np.unique(np.abs(ids[ids != 0]))) > 1:
+            return f"the model's forward takes another path, on which {operation} {reason}"
     return ""
 
 

@@ -334,7 +334,8 @@ def _grouped(
     if per_input == 1:  # depthwise: every channel has its own filters
         call.freeze(second, "kernel position")
         names.unite(channels[:, None], first.reshape(groups, -1))
-        return np.repeat(first, columns) if transposed else first
+        outer = np.repeat(first, columns) if transposed else first
+        return vanishing(outer, (outer > 0) | (np.repeat(channels, len(outer) // groups) > 0))
     names.read(channels, call.op)
     assert second is not None
     offsets = channels.reshape(groups, per_input)

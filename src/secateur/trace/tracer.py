@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.errors import SecateurError
 from secateur.trace import layout  # noqa: F401  (registers its rules)
 from secateur.trace.call import Call
-from secateur.trace.names import Dim, Ids, Named, Names, anonymous
+from secateur.trace.names import Dim, Ids, Named, Names, anonymous, lasting
 from secateur.trace.rules import RULES, unknown_operation
 from secateur.trace.shapes import quick
 
@@ -33,11 +34,12 @@ Inputs = Any
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What one operation returned: the names and shapes of its tensors."""
+    """What one operation returned: the names and shapes of its tensors; and the plain numbers it was given."""
 
     op: str
     names: tuple[tuple[Dim, ...], ...]
     shapes: tuple[tuple[int, ...], ...]
+    numbers: tuple[float, ...] = ()
 
 
 class Watcher(TorchDispatchMode):
@@ -95,7 +97,7 @@ class Watcher(TorchDispatchMode):
             if call.writes:
                 self._written(call, tensor, new)
             self.set(tensor, new)
-        if call.base not in _IDENTITIES:
+        if call.base not in _IDENTITIES or _numbers(call):
             self._record(call, listed[:told], results[:told])
 
     def _record(self, call: Call, listed: list[Named], results: list[Tensor]) -> None:
@@ -104,6 +106,7 @@ class Watcher(TorchDispatchMode):
                 "view" if call.base in _VIEWS else call.base,
                 tuple(n.dims for n in listed),
                 tuple(tuple(t.shape) for t in results),
+                _numbers(call),
             )
         )
 
@@ -144,6 +147,21 @@ class Watcher(TorchDispatchMode):
 _IDENTITIES = {"clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh"}
 _VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 _CONSTANTS = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "new_empty", "scalar_tensor"}
+
+
+# operations whose whole numbers are values, not places or sizes
+_ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "pow", "fill", "full", "new_full", "scalar_tensor", "clamp", "eq", "ne", "lt",
+               "gt", "le", "ge", "maximum", "minimum", "remainder", "fmod", "floor_divide", "arange", "linspace"}  # fmt: skip
+
+
+def _numbers(call: Call) -> tuple[float, ...]:
+    """Plain numbers that enter an operation's values: they must not depend on a width."""
+    numbers = [v for v in call.scalars() if isinstance(v, float) or call.base in _ARITHMETIC]
+    if call.base.startswith("lift_fresh"):
+        constant = call.first()
+        if constant.numel() <= 64 and not constant.is_meta and type(constant) is Tensor and not constant.is_complex():
+            numbers += [float(v) for v in constant.flatten().tolist()]
+    return tuple(numbers)
 
 
 def _values(dims: Iterable[Dim]) -> set[int]:
@@ -236,6 +254,18 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A forward that fails is an answer here: PyTorch shall not log it as an accident."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors of a model's output: containers and plain objects are looked into."""
     found: list[Tensor] = []
@@ -259,7 +289,10 @@ def watch(
     """
     watcher = Watcher(Names(), expected)
     for key, tensor in (*skeleton.module.named_parameters(), *skeleton.module.named_buffers()):
-        watcher.set(tensor, Named(name(watcher.names, key, tensor), weight=True))
+        dims = name(watcher.names, key, tensor)
+        if not isinstance(tensor, nn.Parameter):  # nothing zeroes a buffer
+            dims = tuple(lasting(ids) for ids in dims)
+        watcher.set(tensor, Named(dims, weight=True))
     for tensor in tensors_in(skeleton.inputs):
         watcher.set(tensor, anonymous(tensor.ndim, weight=False))
     out = skeleton.run(watcher)
@@ -284,4 +317,4 @@ def final_steps(steps: list[Step], channel_of: np.ndarray) -> list[Step]:
             cache[id(ids)] = channel_of[np.abs(ids)]
         return cache[id(ids)]
 
-    return [Step(s.op, tuple(tuple(final(d) for d in dims) for dims in s.names), s.shapes) for s in steps]
+    return [replace(s, names=tuple(tuple(final(d) for d in dims) for dims in s.names)) for s in steps]
