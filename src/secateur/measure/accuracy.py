@@ -1,0 +1,68 @@
+"""Accuracy and mean loss of a model on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secateur.errors import SecateurError
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def accuracy(model: nn.Module, data: Batches | tuple[Tensor, Tensor]) -> float:
+    """The share of images whose largest output is at their label.
+
+    Args:
+        model: images to [n, classes].
+        data: batches ``(x, y)``, or one pair of tensors.
+
+    Raises:
+        SecateurError: there is no image.
+    """
+    return _mean(model, data, lambda output, y: (output.argmax(1) == y).double().mean())
+
+
+def loss(
+    model: nn.Module,
+    data: Batches | tuple[Tensor, Tensor],
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> float:
+    """The mean of a mean loss over all images.
+
+    Raises:
+        SecateurError: there is no image.
+    """
+    return _mean(model, data, loss_fn)
+
+
+def _mean(model: nn.Module, data: Batches | tuple[Tensor, Tensor], value: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """The mean of a mean over images, however they are batched."""
+    batches: Batches = [data] if isinstance(data, tuple) else data
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    with evaluating(model):
+        for x, y in batches:
+            if len(y):
+                total = total + value(model(x.to(device)), y.to(device)).double().to("cpu") * len(y)
+                count += len(y)
+    if not count:
+        raise SecateurError("data: there is no image to measure on")
+    return float(total / count)

@@ -1,0 +1,46 @@
+"""Accuracy and loss are means over images, and measuring leaves no trace."""
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.data import Loader
+from secateur.errors import SecateurError
+from secateur.measure import accuracy, evaluating, loss
+
+
+def test_counts_exactly():
+    outputs = torch.eye(4).repeat(3, 1)[:10]
+    labels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 0, 0, 0])  # the last three: 7 -> 3, 9 -> 1 are wrong
+    assert accuracy(nn.Identity(), (outputs, labels)) == 0.8
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 20])
+def test_batches_of_any_size_give_the_same_mean(batch):
+    torch.manual_seed(0)
+    images, labels = torch.randn(20, 1, 3, 3, dtype=torch.float64), torch.randint(4, (20,))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 4)).double()
+    whole = nn.functional.cross_entropy(model(images), labels).item()
+    loader = Loader(images, labels, batch)
+    assert loss(model, loader) == pytest.approx(whole, abs=1e-12)
+    assert accuracy(model, loader) == accuracy(model, (images, labels))
+
+
+def test_modes_and_statistics_stay():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(9), nn.Dropout(), nn.Linear(9, 4))
+    model.train()
+    model[1].eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    accuracy(model, (torch.randn(8, 1, 3, 3), torch.randint(4, (8,))))
+    assert [m.training for m in model.modules()] == [True, True, False, True, True]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with pytest.raises(RuntimeError), evaluating(model):
+        raise RuntimeError
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("data", [[], (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))])
+def test_no_image(data):
+    with pytest.raises(SecateurError, match="no image to measure on"):
+        accuracy(nn.Identity(), data)
