@@ -6,8 +6,11 @@ from secateur.allocate import Budget, allocate
 from secateur.cut import check, cut, dead_channels, masked, recalibrate, record
 from secateur.errors import SecateurError
 from secateur.plan import Plan, make_plan
+from secateur.prune import Result, prune
 from secateur.score import score
+from secateur.store import load, save
 from secateur.trace import ChannelGraph, ChannelGroup, trace
+from secateur.train import SDPrun
 
 __version__ = "0.1.0"
 
@@ -16,15 +19,20 @@ __all__ = [
     "ChannelGraph",
     "ChannelGroup",
     "Plan",
+    "Result",
+    "SDPrun",
     "SecateurError",
     "allocate",
     "check",
     "cut",
     "dead_channels",
+    "load",
     "make_plan",
     "masked",
+    "prune",
     "recalibrate",
     "record",
+    "save",
     "score",
     "trace",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur.trace.names import Dim, Ids, Named, Names, lasting, vanishing
 
+BROADCAST = "one position is broadcast over others"
 Result = Named | Sequence[Named] | None
 Rule = Callable[["Call"], Result]
 
@@ -126,7 +127,7 @@ def merge(
             if at < 0:
                 absent = True
             elif own[at] == 1 and size != 1:
-                call.freeze(named.dims[at], "one position is broadcast over others")
+                call.freeze(named.dims[at], BROADCAST)
                 absent = True
             else:
                 present.append(named.dims[at])

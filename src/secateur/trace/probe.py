@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
+from secateur.trace.call import BROADCAST
 from secateur.trace.graph import ChannelGraph, ChannelGroup
 from secateur.trace.names import Dim, Ids, Names
 from secateur.trace.slices import shrink, shrunk, sliced
@@ -100,7 +101,7 @@ def contradiction(names: Names) -> str:
         if differ.any() and not (len(np.unique(np.r_[one[differ], other[differ]])) == 2 and not (one * other)[differ].any()):
             return "the model's forward takes another path, on which channels are mixed up"
     for ids, operation, reason in names.freezes:
-        if len(np.unique(np.abs(ids[ids != 0]))) > 1:
+        if len(np.unique(np.abs(ids[ids != 0]))) > (reason != BROADCAST):
             return f"the model's forward takes another path, on which {operation} {reason}"
     return ""
 

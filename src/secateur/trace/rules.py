@@ -327,27 +327,31 @@ def _grouped(
     """
     names, (rows, columns, *_) = call.names, tuple(shape)
     per_input = rows // groups if transposed else columns
-    if channels is None or first is None or (second is None and per_input > 1):
-        for ids in (channels, first, second):
-            call.freeze(ids, "grouped convolution of fixed positions")
-        return None
     if per_input == 1:  # depthwise: every channel has its own filters
         call.freeze(second, "kernel position")
+        if channels is None or first is None:
+            call.freeze(channels, "depthwise convolution of fixed positions")
+            call.freeze(first, "depthwise convolution of fixed positions")
+            return None
         names.unite(channels[:, None], first.reshape(groups, -1))
         outer = np.repeat(first, columns) if transposed else first
         return vanishing(outer, (outer > 0) | (np.repeat(channels, len(outer) // groups) > 0))
+
+    if first is not None:
+        table = first.reshape(groups, -1)
+        names.unite(table[:1], table[1:])
+    inner = first if transposed else second
     names.read(channels, call.op)
-    assert second is not None
-    offsets = channels.reshape(groups, per_input)
-    names.unite(offsets[:1], offsets[1:])
-    table = first.reshape(groups, -1)
-    names.unite(table[:1], table[1:])
+    names.mark("consumer", inner)
+    if channels is None or inner is None:
+        call.freeze(channels, "is contracted with fixed positions")
+        call.freeze(inner, "is contracted with fixed positions")
+    else:
+        offsets = channels.reshape(groups, per_input)
+        names.unite(offsets[:1], offsets[1:])
+        names.unite(offsets if transposed else offsets[0], inner.reshape(groups, -1) if transposed else inner)
     if transposed:
-        names.unite(channels, first)
-        names.mark("consumer", first)
-        return np.tile(second, groups)
-    names.unite(offsets[0], second)
-    names.mark("consumer", second)
+        return None if second is None else np.tile(second, groups)
     return first
 
 
