@@ -1,0 +1,5 @@
+"""Pruning while training."""
+
+from secateur.train.sdprun import SDPrun
+
+__all__ = ["SDPrun"]
