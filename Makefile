@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-long lint bench clean
+
+demo: $(READY)
+	$(BIN)/secateur run recipes/digits-sdprun.yaml --out runs/digits-sdprun
+	$(BIN)/secateur run recipes/digits-taylor.yaml --out runs/digits-taylor
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+# the same with 10,000 random networks and everything that takes minutes
+test-long: lint
+	SECATEUR_NETWORKS=10000 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python bench/trace.py
+	$(BIN)/python bench/step.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist src/*.egg-info
