@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from secateur.trace import Axis, ChannelGraph
 
 
-def channel_sums(graph: ChannelGraph, axes: Iterable[Axis], values: Callable[[Axis], Tensor | None]) -> Tensor:
+def channel_sums(
+    graph: ChannelGraph, axes: Iterable[Axis], values: Callable[[Axis], Tensor | None]
+) -> Float[Tensor, " channels"]:
     """Add up values over axes by channel.
 
     Args:
@@ -37,12 +40,12 @@ def producers(graph: ChannelGraph) -> list[Axis]:
     return list({(a.name, a.dim): a for g in graph.groups for a in g.producers}.values())
 
 
-def by_group(graph: ChannelGraph, values: Tensor) -> dict[str, Tensor]:
+def by_group(graph: ChannelGraph, values: Float[Tensor, " channels"]) -> dict[str, Tensor]:
     """Values by channel id, sorted out by group."""
     return {g.name: values[torch.from_numpy(g.channels)] for g in graph.groups}
 
 
-def rows(tensor: Tensor, dim: int) -> Tensor:
+def rows(tensor: Float[Tensor, "..."], dim: int) -> Float[Tensor, " positions"]:
     """The sum over all dims but one."""
     others = [d for d in range(tensor.ndim) if d != dim]
     return tensor.sum(dim=others) if others else tensor

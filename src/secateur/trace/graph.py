@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError, unknown
 
 
+@runtime_checkable
 class HasRemoved(Protocol):
     """Anything that says which positions of which group go (a :class:`secateur.Plan` does)."""
 

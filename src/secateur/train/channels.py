@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from secateur.trace.graph import ChannelGroup
 Axes = Mapping[nn.Parameter, tuple[int, Tensor]]  # the dim of the rows, and an int64 id for each
 
 
+@runtime_checkable
 class HasGroups(Protocol):
     """What the optimizer needs of a graph (a :class:`secateur.trace.graph.ChannelGraph` is one)."""
 
