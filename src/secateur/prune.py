@@ -1,0 +1,148 @@
+"""The whole flow in one call: trace, score, allocate, cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from secateur.allocate import STRATEGIES, Budget, Meter, allocate
+from secateur.allocate.strategies import Strategy
+from secateur.cut import cut, dead_channels
+from secateur.cut import recalibrate as recalibrate_norms
+from secateur.errors import SecateurError, unknown
+from secateur.plan import Plan
+from secateur.score import score
+from secateur.score.api import CRITERIA, Criterion, Loss
+from secateur.trace import ChannelGraph, trace
+from secateur.trace.tracer import Inputs
+
+DEAD = "dead"
+"""The method that reads the plan off the weights: what training has driven to exact zero goes."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a model costs.
+
+    Attributes:
+        macs: multiply-accumulates of one forward on the example inputs.
+        params: parameters, shared ones once.
+        channels: removable channels.
+    """
+
+    macs: int
+    params: int
+    channels: int
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What :func:`prune` returns.
+
+    Attributes:
+        model: the smaller model.
+        plan: what was removed.
+        graph: the channel graph of the original.
+        before: counts of the original.
+        after: counts of the smaller model.
+        scores: group name to one score a channel; empty for ``"dead"``.
+    """
+
+    model: nn.Module
+    plan: Plan
+    graph: ChannelGraph
+    before: Counts
+    after: Counts
+    scores: dict[str, Tensor] = field(repr=False)
+
+    def table(self) -> str:
+        """Counts before and after, and what every group kept, as text."""
+        kept = self.graph.kept(self.plan)
+        lines = [("", "before", "after", "kept")]
+        lines += [_row(u, getattr(self.before, u), getattr(self.after, u)) for u in ("macs", "params", "channels")]
+        lines += [_row(g.name, len(g), int(k)) for g, k in zip(self.graph.groups, kept, strict=True)]
+        wide = [max(len(line[i]) for line in lines) for i in range(4)]
+        return "\n".join(
+            f"{name.ljust(wide[0])}  {'  '.join(c.rjust(w) for c, w in zip(cells, wide[1:], strict=True))}"
+            for name, *cells in lines
+        )
+
+
+def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return name, f"{before:,}", f"{after:,}", f"{after / max(before, 1):.1%}"
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    method: str | Criterion = "taylor",
+    budget: Budget | None = None,
+    data: Iterable[Any] | None = None,
+    loss_fn: Loss | None = None,
+    strategy: str | Strategy = "global",
+    inexact: bool = False,
+    recalibrate: bool = False,
+    **options: Any,
+) -> Result:
+    """Make a model smaller.
+
+    Args:
+        model: the model; it is left untouched.
+        example_inputs: as for :func:`secateur.trace`; counts refer to their shapes.
+        method: a criterion (a name or a callable), or ``"dead"`` for the channels that are exactly zero.
+        budget: what may remain; not for ``"dead"``, where the weights decide.
+        data: batches, for criteria that need them and for ``recalibrate``.
+        loss_fn: the loss, for criteria that need it.
+        strategy: as for :func:`secateur.allocate`.
+        inexact: also cut groups whose removal changes more than the removed channels.
+        recalibrate: re-estimate the running statistics of the smaller model's batch norms on ``data``.
+        **options: the criterion's own.
+
+    Raises:
+        SecateurError: what the steps refuse; a budget that cannot be met is told before any work.
+    """
+    _check(method, budget, strategy, data if recalibrate else (), options)
+    graph = trace(model, example_inputs)
+    scores: dict[str, Tensor] = {}
+    if budget is None:
+        plan = dead_channels(model, graph, inexact=inexact)
+    else:
+        check_feasible(graph, budget, inexact=inexact)
+        scores = score(model, graph, method, data=data, loss_fn=loss_fn, **options)
+        plan = allocate(graph, scores, budget, strategy=strategy, inexact=inexact)
+    small = cut(model, plan)
+    if recalibrate:
+        recalibrate_norms(small, data)
+    return Result(small, plan, graph, counts(graph), counts(graph, plan), scores)
+
+
+def counts(graph: ChannelGraph, plan: Plan | None = None) -> Counts:
+    """What the traced model costs, after a plan."""
+    return Counts(graph.macs(plan), graph.params(plan), int(graph.kept(plan).sum()))
+
+
+def check_feasible(graph: ChannelGraph, budget: Budget, *, inexact: bool = False) -> None:
+    """Raise if no plan can meet the budget, with the range that is feasible."""
+    movable = np.array([group.exact or inexact for group in graph.groups])
+    Meter(graph, budget).check_feasible(np.where(movable, budget.floors(graph), graph.widths), inexact=inexact)
+
+
+def _check(method: Any, budget: Any, strategy: Any, data: Any, options: Any) -> None:
+    if isinstance(method, str) and method not in CRITERIA and method != DEAD:
+        raise unknown("method", method, (*CRITERIA, DEAD))
+    if isinstance(strategy, str) and strategy not in STRATEGIES:
+        raise unknown("strategy", strategy, STRATEGIES)
+    if method == DEAD:
+        if budget is not None:
+            raise SecateurError("prune(method='dead', budget=...): the weights decide what goes; leave the budget out")
+        if options:
+            raise unknown("option of method 'dead'", next(iter(options)), ("inexact", "recalibrate"))
+    elif not isinstance(budget, Budget):
+        raise SecateurError(f"prune(budget={budget!r}): a Budget is expected, for instance Budget(macs=0.5)")
+    if data is None:
+        raise SecateurError("prune(recalibrate=True) needs data= (batches)")
