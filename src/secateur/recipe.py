@@ -1,0 +1,406 @@
+"""A recipe: one validated description of a run, from a YAML file and ``key=value`` overrides.
+
+::
+
+    name: digits-taylor
+    seeds: [0]
+    data: {name: digits, batch_size: 64, validation: 0.1}
+    model: {name: digits_cnn}
+    train: {optimizer: sgd, epochs: 20, lr: 0.1, momentum: 0.9}
+    prune: {method: taylor, budget: {macs: 0.5}, batches: 8}
+    finetune: {epochs: 5, lr: 0.01, momentum: 0.9}
+    measure: {batch_sizes: [1, 32], repeats: 50, threads: 1}
+
+Unknown keys, keys given twice and settings that contradict each other are refused, each with one message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from secateur.allocate import STRATEGIES, Budget, budget_from
+from secateur.data import DATA
+from secateur.errors import SecateurError, unknown
+from secateur.factory import is_path
+from secateur.models import MODELS
+from secateur.prune import DEAD
+from secateur.score.api import CRITERIA
+from secateur.train.schedule import SCHEDULES
+from secateur.train.sdprun import WEIGHTS
+
+METHODS = (*CRITERIA, DEAD, "none")
+OPTIMIZERS = {  # the settings each takes beside the learning rate
+    "sgd": ("momentum", "nesterov", "weight_decay"),
+    "adam": ("weight_decay",),
+    "adamw": ("weight_decay",),
+    "sdprun": ("c", "mu", "weights", "baseline"),
+}
+_OWN = sorted({setting for settings in OPTIMIZERS.values() for setting in settings})
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    def changed(self) -> set[str]:
+        """The settings that are not at their defaults: only those can contradict others."""
+        fields = type(self).model_fields
+        return {name for name in self.model_fields_set if getattr(self, name) != fields[name].default}
+
+
+class Data(_Section):
+    """What is trained and tested on.
+
+    Attributes:
+        name: built-in, or ``package.module:factory``.
+        root: the folder that holds it; ``None`` to look where ``secateur.data.load`` looks.
+        batch_size: images a step.
+        augment: random crops and mirror images while training.
+        validation: share of the training images held out, to choose settings by.
+    """
+
+    name: str
+    root: str | None = None
+    batch_size: int = Field(default=128, ge=1)
+    augment: bool = False
+    validation: float = Field(default=0.0, ge=0, lt=1)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _one_of("data", name, DATA)
+
+
+class Model(_Section):
+    """The network.
+
+    Attributes:
+        name: built-in, or ``package.module:factory``.
+        options: keyword arguments of its factory.
+        weights: begin with these instead of training: a safetensors file of its state, or a directory that secateur
+            saved; ``{seed}`` stands for the seed.
+    """
+
+    name: str
+    options: dict[str, Any] = {}
+    weights: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _one_of("model", name, MODELS)
+
+
+class Tune(_Section):
+    """Training of the cut network.
+
+    Attributes:
+        optimizer: ``sgd``, ``adam`` or ``adamw``; for ``Train`` also ``sdprun``.
+        epochs: passes over the training images.
+        lr: learning rate at the schedule's 1.
+        schedule: a name in ``secateur.train.schedule``.
+        momentum: of sgd.
+        nesterov: of sgd.
+        weight_decay: of all but sdprun.
+        label_smoothing: of the cross entropy, in [0, 1).
+        channels_last: run in that memory format.
+        compile: run through ``torch.compile``.
+    """
+
+    optimizer: str = "sgd"
+    epochs: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    schedule: str = "one_cycle"
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(default=0.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    channels_last: bool = False
+    compile: bool = False
+
+    @field_validator("schedule")
+    @classmethod
+    def _known(cls, schedule: str) -> str:
+        return _one_of("schedule", schedule, SCHEDULES)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Tune:
+        known = OPTIMIZERS if isinstance(self, Train) else [name for name in OPTIMIZERS if name != "sdprun"]
+        _one_of("optimizer", self.optimizer, known)
+        for setting in _OWN:
+            if setting in self.changed() and setting not in OPTIMIZERS[self.optimizer]:
+                why = " (either breaks the sum of gradients it keeps)" if self.optimizer == "sdprun" else ""
+                raise SecateurError(
+                    f"optimizer {self.optimizer!r} takes no {setting}{why}; it takes lr, "
+                    + ", ".join(OPTIMIZERS[self.optimizer])
+                )
+        if self.nesterov and not self.momentum:
+            raise SecateurError("nesterov: true needs a momentum above 0")
+        return self
+
+
+class Train(Tune):
+    """Training of the network: what ``Tune`` has, and the settings of sdprun.
+
+    Attributes:
+        c: strength of sdprun's pruning.
+        mu: growth of its threshold in time.
+        weights: ``none`` or ``sqrt``: how its threshold depends on a channel's size.
+        baseline: also train the same network by plain SGD, same seed and schedule, as the "before".
+    """
+
+    c: float = Field(default=5e-4, ge=0)
+    mu: float = Field(default=0.6, gt=0, le=1)
+    weights: str = "none"
+    baseline: bool = False
+
+    @field_validator("weights")
+    @classmethod
+    def _known_weights(cls, weights: str) -> str:
+        return _one_of("weights", weights, WEIGHTS)
+
+
+class Prune(_Section):
+    """What goes.
+
+    Attributes:
+        method: a criterion; ``dead`` for what sdprun has driven to zero; ``none``.
+        budget: what may remain, as the arguments of :class:`secateur.Budget`.
+        strategy: how the budget is shared among the groups.
+        inexact: also cut groups whose removal changes more than the removed channels.
+        recalibrate: re-estimate batch-norm statistics after the cut.
+        batches: batches of training images for scores and recalibration; ``None`` for all.
+    """
+
+    method: str = "none"
+    budget: dict[str, Any] | None = None
+    strategy: str = "global"
+    inexact: bool = False
+    recalibrate: bool = False
+    batches: int | None = Field(default=None, ge=1)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        return _one_of("method", method, METHODS)
+
+    @field_validator("strategy")
+    @classmethod
+    def _known_strategy(cls, strategy: str) -> str:
+        return _one_of("strategy", strategy, STRATEGIES)
+
+    @field_validator("budget")
+    @classmethod
+    def _sound(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        if given is not None:
+            budget_from(given)
+        return given
+
+    @model_validator(mode="after")
+    def _fits(self) -> Prune:
+        given = self.changed() - {"method"}
+        if self.method == "none" and given:
+            raise SecateurError(f"method 'none' prunes nothing, but {', '.join(sorted(given))} is given; leave it out")
+        wrong = given & {"budget", "strategy"}
+        if self.method == DEAD and wrong:
+            raise SecateurError(
+                f"method 'dead' takes what training has driven to zero, but {' and '.join(sorted(wrong))} is given: "
+                "leave it out, or use another method"
+            )
+        if self.method in CRITERIA and self.budget is None:
+            raise SecateurError(f"method {self.method!r} needs a budget, for instance budget: {{macs: 0.5}}")
+        return self
+
+    def make_budget(self) -> Budget | None:
+        """The budget, if there is one."""
+        return None if self.budget is None else budget_from(self.budget)
+
+
+class Measure(_Section):
+    """How latency is measured, always on the CPU.
+
+    Attributes:
+        batch_sizes: images a forward.
+        repeats: forwards whose median counts.
+        threads: CPU threads.
+    """
+
+    batch_sizes: list[int] = [1, 32]
+    repeats: int = Field(default=50, ge=1)
+    threads: int = Field(default=1, ge=1)
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _sizes(cls, sizes: list[int]) -> list[int]:
+        if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+            raise SecateurError(f"{sizes}: different numbers from 1 on are expected")
+        return sizes
+
+
+class Recipe(_Section):
+    """A run: train or load, prune, fine-tune, measure, save, for every seed.
+
+    Attributes:
+        name: of the run, for its table.
+        about: what it shows, in a line.
+        seeds: one run each; a number stands for a list of one.
+        device: ``cpu``, or ``auto`` for a GPU where there is one.
+        threads: CPU threads for training; results depend on it in the last bits. ``None`` for PyTorch's choice.
+        data: section.
+        model: section.
+        train: section; left out where ``model.weights`` is given.
+        prune: section.
+        finetune: section.
+        measure: section.
+    """
+
+    name: str = "run"
+    about: str = ""
+    seeds: list[int] = [0]
+    device: Literal["cpu", "auto"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    data: Data
+    model: Model
+    train: Train | None = None
+    prune: Prune = Field(default_factory=Prune)
+    finetune: Tune | None = None
+    measure: Measure = Field(default_factory=Measure)
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _listed(cls, seeds: Any) -> Any:
+        return [seeds] if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: list[int]) -> list[int]:
+        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+            raise SecateurError(f"{seeds}: different numbers from 0 on are expected")
+        return seeds
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if (self.train is None) == (self.model.weights is None):
+            state = "neither" if self.train is None else "both"
+            raise SecateurError(f"give either a train section or model.weights; {state} is given")
+        pruned_in_training = self.train is not None and self.train.optimizer == "sdprun"
+        if self.prune.method == DEAD and self.train is not None and not pruned_in_training:
+            raise SecateurError(f"method 'dead' needs optimizer 'sdprun': {self.train.optimizer!r} leaves no zeros")
+        if self.finetune is not None and self.prune.method == "none":
+            raise SecateurError("a finetune section needs a prune section: nothing is pruned")
+        return self
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file, with ``key=value`` overrides (dotted keys, values in YAML).
+
+    Raises:
+        SecateurError: a file that cannot be read, unknown or contradicting settings, all told in one message.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SecateurError(f"recipe {path}: it cannot be read ({error})") from error
+    given = parse_yaml(text, f"recipe {path}")
+    if not isinstance(given, dict):
+        raise SecateurError(f"recipe {path}: keys and values are expected, such as 'seeds: [0]'")
+    return validate(_overridden(given, overrides), f"recipe {path}")
+
+
+def validate(given: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """A recipe from plain data."""
+    try:
+        return Recipe.model_validate(dict(given))
+    except ValidationError as error:
+        raise SecateurError(f"{where}: {'; '.join(_told(error))}") from error
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What a YAML text holds; a key twice in one mapping is refused, and 1e-3 is a number."""
+    try:
+        return yaml.load(text, Loader=_Yaml)
+    except SecateurError as error:
+        raise SecateurError(f"{where}: {error}") from error
+    except yaml.YAMLError as error:
+        raise SecateurError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+
+
+class _Yaml(yaml.SafeLoader):
+    """Safe YAML, without two of its traps."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are all different."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise SecateurError(f"line {node.start_mark.line + 1}: the key {twice!r} is given twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _overridden(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not all(key.split(".")):
+            raise SecateurError(f"override {text!r}: key=value is expected, such as train.epochs=3")
+        new = parse_yaml(value, f"override {text!r}")
+        for other, before in values.items():
+            if (other == key and before != new) or other.startswith(key + ".") or key.startswith(other + "."):
+                raise SecateurError(f"override {text!r} contradicts {other}={before!r}: give one of the two")
+        values[key] = new
+    for key, value in values.items():
+        *path, last = key.split(".")
+        section = given
+        for part in path:
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        section[last] = value
+    return given
+
+
+def _one_of(kind: str, name: str, known: Any) -> str:
+    if name not in known and not (kind in {"data", "model"} and is_path(name)):
+        raise unknown(kind, name, known)
+    return name
+
+
+def _told(error: ValidationError) -> Iterator[str]:
+    """What pydantic found, in this project's words."""
+    for entry in error.errors():
+        *path, last = (str(part) for part in entry["loc"]) if entry["loc"] else ("",)
+        key = ".".join([*path, last])
+        cause = entry.get("ctx", {}).get("error")
+        if entry["type"] == "extra_forbidden":
+            yield str(unknown("key" + (f" in {'.'.join(path)}" if path else ""), last, _fields(path)))
+        elif entry["type"] == "missing":
+            yield f"{key} is missing"
+        elif isinstance(cause, SecateurError):
+            yield f"{key}: {cause}" if key else str(cause)
+        else:
+            text = entry["msg"].replace("Input should be", "must be")
+            text = re.sub(r"dictionary or instance of \w+", "section of keys and values", text)
+            yield f"{key}={entry['input']!r} {text}"
+
+
+def _fields(path: Sequence[str]) -> list[str]:
+    """The keys that a section knows."""
+    sections: dict[str, type[BaseModel]] = {
+        "data": Data,
+        "model": Model,
+        "train": Train,
+        "prune": Prune,
+        "finetune": Tune,
+        "measure": Measure,
+    }
+    return list((sections[path[0]] if path else Recipe).model_fields)

@@ -1,0 +1,262 @@
+"""The stages of one seed: baseline, trained, pruned, tuned, measured.
+
+Each begins from what the one before has left on disk, with the seed's own random state, whether the run was interrupted
+or not; so it ends the same. Inside a training stage the loop's checkpoints do that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secateur import store
+from secateur.cut import check
+from secateur.data import Dataset
+from secateur.errors import SecateurError
+from secateur.measure import accuracy, file_size, latency
+from secateur.models import build
+from secateur.prune import DEAD, check_feasible, prune
+from secateur.recipe import Recipe, Train, Tune
+from secateur.run.folder import write_json
+from secateur.trace import trace
+from secateur.train.loop import fit
+from secateur.train.sdprun import SDPrun
+
+Facts = dict[str, Any]
+TEST_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all stages share.
+
+    Attributes:
+        recipe: what to do.
+        data: the data set, on the accelerator's device.
+        accelerator: of Hugging Face accelerate.
+        progress: show bars.
+        say: prints a line on what is being done.
+    """
+
+    recipe: Recipe
+    data: Dataset
+    accelerator: Accelerator
+    progress: bool
+    say: Callable[[str], None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where training runs."""
+        return torch.device(self.accelerator.device)
+
+    @property
+    def inputs(self) -> Tensor:
+        """One example image."""
+        return torch.zeros(1, *self.data.image, device=self.device)
+
+    def build(self) -> nn.Module:
+        """The network as the recipe describes it, from the present random state."""
+        return build(self.recipe.model.name, **self.recipe.model.options)
+
+    def begin(self, seed: int) -> nn.Module:
+        """The network at the beginning: initialised from the seed, or with the recipe's weights."""
+        set_seed(seed)
+        weights = self.recipe.model.weights
+        if weights is None:
+            return self.build()
+        return store.load_weights(weights.replace("{seed}", str(seed)), self.build)
+
+
+def check_setting(setting: Setting) -> None:
+    """Try what can be tried before any work: the weights, one image through the network, the budget.
+
+    Raises:
+        SecateurError: the network does not take the images, has too few outputs, or cannot meet the budget.
+    """
+    models = [setting.begin(seed) for seed in setting.recipe.seeds]
+    model = models[0].to(setting.device)
+    graph = trace(model, setting.inputs)
+    with torch.no_grad():
+        output = model.eval()(setting.inputs)
+    classes = setting.data.classes
+    if not isinstance(output, Tensor) or output.shape != (1, classes):
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise SecateurError(
+            f"model {setting.recipe.model.name!r}: for one image of data {setting.data.name!r} it gives {shape}, and "
+            f"[1, {classes}] is due, one value a class; see model.options"
+        )
+    budget = setting.recipe.prune.make_budget()
+    if budget is not None:
+        check_feasible(graph, budget, inexact=setting.recipe.prune.inexact)
+
+
+def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
+    """All stages of one seed; what is already in the folder is not done again.
+
+    Returns:
+        ``before`` and ``after`` (metrics; ``after`` is missing if nothing is pruned) and ``stages`` (what each noted).
+    """
+    recipe, train = setting.recipe, setting.recipe.train
+    stage = partial(_stage, setting, folder)
+    stages: dict[str, Facts] = {}
+    before: Path | None = None
+
+    def kept(name: str, make: Callable[[Path], tuple[nn.Module, Facts]]) -> Path:
+        stages[name] = stage(name, make)
+        return folder / name
+
+    if train is None:
+        last = before = kept("baseline", lambda _: (setting.begin(seed), {}))
+    elif train.optimizer != "sdprun" or train.baseline:
+        last = before = kept("baseline", lambda at: _train(setting, setting.begin(seed), plain(train), seed, at))
+    if train is not None and train.optimizer == "sdprun":
+        last = kept("trained", lambda at: _train(setting, setting.begin(seed), train, seed, at))
+        before = before or last
+    if recipe.prune.method != "none":
+        source = last
+        last = kept("pruned", lambda _: _prune(setting, source, seed))
+    if recipe.finetune is not None:
+        tuned, section = last, recipe.finetune
+        last = kept("tuned", lambda at: _train(setting, _load(setting, tuned), section, seed, at))
+    assert before is not None
+    columns = {"before": before} | ({"after": last} if last != before else {})
+    return {**_measured(setting, folder, columns), "stages": stages}
+
+
+def plain(train: Train) -> Tune:
+    """The same training without pruning: of sdprun, plain SGD under the same schedule."""
+    if train.optimizer != "sdprun":
+        return train
+    own = {"c", "mu", "weights", "baseline", "optimizer"}
+    return Tune.model_validate({**train.model_dump(exclude=own, exclude_unset=True), "optimizer": "sgd"})
+
+
+def _stage(setting: Setting, folder: Path, name: str, make: Callable[[Path], tuple[nn.Module, Facts]]) -> Facts:
+    """Do a stage unless it is there; what it noted."""
+    at, checkpoints = folder / name, folder / f"{name}-checkpoints"
+    if not (at / store.FILE).exists():
+        setting.say(f"{folder.name}: {name}")
+        model, facts = make(checkpoints)
+        store.save(model, at, notes=facts)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    for left in folder.rglob("*.tmp"):  # by a process that was killed while it wrote
+        left.unlink(missing_ok=True)
+    return dict(store.read_head(at)["notes"])
+
+
+def _load(setting: Setting, at: Path) -> nn.Module:
+    try:
+        return store.load(at, setting.build)
+    except SecateurError as error:
+        raise SecateurError(f"{error}; delete {at} to have this stage done again") from error
+
+
+def _train(setting: Setting, model: nn.Module, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
+    set_seed(seed)
+    data, recipe = setting.data, setting.recipe
+    held_out = data.loader("validation", TEST_BATCH) if data.validation is not None else None
+    history = fit(
+        model,
+        make_optimizer(setting, model, section),
+        data.loader("train", recipe.data.batch_size, shuffle=True, augment=recipe.data.augment, seed=seed),
+        epochs=section.epochs,
+        loss_fn=partial(F.cross_entropy, label_smoothing=section.label_smoothing),
+        schedule=section.schedule,
+        checkpoint_dir=checkpoints,
+        after_epoch=(lambda: {"validation_accuracy": accuracy(model, held_out)}) if held_out is not None else None,
+        accelerator=setting.accelerator,
+        progress=setting.progress,
+        channels_last=section.channels_last,
+        compile=section.compile,
+    )
+    return model, {"history": history, "seconds": sum(row["seconds"] for row in history)}
+
+
+def make_optimizer(setting: Setting, model: nn.Module, section: Tune) -> torch.optim.Optimizer:
+    """The optimizer that a section describes."""
+    if isinstance(section, Train) and section.optimizer == "sdprun":
+        graph = trace(model, setting.inputs.cpu())
+        return SDPrun(model, graph, lr=section.lr, c=section.c, mu=section.mu, weights=section.weights)
+    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
+    if section.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=section.momentum, nesterov=section.nesterov, **common)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return kinds[section.optimizer](model.parameters(), **common)
+
+
+def _prune(setting: Setting, source: Path, seed: int) -> tuple[nn.Module, Facts]:
+    set_seed(seed)
+    section, data = setting.recipe.prune, setting.data
+    model = _load(setting, source).to(setting.device)
+    loader = data.loader("train", setting.recipe.data.batch_size, shuffle=True, seed=seed)
+    batches = loader if section.batches is None else list(itertools.islice(loader, section.batches))
+    result = prune(
+        model,
+        setting.inputs,
+        method=section.method,
+        budget=section.make_budget(),
+        data=batches,
+        loss_fn=F.cross_entropy,
+        strategy=section.strategy,
+        inexact=section.inexact,
+        recalibrate=section.recalibrate,
+        **({"seed": seed} if section.method == "random" else {}),
+    )
+    kept = result.graph.kept(result.plan)
+    facts: Facts = {
+        "widths": {g.name: [len(g), int(k)] for g, k in zip(result.graph.groups, kept, strict=True)},
+        "skipped": dict(result.plan.skipped),
+    }
+    if not section.recalibrate and not section.inexact:  # masked and cut compute the same: shown, not assumed
+        images, _ = next(iter(data.loader("train", 64)))
+        facts["difference"] = check(model, result.model, result.plan, images)
+        if section.method == DEAD:
+            facts["dead"] = len(result.plan)
+    return result.model, facts
+
+
+def _measured(setting: Setting, folder: Path, columns: Mapping[str, Path]) -> Facts:
+    """Metrics of the models in these directories, by column; the test images are looked at here alone."""
+    path = folder / "measured.json"
+    if not path.exists():
+        setting.say(f"{folder.name}: measured")
+        write_json(path, {name: metrics(setting, _load(setting, at)) for name, at in columns.items()})
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except ValueError as error:
+        raise SecateurError(f"{path} is damaged ({error}); delete it to have this stage done again") from error
+
+
+def metrics(setting: Setting, model: nn.Module) -> Facts:
+    """Accuracies, counts, bytes of the file, and latencies on the CPU, of a model on the CPU."""
+    how, data = setting.recipe.measure, setting.data
+    image = torch.zeros(1, *data.image)
+    graph = trace(model, image)
+    found: Facts = {
+        "macs": graph.macs(),
+        "params": graph.params(),
+        "file_bytes": file_size(model),
+        "latency": {
+            str(size): latency(
+                model, image.expand(size, -1, -1, -1).contiguous(), repeats=how.repeats, threads=how.threads
+            )
+            for size in how.batch_sizes
+        },
+    }
+    model.to(setting.device)
+    for split in ("validation", "test"):
+        if getattr(data, split) is not None:
+            found[f"{split}_accuracy"] = accuracy(model, data.loader(split, TEST_BATCH))
+    return found
