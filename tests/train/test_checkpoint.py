@@ -98,6 +98,8 @@ def test_the_last_two_are_kept(tmp_path):
     assert checkpoint.newest(tmp_path / "none") is None
     for step in (1, 9, 10, 11):
         checkpoint.save(tmp_path / "a", step, step)
+        (tmp_path / "a" / f"step-{step}.safetensors.17.tmp").touch()  # of a run that was killed
+    checkpoint.save(tmp_path / "a", 11, 11)
     assert [int(path.stem[5:]) for path in sorted((tmp_path / "a").iterdir())] == [10, 11]
     assert checkpoint.newest(tmp_path / "a") == 11
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> 
     clones = _own_tensors(small, untouched)
     if plan.graph is not None and plan.graph.inputs is not None:
         _try(small, plan.graph.inputs)
-    setattr(small, _RECORD, [*record(model), {"cut": plan.to_json()}])
+    setattr(small, _RECORD, [*getattr(model, _RECORD, []), {"cut": replace(plan, graph=None)}])
     if follower is not None:
         names = {id(t): n for n, t in model.named_parameters()}
         follower({whole[i]: clones.get(i, undo.replaced.get(n)) for i, n in names.items()})
@@ -72,7 +73,7 @@ def _own_tensors(small: nn.Module, shared: set[int]) -> dict[int, Tensor]:
 
 def record(model: nn.Module) -> list[dict[str, str]]:
     """What was done to a model to make it what it is, in order, as data."""
-    return list(getattr(model, _RECORD, []))
+    return [{kind: step.to_json() for kind, step in entry.items()} for entry in getattr(model, _RECORD, [])]
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

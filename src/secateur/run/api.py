@@ -61,6 +61,7 @@ def run(
         stages.check_setting(setting)
         new = not out.exists()
         with folder.held(out):
+            folder.sweep(out)
             if fresh:
                 folder.clear(out)
             begun = {

@@ -106,12 +106,19 @@ def held(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def sweep(out: Path) -> None:
+    """Remove what a process left that was killed while it wrote."""
+    for pattern in (f"{FILE}.*.tmp", "seed-*/**/*.tmp"):
+        for left in out.glob(pattern):
+            left.unlink(missing_ok=True)
+
+
 def clear(out: Path) -> None:
     """Remove what a run has left, ``run.json`` last."""
+    sweep(out)
     for entry in out.glob("seed-*"):
         shutil.rmtree(entry)
-    for entry in (*out.glob("*.tmp"), out / FILE):
-        entry.unlink(missing_ok=True)
+    (out / FILE).unlink(missing_ok=True)
 
 
 def _lock(handle: int, out: Path) -> None:

@@ -151,8 +151,6 @@ def _stage(setting: Setting, folder: Path, name: str, make: Callable[[Path], tup
         model, facts = make(checkpoints)
         store.save(model, at, notes=facts)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    for left in folder.rglob("*.tmp"):  # by a process that was killed while it wrote
-        left.unlink(missing_ok=True)
     return dict(store.read_head(at)["notes"])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.score.sums import by_group, channel_sums, producers, rows
+from secateur.score.sums import by_group, channel_sums, producers
 from secateur.trace import Axis, ChannelGraph
 
 
@@ -36,7 +36,8 @@ def magnitude(
 
     def norm(axis: Axis) -> Tensor:
         tensor = tensors[axis.name].detach()
-        value = rows(tensor.abs(), axis.dim) if p == 1 else rows(tensor.square(), axis.dim).sqrt()
+        others = [d for d in range(tensor.ndim) if d != axis.dim]
+        value = torch.linalg.vector_norm(tensor, ord=p, dim=others) if others else tensor.abs()
         return value / value.mean().clamp_min(1e-30) if normalize else value
 
     filters = [a for a in axes if tensors[a.name].ndim > 1]

@@ -54,8 +54,8 @@ def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen:
     finally:
         undo()
     if [s.op for s in expected] != [s.op for s in watcher.steps]:  # PyTorch's own path depends on strides, and so on widths
-        return contradiction(watcher.names) or compare(expected[-1:], watcher.steps[-1:])
-    return compare(expected, watcher.steps)
+        return contradiction(watcher.names) or compare(expected[-1:], watcher.steps[-1:], watcher.agree)
+    return compare(expected, watcher.steps, watcher.agree)
 
 
 def remaining(steps: list[Step], gone: np.ndarray) -> list[Step]:
@@ -80,7 +80,7 @@ def remaining(steps: list[Step], gone: np.ndarray) -> list[Step]:
     return result
 
 
-def compare(expected: list[Step], again: list[Step]) -> str:
+def compare(expected: list[Step], again: list[Step], agree: Callable[[Dim, Dim], bool]) -> str:
     """The first difference between two runs, in words, or an empty string."""
     for want, got in zip(expected, again, strict=True):
         if want.shapes != got.shapes:
@@ -88,7 +88,7 @@ def compare(expected: list[Step], again: list[Step]) -> str:
         if want.numbers != got.numbers:
             return f"the model computes a number from a width: {got.op} takes {got.numbers} where {want.numbers} is due"
         for dims, others in zip(want.names, got.names, strict=True):
-            if any(not _agree(a, b) for a, b in zip(dims, others, strict=True)):
+            if any(not agree(a, b) for a, b in zip(dims, others, strict=True)):
                 return f"the model fixes a position: {got.op} mixes up channels"
     return ""
 
@@ -104,15 +104,6 @@ def contradiction(names: Names) -> str:
         if len(np.unique(np.abs(ids[ids != 0]))) > (reason != BROADCAST):
             return f"the model's forward takes another path, on which {operation} {reason}"
     return ""
-
-
-def _agree(want: Dim, got: Dim) -> bool:
-    if want is got:
-        return True
-    if want is None or got is None:
-        other = got if want is None else want
-        return other is None or not other.any()
-    return bool((want == np.abs(got)).all())
 
 
 def unbearable(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +18,9 @@ _BATCH_NORMS = nn.modules.batchnorm._NormBase
 
 def kept_positions(size: int, removed: list[int], device: torch.device | str = "cpu") -> Tensor:
     """The positions of an axis of that size that stay (int64)."""
-    keep = torch.ones(size, dtype=torch.bool)
+    keep = np.ones(size, dtype=bool)
     keep[removed] = False
-    return keep.nonzero().squeeze(1).to(device)
+    return torch.from_numpy(np.flatnonzero(keep)).to(device)
 
 
 def sliced(tensor: Tensor, removed: Mapping[int, list[int]]) -> Tensor:

@@ -55,7 +55,23 @@ class Watcher(TorchDispatchMode):
         self.names = names
         self.expected = expected
         self.steps: list[Step] = []
+        self._agreed: dict[tuple[int, int], tuple[Dim, Dim, bool]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Named]] = {}
+
+    def agree(self, want: Dim, got: Dim) -> bool:
+        """Whether two dims carry the same names; arrays flow through a network by reference, so few pairs are new."""
+        if want is got:
+            return True
+        key = (id(want), id(got))
+        known = self._agreed.get(key)
+        if known is None:
+            if want is None or got is None:
+                other = got if want is None else want
+                same = other is None or not other.any()
+            else:
+                same = len(want) == len(got) and bool((want == np.abs(got)).all())
+            known = self._agreed[key] = (want, got, same)  # holding the arrays keeps their ids theirs
+        return known[2]
 
     def set(self, tensor: Tensor, named: Named) -> None:
         """Remember the names of a tensor."""
@@ -124,7 +140,9 @@ class Watcher(TorchDispatchMode):
                 ids is not None and len(ids) != n for ids, n in zip(dims, tensor.shape, strict=True)
             ):
                 continue
-            differ = [d for d, (a, b) in enumerate(zip(named.dims, dims, strict=True)) if not _same(a, b)]
+            differ = [d for d, (want, got) in enumerate(zip(dims, named.dims, strict=True)) if not self.agree(want, got)]
+            if not differ:
+                continue
             given = _values(named.dims[d] for d in differ)
             if constant or (len(lone := _values(dims[d] for d in differ) - {0}) == 1 and given <= lone):
                 result[i] = Named(dims, named.weight)

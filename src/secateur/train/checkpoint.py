@@ -120,10 +120,10 @@ def read(path: Path) -> Any:
 
 
 def save(folder: Path, step: int, state: Any) -> None:
-    """Write the checkpoint of a step and drop all but the last two."""
+    """Write the checkpoint of a step; drop all but the last two, and what a killed run left half written."""
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / f"step-{step:010d}.safetensors", state)
-    for old in _found(folder)[KEPT:]:
+    for old in [*_found(folder)[KEPT:], *folder.glob("step-*.safetensors.*.tmp")]:
         old.unlink(missing_ok=True)
 
 
