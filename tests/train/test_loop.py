@@ -1,9 +1,12 @@
 """The loop trains, resumes bit for bit, and stops with a clear word where it must."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -170,6 +173,15 @@ def test_learning_rates_modes_and_the_forward_are_as_before():
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.3]
     assert [m.training for m in model.modules()] == [False, False, True, False]
     assert "forward" not in vars(model)
+
+
+def test_the_accelerator_does_not_keep_what_it_trained():
+    accelerator = Accelerator(cpu=True)
+    model, _ = plain(accelerator=accelerator)
+    watched = weakref.ref(model)
+    del model
+    gc.collect()
+    assert watched() is None
 
 
 def test_torch_loaders_work():

@@ -143,8 +143,8 @@ class _Run:
         if channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.had_forward = "forward" in vars(model)
-        wrapped = accelerator.prepare_model(model)
-        self.forward = torch.compile(wrapped) if compile else wrapped
+        self.wrapped = accelerator.prepare_model(model)
+        self.forward = torch.compile(self.wrapped) if compile else self.wrapped
         self.stepper = accelerator.prepare_optimizer(optimizer)
 
     @property
@@ -250,7 +250,10 @@ class _Run:
 
     def unwrap(self) -> None:
         """Take away what accelerate put around the model."""
-        self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        for held, ours in (("_models", self.wrapped), ("_optimizers", self.stepper)):
+            kept = getattr(self.accelerator, held, [])  # else it keeps every model that it ever trained
+            kept[:] = [item for item in kept if item is not ours]
         if not self.had_forward:
             vars(self.model).pop("forward", None)
             vars(self.model).pop("_original_forward", None)
