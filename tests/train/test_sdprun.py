@@ -174,7 +174,7 @@ def test_equals_the_equations_channel_by_channel(options):
 @pytest.mark.parametrize("foreach", [False, True])
 def test_c_zero_is_sgd_bit_for_bit(dtype, foreach):
     model, plain = net(dtype=dtype), net(dtype=dtype)
-    opt, sgd = SDPrun(model, net_graph(), lr=0.3, c=0), torch.optim.SGD(plain.parameters(), lr=0.3, foreach=foreach)
+    opt, sgd = SDPrun(model, net_graph(), lr=0.3, c=0.0), torch.optim.SGD(plain.parameters(), lr=0.3, foreach=foreach)
     schedules = [torch.optim.lr_scheduler.StepLR(o, 3, 0.5) for o in (opt, sgd)]
     train(model, opt, batches(10, dtype), schedules[0].step)
     train(plain, sgd, batches(10, dtype), schedules[1].step)
@@ -282,7 +282,7 @@ def test_a_rate_of_zero_stands_still():
 
 @pytest.mark.parametrize("mu", [0.6, 1.0])
 def test_lag_on_a_quadratic(mu):
-    lr, c, h, n = 0.1, 0.02, 0.5, 1000
+    lr, c, h, n = 0.1, 0.02, 2.0, 400
     w, opt = rows(torch.tensor([[1.5]], dtype=DOUBLE), lr=lr, c=c, mu=mu)
     follow(opt, w, lambda x: h * (x - 2), n)
     lag = threshold_increment(n, lr, c, mu) / (lr * h)
@@ -293,7 +293,7 @@ def test_lag_on_a_quadratic(mu):
 
 def test_isotropic_quadratic_lags_along_each_channel():
     torch.manual_seed(0)
-    target, lr, h, n = torch.randn(4, 3, dtype=DOUBLE) + 2, 0.1, 0.5, 1000
+    target, lr, h, n = torch.randn(4, 3, dtype=DOUBLE) + 2, 0.1, 2.0, 400
     w, opt = rows(torch.randn(4, 3, dtype=DOUBLE), lr=lr, c=0.02, mu=0.6)
     follow(opt, w, lambda x: h * (x - target), n)
     lag = threshold_increment(n, lr, 0.02, 0.6) / (lr * h)
@@ -326,11 +326,11 @@ def test_singular_quadratic_moves_in_the_valley_only():
     theta_s += theta_s / norms(theta_s)[:, None]
     u = theta_s / norms(theta_s)[:, None]
     eta = (flat @ u.flatten()).view(3, 2)
-    for c in (0.0025, 0.025):
+    for c in (0.005, 0.05):
         w, opt = rows(theta_s, lr=0.2, c=c, mu=0.55)
-        follow(opt, w, lambda x: (H @ (x - theta_s).flatten()).view(3, 2), 1500)
+        follow(opt, w, lambda x: (H @ (x - theta_s).flatten()).view(3, 2), 500)
         g = opt.param_groups[0]["g"]
-        lag = 2 * threshold_increment(1500, 0.2, c, 0.55) / 0.2
+        lag = 2 * threshold_increment(500, 0.2, c, 0.55) / 0.2
         moved = w.detach() - theta_s
         assert moved.norm() > 0.5 * g
         assert (moved + g * eta).norm() < lag + 0.3 * g**2
@@ -340,7 +340,7 @@ def test_singular_quadratic_moves_in_the_valley_only():
 
 def test_a_steep_channel_keeps_its_norm_and_a_flat_one_goes():
     theta_s = torch.tensor([[0.3, 0.4], [0.3, 0.4]], dtype=DOUBLE)
-    w, opt = rows(theta_s, lr=0.1, c=0.1, mu=0.6)
+    w, opt = rows(theta_s, lr=0.1, c=0.3, mu=0.6)
 
     def gradient(x):
         return torch.stack([x[0] - theta_s[0], torch.zeros(2, dtype=DOUBLE)])
@@ -351,7 +351,7 @@ def test_a_steep_channel_keeps_its_norm_and_a_flat_one_goes():
         follow(opt, w, gradient, 1)
         n += 1
     assert norms(w)[1] == 0
-    assert norms(w)[0] == pytest.approx(0.5, abs=2 * threshold_increment(n, 0.1, 0.1, 0.6) / 0.1)
+    assert norms(w)[0] == pytest.approx(0.5, abs=2 * threshold_increment(n, 0.1, 0.3, 0.6) / 0.1)
 
 
 # --- which elements make a channel -----------------------------------------------------------------------------------
@@ -718,7 +718,6 @@ def test_after_parameters_were_replaced_a_cut_cannot_be_followed():
     [
         ({"lr": -0.1}, r"lr=-0.1.*>= 0"),
         ({"lr": math.nan}, r"lr=nan.*>= 0"),
-        ({"lr": "0.1"}, r"lr='0.1'.*>= 0"),
         ({"c": -1e-9}, r"c=-1e-09.*>= 0"),
         ({"c": math.inf}, r"c=inf.*>= 0"),
         ({"mu": 0.0}, r"mu=0.0.*\(0, 1\]"),
@@ -726,7 +725,7 @@ def test_after_parameters_were_replaced_a_cut_cannot_be_followed():
         ({"mu": math.nan}, r"mu=nan.*\(0, 1\]"),
         ({"weights": "sqr"}, r"unknown weights 'sqr': did you mean 'sqrt'"),
         ({"prox_every": 0}, r"prox_every=0.*1 or more"),
-        ({"prox_every": 1.5}, r"prox_every=1.5.*1 or more"),
+        ({"prox_every": True}, r"prox_every=True.*1 or more"),
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from secateur.cut.optimizer import Follower
 from secateur.errors import SecateurError
 from secateur.plan import Plan
 from secateur.trace import call_model, fingerprint
+from secateur.trace.copying import copy_module
 from secateur.trace.slices import shrink, sliced
 from secateur.trace.tracer import Inputs, tensors_in
 
@@ -41,7 +42,7 @@ def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> 
     whole = {id(t): t for t in (*model.parameters(), *model.buffers())}
     follower = Follower(model, plan, optimizer) if optimizer is not None else None
     memo: dict[int, Any] = dict(whole)  # the copy shares all tensors; what is cut is replaced, the rest cloned
-    small = copy.deepcopy(model, memo)
+    small = copy_module(model, memo)
     undo = shrink(small, plan.slices, sliced)
     untouched = {id(t) for t in whole.values()} - {id(t) for _, _, t in undo.entries}
     clones = _own_tensors(small, untouched)

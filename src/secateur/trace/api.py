@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.trace.build import build
-from secateur.trace.graph import ChannelGraph, ChannelGroup, fingerprint, no_removable_channel
+from secateur.trace.graph import ChannelGraph, ChannelGroup, HasRemoved, fingerprint, no_removable_channel
 from secateur.trace.names import Dim, Names
 from secateur.trace.probe import Chosen, mismatch, unbearable, units
 from secateur.trace.tracer import Inputs, Skeleton, Watcher, final_steps, quiet, tensors_in, watch
@@ -35,6 +37,11 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
         SecateurError: nothing is removable, the forward fails on the example inputs, they are on another device.
     """
     _check(model, example_inputs)
+    with no_collection():
+        return _trace(model, example_inputs)
+
+
+def _trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
     skeleton, watcher = _watched(model, example_inputs)
     names, mark = watcher.names, fingerprint(model)
     params = {name: p.ndim for name, p in skeleton.module.named_parameters()}
@@ -54,10 +61,25 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
     if not graph.groups:
         raise no_removable_channel(graph.frozen)
     graph.inputs = example_inputs
-    graph.verify = lambda plan: mismatch(
-        skeleton, steps, graph, Chosen({n: p for n, p in plan.removed.items() if len(p)})
-    )
+
+    def verify(plan: HasRemoved) -> str:
+        with no_collection():
+            return mismatch(skeleton, steps, graph, Chosen({n: p for n, p in plan.removed.items() if len(p)}))
+
+    graph.verify = verify
     return graph
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection: a trace makes many small objects, and the collector would look at each again and again."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _check(model: nn.Module, inputs: Inputs) -> None:

@@ -48,7 +48,7 @@ def build(
     fixed, matrix = multiplicities(counted, group_of, len(groups))
     graph = ChannelGraph(
         groups=_make_groups(names, axes, groups, matrix[: len(axes)].T.tocsr(), roles),
-        frozen=tuple(_frozen(names, component, channel_of, reason_of, events)),
+        frozen=tuple(_frozen(names, channel_of, reason_of, events)),
         axes=axes,
         fingerprint=fingerprint,
         fixed=fixed,
@@ -218,13 +218,13 @@ def _make_groups(
 
 
 def _frozen(
-    names: Names, component: Ids, channel_of: Ids, reason_of: Ids, events: list[tuple[Ids, str, str]]
+    names: Names, channel_of: Ids, reason_of: Ids, events: list[tuple[Ids, str, str]]
 ) -> Iterable[Frozen]:
-    del component
-    for owner in names.owners:
-        own = slice(owner.start, owner.start + owner.size)
-        reasons, counts = np.unique(reason_of[own][channel_of[own] == 0], return_counts=True)
-        for event, count in zip(reasons, counts, strict=True):
-            _, operation, reason = events[event]
-            if operation != "convolution" or reason != "kernel position":
-                yield Frozen(owner.name, owner.dim, int(count), operation, reason)
+    """The frozen positions of every axis by reason; kernel positions are too plain to tell."""
+    axis = _owner_of(names)
+    lost = np.flatnonzero((channel_of == 0) & (axis >= 0))
+    keys, counts = np.unique(axis[lost] * len(events) + reason_of[lost], return_counts=True)
+    for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
+        owner, (_, operation, reason) = names.owners[key // len(events)], events[key % len(events)]
+        if reason != "kernel position":
+            yield Frozen(owner.name, owner.dim, count, operation, reason)

@@ -18,7 +18,10 @@ aten = torch.ops.aten
 def quick(func: Any, args: tuple, kwargs: dict) -> Any:
     """The result of an operation on meta tensors, or None if PyTorch should find it."""
     shortcut = _SHORTCUTS.get(func)
-    if shortcut is None or kwargs or not isinstance(args[0], Tensor) or not args[0].is_meta:
+    if shortcut is None or kwargs:
+        return None
+    first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
+    if not isinstance(first, Tensor) or not first.is_meta:
         return None
     return shortcut(*args)
 
@@ -69,6 +72,20 @@ def _convolution(
     return _like(x, tuple(size)) if min(size) > 0 else None
 
 
+def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor | None:
+    first = tensors[0]
+    axis = dim % max(1, first.ndim)
+    rest = [s for d, s in enumerate(first.shape) if d != axis]
+    for t in tensors:
+        if t.ndim != first.ndim or t.dtype != first.dtype or not t.is_meta or not t.is_contiguous():
+            return None
+        if [s for d, s in enumerate(t.shape) if d != axis] != rest:
+            return None
+    shape = list(first.shape)
+    shape[axis] = sum(t.shape[axis] for t in tensors)
+    return _like(first, tuple(shape))
+
+
 _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: _convolution,
     aten.native_batch_norm.default: _batch_norm,
@@ -81,4 +98,5 @@ _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.hardtanh_.default: _in_place,
     aten.add.Tensor: _binary,
     aten.mul.Tensor: _binary,
+    aten.cat.default: _cat,
 }

@@ -7,7 +7,6 @@ Where the model's Python wants more than shapes, fake tensors are tried, then a 
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.errors import SecateurError
 from secateur.trace import layout  # noqa: F401  (registers its rules)
 from secateur.trace.call import Call
+from secateur.trace.copying import copy_module
 from secateur.trace.names import Dim, Ids, Named, Names, anonymous, lasting
 from secateur.trace.rules import RULES, unknown_operation
 from secateur.trace.shapes import quick
@@ -210,7 +210,7 @@ class Skeleton:
                 smaller = nn.Parameter(smaller, requires_grad=False)
             memo[id(tensor)] = smaller
         with _quiet_copy(model):
-            self.module: nn.Module = copy.deepcopy(model, memo)
+            self.module = copy_module(model, memo)
         self.module.eval()
         self.inputs = pytree.tree_map(lambda v: stand_in(v.detach()) if isinstance(v, Tensor) else v, inputs)
 

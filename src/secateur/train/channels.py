@@ -1,4 +1,4 @@
-"""The channels of a graph as rows of the trained parameters: their norms, and scaling them, no loop over channels.
+"""The channels of a graph as rows of the trained parameters: their norms, and shrinking them, no loop over channels.
 
 A row is one position on the axis along which a parameter produces channels (a filter, a bias, a norm's weight). A
 channel is the set of all rows with its id, over all parameters; an id of 0 is no channel.
@@ -7,11 +7,12 @@ channel is the set of all rows with its id, over all parameters; an id of 0 is n
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
@@ -78,6 +79,7 @@ class Channels:
         parameters: all of them, in the order of the parts.
         members: the parameters of each part, as a slice.
         slices: the channels of each part, as a slice.
+        on_cpu: whether all parameters are there.
         tied: pairs of parts that share channels, with one parameter of the later part that does.
 
     """
@@ -102,6 +104,7 @@ class Channels:
             first = self.members[-1].stop if self.members else 0
             self.members.append(slice(first, first + len(part)))
         number[0] = end
+        self.on_cpu = all(p.device.type == "cpu" for p in self.parameters)
         self._rows = [number[axes[p][1]] for p in self.parameters]
         alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
         for k, p in sorted(enumerate(self.parameters), key=lambda item: item[1].dim() == 1):
@@ -114,7 +117,7 @@ class Channels:
         wide = torch.float64 if any(block.dtype == torch.float64 for block in self._blocks) else torch.float32
         self._zero = torch.zeros(end + 1, device=device, dtype=wide)
 
-    def sum(self, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    def sum(self, values: Mapping[nn.Parameter, Tensor]) -> Float[Tensor, " channels"]:
         """Sum by channel of one value a row; parameters not named count 0. For what is seldom needed."""
         total = torch.zeros_like(self._zero)
         for p, rows in zip(self.parameters, self._rows, strict=True):
@@ -122,26 +125,29 @@ class Channels:
                 total.index_add_(0, rows.to(total.device), values[p].to(total))
         return total
 
-    def size(self) -> Tensor:
+    def size(self) -> Float[Tensor, " channels"]:
         """Number of elements, by channel."""
         pairs = zip(self.parameters, self._rows, strict=True)
         return self.sum({p: torch.full((len(rows),), p.numel() / len(rows)) for p, rows in pairs})
 
-    def energy(self, values: Sequence[Tensor]) -> Tensor:
-        """Squared norm by channel of ``values``, one tensor a parameter; float64 if one of them is, else float32."""
+    def energy(self, values: Callable[[int], Tensor]) -> Float[Tensor, " channels"]:
+        """Squared norm by channel of ``values(k)``, a tensor for each parameter; each is asked for once.
+
+        The sums are in float64 if a parameter is, otherwise in float32.
+        """
         total = torch.zeros_like(self._zero)
         for block in self._blocks:
             total.index_add_(0, block.index.to(total.device), block.energy(values).to(total))
         return total
 
-    def scale(self, factor: Tensor, values: Sequence[Tensor]) -> None:
-        """Write ``factor * values`` into the parameters, with one factor a channel."""
+    def shrink(self, part: Float[Tensor, " channels"], values: Sequence[Tensor]) -> None:
+        """Write ``values - part * values`` into the parameters, with one part a channel."""
         for block in self._blocks:
-            block.scale(factor, self.parameters, values)
+            block.shrink(part, self.parameters, values)
 
 
 class _Block:
-    """The parameters on one device and of one dtype: norms and factors of their rows side by side, vectors last."""
+    """The parameters on one device and of one dtype: norms and parts of their rows side by side, vectors last."""
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], dims: Sequence[int], rows: Sequence[Tensor], members: Sequence[int]
@@ -151,7 +157,7 @@ class _Block:
         self.cast = None if self.dtype == first.dtype else self.dtype
         self.index = torch.cat([rows[k] for k in members]).to(first.device)
         self.norms = torch.empty(len(self.index), dtype=self.dtype, device=first.device)
-        self.factors = torch.empty_like(self.norms)
+        self.parts = torch.empty_like(self.norms)
         self.matrices = []
         self.vectors = [k for k in members if parameters[k].dim() == 1]
         self.lengths = [len(rows[k]) for k in self.vectors]
@@ -160,25 +166,28 @@ class _Block:
             start, end = end, end + len(rows[k])
             others = [d for d in range(parameters[k].dim()) if d != dims[k]]
             along = [-1 if d == dims[k] else 1 for d in range(parameters[k].dim())]
-            self.matrices.append((k, others, self.norms[start:end], self.factors[start:end].view(along)))
+            self.matrices.append((k, others, self.norms[start:end], self.parts[start:end].view(along)))
         self.tail = slice(end, None)
 
-    def energy(self, values: Sequence[Tensor]) -> Tensor:
+    def energy(self, values: Callable[[int], Tensor]) -> Float[Tensor, " rows"]:
         for k, others, norms, _ in self.matrices:
             if others[0] == 0:  # rows along a later dim: ten times faster on a CPU than vector_norm
-                torch.sum(values[k].to(self.dtype).square(), dim=others, out=norms).sqrt_()
+                torch.sum(values(k).to(self.dtype).square(), dim=others, out=norms).sqrt_()
             else:
-                torch.linalg.vector_norm(values[k], dim=others, dtype=self.cast, out=norms)
+                torch.linalg.vector_norm(values(k), dim=others, dtype=self.cast, out=norms)
         if self.vectors:  # a row of one element is its own norm, but for the sign
-            torch.cat([values[k] for k in self.vectors], out=self.norms[self.tail])
+            torch.cat([values(k) for k in self.vectors], out=self.norms[self.tail])
         return self.norms.square_()
 
-    def scale(self, factor: Tensor, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-        torch.index_select(factor.to(self.norms), 0, self.index, out=self.factors)
-        for k, _, _, factors in self.matrices:
-            torch.mul(values[k], factors, out=parameters[k])
+    def shrink(
+        self, part: Float[Tensor, " channels"], parameters: Sequence[nn.Parameter], values: Sequence[Tensor]
+    ) -> None:
+        torch.index_select(part.to(self.norms), 0, self.index, out=self.parts)
+        for k, _, _, parts in self.matrices:  # a tenth faster on a CPU than a product, and exact where part is 0 or 1
+            torch.addcmul(values[k], values[k], parts, value=-1, out=parameters[k])
         if self.vectors:
-            flat = torch.cat([values[k] for k in self.vectors]) * self.factors[self.tail]
+            flat = torch.cat([values[k] for k in self.vectors])
+            flat = torch.addcmul(flat, flat, self.parts[self.tail], value=-1)
             _copy([parameters[k] for k in self.vectors], list(flat.split(self.lengths)))
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError, unknown
@@ -152,15 +153,23 @@ class SDPrun(torch.optim.Optimizer):
         v = [self._v(p) for p in channels.parameters]
         first = self.param_groups[0]
         apply_threshold = (first["n"] + 1) % first["prox_every"] == 0
-        for group, plain in zip(self.param_groups, self._plain, strict=True):
+        rates: list[float] = []
+        for group, plain, part in zip(self.param_groups, self._plain, channels.members, strict=True):
+            lr = float(group["lr"])
             group["n"] += 1
-            group["g"] += threshold_increment(group["n"], float(group["lr"]), group["c"], group["mu"])
+            group["g"] += threshold_increment(group["n"], lr, group["c"], group["mu"])
+            rates += [lr] * len(v[part])
             params = plain if apply_threshold else group["params"]
-            _descend(params, params, float(group["lr"]))
-        for group, part in zip(self.param_groups, channels.members, strict=True):
-            _descend(v[part], channels.parameters[part], float(group["lr"]))
+            _descend(params, params, lr)
+            if not (apply_threshold and channels.on_cpu):
+                _descend(v[part], channels.parameters[part], lr)
+
+        def stepped(k: int) -> Tensor:  # one at a time: on a CPU it is measured while it is in the cache
+            grad = channels.parameters[k].grad if channels.on_cpu else None
+            return v[k] if grad is None else v[k].add_(grad, alpha=-rates[k])
+
         if apply_threshold and v:
-            self._pruned.shrink(v, [group["g"] for group in self.param_groups])
+            self._pruned.shrink(v, stepped, [group["g"] for group in self.param_groups])
         return loss
 
     @torch.no_grad()
@@ -237,14 +246,14 @@ class _Pruned:
         self.weight = size.sqrt() if weights == "sqrt" else torch.ones_like(size)
         self.constant = channels.sum({p: cut["cut_energy"] for p, cut in cuts.items()})
 
-    def shrink(self, v: list[Tensor], g: list[float]) -> None:
-        """``theta = max(0, 1 - w * g / ||v||) * v``, with one g a part."""
-        norm = self.channels.energy(v).add_(self.constant).sqrt_().clamp_min_(_TINY)
-        factor = torch.div(self.weight, norm)
-        for part, threshold in zip(self.channels.slices, g, strict=True):
-            factor[part].mul_(-threshold).add_(1).clamp_min_(0)
-        factor[-1] = 1
-        self.channels.scale(factor, v)
+    def shrink(self, v: list[Tensor], measured: Callable[[int], Tensor], g: list[float]) -> None:
+        """``theta = max(0, 1 - w * g / ||v||) * v``, with one g a part; ``measured(k)`` gives ``v[k]`` for its norm."""
+        norm = self.channels.energy(measured).add_(self.constant).sqrt_().clamp_min_(_TINY)
+        part = torch.div(self.weight, norm)
+        for channels, threshold in zip(self.channels.slices, g, strict=True):
+            part[channels].mul_(threshold).clamp_max_(1)
+        part[-1] = 0
+        self.channels.shrink(part, v)
 
 
 def _descend(tensors: Iterable[Tensor], params: Iterable[nn.Parameter], lr: float) -> None:
@@ -285,7 +294,9 @@ def _narrow(tensor: Tensor, where: Mapping[int, Tensor]) -> Tensor:
     return tensor
 
 
-def _cut_off(v: Tensor, dim: int, where: Mapping[int, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _cut_off(
+    v: Float[Tensor, "..."], dim: int, where: Mapping[int, Tensor], state: Mapping[str, Tensor]
+) -> dict[str, Float[Tensor, " rows"]]:
     """Energy and number of elements that cuts, this one and earlier ones, took from each row of ``dim`` that stays."""
     own = {dim: where[dim]} if dim in where else {}
     rows = _narrow(v, own).to(torch.promote_types(v.dtype, torch.float32))
