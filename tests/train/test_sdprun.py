@@ -130,7 +130,7 @@ def same(a, b):
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def by_the_book(model, data, c, sqrt, every, lr=0.2, mu=0.7):  # noqa: PLR0917
+def by_the_book(model, data, c, sqrt, every, lr=0.2, mu=0.7):
     """Section 8.3, channel by channel and parameter by parameter, with nothing clever."""
     parameters = dict(model.named_parameters())
     v = {name: p.detach().clone() for name, p in parameters.items()}

@@ -16,13 +16,14 @@ Rule = Callable[["Call"], Result]
 
 
 @cache
-def _signature(func: Any) -> tuple[dict[str, tuple[int, Any]], str, bool]:
+def _signature(func: Any) -> tuple[dict[str, tuple[int, Any]], str, str, bool, str]:
     arguments = {
         a.name: (i, a.default_value if a.has_default_value() else None) for i, a in enumerate(func._schema.arguments)
     }
     name = func._schema.name.removeprefix("aten::")
     writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-    return arguments, name, writes
+    base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    return arguments, name, base, writes, str(func._overloadname)
 
 
 class Call:
@@ -31,6 +32,9 @@ class Call:
     Attributes:
         names: the table to add facts to.
         op: the operation's name without namespace, e.g. ``add_``.
+        base: the name of its out-of-place twin: ``add``.
+        overload: which of several signatures it is.
+        writes: whether it changes an argument.
         out: what it returned.
     """
 
@@ -45,16 +49,10 @@ class Call:
     ) -> None:
         self.names = names
         self._lookup = lookup
-        self._arguments, self.op, self.writes = _signature(func)
-        self.overload = str(func._overloadname)
+        self._arguments, self.op, self.base, self.writes, self.overload = _signature(func)
         self._args = args
         self._kwargs = kwargs
         self.out = out
-
-    @property
-    def base(self) -> str:
-        """The name of the out-of-place twin: ``relu`` for ``relu_``."""
-        return self.op[:-1] if self.op.endswith("_") and not self.op.endswith("__") else self.op
 
     def arg(self, name: str, default: Any = None) -> Any:
         """An argument by its schema name, with the schema's default."""

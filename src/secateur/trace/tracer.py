@@ -113,18 +113,11 @@ class Watcher(TorchDispatchMode):
             if call.writes:
                 self._written(call, tensor, new)
             self.set(tensor, new)
-        if call.base not in _IDENTITIES or _numbers(call):
-            self._record(call, listed[:told], results[:told])
-
-    def _record(self, call: Call, listed: list[Named], results: list[Tensor]) -> None:
-        self.steps.append(
-            Step(
-                "view" if call.base in _VIEWS else call.base,
-                tuple(n.dims for n in listed),
-                tuple(tuple(t.shape) for t in results),
-                _numbers(call),
-            )
-        )
+        numbers = _numbers(call)
+        if call.base not in _IDENTITIES or numbers:
+            op = "view" if call.base in _VIEWS else call.base
+            shapes = tuple(tuple(t.shape) for t in results[:told])
+            self.steps.append(Step(op, tuple(n.dims for n in listed[:told]), shapes, numbers))
 
     def _as_expected(self, listed: list[Named], results: list[Tensor], *, constant: bool) -> list[Named]:
         """Names that a second run cannot know take those of the first: constants', and those of a lone channel.

@@ -140,14 +140,14 @@ class Channels:
             total.index_add_(0, block.index.to(total.device), block.energy(values).to(total))
         return total
 
-    def shrink(self, part: Float[Tensor, " channels"], values: Sequence[Tensor]) -> None:
-        """Write ``values - part * values`` into the parameters, with one part a channel."""
+    def shrink(self, share_of: Float[Tensor, " channels"], values: Sequence[Tensor]) -> None:
+        """Write ``values - share * values`` into the parameters, with one share a channel."""
         for block in self._blocks:
-            block.shrink(part, self.parameters, values)
+            block.shrink(share_of, self.parameters, values)
 
 
 class _Block:
-    """The parameters on one device and of one dtype: norms and parts of their rows side by side, vectors last."""
+    """The parameters on one device and of one dtype: norms and shares of their rows side by side, vectors last."""
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], dims: Sequence[int], rows: Sequence[Tensor], members: Sequence[int]
@@ -157,7 +157,7 @@ class _Block:
         self.cast = None if self.dtype == first.dtype else self.dtype
         self.index = torch.cat([rows[k] for k in members]).to(first.device)
         self.norms = torch.empty(len(self.index), dtype=self.dtype, device=first.device)
-        self.parts = torch.empty_like(self.norms)
+        self.shares = torch.empty_like(self.norms)
         self.matrices = []
         self.vectors = [k for k in members if parameters[k].dim() == 1]
         self.lengths = [len(rows[k]) for k in self.vectors]
@@ -166,7 +166,7 @@ class _Block:
             start, end = end, end + len(rows[k])
             others = [d for d in range(parameters[k].dim()) if d != dims[k]]
             along = [-1 if d == dims[k] else 1 for d in range(parameters[k].dim())]
-            self.matrices.append((k, others, self.norms[start:end], self.parts[start:end].view(along)))
+            self.matrices.append((k, others, self.norms[start:end], self.shares[start:end].view(along)))
         self.tail = slice(end, None)
 
     def energy(self, values: Callable[[int], Tensor]) -> Float[Tensor, " rows"]:
@@ -180,14 +180,14 @@ class _Block:
         return self.norms.square_()
 
     def shrink(
-        self, part: Float[Tensor, " channels"], parameters: Sequence[nn.Parameter], values: Sequence[Tensor]
+        self, share_of: Float[Tensor, " channels"], parameters: Sequence[nn.Parameter], values: Sequence[Tensor]
     ) -> None:
-        torch.index_select(part.to(self.norms), 0, self.index, out=self.parts)
-        for k, _, _, parts in self.matrices:  # a tenth faster on a CPU than a product, and exact where part is 0 or 1
-            torch.addcmul(values[k], values[k], parts, value=-1, out=parameters[k])
+        torch.index_select(share_of.to(self.norms), 0, self.index, out=self.shares)
+        for k, _, _, share in self.matrices:  # a tenth faster on a CPU than a product, and exact for shares of 0 and 1
+            torch.addcmul(values[k], values[k], share, value=-1, out=parameters[k])
         if self.vectors:
             flat = torch.cat([values[k] for k in self.vectors])
-            flat = torch.addcmul(flat, flat, self.parts[self.tail], value=-1)
+            flat = torch.addcmul(flat, flat, self.shares[self.tail], value=-1)
             _copy([parameters[k] for k in self.vectors], list(flat.split(self.lengths)))
 
 

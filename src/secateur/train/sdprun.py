@@ -249,11 +249,11 @@ class _Pruned:
     def shrink(self, v: list[Tensor], measured: Callable[[int], Tensor], g: list[float]) -> None:
         """``theta = max(0, 1 - w * g / ||v||) * v``, with one g a part; ``measured(k)`` gives ``v[k]`` for its norm."""
         norm = self.channels.energy(measured).add_(self.constant).sqrt_().clamp_min_(_TINY)
-        part = torch.div(self.weight, norm)
-        for channels, threshold in zip(self.channels.slices, g, strict=True):
-            part[channels].mul_(threshold).clamp_max_(1)
-        part[-1] = 0
-        self.channels.shrink(part, v)
+        share = torch.div(self.weight, norm)
+        for part, threshold in zip(self.channels.slices, g, strict=True):
+            share[part].mul_(threshold).clamp_max_(1)
+        share[-1] = 0
+        self.channels.shrink(share, v)
 
 
 def _descend(tensors: Iterable[Tensor], params: Iterable[nn.Parameter], lr: float) -> None:
@@ -295,7 +295,7 @@ def _narrow(tensor: Tensor, where: Mapping[int, Tensor]) -> Tensor:
 
 
 def _cut_off(
-    v: Float[Tensor, "..."], dim: int, where: Mapping[int, Tensor], state: Mapping[str, Tensor]
+    v: Tensor, dim: int, where: Mapping[int, Tensor], state: Mapping[str, Tensor]
 ) -> dict[str, Float[Tensor, " rows"]]:
     """Energy and number of elements that cuts, this one and earlier ones, took from each row of ``dim`` that stays."""
     own = {dim: where[dim]} if dim in where else {}
