@@ -195,7 +195,10 @@ def test_what_is_not_understood_freezes_and_says_so(name):
 
 def test_a_model_that_needs_values_is_traced_with_real_data():
     model = Run(
-        lambda m, x: m.b(m.a(x) if m.flag.item() > 0 else x), a=nn.Linear(5, 5), b=nn.Linear(5, 3), flag=P(torch.ones(()))
+        lambda m, x: m.b(m.a(x) if m.flag.item() > 0 else x),
+        a=nn.Linear(5, 5),
+        b=nn.Linear(5, 3),
+        flag=P(torch.ones(())),
     )
     small = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5), model)
     graph = sc.trace(small, torch.randn(2, 4))
@@ -203,7 +206,9 @@ def test_a_model_that_needs_values_is_traced_with_real_data():
 
 
 def test_attributes_of_standard_modules_follow():
-    model = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.PReLU(8), conv(8, 8, groups=8), nn.GroupNorm(8, 8), conv(8, 2))
+    model = nn.Sequential(
+        conv(3, 8), nn.BatchNorm2d(8), nn.PReLU(8), conv(8, 8, groups=8), nn.GroupNorm(8, 8), conv(8, 2)
+    )
     graph = sc.trace(model, torch.randn(1, 3, 6, 6))
     small = sc.cut(model, sc.make_plan(graph, {"0": [0, 3, 7]}))
     first, norm, slope, depthwise, groups, last = small

@@ -1,0 +1,200 @@
+"""Cutting: plans as data, the optimizer that follows, recalibration, dead channels."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import secateur as sc
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(6 * 16, 5),
+    ).double()  # fmt: skip
+
+
+X = torch.randn(7, 3, 6, 6, dtype=torch.float64)
+Y = torch.arange(7) % 5
+REMOVED = {"0": [1, 4, 7], "3": [0, 2]}
+
+
+@pytest.fixture
+def model():
+    return network()
+
+
+@pytest.fixture
+def plan(model):
+    return sc.make_plan(sc.trace(model, X), REMOVED)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw, amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5),
+}
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_as_the_masked_network_would(model, plan, name):
+    big = sc.masked(model, plan)
+    kept = {n: p != 0 for n, p in big.named_parameters()}
+    optimizer = OPTIMIZERS[name](big.parameters())
+
+    def masked_step():
+        optimizer.zero_grad()
+        F.cross_entropy(big(X), Y).backward()
+        for n, p in big.named_parameters():
+            p.grad *= kept[n]
+        optimizer.step()
+
+    masked_step()
+    follower = OPTIMIZERS[name](big.parameters())
+    follower.load_state_dict(optimizer.state_dict())
+    small = sc.cut(big, plan, optimizer=follower)
+    assert {id(p) for g in follower.param_groups for p in g["params"]} == {id(p) for p in small.parameters()}
+    for _ in range(3):
+        masked_step()
+        step(small, follower)
+    for p, q in zip(sc.cut(big, plan).parameters(), small.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-12)
+
+
+def test_sgd_momentum_follows_exactly(model, plan):
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    for _ in range(3):
+        step(model, optimizer)
+    before = {n: optimizer.state[p]["momentum_buffer"].clone() for n, p in model.named_parameters()}
+    small = sc.cut(model, plan, optimizer=optimizer)
+    for name, p in small.named_parameters():
+        wanted = before[name]
+        for dim, gone in plan.slices.get(name, {}).items():
+            keep = [i for i in range(wanted.shape[dim]) if i not in gone]
+            wanted = wanted.index_select(dim, torch.tensor(keep))
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], wanted)
+
+
+def test_an_optimizer_of_other_parameters_is_refused_before_anything_changes(model, plan):
+    optimizer = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(3))], lr=0.1)
+    with pytest.raises(sc.SecateurError, match="not the model's"):
+        sc.cut(model, plan, optimizer=optimizer)
+    assert {id(p) for p in model.parameters()} < {id(p) for g in optimizer.param_groups for p in g["params"]}
+
+
+def test_cut_shares_nothing_with_the_original(model, plan):
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    small = sc.cut(model, plan)
+    assert not {t.data_ptr() for t in small.state_dict().values()} & {t.data_ptr() for t in model.state_dict().values()}
+    with torch.no_grad():
+        for t in small.state_dict().values():
+            t.zero_()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_requires_grad_and_mode_follow(model, plan):
+    model[0].weight.requires_grad_(False)
+    model.eval()
+    small = sc.cut(model, plan)
+    assert not small[0].weight.requires_grad
+    assert small[3].weight.requires_grad
+    assert not small.training
+
+
+def test_the_record_replays(model, plan):
+    small = sc.cut(model, plan)
+    graph = sc.trace(small, X)
+    second = sc.make_plan(graph, {"0": [0]})
+    smaller = sc.cut(small, second)
+    again = model
+    for entry in sc.record(smaller):
+        again = sc.cut(again, sc.Plan.from_json(entry["cut"]))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), smaller.parameters(), strict=True))
+
+
+DAMAGED = {
+    "no JSON": ("{", "not JSON"),
+    "no plan": ("{}", "not a plan"),
+    "a list": ("[]", "not a plan"),
+    "a newer version": ('{"secateur_plan": 99}', "version"),
+    "no slices": ('{"secateur_plan": 1, "removed": {}, "fingerprint": "x"}', "damaged"),
+    "unsorted": ('{"secateur_plan": 1, "removed": {"0": [2, 1]}, "fingerprint": "x", "slices": {}}', "sorted"),
+    "negative": ('{"secateur_plan": 1, "removed": {"0": [-1]}, "fingerprint": "x", "slices": {}}', "whole numbers"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_plans_are_refused(name):
+    text, message = DAMAGED[name]
+    with pytest.raises(sc.SecateurError, match=message):
+        sc.Plan.from_json(text)
+
+
+def test_a_plan_for_another_model_is_refused(plan):
+    with pytest.raises(sc.SecateurError, match="another model"):
+        sc.cut(nn.Sequential(nn.Linear(3, 3)), plan)
+    data = json.loads(plan.to_json())
+    data["slices"]["0.weight"]["0"] = [99]
+    with pytest.raises(sc.SecateurError, match="damaged"):
+        sc.cut(network(), sc.Plan.from_json(json.dumps(data)))
+
+
+BAD_PLANS = {
+    "all of a group": ({"3": list(range(6))}, "one must stay"),
+    "out of range": ({"3": [6]}, "positions 0 to 5"),
+    "unknown group": ({"33": [0]}, "did you mean '3'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PLANS)
+def test_bad_plans_are_refused(model, name):
+    removed, message = BAD_PLANS[name]
+    with pytest.raises(sc.SecateurError, match=message):
+        sc.make_plan(sc.trace(model, X), removed)
+
+
+def test_dead_channels_are_those_that_are_zero_at_all_producers(model, plan):
+    graph = plan.graph
+    dead = sc.dead_channels(sc.masked(model, plan), graph)
+    assert dead.removed == plan.removed
+    assert not sc.dead_channels(model, graph).removed
+    nothing = network()
+    with torch.no_grad():
+        nothing[3].weight.zero_()
+        nothing[3].bias.zero_()
+    assert sc.dead_channels(nothing, graph).removed == {"3": [1, 2, 3, 4, 5]}
+
+
+def test_recalibration_gives_the_plain_averages(model):
+    model.train()
+    modes = [m.training for m in model.modules()]
+    sc.recalibrate(model, [(X[:4], Y[:4]), (X[3:], Y[3:])])
+    with torch.no_grad():
+        parts = [model[0](x) for x in (X[:4], X[3:])]
+    mean = torch.stack([p.mean((0, 2, 3)) for p in parts]).mean(0)
+    assert torch.allclose(model[1].running_mean, mean, atol=1e-12)
+    assert model[1].momentum == 0.1
+    assert modes == [m.training for m in model.modules()]
+    with pytest.raises(sc.SecateurError, match="no batches"):
+        sc.recalibrate(model, [])
+
+
+def test_check_sees_a_wrong_network(model, plan):
+    small = sc.cut(model, plan)
+    assert sc.check(model, small, plan, X) < 1e-12
+    with torch.no_grad():
+        small[0].bias[0] += 1e-3
+    assert sc.check(model, small, plan, X) > 1e-6
