@@ -14,8 +14,8 @@ from secateur.score import CRITERIA
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 6, 3), nn.ReLU(),
-        nn.Flatten(), nn.Linear(6 * 16, 5),
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5),
+        nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 5),
     ).double()  # fmt: skip
 
 
@@ -128,13 +128,19 @@ def test_a_criterion_of_ones_own(model, graph):
 
 
 BAD = {
-    "unknown": (dict(criterion="tailor"), "did you mean 'taylor'"),
-    "no data": (dict(criterion="taylor"), "needs data="),
-    "empty loader": (dict(criterion="taylor", data=[], loss_fn=F.cross_entropy), "empty"),
-    "wrong shape": (dict(criterion="taylor", data=[(X[:, :2], BATCHES[0][1])], loss_fn=F.cross_entropy), "does not fit the model"),
-    "no pair": (dict(criterion="taylor", data=[X], loss_fn=F.cross_entropy), "batches"),
-    "NaN loss": (dict(criterion="taylor", data=BATCHES, loss_fn=lambda o, t: o.sum() * float("nan")), "loss of batch 0 is nan"),
-    "a norm": (dict(criterion="magnitude", p=3), "1 or 2"),
+    "unknown": ({"criterion": "tailor"}, "did you mean 'taylor'"),
+    "no data": ({"criterion": "taylor"}, "needs data="),
+    "empty loader": ({"criterion": "taylor", "data": [], "loss_fn": F.cross_entropy}, "empty"),
+    "wrong shape": (
+        {"criterion": "taylor", "data": [(X[:, :2], BATCHES[0][1])], "loss_fn": F.cross_entropy},
+        "does not fit the model",
+    ),
+    "no pair": ({"criterion": "taylor", "data": [X], "loss_fn": F.cross_entropy}, "batches"),
+    "NaN loss": (
+        {"criterion": "taylor", "data": BATCHES, "loss_fn": lambda o, t: o.sum() * float("nan")},
+        "loss of batch 0 is nan",
+    ),
+    "a norm": ({"criterion": "magnitude", "p": 3}, "1 or 2"),
 }  # fmt: skip
 
 

@@ -43,6 +43,16 @@ def shuffle(x, groups):
     return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
+def gate(m, x):
+    value, opening = m.a(x).chunk(2, -1)
+    return m.b(value * torch.sigmoid(opening))
+
+
+def mixer(m, x):
+    x = m.embed(x)
+    return m.head((x + m.down(F.gelu(m.up(x.transpose(1, 2)))).transpose(1, 2)).mean(1))
+
+
 def squeeze_excite(m, x):
     x = m.a(x)
     gate = torch.sigmoid(m.up(F.relu(m.down(F.adaptive_avg_pool2d(x, 1)))))
@@ -80,7 +90,8 @@ CASES = {
     "channel shuffle by views": (
         Run(lambda m, x: m.b(shuffle(m.a(x), 3)), a=conv(3, 12), b=conv(12, 2)), image(), {"a": 4}, ()),
     "transposed": (
-        nn.Sequential(conv(3, 6), nn.ConvTranspose2d(6, 8, 2, 2), nn.ReLU(), conv(8, 2)), image(), {"0": 6, "1": 8}, ()),
+        nn.Sequential(conv(3, 6), nn.ConvTranspose2d(6, 8, 2, 2), nn.ReLU(), conv(8, 2)),
+        image(), {"0": 6, "1": 8}, ()),
     "transposed and depthwise": (
         nn.Sequential(conv(3, 6), nn.ConvTranspose2d(6, 12, 2, 2, groups=6), conv(12, 2)), image(), {"0": 6}, ()),
     "squeeze-excite": (
@@ -111,19 +122,19 @@ CASES = {
         Run(lambda m, x: m.b(m.a(x)[:, : m.a.weight.shape[0] // 2] * m.a(x)[:, m.a.weight.shape[0] // 2 :]),
             a=nn.Linear(5, 8), b=nn.Linear(4, 3)), torch.randn(4, 5), {"a": 4}, ()),
     "gate by chunk": (
-        Run(lambda m, x: (lambda u, v: m.b(u * torch.sigmoid(v)))(*m.a(x).chunk(2, -1)), a=nn.Linear(5, 8), b=nn.Linear(4, 3)),
+        Run(gate, a=nn.Linear(5, 8), b=nn.Linear(4, 3)),
         torch.randn(4, 5), {"a": 4}, ()),
     "one dim": (nn.Sequential(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 2, 3)),
                 torch.randn(2, 3, 9), {"0": 6}, ()),
     "three dims": (nn.Sequential(nn.Conv3d(3, 6, 3), nn.BatchNorm3d(6), nn.ReLU(), nn.Conv3d(6, 2, 3)),
                    torch.randn(2, 3, 6, 6, 6), {"0": 6}, ()),
     "mixer": (
-        Run(lambda m, x: m.head((m.embed(x) + m.down(F.gelu(m.up(m.embed(x).transpose(1, 2)))).transpose(1, 2)).mean(1)),
-            embed=nn.Linear(5, 6, bias=False), up=nn.Linear(7, 9, bias=False), down=nn.Linear(9, 7, bias=False),
+        Run(mixer, embed=nn.Linear(5, 6, bias=False), up=nn.Linear(7, 9, bias=False), down=nn.Linear(9, 7, bias=False),
             head=nn.Linear(6, 2)),
         torch.randn(2, 7, 5), {"embed": 6, "up": 9}, ()),
     "slices at constant places": (
-        Run(lambda m, x: m.b(m.a(x)[:, :3]) + m.c(m.a(x)[:, 3:]), a=nn.Linear(5, 8), b=nn.Linear(3, 2), c=nn.Linear(5, 2)),
+        Run(lambda m, x: m.b(m.a(x)[:, :3]) + m.c(m.a(x)[:, 3:]),
+            a=nn.Linear(5, 8), b=nn.Linear(3, 2), c=nn.Linear(5, 2)),
         torch.randn(4, 5), {"a": 5}, ()),
 }  # fmt: skip
 
@@ -252,7 +263,8 @@ BAD = {
     "wrong shape": (lambda: sc.trace(nn.Linear(3, 3), torch.randn(1, 4)), r"fails on the example inputs \(\[1, 4\]"),
     "nothing removable": (lambda: sc.trace(nn.Linear(3, 3), torch.randn(1, 3)), "no removable channel"),
     "another device": (
-        lambda: sc.trace(nn.Linear(3, 3, device="meta"), torch.randn(1, 3)), "the model is on meta, the example inputs"),
+        lambda: sc.trace(nn.Linear(3, 3, device="meta"), torch.randn(1, 3)),
+        "the model is on meta, the example inputs"),
 }  # fmt: skip
 
 

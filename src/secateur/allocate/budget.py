@@ -130,7 +130,8 @@ class Meter:
         for unit in over:
             low = self._count(unit, least)
             parts.append(
-                f"{unit}={self.allowed[unit] / self.full[unit]:.4g} asks for at most {self.allowed[unit]:,} of {self.full[unit]:,} {unit}; "
+                f"{unit}={self.allowed[unit] / self.full[unit]:.4g} asks for at most {self.allowed[unit]:,} of "
+                f"{self.full[unit]:,} {unit}; "
                 f"feasible are {low:,} ({_up(low / self.full[unit])}) to {self.full[unit]:,} (1)"
             )
         advice = "" if inexact or all(g.exact for g in self.graph.groups) else " (inexact=True would allow more groups)"

@@ -1,7 +1,7 @@
 """From scores to widths: which channels go so that a budget is met.
 
-Within a group the lowest scores go first, and all channels of a group free the same; so a strategy only chooses how many
-each group keeps. Channels go in *items*: single channels, or blocks that keep widths multiples of ``round_to``.
+Within a group the lowest scores go first, and all channels of a group free the same; so a strategy only chooses how
+many each group keeps. Channels go in *items*: single channels, or blocks that keep widths multiples of ``round_to``.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ def allocate(
         graph: the traced graph.
         scores: group name to one score a channel; groups without scores are left alone.
         budget: what may remain.
-        strategy: ``"global"`` (least score per unit of the budget that the channel frees), ``"threshold"`` (lowest score),
+        strategy: ``"global"`` (least score per unit of the budget that the channel frees), ``"threshold"`` (lowest
+            score),
             ``"uniform"`` (the same fraction everywhere), or a callable from :class:`Problem` to items taken per group.
         inexact: also cut groups whose removal changes more than the removed channels.
 

@@ -29,8 +29,8 @@ def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> 
     Args:
         model: the model the plan was made for; it is left untouched.
         plan: what to remove.
-        optimizer: an optimizer of ``model``; it is handed over to the new model: its parameters are replaced and its state
-            follows the slices, so that training goes on with the smaller model.
+        optimizer: an optimizer of ``model``; it is handed over to the new model: its parameters are replaced and its
+            state follows the slices, so that training goes on with the smaller model.
 
     Returns:
         A new module, which remembers its plan (:func:`record`).
@@ -141,8 +141,8 @@ def check(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> flo
     worst = 0.0
     for a, b in zip(wanted, given, strict=True):
         if a.numel():
-            a, b = a.double(), b.double()
-            worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
+            difference = (a.double() - b.double()).abs().max()
+            worst = max(worst, float(difference / a.double().abs().max().clamp_min(1e-30)))
     return worst
 
 

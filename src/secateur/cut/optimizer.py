@@ -20,8 +20,8 @@ class Follower:
     Args:
         model: the model before the cut.
         plan: the cut.
-        optimizer: an optimizer of the model's parameters. If it has a method ``follow_cut(replaced, kept)`` that is called
-            last, with the new parameter of every old one and the kept positions by dim.
+        optimizer: an optimizer of the model's parameters. If it has a method ``follow_cut(replaced, kept)`` that is
+            called last, with the new parameter of every old one and the kept positions by dim.
 
     Raises:
         SecateurError: it holds parameters that are not the model's, or state whose shape says nothing of the slices.
@@ -43,8 +43,8 @@ class Follower:
                 for key, value in optimizer.state.get(p, {}).items():
                     if removed and isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape:
                         raise SecateurError(
-                            f"cut(optimizer): its state {key!r} of {names[id(p)]} has shape {list(value.shape)}, not the "
-                            f"parameter's {list(p.shape)}, and cannot follow; build a new optimizer after the cut"
+                            f"cut(optimizer): its state {key!r} of {names[id(p)]} has shape {list(value.shape)}, not "
+                            f"the parameter's {list(p.shape)}, and cannot follow; build a new optimizer after the cut"
                         )
 
     def __call__(self, replaced: Mapping[Tensor, Any]) -> None:

@@ -59,6 +59,7 @@ def score(
         if len(values) != len(graph.group(name)) or torch.as_tensor(values).isnan().any():
             raise SecateurError(
                 f"score: the criterion gave {name!r} a tensor of shape {list(values.shape)} "
-                f"{'with NaN ' if torch.as_tensor(values).isnan().any() else ''}where {len(graph.group(name))} numbers are due"
+                f"{'with NaN ' if torch.as_tensor(values).isnan().any() else ''}"
+                f"where {len(graph.group(name))} numbers are due"
             )
     return scores

@@ -17,7 +17,8 @@ def magnitude(
 ) -> dict[str, Tensor]:
     r"""The norm of each filter that writes a channel, over its layer's mean, summed over the channel's producers.
 
-    ``score[c] = sum_producers ||w_c||_p / mean_c ||w_c||_p`` (arXiv 1608.08710 has p = 1 and no mean: layers differ in scale
+    ``score[c] = sum_producers ||w_c||_p / mean_c ||w_c||_p`` (arXiv 1608.08710 has p = 1 and no mean: layers differ
+    in scale
     for reasons that have nothing to do with importance). Producers with one dim (biases, norms) count only where there
     is no other.
 
@@ -48,7 +49,10 @@ def magnitude(
 
 
 def bn_scale(model: nn.Module, graph: ChannelGraph, data: Any = None, loss_fn: Any = None) -> dict[str, Tensor]:
-    """The sum of absolute scales of the norms that write a channel (arXiv 1708.06519); groups without a norm get none."""
+    """The sum of absolute scales of the norms that write a channel (arXiv 1708.06519).
+
+    Groups without a norm get no score.
+    """
     tensors = dict(model.named_parameters())
     norms = {
         f"{path}.weight" if path else "weight"

@@ -45,7 +45,7 @@ def by_group(graph: ChannelGraph, values: Float[Tensor, " channels"]) -> dict[st
     return {g.name: values[torch.from_numpy(g.channels)] for g in graph.groups}
 
 
-def rows(tensor: Float[Tensor, "..."], dim: int) -> Float[Tensor, " positions"]:
+def rows(tensor: Float[Tensor, ...], dim: int) -> Float[Tensor, " positions"]:
     """The sum over all dims but one."""
     others = [d for d in range(tensor.ndim) if d != dim]
     return tensor.sum(dim=others) if others else tensor

@@ -21,11 +21,12 @@ def taylor(
     model: nn.Module, graph: ChannelGraph, data: Iterable[Any] | None = None, loss_fn: Loss | None = None, *,
     batches: int | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    r"""``score[c] = mean over batches of |sum_w w * dL/dw|``, over all producers ``w`` of the channel (arXiv 1906.10771).
+    r"""How much the loss moves, to first order, if everything that writes a channel is scaled away.
 
-    The sum over producers is the derivative with respect to one common scale of everything that writes the channel. Batch
-    norms use the batch's statistics here: a filter before a norm has no derivative along itself then, so that nothing is
-    counted twice. Their running statistics come back as they were, like the gradients, the mode and the random state.
+    ``score[c] = mean over batches of |sum_w w * dL/dw|`` over all producers ``w`` of the channel (arXiv 1906.10771): the
+    derivative with respect to one common scale. Batch norms use the batch's statistics here: a filter before a norm has
+    no derivative along itself then, so that nothing is counted twice. Their running statistics come back as they were,
+    like the gradients, the mode and the random state.
 
     Args:
         model: the model.

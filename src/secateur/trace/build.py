@@ -184,7 +184,9 @@ def _sort(
     drop = [(channels[orphan], "nothing writes it")] if orphan.any() else []
     channels = channels[~orphan]
     channels = channels[np.argsort(place[channels], kind="stable")]
-    _, first, inverse, size = np.unique(signature[channels], return_index=True, return_inverse=True, return_counts=True)
+    _, _first, inverse, size = np.unique(
+        signature[channels], return_index=True, return_inverse=True, return_counts=True
+    )
     alone = size[inverse] == 1
     if alone.any():
         drop.append((channels[alone], "is the only one of its kind, and a layer keeps its last channel"))
@@ -217,9 +219,7 @@ def _make_groups(
     return tuple(result)
 
 
-def _frozen(
-    names: Names, channel_of: Ids, reason_of: Ids, events: list[tuple[Ids, str, str]]
-) -> Iterable[Frozen]:
+def _frozen(names: Names, channel_of: Ids, reason_of: Ids, events: list[tuple[Ids, str, str]]) -> Iterable[Frozen]:
     """The frozen positions of every axis by reason; kernel positions are too plain to tell."""
     axis = _owner_of(names)
     lost = np.flatnonzero((channel_of == 0) & (axis >= 0))

@@ -93,7 +93,7 @@ class Frozen:
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """Sums of products of axis lengths: ``total = sum_t factor[t] * prod_d length[index[t, d]]`` (index -1 counts 1)."""
+    """Sums of products of lengths: ``total = sum_t factor[t] * prod_d length[index[t, d]]`` (index -1 counts 1)."""
 
     factor: np.ndarray
     index: np.ndarray

@@ -50,10 +50,13 @@ def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen:
         with quiet():
             watcher = watch(skeleton, survivors, expected)
     except Exception as error:  # whatever the user's forward raises is the answer
-        return f"the model's forward cannot bear it: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        words = str(error).strip().splitlines() or [""]
+        return f"the model's forward cannot bear it: {type(error).__name__}: {words[0]}"
     finally:
         undo()
-    if [s.op for s in expected] != [s.op for s in watcher.steps]:  # PyTorch's own path depends on strides, and so on widths
+    if [s.op for s in expected] != [
+        s.op for s in watcher.steps
+    ]:  # PyTorch's own path depends on strides, and so on widths
         return contradiction(watcher.names) or compare(expected[-1:], watcher.steps[-1:], watcher.agree)
     return compare(expected, watcher.steps, watcher.agree)
 
@@ -94,11 +97,13 @@ def compare(expected: list[Step], again: list[Step], agree: Callable[[Dim, Dim],
 
 
 def contradiction(names: Names) -> str:
-    """The first thing a second run says that the first did not: two channels equal, or one fixed (a lone one may be)."""
+    """The first thing a second run says that the first did not: two channels equal, or one fixed (a lone one may)."""
     for a, b in names.edges:
         one, other = (np.abs(v) for v in np.broadcast_arrays(a, b))
         differ = one != other
-        if differ.any() and not (len(np.unique(np.r_[one[differ], other[differ]])) == 2 and not (one * other)[differ].any()):
+        if differ.any() and not (
+            len(np.unique(np.r_[one[differ], other[differ]])) == 2 and not (one * other)[differ].any()
+        ):
             return "the model's forward takes another path, on which channels are mixed up"
     for ids, operation, reason in names.freezes:
         if len(np.unique(np.abs(ids[ids != 0]))) > (reason != BROADCAST):

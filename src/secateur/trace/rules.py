@@ -1,6 +1,7 @@
 """The table: ATen operation -> how names flow. Pointwise operations, contractions, norms, reductions, pooling.
 
-Each rule gets a :class:`~secateur.trace.call.Call`, adds what must be equal, frozen or inexact to the table of names and
+Each rule gets a :class:`~secateur.trace.call.Call`, adds what must be equal, frozen or inexact to the table of names
+and
 returns the names of the results. Operations that only move positions are in ``layout.py``. An operation without a rule
 freezes every name it meets.
 """
@@ -411,8 +412,8 @@ def _affine(call: Call, ids: Dim, *, zero: bool) -> Dim:
 
 
 @rule(
-    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm "
-    "_batch_norm_with_update _batch_norm_no_update batch_norm_with_update"
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
+    "miopen_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm_with_update"
 )
 def _batch_norm(call: Call) -> Result:
     named = call.of(call.arg("input"))
@@ -543,7 +544,8 @@ def _spatial(call: Call, count: int) -> Result:
 for _n, _spaces in enumerate(("1d", "2d", "3d"), start=1):
     for _name in (
         f"avg_pool{_spaces} max_pool{_spaces} max_pool{_spaces}_with_indices _adaptive_avg_pool{_spaces} "
-        f"adaptive_avg_pool{_spaces} adaptive_max_pool{_spaces} upsample_nearest{_spaces} _upsample_nearest_exact{_spaces} "
+        f"adaptive_avg_pool{_spaces} adaptive_max_pool{_spaces} upsample_nearest{_spaces} "
+        f"_upsample_nearest_exact{_spaces} "
         f"reflection_pad{_spaces} replication_pad{_spaces}"
     ).split():
         RULES[_name] = lambda call, count=_n: _spatial(call, count)  # type: ignore[misc]

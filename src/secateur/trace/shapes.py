@@ -1,7 +1,7 @@
 """Results of the commonest operations on tensors without data, by their shapes alone.
 
-PyTorch computes these shapes too, through layers of Python that take a hundred times longer than the answer. Whatever is
-out of the ordinary here (shapes that do not fit, mixed dtypes, broadcasting) is left to PyTorch.
+PyTorch computes these shapes too, through layers of Python that take a hundred times longer than the answer. Whatever
+is out of the ordinary here (shapes that do not fit, mixed dtypes, broadcasting) is left to PyTorch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def _in_place(x: Tensor, *_: object) -> Tensor | None:
 
 
 def _binary(x: Tensor, y: object, *_: object) -> Tensor | None:
-    fits = isinstance(y, Tensor) and y.is_meta and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
+    fits = (
+        isinstance(y, Tensor) and y.is_meta and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
+    )
     return _like(x) if fits and _plain(x) else None
 
 

@@ -133,7 +133,9 @@ class Watcher(TorchDispatchMode):
                 ids is not None and len(ids) != n for ids, n in zip(dims, tensor.shape, strict=True)
             ):
                 continue
-            differ = [d for d, (want, got) in enumerate(zip(dims, named.dims, strict=True)) if not self.agree(want, got)]
+            differ = [
+                d for d, (want, got) in enumerate(zip(dims, named.dims, strict=True)) if not self.agree(want, got)
+            ]
             if not differ:
                 continue
             given = _values(named.dims[d] for d in differ)
@@ -161,8 +163,32 @@ _CONSTANTS = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "emp
 
 
 # operations whose whole numbers are values, not places or sizes
-_ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "pow", "fill", "full", "new_full", "scalar_tensor", "clamp", "eq", "ne", "lt",
-               "gt", "le", "ge", "maximum", "minimum", "remainder", "fmod", "floor_divide", "arange", "linspace"}  # fmt: skip
+_ARITHMETIC = {
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "pow",
+    "fill",
+    "full",
+    "new_full",
+    "scalar_tensor",
+    "clamp",
+    "eq",
+    "ne",
+    "lt",
+    "gt",
+    "le",
+    "ge",
+    "maximum",
+    "minimum",
+    "remainder",
+    "fmod",
+    "floor_divide",
+    "arange",
+    "linspace",
+}
 
 
 def _numbers(call: Call) -> tuple[float, ...]:
@@ -246,8 +272,8 @@ def _quiet_copy(model: nn.Module) -> Iterator[None]:
         yield
     except Exception as error:
         raise SecateurError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); secateur works on a deep copy so that "
-            "your model stays untouched: make copy.deepcopy(model) work first"
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); secateur works on a deep "
+            "copy so that your model stays untouched: make copy.deepcopy(model) work first"
         ) from error
 
 
