@@ -419,6 +419,27 @@ def test_param_groups_without_c_and_frozen_parameters_are_no_part_of_the_norm():
     assert set(opt.state) == {model.a}
 
 
+def test_param_groups_have_their_own_settings():
+    torch.manual_seed(0)
+    start = {"a": torch.randn(3, 2, dtype=DOUBLE), "b": torch.randn(4, dtype=DOUBLE)}
+    own = {"a": {"lr": 0.3, "c": 0.5, "mu": 0.7}, "b": {"lr": 0.05, "c": 1.0, "mu": 0.5}}
+    axes = {"a": group([1, 2, 3], ("a", 0)), "b": group([4, 5, 6, 7], ("b", 0))}
+    model = Rows(**start)
+    opt = SDPrun(
+        model, graph(*axes.values()), param_groups=[{"params": [model.get_parameter(n)], **own[n]} for n in "ab"]
+    )
+    alone = {n: Rows(**{n: start[n]}) for n in "ab"}
+    opts = [SDPrun(alone[n], graph(axes[n]), **own[n]) for n in "ab"]
+    for _ in range(5):
+        for n in "ab":
+            for p in (model.get_parameter(n), alone[n].get_parameter(n)):
+                p.grad = p.detach() - 1
+        for optimizer in (opt, *opts):
+            optimizer.step()
+    for n in "ab":
+        assert torch.equal(model.get_parameter(n), alone[n].get_parameter(n))
+
+
 @pytest.mark.parametrize("own", [{"c": 0.1}, {"mu": 0.7}, {"lr": 0.2}])
 def test_a_channel_cannot_span_param_groups_that_differ(own):
     model = Rows(a=torch.ones(3, 2), b=torch.ones(3))
@@ -595,6 +616,19 @@ def test_a_parameter_without_gradient_keeps_its_v_but_feels_the_threshold():
     opt.step()
     assert torch.equal(opt.state[w]["v"], torch.tensor([[3.0, 4.0]], dtype=DOUBLE))
     assert norms(w).item() == pytest.approx(5 - opt.param_groups[0]["g"], abs=1e-12)
+
+
+@pytest.mark.parametrize("missing", [(), ("_foreach_add_", "_foreach_copy_")], ids=["foreach", "without foreach"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_order_of_an_accelerator_gives_the_same_bits(monkeypatch, missing, every):
+    model, other = net(), net()
+    opt, there = (SDPrun(m, net_graph(), lr=0.2, c=0.6, mu=0.7, prox_every=every) for m in (model, other))
+    train(model, opt, batches(6))
+    for name in missing:
+        monkeypatch.delattr(torch, name)
+    there._pruned.channels.on_cpu = False  # all of v first, all the norms then
+    train(other, there, batches(6))
+    same(model, other)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
