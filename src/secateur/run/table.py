@@ -70,7 +70,7 @@ def _cells(name: str, found: Mapping[str, Any]) -> list[str]:
         return cells
     if name == "test_accuracy":
         change = found["change"][name]
-        return [*cells, _with_spread(100 * change["mean"], 100 * change["sd"], "+.2f", " points")]
+        return [*cells, _with_spread(100 * change["mean"], 100 * change["sd"], "+.2f", " pts")]
     return [*cells, f"{100 * found['after'][name]['mean'] / found['before'][name]['mean']:.1f} %"]
 
 
