@@ -75,9 +75,9 @@ def inspect_command(
         import torch
 
         from secateur.models import build, example_input
-        from secateur.recipe import parse_yaml
         from secateur.store import load, read_head
         from secateur.trace import trace
+        from secateur.yamltext import parse_yaml
 
         given = {}
         for text in options or ():

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from secateur.allocate import STRATEGIES, Budget, budget_from
@@ -33,6 +32,7 @@ from secateur.prune import DEAD
 from secateur.score.api import CRITERIA
 from secateur.train.schedule import SCHEDULES
 from secateur.train.sdprun import WEIGHTS
+from secateur.yamltext import parse_yaml
 
 METHODS = (*CRITERIA, DEAD, "none")
 OPTIMIZERS = {  # the settings each takes beside the learning rate
@@ -318,33 +318,6 @@ def validate(given: Mapping[str, Any], where: str = "recipe") -> Recipe:
         return Recipe.model_validate(dict(given))
     except ValidationError as error:
         raise SecateurError(f"{where}: {'; '.join(_told(error))}") from error
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """What a YAML text holds; a key twice in one mapping is refused, and 1e-3 is a number."""
-    try:
-        return yaml.load(text, Loader=_Yaml)
-    except SecateurError as error:
-        raise SecateurError(f"{where}: {error}") from error
-    except yaml.YAMLError as error:
-        raise SecateurError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-
-
-class _Yaml(yaml.SafeLoader):
-    """Safe YAML, without two of its traps."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys are all different."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise SecateurError(f"line {node.start_mark.line + 1}: the key {twice!r} is given twice; keep one")
-        return super().construct_mapping(node, deep)
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def _overridden(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
