@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import SecateurError
-from secateur.trace import layout  # noqa: F401  (registers its rules)
 from secateur.trace.call import Call
 from secateur.trace.copying import copy_module
 from secateur.trace.names import Dim, Ids, Named, Names, anonymous, lasting

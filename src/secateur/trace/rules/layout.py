@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.trace.call import Call, Result, merge
 from secateur.trace.names import Dim, Named, lasting
-from secateur.trace.rules import rule, unknown_operation
+from secateur.trace.rules.table import rule, unknown_operation
 
 
 def _named(call: Call) -> Named:
