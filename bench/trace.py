@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import secateur as sc
-from networks import ZOO
+from networks import ZOO, DenseNet, ResNet
 
 RESULTS = Path(__file__).parent / "results" / "trace.json"
 SLOW = 20.0  # seconds after which one repeat is enough
@@ -124,7 +124,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     for prune in (ours, theirs):  # imports and first-call costs belong to neither
-        timed(prune, nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 3)), torch.randn(1, 3, 8, 8))
+        for small in (ResNet((1, 1, 1, 1)), DenseNet((1, 1, 1, 1))):
+            timed(prune, small.eval(), torch.randn(1, 3, 64, 64))
 
     print(f"{'network':<14}{'ops':>6}{'ours s':>10}{'t-p s':>10}{'ratio':>9}{'params':>12}{'ours':>12}{'t-p':>12}")
     rows = []

@@ -298,21 +298,22 @@ def slices_of_vector(d: Draw, x: Tensor) -> Do:
 
 @block("map", "vec")
 def map_to_vector(d: Draw, x: Tensor) -> Do:
-    small = x[0].numel() <= 64
+    dims = tuple(range(2, x.ndim))
     adaptive = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[x.ndim - 3]
-    return d.of(
+    averages = [
         Do(lambda m, x: x.flatten(2).mean(-1)),
-        Do(lambda m, x: x.flatten(1) if small else x.flatten(2).amax(-1)),
         Do(lambda m, x: torch.flatten(m.pool(x, 1), 1), pool=adaptive),
-        Do(
-            lambda m, x: x.view(x.size(0), -1) if small and x.is_contiguous() else x.sum(m.dims),
-            dims=tuple(range(2, x.ndim)),
-        ),
-        Do(lambda m, x: x.mean(m.dims), dims=tuple(range(2, x.ndim))),
-        Do(
-            lambda m, x: x.movedim(1, -1).reshape(x.size(0), -1) if small else x.mean(m.dims),
-            dims=tuple(range(2, x.ndim)),
-        ),
+        Do(lambda m, x: x.mean(dims)),
+        Do(lambda m, x: x.flatten(2).amax(-1)),
+        Do(lambda m, x: x.sum(dims)),
+    ]
+    if x[0].numel() > 64:
+        return d.of(*averages)
+    return d.of(
+        *averages,
+        Do(lambda m, x: x.flatten(1)),
+        Do(lambda m, x: x.contiguous().view(x.size(0), -1)),
+        Do(lambda m, x: x.movedim(1, -1).reshape(x.size(0), -1)),
     )
 
 
