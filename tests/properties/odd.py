@@ -53,16 +53,19 @@ def odd_sums(d: Draw, x: Tensor) -> Do:
 
 @block("map")
 def odd_products(d: Draw, x: Tensor) -> Do:
-    """Contractions that are not layers."""
+    """Contractions that are not layers.
+
+    Einsum multiplies where a width is 1, which PyTorch's counter does not count: widths are doubled there.
+    """
     c = x.size(1)
-    square = nn.Parameter(torch.empty(c, c))
+    square, twice = nn.Parameter(torch.empty(c, c)), (1, 2, *ones(x))
     return d.of(
-        Do(lambda m, x: torch.einsum("oc,nc...->no...", m.weight, x), weight=square),
-        Do(lambda m, x: torch.einsum("nc...,oc->no...", x, m.weight).relu(), weight=square),
+        Do(lambda m, x: torch.einsum("oc,nc...->no...", m.weight.repeat(2, 2), x.repeat(twice)), weight=square),
+        Do(lambda m, x: torch.einsum("nc...,oc->no...", x.repeat(twice), m.weight.repeat(2, 2)).relu(), weight=square),
         Do(lambda m, x: torch.tensordot(x.movedim(1, -1), m.weight, 1).movedim(-1, 1), weight=square),
         Do(lambda m, x: m.conv(x), conv=nn.utils.parametrizations.weight_norm(conv(x, c, 4))),
         Do(lambda m, x: torch.fft.fft(x, dim=1).real),
-        Do(lambda m, x: x * torch.einsum("nc...,nc...->n...", x, x).unsqueeze(1).tanh()),
+        Do(lambda m, x: x * torch.einsum("nc...,nc...->n...", x.repeat(twice), x.repeat(twice)).unsqueeze(1).tanh()),
         Do(lambda m, x: (x.flatten(2) @ x.flatten(2).mT).mean(-1).view(*x.shape[:2], *ones(x)) * x),
         Do(lambda m, x: F.conv1d(x.flatten(2), m.weight.unsqueeze(-1)).view_as(x).relu(), weight=square),
     )

@@ -181,7 +181,10 @@ def odd_tokens(d: Draw, x: Tensor) -> Do:
     return d.of(
         Do(lambda m, x: x.softmax(-1)),
         Do(lambda m, x: x.cumsum(1)),
-        Do(lambda m, x: torch.einsum("ntc,oc->nto", x, m.weight), weight=nn.Parameter(torch.empty(3, c))),
+        Do(
+            lambda m, x: torch.einsum("ntc,oc->nto", x.repeat(1, 1, 2), m.weight),
+            weight=nn.Parameter(torch.empty(3, 2 * c)),
+        ),
         Do(lambda m, x: x @ x.transpose(1, 2) @ x),
         Do(lambda m, x: x - x.mean(-1, keepdim=True)),
         Do(lambda m, x: x.roll(1, -1)),
