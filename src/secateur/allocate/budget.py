@@ -93,6 +93,9 @@ class Meter:
     def __init__(self, graph: ChannelGraph, budget: Budget) -> None:
         self.graph = graph
         self.full = {unit: self._count(unit, graph.widths) for unit in UNITS}
+        for unit in budget.limits:
+            if not self.full[unit]:
+                raise SecateurError(f"Budget({unit}=...): the model has no {unit} to count; limit something else")
         self.allowed = {unit: math.floor(f * self.full[unit] + 1e-9) for unit, f in budget.limits.items()}
 
     def _count(self, unit: str, widths: np.ndarray) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -126,7 +127,7 @@ def check(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> flo
         inputs: inputs to compare on, as for :func:`secateur.trace`.
 
     Returns:
-        ``max |masked - small| / max |masked|`` over all outputs.
+        ``max |masked - small| / max |masked|`` over all outputs; infinity if anything is not finite.
 
     Raises:
         SecateurError: the outputs differ in number or shape.
@@ -142,7 +143,8 @@ def check(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> flo
     for a, b in zip(wanted, given, strict=True):
         if a.numel():
             difference = (a.double() - b.double()).abs().max()
-            worst = max(worst, float(difference / a.double().abs().max().clamp_min(1e-30)))
+            relative = float(difference / a.double().abs().max().clamp_min(1e-30))
+            worst = max(worst, relative if math.isfinite(relative) else math.inf)
     return worst
 
 

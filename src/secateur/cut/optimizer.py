@@ -28,7 +28,13 @@ class Follower:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, optimizer: Optimizer) -> None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         self.optimizer = optimizer
+        own = hasattr(optimizer, "follow_cut")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise SecateurError(
+                "cut(optimizer): LBFGS keeps its history in one flat piece; build a new one after the cut"
+            )
         names = {id(p): n for n, p in model.named_parameters()}
         self.removed: dict[int, Mapping[int, list[int]]] = {}
         for group in optimizer.param_groups:
@@ -41,33 +47,50 @@ class Follower:
                 removed = plan.slices.get(names[id(p)], {})
                 self.removed[id(p)] = removed
                 for key, value in optimizer.state.get(p, {}).items():
-                    if removed and isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape:
+                    if (
+                        not own
+                        and removed
+                        and isinstance(value, Tensor)
+                        and value.numel() > 1
+                        and value.shape != p.shape
+                    ):
                         raise SecateurError(
-                            f"cut(optimizer): its state {key!r} of {names[id(p)]} has shape {list(value.shape)}, not "
-                            f"the parameter's {list(p.shape)}, and cannot follow; build a new optimizer after the cut"
+                            f"cut(optimizer): its state {key!r} of {names[id(p)]} has shape {list(value.shape)}, "
+                            f"not the parameter's {list(p.shape)}, and cannot follow; build a new optimizer after the cut"
                         )
 
     def __call__(self, replaced: Mapping[Tensor, Any]) -> None:
         """Hand the optimizer over to the new parameters."""
         optimizer = self.optimizer
-        kept: dict[Tensor, dict[int, Tensor]] = {}
+        if hasattr(optimizer, "follow_cut"):  # it knows its state better
+            self._grads(replaced)
+            with torch.no_grad():
+                optimizer.follow_cut(replaced, self._kept())
+            return
+        self._grads(replaced)
         state: dict[Tensor, Any] = {}
         for group in optimizer.param_groups:
-            old = list(group["params"])
-            for p in old:
-                removed = self.removed[id(p)]
-                kept[p] = {d: kept_positions(p.shape[d], gone, p.device) for d, gone in removed.items()}
-                new = replaced[p]
-                if p.grad is not None:
-                    new.grad = sliced(p.grad, removed).clone()
+            for p in group["params"]:
                 if p in optimizer.state:
-                    state[new] = {
-                        key: sliced(value, removed) if isinstance(value, Tensor) and value.shape == p.shape else value
+                    state[replaced[p]] = {
+                        key: sliced(value, self.removed[id(p)])
+                        if isinstance(value, Tensor) and value.shape == p.shape
+                        else value
                         for key, value in optimizer.state[p].items()
                     }
-            group["params"] = [replaced[p] for p in old]
+            group["params"] = [replaced[p] for p in group["params"]]
         optimizer.state.clear()
         optimizer.state.update(state)
-        if hasattr(optimizer, "follow_cut"):
-            with torch.no_grad():
-                optimizer.follow_cut(replaced, kept)
+
+    def _grads(self, replaced: Mapping[Tensor, Any]) -> None:
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    replaced[p].grad = sliced(p.grad, self.removed[id(p)]).clone()
+
+    def _kept(self) -> dict[Tensor, dict[int, Tensor]]:
+        return {
+            p: {d: kept_positions(p.shape[d], gone, p.device) for d, gone in self.removed[id(p)].items()}
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }

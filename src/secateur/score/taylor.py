@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from secateur.errors import SecateurError
 from secateur.score.sums import by_group, channel_sums, producers, rows
-from secateur.trace import Axis, ChannelGraph
+from secateur.trace import Axis, ChannelGraph, call_model
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -24,9 +25,9 @@ def taylor(
     r"""How much the loss moves, to first order, if everything that writes a channel is scaled away.
 
     ``score[c] = mean over batches of |sum_w w * dL/dw|`` over all producers ``w`` of the channel (arXiv 1906.10771): the
-    derivative with respect to one common scale. Batch norms use the batch's statistics here: a filter before a norm has
-    no derivative along itself then, so that nothing is counted twice. Their running statistics come back as they were,
-    like the gradients, the mode and the random state.
+    derivative with respect to one common scale. Batch norms use the batch's statistics here: a filter before a norm
+    has no derivative along itself then, so that nothing is counted twice. Their running statistics come back as they
+    were, like the gradients, the mode and the random state.
 
     Args:
         model: the model.
@@ -67,14 +68,14 @@ def _gradients(model: nn.Module, needed: list[nn.Parameter], batch: Any, loss_fn
         raise SecateurError(f"data: batches (inputs, targets) are expected, batch {number} is a {type(batch).__name__}")
     inputs, targets = batch
     device = needed[0].device
-    inputs, targets = (v.to(device) if isinstance(v, Tensor) else v for v in (inputs, targets))
+    inputs, targets = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, (inputs, targets))
     frozen = [p for p in needed if not p.requires_grad]
     try:
         for p in frozen:
             p.requires_grad_(True)
         with torch.enable_grad():
             try:
-                loss = loss_fn(model(inputs), targets)
+                loss = loss_fn(call_model(model, inputs), targets)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 shape = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
                 raise SecateurError(

@@ -14,7 +14,7 @@ from secateur.errors import SecateurError
 from secateur.trace.build import build
 from secateur.trace.graph import ChannelGraph, ChannelGroup, HasRemoved, fingerprint, no_removable_channel
 from secateur.trace.names import Dim, Names
-from secateur.trace.probe import Chosen, mismatch, unbearable, units
+from secateur.trace.probe import Chosen, halves, mismatch, unbearable, units
 from secateur.trace.tracer import Inputs, Skeleton, Watcher, final_steps, quiet, tensors_in, watch
 
 KINDS = ("meta", "fake", "real")
@@ -52,8 +52,18 @@ def _trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
         chosen = units(groups)
         return mismatch(skeleton, steps, graph, chosen) if chosen.removed else ""
 
+    def one_probe(groups: Sequence[ChannelGroup]) -> str:
+        return mismatch(skeleton, steps, graph, units(groups, both=False))
+
+    bad = unbearable(graph.groups, probe)
+    sliced = {int(i) for ids in names.places for i in np.unique(channel_of[np.abs(ids)])}
+    placed = [g for g in graph.groups if sliced & set(g.channels.tolist()) and len(g) > 1]
+    for some in halves(placed):  # an even removal moves the middle of a slice evenly; an uneven one does not
+        known = {g.name for g, _ in bad}
+        bad += unbearable([g for g in some if g.name not in known], one_probe)
+
     extra = []
-    for group, reason in unbearable(graph.groups, probe):
+    for group, reason in bad:
         extra.append((np.flatnonzero(np.isin(channel_of, group.channels)), "probe", reason))
     if extra:
         graph, channel_of = build(names, params, mark, extra)

@@ -90,8 +90,9 @@ class Call:
         return []
 
     def scalars(self) -> list[float]:
-        """The plain numbers among the positional arguments."""
-        return [v for v in self._args if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        """The plain numbers among the arguments."""
+        given = (*self._args, *self._kwargs.values())
+        return [v for v in given if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
     def freeze(self, ids: Dim, reason: str) -> None:
         """These names cannot be removed, because of this operation."""

@@ -63,6 +63,7 @@ class Names:
         self.inexacts: list[tuple[Ids, str]] = []
         self.roles: dict[str, list[Ids]] = {"producer": [], "consumer": [], "carried": []}
         self.aliases: list[tuple[int, int]] = []
+        self.places: list[Ids] = []  # what slices and uneven splits cut apart, at places that may depend on widths
         self.terms: list[tuple[int, tuple[Ids, ...]]] = []
         self.edges: list[tuple[Ids, Ids]] = []
 

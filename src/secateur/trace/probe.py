@@ -147,6 +147,14 @@ def _bisect(
     return found or [(g, reason) for g in groups]  # each alone is borne, together they are not
 
 
-def units(groups: Iterable[ChannelGroup]) -> Chosen:
+def units(groups: Iterable[ChannelGroup], *, both: bool = True) -> Chosen:
     """The first and the last channel of each group (only the first of two), so that both ends of a slice move."""
-    return Chosen({g.name: [0] if len(g) == 2 else [0, len(g) - 1] for g in groups if len(g) > 1})
+    return Chosen({g.name: [0, len(g) - 1] if both and len(g) > 2 else [0] for g in groups if len(g) > 1})
+
+
+def halves(groups: Sequence[ChannelGroup]) -> Iterable[list[ChannelGroup]]:
+    """All groups, then subsets such that any two groups are apart in at least one of them."""
+    yield list(groups)
+    for bit in range(max(0, len(groups) - 1).bit_length()):
+        for side in (0, 1):
+            yield [g for i, g in enumerate(groups) if (i >> bit) & 1 == side]

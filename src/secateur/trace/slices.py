@@ -99,10 +99,12 @@ class Undo:
 def _sizes(part: nn.Module) -> dict[str, Any]:
     """The sizes a standard module remembers, computed from the shapes it holds now."""
     tensors = {**part._buffers, **part._parameters}
-    weight = next((tensors[k] for k in ("weight", "running_mean", "bias") if tensors.get(k) is not None), None)
+    weight = next((tensors[k] for k in ("weight", "running_mean") if tensors.get(k) is not None), None)
     if weight is None:
         return {}
     shape = tuple(weight.shape)
+    if isinstance(part, (_CONVOLUTIONS, nn.Linear, nn.Embedding)) and len(shape) < 2:
+        return {}
     if isinstance(part, _CONVOLUTIONS):
         return _convolution_sizes(part, shape)
     if isinstance(part, nn.Linear):

@@ -145,7 +145,7 @@ class Watcher(TorchDispatchMode):
     def _written(self, call: Call, tensor: Tensor, new: Named) -> None:
         """An in-place operation that changes what the names say must not be seen through another view."""
         old = self.get(tensor)
-        if all(_same(a, b) for a, b in zip(old.dims, new.dims, strict=True)):
+        if len(old.dims) == len(new.dims) and all(_same(a, b) for a, b in zip(old.dims, new.dims, strict=True)):
             return
         storage = tensor.untyped_storage()._cdata
         for reference, other in list(self._known.values()):
@@ -193,6 +193,7 @@ _ARITHMETIC = {
 def _numbers(call: Call) -> tuple[float, ...]:
     """Plain numbers that enter an operation's values: they must not depend on a width."""
     numbers = [v for v in call.scalars() if isinstance(v, float) or call.base in _ARITHMETIC]
+    numbers += [v for v in map(call.arg, ("alpha", "beta", "correction")) if isinstance(v, int)]
     if call.base.startswith("lift_fresh"):
         constant = call.first()
         if constant.numel() <= 64 and not constant.is_meta and type(constant) is Tensor and not constant.is_complex():

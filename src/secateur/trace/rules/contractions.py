@@ -90,6 +90,8 @@ def _mv(call: Call) -> Result:
     _inner(call, left.dims[-1], right.dims[0], left_weight=left.weight, right_weight=right.weight)
     if not right.weight:
         _produce(call, left, *left.dims[:-1])
+    inner = (left if left.weight else right).dims[-1 if left.weight else 0]
+    call.names.term(1, *zip(left.dims[:-1], a.shape[:-1], strict=True), (inner, b.shape[0]))
     product = Named(left.dims[:-1], left.weight and right.weight)
     return _plus_bias(call, product, bias[0]) if bias else product
 

@@ -50,8 +50,11 @@ def _unsqueeze(call: Call) -> Result:
 def _squeeze(call: Call) -> Result:
     named, x = _named(call), call.first()
     dim = call.arg("dim")
-    axes = range(x.ndim) if dim is None else (dim if isinstance(dim, (list, tuple)) else (dim,))
-    gone = {d % x.ndim for d in axes if x.shape[d] == 1} if x.ndim else set()
+    ndim, after = len(named.dims), call.results()[0].ndim  # an in-place squeeze has changed x already
+    axes = range(ndim) if dim is None else (dim if isinstance(dim, (list, tuple)) else (dim,))
+    if call.writes or x.ndim != ndim:
+        return unknown_operation(call) if after != ndim else named
+    gone = {d % ndim for d in axes if x.shape[d] == 1} if ndim else set()
     for d in gone:
         call.freeze(named.dims[d], "is squeezed away")
     return Named(tuple(ids for d, ids in enumerate(named.dims) if d not in gone), named.weight)
@@ -193,6 +196,8 @@ def _split(call: Call) -> Result:
         if len(set(sizes)) == 1:
             for other in cuts[1:]:
                 call.names.unite(cuts[0], other)
+        else:
+            call.names.places.append(ids)
         parts = list(cuts)
     return [Named((*named.dims[:axis], part, *named.dims[axis + 1 :]), named.weight) for part in parts]
 
@@ -208,7 +213,10 @@ def _slice(call: Call) -> Result:
         cut = slice(start, start + call.arg("length"))
     else:
         cut = slice(call.arg("start"), call.arg("end"), call.arg("step", 1))
-    part = ids[cut] if len(range(*cut.indices(size))) != size else ids
+    part = ids
+    if len(range(*cut.indices(size))) != size:
+        part = ids[cut]
+        call.names.places.append(ids)
     return Named((*named.dims[:axis], part, *named.dims[axis + 1 :]), named.weight)
 
 

@@ -11,7 +11,7 @@ from secateur.trace.rules.table import rule
 
 def _affine(call: Call, ids: Dim, *, zero: bool) -> Dim:
     """Unite a normalised dim with the norm's own tensors; zero: whether the plain normalised value vanishes."""
-    scale = None
+    scale = bias = None
     for argument in ("weight", "bias", "running_mean", "running_var"):
         tensor = call.arg(argument)
         named = call.of(tensor)
@@ -27,11 +27,12 @@ def _affine(call: Call, ids: Dim, *, zero: bool) -> Dim:
             call.names.mark("carried" if argument.startswith("running") else "producer", own)
         if argument == "weight":
             scale = own
+        if argument == "bias":
+            bias = own
     if ids is None:
         return None
-    if scale is not None:
-        return vanishing(ids, scale > 0)
-    return vanishing(ids, ids > 0) if zero else lasting(ids)
+    vanishes = scale > 0 if scale is not None else (ids > 0) & zero
+    return vanishing(ids, vanishes if bias is None else vanishes & (bias > 0))
 
 
 @rule(

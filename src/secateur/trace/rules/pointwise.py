@@ -43,10 +43,23 @@ def _keeps(call: Call) -> Result:
 
 
 @rule(
-    "sigmoid exp exp2 log log2 log10 softplus cos cosh acos rsqrt reciprocal hardsigmoid erfc logical_not bitwise_not "
+    "sigmoid exp exp2 softplus cos cosh acos hardsigmoid erfc logical_not bitwise_not "
     "ones_like full_like rand_like randn_like empty_like fill isfinite"
 )
 def _loses(call: Call) -> Result:
+    return pointwise(call, [call.first()], "lose")
+
+
+def _not_at_zero(call: Call) -> None:
+    named = call.of(call.first())
+    for ids in named.dims if named is not None else ():
+        if ids is not None and (ids > 0).any():
+            call.freeze(ids[ids > 0], "is not finite where a channel is zero")
+
+
+@rule("log log2 log10 rsqrt reciprocal digamma lgamma")
+def _loses_and_breaks(call: Call) -> Result:
+    _not_at_zero(call)
     return pointwise(call, [call.first()], "lose")
 
 
@@ -105,6 +118,8 @@ def _power(call: Call) -> Result:
     exponent = call.arg("exponent")
     if isinstance(exponent, (int, float)) and exponent > 0:
         return pointwise(call, [call.first()], "any")
+    if isinstance(call.first(), Tensor):
+        _not_at_zero(call)
     return pointwise(call, call.tensors(), "lose")
 
 
@@ -135,8 +150,13 @@ def _where(call: Call) -> Result:
 
 @rule("masked_fill")
 def _masked_fill(call: Call) -> Result:
-    value = call.arg("value")
-    return pointwise(call, [call.first(), call.arg("mask")], "lose" if not _is_zero(value) else "any")
+    x = call.first()
+    result = pointwise(call, [x, call.arg("mask")], "lose")
+    named = call.of(x)
+    if not _is_zero(call.arg("value")) or named is None or len(named.dims) != len(result.dims):
+        return result
+    own = zip(result.dims, named.dims, strict=True)  # zeros stay zeros where x has them, whatever the mask is
+    return Named(tuple(d if d is None or x is None else vanishing(d, x > 0) for d, x in own), result.weight)
 
 
 @rule("copy")

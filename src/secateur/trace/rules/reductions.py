@@ -32,9 +32,17 @@ def _reduce(call: Call, reduced: Callable[[Dim], None], *, keeps: bool) -> Named
     return Named(tuple(dims), named.weight)
 
 
+def _summed(call: Call) -> Callable[[Dim], None]:
+    """What a sum over a dim means: exact where zero producers mean zero terms, which no weight's inputs promise."""
+    named = call.of(call.first())
+    if named is not None and named.weight:
+        return lambda ids: call.names.inexact(ids, f"{call.op} of a weight is taken over it")
+    return lambda ids: call.names.read(ids, call.op)
+
+
 @rule("sum")
 def _sum(call: Call) -> Result:
-    return _reduce(call, lambda ids: call.names.read(ids, "sum"), keeps=True)
+    return _reduce(call, _summed(call), keeps=True)
 
 
 @rule("mean amax amin var std var_mean std_mean prod logsumexp")
@@ -49,7 +57,7 @@ def _statistics(call: Call) -> Result:
 def _norm(call: Call) -> Result:
     if call.arg("ord", call.arg("p")) not in {None, 1, 2, float("inf")}:
         return unknown_operation(call)
-    return _reduce(call, lambda ids: call.names.read(ids, call.op), keeps=True)
+    return _reduce(call, _summed(call), keeps=True)
 
 
 @rule("any all argmax argmin max min median")
