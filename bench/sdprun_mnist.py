@@ -1,8 +1,8 @@
 """SDPrun against SGD on MNIST without fine-tuning: the whole trade-off between MACs and accuracy.
 
-Every row is one training from scratch: the same seed, schedule and data order for all strengths ``c``; ``c = 0`` is SGD.
-Accuracy is that of the cut network. The strength for the recipes is chosen on the held-out training images. Rows that
-are already in the results are not run again, so the bench can be stopped at any time.
+Every row is one training from scratch: one seed, schedule and data order for all strengths ``c``; ``c = 0`` is SGD.
+Accuracy is that of the cut network. The strength for the recipes is chosen on the held-out training images. Rows
+that are already in the results are not run again, so the bench can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def train(name: str, c: float, seed: int, setting: dict[str, Any]) -> dict[str, 
         "network": name, "c": c, "seed": seed, "difference": sc.check(model, small, plan, inputs),
         "macs": graph.macs(plan) / graph.macs(), "params": graph.params(plan) / graph.params(),
         "widths": graph.kept(plan).tolist(),
-        "validation": accuracy(small, data.loader("validation", 500)), "test": accuracy(small, data.loader("test", 500)),
+        "validation": accuracy(small, data.loader("validation", 500)),
+        "test": accuracy(small, data.loader("test", 500)),
     }  # fmt: skip
 
 

@@ -203,3 +203,50 @@ def test_check_sees_a_wrong_network(model, plan):
     with torch.no_grad():
         small[0].bias[0] += 1e-3
     assert sc.check(model, small, plan, X) > 1e-6
+
+
+def test_tensors_in_plain_lists_are_the_new_model_s():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.e = nn.Linear(6, 8), nn.Linear(8, 3), nn.Parameter(torch.randn(3, 3))
+            self.listed = [self.e]
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()) @ self.listed[0]
+
+    model = Listed()
+    graph = sc.trace(model, torch.randn(2, 6))
+    small = sc.cut(model, sc.make_plan(graph, {"a": [0]}))
+    small(torch.randn(2, 6)).sum().backward()
+    assert small.e.grad is not None
+    assert model.e.grad is None
+
+
+def test_check_sees_what_is_not_finite(model, plan):
+    small = sc.cut(model, plan)
+    with torch.no_grad():
+        small[0].weight[0] = float("nan")
+    assert sc.check(model, small, plan, X) == float("inf")
+
+
+def test_sdprun_follows_two_cuts():
+    torch.manual_seed(0)
+    big = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(16, 6, dtype=torch.float64), torch.arange(16) % 3
+    graph = sc.trace(big, x)
+    optimizer = sc.SDPrun(big, graph, lr=0.1, c=1.6)
+    small, other = big, sc.cut(big, sc.make_plan(graph, {}))
+    uncut = sc.SDPrun(other, sc.trace(other, x), lr=0.1, c=1.6)
+    cuts = 0
+    for step in range(40):
+        for network, opt in ((small, optimizer), (other, uncut)):
+            opt.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            opt.step()
+        if step in {15, 30}:
+            dead = sc.dead_channels(small, sc.trace(small, x))
+            cuts += len(dead) > 0
+            small = sc.cut(small, dead, optimizer=optimizer)
+    assert cuts == 2
+    assert torch.allclose(small(x), other(x), atol=1e-10)

@@ -18,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.plan import Plan
 from secateur.trace import call_model, fingerprint
 from secateur.trace.copying import copy_module
-from secateur.trace.slices import shrink, sliced
+from secateur.trace.slices import remember_sizes, sliced
 from secateur.trace.tracer import Inputs, tensors_in
 
 _RECORD = "_secateur_record"
@@ -40,37 +40,23 @@ def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> 
         SecateurError: the plan was made for another model, or the result does not run on the traced example inputs.
     """
     check_plan(model, plan)
-    whole = {id(t): t for t in (*model.parameters(), *model.buffers())}
     follower = Follower(model, plan, optimizer) if optimizer is not None else None
-    memo: dict[int, Any] = dict(whole)  # the copy shares all tensors; what is cut is replaced, the rest cloned
-    small = copy_module(model, memo)
-    undo = shrink(small, plan.slices, sliced)
-    untouched = {id(t) for t in whole.values()} - {id(t) for _, _, t in undo.entries}
-    clones = _own_tensors(small, untouched)
+    new = {id(t): _remaining(t, plan.slices.get(n, {})) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    small = copy_module(
+        model, dict(new)
+    )  # wherever the copy meets an old tensor, in a plain list too, it takes the new
+    remember_sizes(small)
     if plan.graph is not None and plan.graph.inputs is not None:
         _try(small, plan.graph.inputs)
     setattr(small, _RECORD, [*getattr(model, _RECORD, []), {"cut": replace(plan, graph=None)}])
     if follower is not None:
-        names = {id(t): n for n, t in model.named_parameters()}
-        follower({whole[i]: clones.get(i, undo.replaced.get(n)) for i, n in names.items()})
+        follower({p: new[id(p)] for p in model.parameters()})
     return small
 
 
-def _own_tensors(small: nn.Module, shared: set[int]) -> dict[int, Tensor]:
-    """Replace the tensors that are still the old model's by clones of their own."""
-    clones: dict[int, Tensor] = {}
-    for part in small.modules():
-        for table in (part._parameters, part._buffers):
-            for key, tensor in table.items():
-                if tensor is None or id(tensor) not in shared:
-                    continue
-                if id(tensor) not in clones:
-                    clone: Tensor = tensor.detach().clone()
-                    if isinstance(tensor, nn.Parameter):
-                        clone = nn.Parameter(clone, requires_grad=tensor.requires_grad)
-                    clones[id(tensor)] = clone
-                table[key] = clones[id(tensor)]  # type: ignore[assignment]
-    return clones
+def _remaining(tensor: Tensor, removed: Mapping[int, list[int]]) -> Tensor:
+    left = sliced(tensor.detach(), removed) if removed else tensor.detach().clone()
+    return nn.Parameter(left, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else left
 
 
 def record(model: nn.Module) -> list[dict[str, str]]:

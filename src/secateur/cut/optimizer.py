@@ -55,8 +55,8 @@ class Follower:
                         and value.shape != p.shape
                     ):
                         raise SecateurError(
-                            f"cut(optimizer): its state {key!r} of {names[id(p)]} has shape {list(value.shape)}, "
-                            f"not the parameter's {list(p.shape)}, and cannot follow; build a new optimizer after the cut"
+                            f"cut(optimizer): its state {key!r} of {names[id(p)]} has shape {list(value.shape)}, not "
+                            f"the parameter's {list(p.shape)}, and cannot follow; build a new optimizer after the cut"
                         )
 
     def __call__(self, replaced: Mapping[Tensor, Any]) -> None:

@@ -24,8 +24,8 @@ def taylor(
 ) -> dict[str, Tensor]:  # fmt: skip
     r"""How much the loss moves, to first order, if everything that writes a channel is scaled away.
 
-    ``score[c] = mean over batches of |sum_w w * dL/dw|`` over all producers ``w`` of the channel (arXiv 1906.10771): the
-    derivative with respect to one common scale. Batch norms use the batch's statistics here: a filter before a norm
+    ``score[c] = mean over batches of |sum_w w * dL/dw|`` over all producers ``w`` of the channel (arXiv 1906.10771):
+    the derivative with respect to one common scale. Batch norms use the batch's statistics here: a filter before a norm
     has no derivative along itself then, so that nothing is counted twice. Their running statistics come back as they
     were, like the gradients, the mode and the random state.
 

@@ -96,6 +96,14 @@ class Undo:
             setattr(part, key, value)
 
 
+def remember_sizes(module: nn.Module) -> None:
+    """Set the sizes that standard modules remember to those of the tensors they hold."""
+    for part in module.modules():
+        for key, value in _sizes(part).items():
+            if getattr(part, key) != value:
+                setattr(part, key, value)
+
+
 def _sizes(part: nn.Module) -> dict[str, Any]:
     """The sizes a standard module remembers, computed from the shapes it holds now."""
     tensors = {**part._buffers, **part._parameters}
