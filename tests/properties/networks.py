@@ -7,7 +7,8 @@ A spec prints as the Python that makes it again, so a failing example is reprodu
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -246,3 +247,24 @@ def specs(most: int = 12) -> st.SearchStrategy[Spec]:
         style=st.sampled_from(("tuple", "tensor", "dict")),
         seed=st.integers(0, 999),
     )
+
+
+def reduced(spec: Spec, fails: Callable[[Spec], bool]) -> Spec:
+    """A smaller spec that still fails: blocks left out, numbers made zero, plain inputs and outputs."""
+    plain, before = Spec(()), None
+    while spec != before:
+        before = spec
+        for i in reversed(range(len(spec.records))):
+            spec = _if(fails, replace(spec, records=spec.records[:i] + spec.records[i + 1 :]), spec)
+        for field in ("outputs", "style", "inputs", "space"):
+            spec = _if(fails, replace(spec, **{field: getattr(plain, field)}), spec)
+        for i, (name, numbers) in enumerate(spec.records):
+            for j in range(len(numbers)):
+                now = spec.records[i][1]
+                zeroed = (name, (*now[:j], 0, *now[j + 1 :]))
+                spec = _if(fails, replace(spec, records=(*spec.records[:i], zeroed, *spec.records[i + 1 :])), spec)
+    return spec
+
+
+def _if(fails: Callable[[Spec], bool], candidate: Spec, spec: Spec) -> Spec:
+    return candidate if candidate != spec and fails(candidate) else spec
