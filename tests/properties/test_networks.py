@@ -7,6 +7,7 @@ from hypothesis, which looks for corners. A failure is made small and prints the
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -18,33 +19,56 @@ NETWORKS = int(os.environ.get("SECATEUR_NETWORKS", "500"))
 CHUNK = 25
 
 
-def fault(spec: Spec) -> str:
-    """What is wrong, or nothing."""
+REFUSED = "this combination of channels cannot be removed"
+
+
+def fault(spec: Spec, refused: list[Spec] | None = None) -> str:
+    """What is wrong, if anything.
+
+    A plan that the proof refuses is told and changes nothing, but it is a group that tracing should have frozen: such
+    specs are collected, and their share is bounded.
+    """
     try:
         check_everything(spec)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        if REFUSED not in str(error):
+            return f"{type(error).__name__}: {error}"
+        if refused is not None:
+            refused.append(spec)
     return ""
+
+
+def fails_alike(kind: str, spec: Spec) -> bool:
+    """Whether a spec fails with the same kind of error."""
+    return fault(spec).startswith(kind)
 
 
 @pytest.mark.parametrize("first", range(0, NETWORKS // 2, CHUNK))
 def test_what_always_holds(first: int):
+    refused: list[Spec] = []
     for seed in range(first, first + CHUNK):
-        wrong = fault(random_spec(seed))
+        wrong = fault(random_spec(seed), refused)
         if wrong:
-            spec = reduced(random_spec(seed), lambda s, kind=wrong[:30]: fault(s).startswith(kind))
+            spec = reduced(random_spec(seed), partial(fails_alike, wrong[:30]))
             pytest.fail(f"seed {seed}: {wrong}\nreduced: {fault(spec)}\n{spec}")
+    assert len(refused) <= 2, refused
 
 
-@settings(
-    max_examples=NETWORKS - NETWORKS // 2,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    print_blob=False,
-    phases=[Phase.generate, Phase.shrink],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-)
-@given(specs())
-def test_what_always_holds_in_corners(spec: Spec):
-    check_everything(spec)
+def test_what_always_holds_in_corners():
+    refused: list[Spec] = []
+
+    @settings(
+        max_examples=NETWORKS - NETWORKS // 2,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        print_blob=False,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    )
+    @given(specs())
+    def holds(spec: Spec) -> None:
+        assert fault(spec, refused) == ""
+
+    holds()
+    assert len(refused) <= NETWORKS // 20, refused
