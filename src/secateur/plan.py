@@ -13,6 +13,10 @@ from secateur.trace import ChannelGraph
 VERSION = 1
 
 
+class CannotBear(SecateurError):
+    """Each group may be cut, but the model's Python does not bear this combination."""
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What to remove from which model.
@@ -114,8 +118,9 @@ def make_plan(
         inexact: allow groups whose removal changes more than the removed channels.
 
     Raises:
-        SecateurError: an unknown group, positions out of range, a group that would lose its last channel, an inexact
-            group that was not asked for, a combination that the model's Python does not bear.
+        SecateurError: an unknown group, positions out of range, a group that would keep too few channels, an inexact
+            group that was not asked for.
+        CannotBear: a combination that the model's Python does not bear.
     """
     clean: dict[str, list[int]] = {}
     for name, given in removed.items():
@@ -126,6 +131,11 @@ def make_plan(
             raise SecateurError(f"plan: group {name!r} has positions 0 to {len(group) - 1}, {positions} were given")
         if len(positions) == len(group):
             raise SecateurError(f"plan: all {len(group)} channels of group {name!r} would go; one must stay")
+        if len(group) - len(positions) < group.least:
+            raise SecateurError(
+                f"plan: group {name!r} would keep {len(group) - len(positions)} of {len(group)} channels; "
+                f"{group.least} must stay, since with fewer the model's forward takes another path"
+            )
         if not group.exact and not inexact:
             raise SecateurError(f"plan: group {name!r} is not exact ({group.reason}); ask for inexact=True to cut it")
         clean[name] = positions
@@ -134,5 +144,5 @@ def make_plan(
         object.__setattr__(plan, "slices", graph.slices(plan))
         wrong = graph.verify(plan)
         if wrong:
-            raise SecateurError(f"plan: this combination of channels cannot be removed from the model: {wrong}")
+            raise CannotBear(f"plan: this combination of channels cannot be removed from the model: {wrong}")
     return plan

@@ -232,15 +232,16 @@ def random_removal(graph: sc.ChannelGraph, source: random.Random) -> Removed:
     """Some channels of most exact groups, never the last one."""
     removed = {}
     for group in graph.groups:
-        if group.exact and len(group) > 1 and source.random() < 0.75:
-            removed[group.name] = sorted(source.sample(range(len(group)), source.randint(1, len(group) - 1)))
+        if group.exact and len(group) > group.least and source.random() < 0.75:
+            number = source.randint(1, len(group) - group.least)
+            removed[group.name] = sorted(source.sample(range(len(group)), number))
     return removed
 
 
 def random_budget(graph: sc.ChannelGraph, source: random.Random) -> sc.Budget:
     """A budget on some units, reachable unless the widths' steps and floors stand in its way."""
     widths = sum(len(g) for g in graph.groups)
-    least = sum(1 if g.exact else len(g) for g in graph.groups)
+    least = sum(g.least if g.exact else len(g) for g in graph.groups)
     ranges = {**graph.feasible(), "channels": (least, widths)}
     units = source.sample(["macs", "params", "channels"], source.choice((1, 1, 2, 3)))
     limits = {}
@@ -258,7 +259,7 @@ def least_widths(graph: sc.ChannelGraph, budget: sc.Budget) -> dict[str, int]:
     result = {}
     for group in graph.groups:
         floor = budget.at_least if budget.at_least >= 1 else math.ceil(budget.at_least * len(group))
-        floor = max(1, math.ceil(floor / budget.round_to) * budget.round_to)
+        floor = max(1, math.ceil(max(floor, group.least) / budget.round_to) * budget.round_to)
         result[group.name] = min(floor, len(group)) if group.exact else len(group)
     return result
 

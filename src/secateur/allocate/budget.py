@@ -61,7 +61,7 @@ class Budget:
         for group in graph.groups:
             wanted = named.get(group.name, 1) if isinstance(self.at_least, Mapping) else self.at_least
             least = math.ceil(wanted * len(group)) if wanted < 1 else int(wanted)
-            least = max(1, -(-least // self.round_to) * self.round_to)
+            least = -(-max(group.least, least) // self.round_to) * self.round_to
             floors.append(min(least, len(group)))
         return np.array(floors, dtype=np.int64)
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from secateur.allocate.budget import Budget, Meter
 from secateur.errors import SecateurError, unknown
-from secateur.plan import Plan, make_plan
+from secateur.plan import CannotBear, Plan, make_plan
 from secateur.trace import ChannelGraph
+from secateur.trace.probe import Chosen, unbearable
 
 Strategy = Callable[["Problem"], np.ndarray]
 """Gives the number of items taken from every group (int64)."""
@@ -174,14 +175,26 @@ def allocate(
         raise unknown("strategy", strategy, STRATEGIES)
     if not isinstance(budget, Budget):
         raise SecateurError(f"allocate(budget): a Budget is expected, for instance Budget(macs=0.5), not {budget!r}")
-    skipped = {g.name: f"not exact: {g.reason}" for g in graph.groups if not g.exact and not inexact}
+    return _allocate(graph, scores, budget, STRATEGIES[strategy] if isinstance(strategy, str) else strategy, inexact, {})
+
+
+def _allocate(
+    graph: ChannelGraph,
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+    choose: Strategy,
+    inexact: bool,
+    without: Mapping[str, str],
+) -> Plan:
+    """Allocate without some groups, whose reasons go into the plan."""
+    skipped = dict(without)
+    skipped |= {g.name: f"not exact: {g.reason}" for g in graph.groups if not g.exact and not inexact}
     skipped |= {g.name: "has no scores" for g in graph.groups if g.name not in scores and g.name not in skipped}
     ranked = {name: _ranked(graph, name, values) for name, values in scores.items() if name not in skipped}
     meter = Meter(graph, budget)
     floors = budget.floors(graph)
     problem, orders = _problem(graph, meter, ranked, floors, budget.round_to)
     meter.check_feasible(problem.widths(problem.count), inexact=inexact)
-    choose = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
     taken = np.asarray(choose(problem), dtype=np.int64)
     if taken.shape != problem.start.shape or (taken < 0).any() or (taken > problem.count).any():
         raise SecateurError("allocate(strategy): the callable must give 0 to problem.count items for every group")
@@ -190,7 +203,15 @@ def allocate(
     taken = fill(problem, taken)
     gone = problem.start - problem.widths(taken)
     removed = {group.name: orders[i][: gone[i]] for i, group in enumerate(graph.groups) if gone[i] > 0}
-    return make_plan(graph, {n: p.tolist() for n, p in removed.items()}, skipped=skipped, inexact=inexact)
+    plain = {name: positions.tolist() for name, positions in removed.items()}
+    try:
+        return make_plan(graph, plain, skipped=skipped, inexact=inexact)
+    except CannotBear:  # what tracing did not meet: do without the groups that it takes
+        guilty = unbearable(
+            [graph.group(name) for name in plain], lambda some: graph.verify(Chosen(plain).of(some))
+        )
+        reasons = {**without, **{g.name: f"this combination cannot be cut: {reason}" for g, reason in guilty}}
+        return _allocate(graph, scores, budget, choose, inexact, reasons)
 
 
 def _ranked(graph: ChannelGraph, name: str, values: Tensor) -> np.ndarray:

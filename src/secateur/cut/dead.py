@@ -20,7 +20,7 @@ def dead_channels(model: nn.Module, graph: ChannelGraph, *, inexact: bool = Fals
         inexact: also look at groups whose removal changes more than the removed channels.
 
     Returns:
-        A plan; a group all of whose channels are dead keeps its first.
+        A plan; a group too many of whose channels are dead keeps its first ones (``group.least``, mostly one).
 
     Raises:
         SecateurError: the graph is another model's.
@@ -39,5 +39,5 @@ def dead_channels(model: nn.Module, graph: ChannelGraph, *, inexact: bool = Fals
         if not group.exact and not inexact:
             continue
         dead = np.flatnonzero(~alive[group.channels])
-        removed[group.name] = (dead[1:] if len(dead) == len(group) else dead).tolist()
+        removed[group.name] = dead[max(0, group.least - (len(group) - len(dead))) :].tolist()
     return make_plan(graph, removed, inexact=inexact)

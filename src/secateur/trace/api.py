@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.trace.build import build
 from secateur.trace.graph import ChannelGraph, ChannelGroup, HasRemoved, fingerprint, no_removable_channel
-from secateur.trace.names import Dim, Names
-from secateur.trace.probe import Chosen, halves, mismatch, unbearable, units
+from secateur.trace.names import Dim, Ids, Names
+from secateur.trace.probe import Chosen, Refused, ends, lone, mismatch, unbearable, uneven
 from secateur.trace.tracer import Inputs, Skeleton, Watcher, final_steps, quiet, tensors_in, watch
 
 KINDS = ("meta", "fake", "real")
@@ -48,36 +49,37 @@ def _trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
     graph, channel_of = build(names, params, mark)
     steps = final_steps(watcher.steps, channel_of)
 
-    def probe(groups: Sequence[ChannelGroup]) -> str:
-        chosen = units(groups)
-        return mismatch(skeleton, steps, graph, chosen) if chosen.removed else ""
+    def probe(chosen: Chosen, but: Iterable[Refused] = ()) -> list[Refused]:
+        known = {g.name for g, _ in but}
+        groups = [g for g in graph.groups if g.name in chosen.removed and g.name not in known]
+        return unbearable(groups, lambda some: mismatch(skeleton, steps, graph, chosen.of(some)))
 
-    def one_probe(groups: Sequence[ChannelGroup]) -> str:
-        return mismatch(skeleton, steps, graph, units(groups, both=False))
-
-    bad = unbearable(graph.groups, probe)
-    sliced = {int(i) for ids in names.places for i in np.unique(channel_of[np.abs(ids)])}
-    placed = [g for g in graph.groups if sliced & set(g.channels.tolist()) and len(g) > 1]
-    for some in halves(placed):  # an even removal moves the middle of a slice evenly; an uneven one does not
-        known = {g.name for g, _ in bad}
-        bad += unbearable([g for g in some if g.name not in known], one_probe)
-
-    extra = []
-    for group, reason in bad:
-        extra.append((np.flatnonzero(np.isin(channel_of, group.channels)), "probe", reason))
-    if extra:
+    bad = probe(ends(graph.groups))
+    for chosen in uneven(_placed(graph, names, channel_of)):
+        bad += probe(chosen, bad)
+    if bad:
+        extra = [(np.flatnonzero(np.isin(channel_of, g.channels)), "probe", reason) for g, reason in bad]
         graph, channel_of = build(names, params, mark, extra)
         steps = final_steps(watcher.steps, channel_of)
     if not graph.groups:
         raise no_removable_channel(graph.frozen)
+
+    pairs = {g.name for g, _ in probe(lone(_placed(graph, names, channel_of)))}
+    graph.groups = tuple(replace(g, least=2) if g.name in pairs else g for g in graph.groups)
     graph.inputs = example_inputs
 
     def verify(plan: HasRemoved) -> str:
         with no_collection():
-            return mismatch(skeleton, steps, graph, Chosen({n: p for n, p in plan.removed.items() if len(p)}))
+            return mismatch(skeleton, steps, graph, Chosen(plan.removed))
 
     graph.verify = verify
     return graph
+
+
+def _placed(graph: ChannelGraph, names: Names, channel_of: Ids) -> list[ChannelGroup]:
+    """The groups that slices and views treat by position or by size."""
+    channels = channel_of[np.abs(np.concatenate(names.places))] if names.places else []
+    return [g for g in graph.groups if np.isin(g.channels, channels).any()]
 
 
 @contextmanager

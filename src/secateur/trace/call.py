@@ -98,6 +98,11 @@ class Call:
         """These names cannot be removed, because of this operation."""
         self.names.freeze(ids, self.op, reason)
 
+    def placed(self, ids: Dim) -> None:
+        """These names are treated by position or by size, which may be another tensor's."""
+        if ids is not None:
+            self.names.places.append(ids)
+
     def freeze_all(self, reason: str) -> None:
         """No name on any input can be removed, because of this operation."""
         for tensor in self.tensors():

@@ -58,6 +58,7 @@ class ChannelGroup:
         carried: axes that merely follow (running statistics, slopes of activations).
         exact: whether removing a channel that is zero at its producers changes nothing else.
         reason: why not, if not.
+        least: how many channels must stay (2 where a single one sends the model's forward another way).
     """
 
     name: str
@@ -67,6 +68,7 @@ class ChannelGroup:
     carried: tuple[Axis, ...]
     exact: bool
     reason: str = ""
+    least: int = 1
 
     def __len__(self) -> int:
         return len(self.channels)
@@ -182,9 +184,9 @@ class ChannelGraph:
         return self.params_terms.total(self.lengths(self.kept(plan)))
 
     def feasible(self, *, inexact: bool = False) -> dict[str, tuple[int, int]]:
-        """The smallest and the largest MACs and params that any plan can reach, one channel a group staying."""
+        """The smallest and the largest MACs and params that any plan can reach."""
         widths = self.widths
-        least = np.array([1 if g.exact or inexact else len(g) for g in self.groups], dtype=np.int64)
+        least = np.array([g.least if g.exact or inexact else len(g) for g in self.groups], dtype=np.int64)
         low, high = self.lengths(least), self.lengths(widths)
         return {
             "macs": (self.macs_terms.total(low), self.macs_terms.total(high)),

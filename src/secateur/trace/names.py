@@ -63,7 +63,7 @@ class Names:
         self.inexacts: list[tuple[Ids, str]] = []
         self.roles: dict[str, list[Ids]] = {"producer": [], "consumer": [], "carried": []}
         self.aliases: list[tuple[int, int]] = []
-        self.places: list[Ids] = []  # what slices and uneven splits cut apart, at places that may depend on widths
+        self.places: list[Ids] = []  # what slices and views treat by positions and sizes, which may be another's
         self.terms: list[tuple[int, tuple[Ids, ...]]] = []
         self.edges: list[tuple[Ids, Ids]] = []
 

@@ -7,7 +7,7 @@ index table betray themselves at the operation where they happen, even where the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -18,12 +18,19 @@ from secateur.trace.names import Dim, Ids, Names
 from secateur.trace.slices import shrink, shrunk, sliced
 from secateur.trace.tracer import Skeleton, Step, quiet, watch
 
+Refused = tuple[ChannelGroup, str]
+"""A group and the reason."""
+
 
 class Chosen:
     """Removed positions by group name: the least that counts as a plan here."""
 
-    def __init__(self, removed: dict[str, Sequence[int]]) -> None:
-        self.removed = removed
+    def __init__(self, removed: Mapping[str, Sequence[int]]) -> None:
+        self.removed = {name: positions for name, positions in removed.items() if len(positions)}
+
+    def of(self, groups: Iterable[ChannelGroup]) -> Chosen:
+        """The part that concerns these groups."""
+        return Chosen({g.name: self.removed.get(g.name, ()) for g in groups})
 
 
 def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen: Chosen) -> str:
@@ -35,6 +42,8 @@ def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen:
         graph: where the groups are looked up.
         chosen: what to remove.
     """
+    if not chosen.removed:
+        return ""
     removed = graph.slices(chosen)
     ids = [graph.group(name).channels[list(p)] for name, p in chosen.removed.items()]
     gone = np.zeros(1 + max((int(a.channels.max(initial=0)) for a in graph.axes), default=0), dtype=bool)
@@ -113,14 +122,14 @@ def contradiction(names: Names) -> str:
 
 def unbearable(
     groups: Sequence[ChannelGroup], probe: Callable[[Sequence[ChannelGroup]], str]
-) -> list[tuple[ChannelGroup, str]]:
+) -> list[Refused]:
     """The groups that the model does not bear to lose a channel of, by bisection: few forwards in the usual case.
 
     Args:
         groups: candidates.
         probe: removes one unit of each of some groups; gives a reason or an empty string.
     """
-    bad: list[tuple[ChannelGroup, str]] = []
+    bad: list[Refused] = []
     left = list(groups)
     while left:
         found = _bisect(left, probe)
@@ -134,7 +143,7 @@ def unbearable(
 
 def _bisect(
     groups: Sequence[ChannelGroup], probe: Callable[[Sequence[ChannelGroup]], str]
-) -> list[tuple[ChannelGroup, str]]:
+) -> list[Refused]:
     if not groups:
         return []
     reason = probe(groups)
@@ -147,14 +156,25 @@ def _bisect(
     return found or [(g, reason) for g in groups]  # each alone is borne, together they are not
 
 
-def units(groups: Iterable[ChannelGroup], *, both: bool = True) -> Chosen:
+def ends(groups: Iterable[ChannelGroup]) -> Chosen:
     """The first and the last channel of each group (only the first of two), so that both ends of a slice move."""
-    return Chosen({g.name: [0, len(g) - 1] if both and len(g) > 2 else [0] for g in groups if len(g) > 1})
+    return Chosen({g.name: [0, len(g) - 1] if len(g) > 2 else [0] for g in groups if len(g) > 1})
 
 
-def halves(groups: Sequence[ChannelGroup]) -> Iterable[list[ChannelGroup]]:
-    """All groups, then subsets such that any two groups are apart in at least one of them."""
-    yield list(groups)
-    for bit in range(max(0, len(groups) - 1).bit_length()):
-        for side in (0, 1):
-            yield [g for i, g in enumerate(groups) if (i >> bit) & 1 == side]
+def uneven(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
+    """Removals that no two groups share: they find widths that are computed from a sibling's, halved or compared.
+
+    First every group loses some channels; then some groups only, such that of any two groups once the one is cut and
+    the other is whole. At least two channels of a group stay (see :func:`lone`), so that pairs are left alone.
+    """
+    wide = [g for g in groups if len(g) > 2]
+    source = np.random.default_rng(0)
+    for bit in range(-1, len(wide).bit_length()):
+        some = [g for i, g in enumerate(wide, 1) if bit < 0 or i >> bit & 1]
+        counts = [int(source.integers(1, len(g) - 1)) for g in some]
+        yield Chosen({g.name: sorted(source.permutation(len(g))[:n].tolist()) for g, n in zip(some, counts, strict=True)})
+
+
+def lone(groups: Iterable[ChannelGroup]) -> Chosen:
+    """All channels but one: with a single one left, broadcasting and contractions take other paths."""
+    return Chosen({g.name: [p for p in range(len(g)) if p != len(g) // 2] for g in groups})

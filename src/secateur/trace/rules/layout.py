@@ -80,6 +80,9 @@ def _view(call: Call) -> Result:
     named, before, after = _named(call), call.first().shape, call.results()[0].shape
     if not named.named:
         return Named((None,) * len(after), named.weight)
+    if len(after) > 2 or before[:1] != after[:1]:  # not a plain flattening: sizes may come from another tensor
+        for ids in named.dims:
+            call.placed(ids)
     dims: list[Dim] = []
     i = j = 0
     while i < len(before) or j < len(after):
@@ -197,7 +200,7 @@ def _split(call: Call) -> Result:
             for other in cuts[1:]:
                 call.names.unite(cuts[0], other)
         else:
-            call.names.places.append(ids)
+            call.placed(ids)
         parts = list(cuts)
     return [Named((*named.dims[:axis], part, *named.dims[axis + 1 :]), named.weight) for part in parts]
 
@@ -216,7 +219,7 @@ def _slice(call: Call) -> Result:
     part = ids
     if len(range(*cut.indices(size))) != size:
         part = ids[cut]
-        call.names.places.append(ids)
+        call.placed(ids)
     return Named((*named.dims[:axis], part, *named.dims[axis + 1 :]), named.weight)
 
 
