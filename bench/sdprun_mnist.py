@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "weights": "sqrt",
         "c": [0, 0.002, 0.004, 0.006, 0.008, 0.012],
     },
-    "lenet5": {"epochs": 12, "lr": 0.1, "mu": 0.6, "weights": "sqrt", "c": [0, 0.001, 0.002, 0.004, 0.006]},
+    "lenet5": {"epochs": 12, "lr": 0.1, "mu": 0.6, "weights": "sqrt", "c": [0, 0.004, 0.008, 0.012, 0.016, 0.024]},
 }
 
 

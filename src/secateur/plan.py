@@ -13,7 +13,7 @@ from secateur.trace import ChannelGraph
 VERSION = 1
 
 
-class CannotBear(SecateurError):
+class UnbearableError(SecateurError):
     """Each group may be cut, but the model's Python does not bear this combination."""
 
 
@@ -120,7 +120,7 @@ def make_plan(
     Raises:
         SecateurError: an unknown group, positions out of range, a group that would keep too few channels, an inexact
             group that was not asked for.
-        CannotBear: a combination that the model's Python does not bear.
+        UnbearableError: a combination that the model's Python does not bear.
     """
     clean: dict[str, list[int]] = {}
     for name, given in removed.items():
@@ -144,5 +144,5 @@ def make_plan(
         object.__setattr__(plan, "slices", graph.slices(plan))
         wrong = graph.verify(plan)
         if wrong:
-            raise CannotBear(f"plan: this combination of channels cannot be removed from the model: {wrong}")
+            raise UnbearableError(f"plan: this combination of channels cannot be removed from the model: {wrong}")
     return plan

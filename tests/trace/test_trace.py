@@ -6,26 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import Run, conv
 from torch import nn
 
 import secateur as sc
-
-
-class Run(nn.Module):
-    """A network whose forward is a function of its named parts."""
-
-    def __init__(self, forward, **parts):
-        super().__init__()
-        self.function = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args, **kwargs):
-        return self.function(self, *args, **kwargs)
-
-
-def conv(i, o, k=3, **kw):
-    return nn.Conv2d(i, o, k, padding=k // 2, **kw)
 
 
 def image(channels=3, size=8):

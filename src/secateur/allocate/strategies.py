@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.allocate.budget import Budget, Meter
 from secateur.errors import SecateurError, unknown
-from secateur.plan import CannotBear, Plan, make_plan
+from secateur.plan import Plan, UnbearableError, make_plan
 from secateur.trace import ChannelGraph
 from secateur.trace.probe import Chosen, unbearable
 
@@ -175,7 +175,9 @@ def allocate(
         raise unknown("strategy", strategy, STRATEGIES)
     if not isinstance(budget, Budget):
         raise SecateurError(f"allocate(budget): a Budget is expected, for instance Budget(macs=0.5), not {budget!r}")
-    return _allocate(graph, scores, budget, STRATEGIES[strategy] if isinstance(strategy, str) else strategy, inexact, {})
+    return _allocate(
+        graph, scores, budget, STRATEGIES[strategy] if isinstance(strategy, str) else strategy, inexact, {}
+    )
 
 
 def _allocate(
@@ -206,10 +208,8 @@ def _allocate(
     plain = {name: positions.tolist() for name, positions in removed.items()}
     try:
         return make_plan(graph, plain, skipped=skipped, inexact=inexact)
-    except CannotBear:  # what tracing did not meet: do without the groups that it takes
-        guilty = unbearable(
-            [graph.group(name) for name in plain], lambda some: graph.verify(Chosen(plain).of(some))
-        )
+    except UnbearableError:  # what tracing did not meet: do without the groups that it takes
+        guilty = unbearable([graph.group(name) for name in plain], lambda some: graph.verify(Chosen(plain).of(some)))
         reasons = {**without, **{g.name: f"this combination cannot be cut: {reason}" for g, reason in guilty}}
         return _allocate(graph, scores, budget, choose, inexact, reasons)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -55,11 +55,26 @@ def score(
         if "unexpected keyword argument" in str(error):
             raise SecateurError(f"score: {criterion!r} does not take this option: {error}") from error
         raise
+    return _checked(scores, graph)
+
+
+def _checked(scores: object, graph: ChannelGraph) -> dict[str, Tensor]:
+    """What a criterion gave, as tensors, or an error that says what is wrong with it."""
+    if not isinstance(scores, Mapping):
+        raise SecateurError(
+            f"score: a criterion gives a dict from group name to scores, this one gave {type(scores).__name__}"
+        )
+    result = {}
     for name, values in scores.items():
-        if len(values) != len(graph.group(name)) or torch.as_tensor(values).isnan().any():
+        due = len(graph.group(name))
+        try:
+            tensor = torch.as_tensor(values).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SecateurError(f"score: the criterion gave {name!r} no numbers ({error}); {due} are due") from error
+        if tensor.shape != (due,) or tensor.isnan().any():
             raise SecateurError(
-                f"score: the criterion gave {name!r} a tensor of shape {list(values.shape)} "
-                f"{'with NaN ' if torch.as_tensor(values).isnan().any() else ''}"
-                f"where {len(graph.group(name))} numbers are due"
+                f"score: the criterion gave {name!r} a tensor of shape {list(tensor.shape)} "
+                f"{'with NaN ' if tensor.isnan().any() else ''}where {due} numbers are due"
             )
-    return scores
+        result[name] = tensor
+    return result

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.trace.build import build
+from secateur.trace.build import build, unused
 from secateur.trace.graph import ChannelGraph, ChannelGroup, HasRemoved, fingerprint, no_removable_channel
 from secateur.trace.names import Dim, Ids, Names
 from secateur.trace.probe import Chosen, Refused, ends, lone, mismatch, unbearable, uneven
-from secateur.trace.tracer import Inputs, Skeleton, Watcher, final_steps, quiet, tensors_in, watch
+from secateur.trace.tracer import Inputs, Skeleton, Step, Watcher, final_steps, in_mode, quiet, tensors_in, watch
 
 KINDS = ("meta", "fake", "real")
 
@@ -46,13 +46,24 @@ def _trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
     skeleton, watcher = _watched(model, example_inputs)
     names, mark = watcher.names, fingerprint(model)
     params = {name: p.ndim for name, p in skeleton.module.named_parameters()}
+    runs = {False: watcher.steps}
+    if unused(names, params):
+        runs |= _in_training(skeleton, watcher)
     graph, channel_of = build(names, params, mark)
-    steps = final_steps(watcher.steps, channel_of)
+    final = {mode: final_steps(steps, channel_of) for mode, steps in runs.items()}
+
+    def fault(chosen: Chosen) -> str:
+        for mode, steps in final.items():
+            with in_mode(skeleton.module, training=mode):
+                wrong = mismatch(skeleton, steps, graph, chosen)
+            if wrong:
+                return wrong
+        return ""
 
     def probe(chosen: Chosen, but: Iterable[Refused] = ()) -> list[Refused]:
         known = {g.name for g, _ in but}
         groups = [g for g in graph.groups if g.name in chosen.removed and g.name not in known]
-        return unbearable(groups, lambda some: mismatch(skeleton, steps, graph, chosen.of(some)))
+        return unbearable(groups, lambda some: fault(chosen.of(some)))
 
     bad = probe(ends(graph.groups))
     for chosen in uneven(_placed(graph, names, channel_of)):
@@ -60,7 +71,7 @@ def _trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
     if bad:
         extra = [(np.flatnonzero(np.isin(channel_of, g.channels)), "probe", reason) for g, reason in bad]
         graph, channel_of = build(names, params, mark, extra)
-        steps = final_steps(watcher.steps, channel_of)
+        final = {mode: final_steps(steps, channel_of) for mode, steps in runs.items()}
     if not graph.groups:
         raise no_removable_channel(graph.frozen)
 
@@ -70,10 +81,24 @@ def _trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
 
     def verify(plan: HasRemoved) -> str:
         with no_collection():
-            return mismatch(skeleton, steps, graph, Chosen(plan.removed))
+            return fault(Chosen(plan.removed))
 
     graph.verify = verify
     return graph
+
+
+def _in_training(skeleton: Skeleton, watcher: Watcher) -> dict[bool, list[Step]]:
+    """What only training uses (an auxiliary head) is bound to the same channels, if its forward needs no more."""
+    names = watcher.names
+    before = names.state()
+    try:
+        with quiet(), in_mode(skeleton.module, training=True):
+            again = watch(skeleton, lambda _, key, tensor: watcher.get(tensor).dims, names=names)
+    except Exception:  # targets are wanted, say: half a forward binds nothing, and what only it uses stays frozen
+        names.forget(before)
+        return {}
+    names.forget({"terms": before["terms"]})  # inference is what is counted
+    return {True: again.steps}
 
 
 def _placed(graph: ChannelGraph, names: Names, channel_of: Ids) -> list[ChannelGroup]:
@@ -127,6 +152,8 @@ def _watched(model: nn.Module, inputs: Inputs) -> tuple[Skeleton, Watcher]:
         try:
             with quiet():
                 return skeleton, watch(skeleton, _fresh)
+        except SecateurError:
+            raise
         except Exception as failure:
             error = failure
     shapes = ", ".join(f"{list(t.shape)} {t.dtype}".replace("torch.", "") for t in tensors_in(inputs))

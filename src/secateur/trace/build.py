@@ -92,6 +92,13 @@ def _roles(names: Names, params: dict[str, int]) -> np.ndarray:
     return table
 
 
+def unused(names: Names, params: dict[str, int]) -> set[str]:
+    """The parameters that the forward did not use as channels."""
+    roles = _roles(names, params)
+    used = {names.owners[i].name for i in np.flatnonzero(roles.any(axis=1))}
+    return {name for name, ndim in params.items() if ndim} - used
+
+
 def _unused(names: Names, roles: np.ndarray) -> list[tuple[Ids, str, str]]:
     return [
         (names.arrays[i], "none", "is not used as a channel by the forward") for i in np.flatnonzero(~roles.any(axis=1))

@@ -210,7 +210,7 @@ class ChannelGraph:
         """A table of the groups, and what is frozen and why, as text."""
         rows = [("group", "width", "exact", "producers", "consumers")]
         rows += [
-            (g.name, str(len(g)), "yes" if g.exact else "no", _names(g.producers), _names(g.consumers))
+            (g.name, _width(g), "yes" if g.exact else "no", _names(g.producers), _names(g.consumers))
             for g in self.groups
         ]
         lines = _columns(rows)
@@ -223,6 +223,10 @@ class ChannelGraph:
             frozen += [(f"{f.axis}:{f.dim}", str(f.positions), f.operation, f.reason) for f in self.frozen]
             lines += ["", *_columns(frozen)]
         return "\n".join(lines)
+
+
+def _width(group: ChannelGroup) -> str:
+    return f"{len(group)}" + (f" (at least {group.least})" if group.least > 1 else "")
 
 
 def _names(axes: Iterable[Axis], most: int = 4) -> str:

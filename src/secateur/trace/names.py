@@ -8,6 +8,7 @@ recognisable; equalities are collected and resolved once, at the end, as connect
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +117,17 @@ class Names:
             if ids is None:
                 factor *= size
         self.terms.append((factor, named))
+
+    def state(self) -> dict[str, int]:
+        """How much is known by now."""
+        facts = {name: len(value) for name, value in vars(self).items() if isinstance(value, list)}
+        return facts | {role: len(value) for role, value in self.roles.items()}
+
+    def forget(self, state: Mapping[str, int]) -> None:
+        """Drop what was added since then (of the kinds that are given)."""
+        for name, length in state.items():
+            facts: list = self.roles[name] if name in self.roles else getattr(self, name)
+            del facts[length:]
 
     def components(self) -> np.ndarray:
         """The component label of every name (label of name 0 is its own)."""

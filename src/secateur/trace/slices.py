@@ -13,6 +13,7 @@ Removed = Mapping[str, Mapping[int, list[int]]]
 """Tensor name to dim to the sorted positions that go."""
 
 _CONVOLUTIONS = nn.modules.conv._ConvNd
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
 
 
@@ -25,9 +26,13 @@ def kept_positions(size: int, removed: list[int], device: torch.device | str = "
 
 def sliced(tensor: Tensor, removed: Mapping[int, list[int]]) -> Tensor:
     """A copy of the tensor without these positions, in its memory format."""
+    left = tensor
     for dim, positions in removed.items():
-        tensor = tensor.index_select(dim, kept_positions(tensor.shape[dim], positions, tensor.device))
-    return tensor
+        left = left.index_select(dim, kept_positions(tensor.shape[dim], positions, tensor.device))
+    format = _CHANNELS_LAST.get(tensor.ndim)
+    if format is not None and tensor.is_contiguous(memory_format=format) and not tensor.is_contiguous():
+        left = left.contiguous(memory_format=format)
+    return left
 
 
 def shrunk(tensor: Tensor, removed: Mapping[int, list[int]]) -> Tensor:
@@ -71,11 +76,15 @@ def shrink(
                 undo.entries.append((table, key, tensor))
         if touched:
             undo.attributes.extend((part, key, getattr(part, key)) for key in _sizes(part))
-    for table, key, tensor in undo.entries:
-        table[key] = new[id(tensor)]
-    for part, _, _ in undo.attributes:
-        for key, value in _sizes(part).items():
-            setattr(part, key, value)
+    try:
+        for table, key, tensor in undo.entries:
+            table[key] = new[id(tensor)]
+        for part, _, _ in undo.attributes:
+            for key, value in _sizes(part).items():
+                setattr(part, key, value)
+    except Exception:
+        undo()
+        raise
     undo.replaced = {names[i]: t for i, t in new.items()}
     return undo
 

@@ -303,19 +303,54 @@ def quiet() -> Iterator[None]:
         logger.disabled = before
 
 
+@contextlib.contextmanager
+def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training mode for all but dropout, whose noise is no matter of channels; eval mode afterwards."""
+    if not training:
+        yield
+        return
+    for part in module.modules():
+        part.training = not isinstance(part, nn.modules.dropout._DropoutNd)
+    try:
+        yield
+    finally:
+        module.eval()
+
+
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors of a model's output: containers and plain objects are looked into."""
+    """All tensors of a model's inputs or output: containers and plain objects are looked into, each once.
+
+    Raises:
+        SecateurError: an iterator, which cannot be looked into without using it up.
+    """
     found: list[Tensor] = []
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
-            found.extend(tensors_in(list(vars(leaf).values())))
+    seen: dict[int, Any] = {}  # holds the objects, so that their ids stay theirs
+    left = [value]
+    while left:
+        leaves = pytree.tree_leaves(left.pop(0))
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif isinstance(leaf, Iterator):
+                raise SecateurError(
+                    f"a model must give tensors, or containers of them; {type(leaf).__name__} can be read only once"
+                )
+            elif not isinstance(leaf, _PLAIN) and id(leaf) not in seen:
+                seen[id(leaf)] = leaf
+                slots = [s for kind in type(leaf).__mro__ for s in np.atleast_1d(vars(kind).get("__slots__", ()))]
+                left.append([*vars(leaf).values()] if hasattr(leaf, "__dict__") else [])
+                left.append([getattr(leaf, s) for s in slots if s != "__dict__" and hasattr(leaf, s)])
     return found
 
 
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type, np.ndarray, torch.dtype, torch.device, nn.Module)
+
+
 def watch(
-    skeleton: Skeleton, name: Callable[[Names, str, Tensor], tuple[Dim, ...]], expected: list[Step] | None = None
+    skeleton: Skeleton,
+    name: Callable[[Names, str, Tensor], tuple[Dim, ...]],
+    expected: list[Step] | None = None,
+    names: Names | None = None,
 ) -> Watcher:
     """Run a skeleton with its parameters and buffers named, and freeze what it returns.
 
@@ -323,8 +358,12 @@ def watch(
         skeleton: what to run.
         name: gives the names of a parameter or buffer.
         expected: steps of an earlier run, see :class:`Watcher`.
+        names: the table to add to, a new one if not given.
+
+    Raises:
+        SecateurError: no tensor is found in what the model returns.
     """
-    watcher = Watcher(Names(), expected)
+    watcher = Watcher(names or Names(), expected)
     for key, tensor in (*skeleton.module.named_parameters(), *skeleton.module.named_buffers()):
         dims = name(watcher.names, key, tensor)
         if not isinstance(tensor, nn.Parameter):  # nothing zeroes a buffer
@@ -334,6 +373,11 @@ def watch(
         watcher.set(tensor, anonymous(tensor.ndim, weight=False))
     out = skeleton.run(watcher)
     outputs = tensors_in(out)
+    if not outputs:
+        raise SecateurError(
+            f"the model's forward returns no tensor that can be found (it gave {type(out).__name__}): "
+            "return tensors, or containers or plain objects that hold them"
+        )
     for tensor in outputs:
         for ids in watcher.get(tensor).dims:
             watcher.names.freeze(ids, "output", "belongs to the model's output")

@@ -77,6 +77,8 @@ def _repeat(call: Call) -> Result:
 
 @rule("view _unsafe_view reshape _reshape_alias flatten unflatten")
 def _view(call: Call) -> Result:
+    if call.overload == "dtype":
+        return unknown_operation(call)
     named, before, after = _named(call), call.first().shape, call.results()[0].shape
     if not named.named:
         return Named((None,) * len(after), named.weight)
@@ -129,6 +131,7 @@ def _reblock(
     if len(present) > 1:
         keep = max(present, key=lambda d: before[d])
         for d in present:
+            call.placed(dims[d])
             if d != keep:
                 call.freeze(dims[d], "is merged with another named dim")
         present = [keep]
