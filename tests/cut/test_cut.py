@@ -100,6 +100,13 @@ def test_an_optimizer_of_other_parameters_is_refused_before_anything_changes(mod
     assert {id(p) for p in model.parameters()} < {id(p) for g in optimizer.param_groups for p in g["params"]}
 
 
+def test_an_optimizer_whose_state_cannot_follow_is_refused(model, plan):
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(sc.SecateurError, match="LBFGS"):
+        sc.cut(model, plan, optimizer=optimizer)
+    assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+
+
 def test_cut_shares_nothing_with_the_original(model, plan):
     before = {n: t.clone() for n, t in model.state_dict().items()}
     small = sc.cut(model, plan)

@@ -141,6 +141,10 @@ BAD = {
         "loss of batch 0 is nan",
     ),
     "a norm": ({"criterion": "magnitude", "p": 3}, "1 or 2"),
+    "one number": ({"criterion": lambda *_: {"0": 3.0}}, "8 numbers are due"),
+    "words": ({"criterion": lambda *_: {"0": ["low"] * 8}}, "no numbers"),
+    "no dict": ({"criterion": lambda *_: [1.0] * 8}, "gives a dict"),
+    "not a number": ({"criterion": lambda *_: {"0": [float("nan")] * 8}}, "with NaN"),
 }  # fmt: skip
 
 
@@ -149,6 +153,33 @@ def test_bad_input_is_told_at_the_door(model, graph, name):
     options, message = BAD[name]
     with pytest.raises(sc.SecateurError, match=message):
         sc.score(model, graph, **options)
+
+
+def test_a_criterion_may_give_plain_numbers(model, graph):
+    scores = sc.score(model, graph, lambda *_: {"0": [8, 7, 6, 5, 4, 3, 2, 1]})
+    assert sc.allocate(graph, scores, sc.Budget(channels=0.9)).removed["0"] == [6, 7]
+
+
+class Scaled(nn.Module):
+    """Two inputs, positional or by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x, scale):
+        return self.net(x * scale)
+
+
+@pytest.mark.parametrize("pack", [lambda x, s: (x, s), lambda x, s: {"x": x, "scale": s}], ids=["tuple", "dict"])
+def test_taylor_takes_every_form_of_inputs(pack):
+    torch.manual_seed(0)
+    model, one = Scaled(), torch.ones((), dtype=torch.float64)
+    graph = sc.trace(model, pack(X, one))
+    batches = [(pack(x, one), t) for x, t in BATCHES]
+    scores = sc.score(model, graph, "taylor", data=batches, loss_fn=F.cross_entropy)
+    plain = sc.score(model.net, sc.trace(model.net, X), "taylor", data=BATCHES, loss_fn=F.cross_entropy)
+    assert torch.allclose(scores["net.0"], plain["0"], rtol=1e-12)
 
 
 def test_a_graph_of_another_model_is_refused(graph):
