@@ -115,11 +115,11 @@ def test_sdprun_with_c_0_is_its_baseline(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, kept[1][name]) for name, tensor in kept[0].items())
 
 
-def killed_and_resumed(out: Path, moments: list[float]) -> int:
+def killed_and_resumed(out: Path, moments: list[float], given: recipe.Recipe | None = None) -> int:
     """Kill the run at these moments (seconds after it began), then let it end; how many kills came before its end."""
-    codes = []
+    given, codes = given or made(ALL_STAGES), []
     for moment in (*moments, None):
-        process = PROCESSES.Process(target=run, args=(made(ALL_STAGES), out), kwargs={"progress": False})
+        process = PROCESSES.Process(target=run, args=(given, out), kwargs={"progress": False})
         process.start()
         process.join(moment)
         process.kill()
@@ -312,3 +312,19 @@ def test_one_process_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(sc.SecateurError, match="accelerate launch"):
         run(made(TAYLOR), tmp_path / "out", progress=False)
+
+
+@pytest.mark.slow
+def test_the_digits_recipe_survives_ten_kills(tmp_path: Path) -> None:
+    """The run of ``make demo``, each time killed once at a random moment and begun again."""
+    given = recipe.read(Path(__file__).parents[1] / "recipes" / "digits-sdprun.yaml")
+    start = time.monotonic()
+    killed_and_resumed(tmp_path / "whole", [], given)
+    whole = time.monotonic() - start
+    finished = tmp_path / "whole", folder.read(tmp_path / "whole")
+    draw = random.Random(0)
+    kills = 0
+    for i in range(10):
+        kills += killed_and_resumed(tmp_path / str(i), [draw.uniform(0.05, 0.95) * whole], given)
+        check_same(tmp_path / str(i), finished)
+    assert kills >= 8  # a few may have come too late on a busy machine
