@@ -152,7 +152,7 @@ def test_a_combination_that_the_model_does_not_bear_is_done_without():
     graph = sc.trace(model, torch.randn(2, 4))
     verify = graph.verify
     graph.verify = lambda plan: "it is odd" if plan.removed.get("0") else verify(plan)
-    with pytest.raises(sc.SecateurError, match="this combination of channels cannot be removed.*it is odd"):
+    with pytest.raises(sc.SecateurError, match=r"this combination of channels cannot be removed.*it is odd"):
         sc.make_plan(graph, {"0": [0, 1, 2]})
     plan = sc.allocate(graph, sc.score(model, graph), sc.Budget(channels=0.6), strategy="uniform")
     assert plan.skipped == {"0": "this combination cannot be cut: it is odd"}

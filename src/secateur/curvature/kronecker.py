@@ -1,0 +1,183 @@
+"""Kronecker factors of the Fisher: for every linear and convolution one of its inputs and one of its output gradients.
+
+For a weight seen as a matrix (arXiv 1503.05671, for convolutions arXiv 1602.01407)::
+
+    F  ~  G (x) A,    A = mean over positions of a a^T,    G = mean over examples of (sum over positions of g g^T)
+
+with ``a`` what the weight's columns see (and a 1 for the bias) and ``g`` the gradient of an example's negative
+log-likelihood at the output. For one example and a linear that sees one position of it this is exact. A weight that is
+used at several places (a module called twice, a tied parameter) sees all of them as positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from secateur.curvature.layers import Layer, input_products, layers_of, output_products
+from secateur.curvature.losses import Loss, check_fisher, loss_of
+from secateur.curvature.watching import watch
+from secateur.errors import SecateurError
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The Kronecker factors of one weight.
+
+    Attributes:
+        layer: whose they are.
+        a: of the inputs, [groups, columns, columns], symmetric, float32 or better.
+        g: of the gradients at the outputs, [groups, rows, rows].
+    """
+
+    layer: Layer
+    a: Tensor
+    g: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Curvature(Mapping[str, Factors]):
+    """Factors by the modules' paths.
+
+    Attributes:
+        layers: the factors.
+        examples: how many examples were seen.
+        skipped: what has no factors, and why.
+    """
+
+    layers: Mapping[str, Factors]
+    examples: int
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Factors:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+class _Sums:
+    """What is added up for one weight: sums of products, and how many samples the inputs' is of."""
+
+    def __init__(self) -> None:
+        self.a: Tensor | None = None
+        self.g: Tensor | None = None
+        self.count = 0
+
+    def add_input(self, products: Tensor, count: int) -> None:
+        self.a = products if self.a is None else self.a.add_(products)
+        self.count += count
+
+    def add_gradient(self, products: Tensor) -> None:
+        self.g = products if self.g is None else self.g.add_(products)
+
+
+def kronecker_factors(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: str | Loss = "cross_entropy",
+    *,
+    form: str = "channel",
+    layers: Sequence[str] | None = None,
+    fisher: str = "sampled",
+    samples: int = 1,
+    batches: int | None = None,
+    positions: int | None = None,
+    seed: int = 0,
+) -> Curvature:
+    """Factors of all linears and convolutions, from one pass over the data in eval mode.
+
+    Where ``torch.distributed`` runs, each process gives its part of the data and all get the factors of the whole.
+
+    Args:
+        model: any module; it is not changed.
+        data: batches (inputs, targets); bare inputs will do where targets are drawn.
+        loss: ``"cross_entropy"``, ``"mse"`` (half the squared error: a normal distribution of variance 1) or a
+            callable, see :data:`secateur.curvature.losses.Loss`.
+        form: ``"channel"``: the taps of a kernel share a factor of the input channels; ``"full"``: one factor for all
+            pairs of channel and tap.
+        layers: paths of modules, all if not given.
+        fisher: ``"sampled"``: targets are drawn from the model's own distribution (the true Fisher); ``"empirical"``:
+            the data's.
+        samples: how many targets are drawn for each example.
+        batches: use at most so many batches.
+        positions: in full form, use so many positions of each batch, evenly spread.
+        seed: for the drawn targets.
+
+    Returns:
+        The factors, and what has none.
+
+    Raises:
+        SecateurError: an empty loader, batches that do not fit, losses or activations that are not finite.
+    """
+    check_fisher(fisher, samples)
+    chosen = layers_of(model, form, None if layers is None else list(layers))
+    first = {id(layer.module.weight): layer for layer in reversed(chosen)}
+    sums = {id(layer.module.weight): _Sums() for layer in chosen}
+
+    def on_input(layer: Layer, x: Tensor) -> None:
+        sums[id(layer.module.weight)].add_input(*input_products(layer, _wide(x), positions))
+
+    def on_gradient(layer: Layer, g: Tensor) -> None:
+        sums[id(layer.module.weight)].add_gradient(output_products(layer, _wide(g)))
+
+    examples = watch(
+        model, chosen, data, loss_of(loss), on_input=on_input, on_gradient=on_gradient,
+        fisher=fisher, samples=samples, batches=batches, seed=seed,
+    )  # fmt: skip
+    examples = _gathered(first, sums, examples)
+    found, skipped = {}, {}
+    for layer in chosen:
+        of, mine = first[id(layer.module.weight)], sums[id(layer.module.weight)]
+        if of is not layer:
+            skipped[layer.name] = f"its weight is that of {of.name}, which has the factors of both"
+        elif mine.a is None or mine.g is None:
+            skipped[layer.name] = "the data never reached it"
+        else:
+            found[layer.name] = Factors(layer, mine.a / mine.count, mine.g / (examples * samples))
+    for name, factors in found.items():
+        if not (factors.a.isfinite().all() and factors.g.isfinite().all()):
+            which = "inputs" if factors.g.isfinite().all() else "gradients"
+            raise SecateurError(f"the {which} of {name!r} are not finite: check the data and the model's weights")
+    if not found:
+        raise SecateurError("the data reached no linear or convolution of the model")
+    return Curvature(found, examples, skipped)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _gathered(first: Mapping[int, Layer], sums: Mapping[int, _Sums], examples: int) -> int:
+    """Add up over processes; a layer that one process never reached counts as zero there."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return examples
+    device = next(iter(first.values())).module.weight.device
+    for key, layer in first.items():
+        mine = sums[key]
+        reached = torch.tensor([mine.a is not None, mine.g is not None], device=device, dtype=torch.int64)
+        dist.all_reduce(reached)
+        if not bool(reached.all()):
+            mine.a = mine.g = None
+            continue
+        rows, _, columns = layer.table().shape[1:]
+        dtype = torch.float64 if layer.module.weight.dtype == torch.float64 else torch.float32
+        for name, size in (("a", columns), ("g", rows)):
+            own = getattr(mine, name)
+            own = torch.zeros(layer.groups, size, size, device=device, dtype=dtype) if own is None else own
+            dist.all_reduce(own)
+            setattr(mine, name, own)
+        count = torch.tensor(mine.count, device=device)
+        dist.all_reduce(count)
+        mine.count = int(count)
+    total = torch.tensor(examples, device=device)
+    dist.all_reduce(total)
+    return int(total)

@@ -1,0 +1,217 @@
+"""What curvature sees of a linear or a convolution: its weight as a table, its inputs and gradients as samples.
+
+A weight is a table ``W[group, row, tap, column]``. In *channel* form a tap is a position of the kernel and a column an
+input channel; in *full* form there is one tap, and a column is an input channel at a position of the kernel. A linear
+has one tap in both. A bias is one more column: its input is the constant 1, spread evenly over the taps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MEASURED = (nn.Linear, *CONVOLUTIONS)
+FORMS = ("channel", "full")
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear or a convolution, in one of the two forms.
+
+    Attributes:
+        name: the module's path.
+        module: the module.
+        form: ``"channel"`` or ``"full"``.
+    """
+
+    name: str
+    module: Any
+    form: str = "channel"
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Sizes of the kernel; none for a linear."""
+        return tuple(self.module.kernel_size) if isinstance(self.module, CONVOLUTIONS) else ()
+
+    @property
+    def groups(self) -> int:
+        """Independent blocks of the weight (a grouped convolution has several)."""
+        return self.module.groups if isinstance(self.module, CONVOLUTIONS) else 1
+
+    @property
+    def taps(self) -> int:
+        """Positions of the kernel that share their columns."""
+        return math.prod(self.kernel) if self.form == "channel" else 1
+
+    @property
+    def bias(self) -> bool:
+        """Whether the last column is the bias."""
+        return self.module.bias is not None
+
+    def table(self) -> Tensor:
+        """The weight (and bias), detached: [groups, rows, taps, columns]."""
+        weight = self.module.weight.detach()
+        table = weight.reshape(self.groups, weight.shape[0] // self.groups, weight.shape[1], -1)
+        table = table.transpose(2, 3) if self.form == "channel" else table.flatten(2).unsqueeze(2)
+        if self.bias:
+            bias = self.module.bias.detach().reshape(self.groups, -1, 1, 1)
+            table = torch.cat([table, bias.expand(-1, -1, self.taps, 1)], -1)
+        return table
+
+    def weights(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias, in the module's shapes, that a table [groups, rows, taps, columns] stands for."""
+        bias = table[..., -1].mean(2).flatten() if self.bias else None
+        table = table[..., :-1] if self.bias else table
+        if self.form == "channel":
+            table = table.transpose(2, 3)
+        return table.reshape(self.module.weight.shape), bias
+
+
+# ---------------------------------------------------------------------------------------------- samples of the inputs
+
+
+def input_samples(layer: Layer, x: Tensor) -> Tensor:
+    """Everything that the columns of each tap see.
+
+    Args:
+        layer: a linear or a convolution.
+        x: its input, [..., features] or [batch, channels, *space].
+
+    Returns:
+        [groups, batch, positions, taps, columns]; zeros where a tap sees padding.
+    """
+    if not layer.kernel:
+        rows = x.reshape(1, x.shape[0] if x.ndim > 1 else 1, -1, 1, x.shape[-1])
+        return _with_ones(layer, rows)
+    patches = _patches(layer, _batched(layer, x))  # [batch, channels, *positions, *kernel]
+    space = len(layer.kernel)
+    batch, channels = patches.shape[:2]
+    patches = patches.flatten(2, 1 + space).flatten(3)  # [batch, channels, positions, kernel]
+    patches = patches.reshape(batch, layer.groups, channels // layer.groups, *patches.shape[2:])
+    if layer.form == "channel":
+        return _with_ones(layer, patches.permute(1, 0, 3, 4, 2))
+    return _with_ones(layer, patches.permute(1, 0, 3, 2, 4).flatten(3).unsqueeze(3))
+
+
+def output_samples(layer: Layer, g: Tensor) -> Tensor:
+    """Gradients at the outputs, [groups, batch, positions, rows]."""
+    if not layer.kernel:
+        return g.reshape(1, g.shape[0] if g.ndim > 1 else 1, -1, g.shape[-1])
+    g = _batched(layer, g)
+    return g.flatten(2).reshape(g.shape[0], layer.groups, g.shape[1] // layer.groups, -1).permute(1, 0, 3, 2)
+
+
+def _with_ones(layer: Layer, samples: Tensor) -> Tensor:
+    return F.pad(samples, (0, 1), value=1 / layer.taps) if layer.bias else samples
+
+
+def _batched(layer: Layer, x: Tensor) -> Tensor:
+    return x if x.ndim == len(layer.kernel) + 2 else x.unsqueeze(0)
+
+
+def _padding(layer: Layer) -> list[int]:
+    """Before and after each spatial dim, the last dim first, as ``F.pad`` takes it."""
+    return list(layer.module._reversed_padding_repeated_twice)  # "same" is resolved there
+
+
+def _patches(layer: Layer, x: Tensor) -> Tensor:
+    """Windows of the padded input: [batch, channels, *positions, *kernel]."""
+    module = layer.module
+    x = F.pad(x, _padding(layer), mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    for d, (size, stride, dilation) in enumerate(zip(layer.kernel, module.stride, module.dilation, strict=True)):
+        x = x.unfold(2 + d, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    return x
+
+
+# ---------------------------------------------------------------------------------------- sums of products of samples
+
+
+def input_products(layer: Layer, x: Tensor, positions: int | None = None) -> tuple[Tensor, int]:
+    """The sum over all samples of ``a a^T``, and the number of positions (times taps) it was taken over.
+
+    In channel form nothing is unfolded: an input position is counted as often as taps see it, and those counts are
+    a product over the spatial dims.
+
+    Args:
+        layer: a linear or a convolution.
+        x: its input.
+        positions: in full form, look at so many positions of each batch only, evenly spread.
+
+    Returns:
+        [groups, columns, columns], and the number of samples.
+    """
+    if layer.kernel and layer.form == "channel":
+        return _counted_products(layer, _batched(layer, x))
+    samples = input_samples(layer, x).flatten(1, 3)  # one tap: [groups, samples, columns]
+    if positions is not None and positions < samples.shape[1]:
+        step = samples.shape[1] / positions
+        samples = samples[:, (torch.arange(positions, device=x.device) * step).long()]
+    return samples.mT @ samples, samples.shape[1]
+
+
+def output_products(layer: Layer, g: Tensor) -> Tensor:
+    """The sum over all samples of ``g g^T``, [groups, rows, rows]."""
+    if not layer.kernel:
+        rows = g.reshape(-1, g.shape[-1])
+        return (rows.mT @ rows).unsqueeze(0)
+    columns = _batched(layer, g).transpose(0, 1).reshape(layer.groups, layer.module.out_channels // layer.groups, -1)
+    return columns @ columns.mT
+
+
+def _counted_products(layer: Layer, x: Tensor) -> tuple[Tensor, int]:
+    module, space = layer.module, len(layer.kernel)
+    pad = _padding(layer)
+    if module.padding_mode != "zeros":
+        x, pad = F.pad(x, pad, mode=module.padding_mode), [0] * len(pad)
+    counts = torch.ones((), device=x.device, dtype=x.dtype)
+    positions = x.shape[0]
+    for d in range(space):
+        before, after = pad[2 * (space - 1 - d) : 2 * (space - d)]
+        count, outputs = tap_counts(
+            x.shape[2 + d], layer.kernel[d], module.stride[d], module.dilation[d], before, after
+        )
+        counts = counts.unsqueeze(-1) * count.to(counts)
+        positions *= outputs
+    channels = x.shape[1] // layer.groups
+    seen = (x * counts.sqrt()).transpose(0, 1).reshape(layer.groups, channels, -1)
+    products = seen @ seen.mT
+    samples = positions * layer.taps
+    if layer.bias:
+        column = (x * counts).sum((0, *range(2, x.ndim))).reshape(layer.groups, channels, 1) / layer.taps
+        corner = column.new_full((layer.groups, 1, 1), samples / layer.taps**2)
+        products = torch.cat([torch.cat([products, column], 2), torch.cat([column.mT, corner], 2)], 1)
+    return products, samples
+
+
+def tap_counts(size: int, kernel: int, stride: int, dilation: int, before: int, after: int) -> tuple[Tensor, int]:
+    """How many pairs of output and tap see each input position of one dim, [size]; and the number of outputs."""
+    outputs = (size + before + after - (kernel - 1) * dilation - 1) // stride + 1
+    seen = torch.arange(outputs)[:, None] * stride + torch.arange(kernel) * dilation - before
+    seen = seen[(seen >= 0) & (seen < size)]
+    return torch.bincount(seen, minlength=size), outputs
+
+
+def layers_of(model: nn.Module, form: str, names: list[str] | None = None) -> list[Layer]:
+    """All linears and convolutions of a model, or the named ones; a shared weight once.
+
+    Raises:
+        SecateurError: an unknown form, a name that is no linear or convolution, none at all.
+    """
+    if form not in FORMS:
+        raise SecateurError(f"form={form!r}: 'channel' or 'full' is expected")
+    known = {name: module for name, module in model.named_modules() if isinstance(module, MEASURED)}
+    for name in names or ():
+        if name not in known:
+            raise SecateurError(f"{name!r} is no linear or convolution of this model; there are {', '.join(known)}")
+    chosen = known if names is None else {name: known[name] for name in names}
+    if not chosen:
+        raise SecateurError(f"{type(model).__name__} has no linear or convolution to measure the curvature of")
+    return [Layer(name, module, form) for name, module in chosen.items()]

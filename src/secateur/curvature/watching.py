@@ -1,0 +1,158 @@
+"""One pass over the data that shows every layer's inputs and the gradients at its outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from secateur.curvature.layers import Layer
+from secateur.curvature.losses import Loss
+from secateur.errors import SecateurError
+from secateur.trace import call_model
+from secateur.trace.tracer import tensors_in
+
+See = Callable[[Layer, Tensor], None]
+
+
+def watch(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: Iterable[Any],
+    loss: Loss,
+    *,
+    on_input: See,
+    on_gradient: See,
+    fisher: str = "sampled",
+    samples: int = 1,
+    batches: int | None = None,
+    seed: int = 0,
+) -> int:
+    """Run the data through the model, in eval mode, forward and back.
+
+    No gradient of a parameter is computed, and nothing is kept between batches.
+
+    Args:
+        model: the model.
+        layers: what to look at.
+        data: batches (inputs, targets); targets may be missing where they are drawn.
+        loss: see :data:`secateur.curvature.losses.Loss`.
+        on_input: called with each input of each layer.
+        on_gradient: called with the gradient of the summed loss at each output, ``samples`` times.
+        fisher: ``"sampled"`` or ``"empirical"``.
+        samples: how many targets are drawn for each example.
+        batches: use at most so many.
+        seed: for the drawn targets.
+
+    Returns:
+        The number of examples seen.
+
+    Raises:
+        SecateurError: no data, batches that do not fit, a loss that is not finite or has no gradient.
+    """
+    device = layers[0].module.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    examples = 0
+    with ExitStack() as stack:
+        stack.enter_context(_at_rest(model))
+        anchor = torch.zeros((), device=device, requires_grad=True)
+        stack.callback(_hooked(layers, anchor, on_input, on_gradient))
+        for number, batch in enumerate(data):
+            if batches is not None and number >= batches:
+                break
+            inputs, targets = _split(batch, fisher, number, device)
+            with torch.enable_grad():
+                outputs = _forward(model, inputs, number)
+                for left in reversed(range(samples)):
+                    value = _value(loss, outputs, targets, generator, number)
+                    value.backward(retain_graph=left > 0)
+            examples += _examples(inputs)
+    if not examples:
+        raise SecateurError("data: the loader is empty; give at least one batch")
+    return examples
+
+
+def _hooked(layers: Sequence[Layer], anchor: Tensor, on_input: See, on_gradient: See) -> Callable[[], None]:
+    """Attach to the layers; what is returned detaches."""
+
+    def attach(layer: Layer) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            on_input(layer, inputs[0].detach())
+            if not output.requires_grad:  # nothing before it wants a gradient
+                output = output + anchor
+            output.register_hook(lambda g: on_gradient(layer, g))
+            return output
+
+        return layer.module.register_forward_hook(hook)
+
+    handles = [attach(layer) for layer in layers]
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return detach
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no parameter wants a gradient, the random state comes back."""
+    modes = [(m, m.training) for m in model.modules()]
+    wanting = [p for p in model.parameters() if p.requires_grad]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    model.eval()
+    try:
+        for p in wanting:
+            p.requires_grad_(False)
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for p in wanting:
+            p.requires_grad_(True)
+        for m, mode in modes:
+            m.training = mode
+
+
+def _split(batch: Any, fisher: str, number: int, device: torch.device) -> tuple[Any, Any]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, targets = batch
+    elif fisher == "sampled":
+        inputs, targets = (batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 1 else batch), None
+    else:
+        raise SecateurError(f"data: batches (inputs, targets) are expected, batch {number} is a {type(batch).__name__}")
+    inputs, targets = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, (inputs, targets))
+    return inputs, (targets if fisher == "empirical" else None)
+
+
+def _examples(inputs: Any) -> int:
+    first = tensors_in(list(inputs.values()) if isinstance(inputs, Mapping) else inputs)[0]
+    return first.shape[0] if first.ndim else 1
+
+
+def _forward(model: nn.Module, inputs: Any, number: int) -> Any:
+    try:
+        return call_model(model, inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if isinstance(error, SecateurError):
+            raise
+        shapes = ", ".join(str(list(t.shape)) for t in tensors_in(inputs))
+        raise SecateurError(
+            f"data: batch {number} (inputs of shape {shapes}) does not fit the model: {error}"
+        ) from error
+
+
+def _value(loss: Loss, outputs: Any, targets: Any, generator: torch.Generator, number: int) -> Tensor:
+    try:
+        value = loss(outputs, targets, generator)
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise SecateurError(f"the loss does not fit the outputs and targets of batch {number}: {error}") from error
+    if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+        raise SecateurError("the loss must be one number that depends on the outputs, as a tensor")
+    if not math.isfinite(value.item()):
+        raise SecateurError(f"the loss of batch {number} is {value.item()}: check the data and the model's weights")
+    return value
