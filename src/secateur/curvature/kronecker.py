@@ -124,10 +124,10 @@ def kronecker_factors(
     sums = {id(layer.module.weight): _Sums() for layer in chosen}
 
     def on_input(layer: Layer, x: Tensor) -> None:
-        sums[id(layer.module.weight)].add_input(*input_products(layer, _wide(x), positions))
+        sums[id(layer.module.weight)].add_input(*input_products(layer, wide(x), positions))
 
-    def on_gradient(layer: Layer, g: Tensor) -> None:
-        sums[id(layer.module.weight)].add_gradient(output_products(layer, _wide(g)))
+    def on_gradient(layer: Layer, g: Tensor, _: Any) -> None:
+        sums[id(layer.module.weight)].add_gradient(output_products(layer, wide(g)))
 
     examples = watch(
         model, chosen, data, loss_of(loss), on_input=on_input, on_gradient=on_gradient,
@@ -152,13 +152,19 @@ def kronecker_factors(
     return Curvature(found, examples, skipped)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In single precision at least."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def processes() -> int:
+    """How many share the data."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _gathered(first: Mapping[int, Layer], sums: Mapping[int, _Sums], examples: int) -> int:
     """Add up over processes; a layer that one process never reached counts as zero there."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if processes() == 1:
         return examples
     device = next(iter(first.values())).module.weight.device
     for key, layer in first.items():

@@ -57,7 +57,7 @@ class Layer:
         return self.module.bias is not None
 
     def table(self) -> Tensor:
-        """The weight (and bias), detached: [groups, rows, taps, columns]."""
+        """The weight (and bias), detached: [groups, rows, taps, columns]; a view of the weight where that can be."""
         weight = self.module.weight.detach()
         table = weight.reshape(self.groups, weight.shape[0] // self.groups, weight.shape[1], -1)
         table = table.transpose(2, 3) if self.form == "channel" else table.flatten(2).unsqueeze(2)

@@ -17,7 +17,9 @@ from secateur.errors import SecateurError
 from secateur.trace import call_model
 from secateur.trace.tracer import tensors_in
 
-See = Callable[[Layer, Tensor], None]
+OnInput = Callable[[Layer, Tensor], Any]
+"""Gets each input of each layer; what it returns is handed to :data:`OnGradient` with the gradient of the same call."""
+OnGradient = Callable[[Layer, Tensor, Any], None]
 
 
 def watch(
@@ -26,8 +28,9 @@ def watch(
     data: Iterable[Any],
     loss: Loss,
     *,
-    on_input: See,
-    on_gradient: See,
+    on_input: OnInput,
+    on_gradient: OnGradient,
+    on_draw: Callable[[], None] = lambda: None,
     fisher: str = "sampled",
     samples: int = 1,
     batches: int | None = None,
@@ -44,6 +47,7 @@ def watch(
         loss: see :data:`secateur.curvature.losses.Loss`.
         on_input: called with each input of each layer.
         on_gradient: called with the gradient of the summed loss at each output, ``samples`` times.
+        on_draw: called when all gradients of one batch and one draw of targets have been seen.
         fisher: ``"sampled"`` or ``"empirical"``.
         samples: how many targets are drawn for each example.
         batches: use at most so many.
@@ -71,21 +75,22 @@ def watch(
                 for left in reversed(range(samples)):
                     value = _value(loss, outputs, targets, generator, number)
                     value.backward(retain_graph=left > 0)
+                    on_draw()
             examples += _examples(inputs)
     if not examples:
         raise SecateurError("data: the loader is empty; give at least one batch")
     return examples
 
 
-def _hooked(layers: Sequence[Layer], anchor: Tensor, on_input: See, on_gradient: See) -> Callable[[], None]:
+def _hooked(layers: Sequence[Layer], anchor: Tensor, on_input: OnInput, on_gradient: OnGradient) -> Callable[[], None]:
     """Attach to the layers; what is returned detaches."""
 
     def attach(layer: Layer) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            on_input(layer, inputs[0].detach())
+            kept = on_input(layer, inputs[0].detach())
             if not output.requires_grad:  # nothing before it wants a gradient
                 output = output + anchor
-            output.register_hook(lambda g: on_gradient(layer, g))
+            output.register_hook(lambda g: on_gradient(layer, g, kept))
             return output
 
         return layer.module.register_forward_hook(hook)

@@ -1,0 +1,179 @@
+"""The Kronecker-factored eigenbasis (EigenDamage, arXiv 1905.05934, section 4; second moments arXiv 1806.03884).
+
+With ``A = Qa diag(a) Qa^T`` and ``G = Qg diag(g) Qg^T`` the Fisher of a layer is diagonal in the coordinates::
+
+    W'[row, tap, column] = Qg^T W[:, tap, :] Qa        curvature[row, tap, column] = g[row] * a[column]
+
+and removing coordinates costs half the sum of their energies ``W'^2 * curvature``. EKFAC replaces the curvature by the
+mean over examples of the squared gradient in these coordinates, the best diagonal that the basis allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from secateur.curvature.kronecker import Factors, processes, wide
+from secateur.curvature.layers import Layer, input_samples, output_samples
+from secateur.curvature.losses import Loss, check_fisher, loss_of
+from secateur.curvature.watching import watch
+from secateur.errors import SecateurError
+
+NULL = 1e-10
+"""Eigenvalues up to this fraction of the largest count as zero."""
+MOST = 2**26
+"""Numbers that gradients of single examples may take at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenbasis:
+    """The eigenbasis of one layer's factors; eigenvalues ascend.
+
+    Attributes:
+        layer: whose it is.
+        qa: [groups, columns, columns], orthonormal columns.
+        a: eigenvalues of the inputs' factor, [groups, columns], zero in the null space.
+        qg: [groups, rows, rows].
+        g: eigenvalues of the gradients' factor, [groups, rows].
+        moments: second moments of the gradient in this basis, [groups, rows, taps, columns], where there are any.
+    """
+
+    layer: Layer
+    qa: Tensor
+    a: Tensor
+    qg: Tensor
+    g: Tensor
+    moments: Tensor | None = None
+
+    def rotate(self, table: Tensor) -> Tensor:
+        """A table [groups, rows, taps, columns] in the coordinates of the basis."""
+        return _both(table, self.qg.mT, self.qa)
+
+    def back(self, table: Tensor) -> Tensor:
+        """The inverse of :meth:`rotate`."""
+        return _both(table, self.qg, self.qa.mT)
+
+    def curvature(self) -> Tensor:
+        """The diagonal of the Fisher in these coordinates, [groups, rows, taps, columns] (or 1 tap for all)."""
+        if self.moments is not None:
+            return self.moments
+        return self.g[:, :, None, None] * self.a[:, None, None, :]
+
+    def energy(self) -> Tensor:
+        """Twice what removing each coordinate of the layer's weight costs, [groups, rows, taps, columns]."""
+        return self.rotate(self.layer.table().to(self.qa)).square() * self.curvature()
+
+
+def _both(table: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    groups, rows, taps, columns = table.shape
+    out = left @ table.to(left).reshape(groups, rows, taps * columns)
+    return out.reshape(groups, -1, columns).matmul(right).reshape(groups, -1, taps, right.shape[-1])
+
+
+def eigenbasis_of(factors: Factors) -> Eigenbasis:
+    """The eigenbasis of a layer's factors, computed in float64 and kept in the factors' precision."""
+    qa, a = _eigen(factors.a)
+    qg, g = _eigen(factors.g)
+    return Eigenbasis(factors.layer, qa, a, qg, g)
+
+
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix.double())
+    values = torch.where(values > NULL * values[:, -1:].clamp_min(0), values, torch.zeros_like(values))
+    return vectors.to(matrix), values.to(matrix)
+
+
+def identity_basis(layer: Layer) -> Eigenbasis:
+    """The basis in which the coordinates are the weights themselves (curvature unknown until moments are taken)."""
+    table = wide(layer.table())
+    groups, rows, _, columns = table.shape
+
+    def eye(size: int) -> Tensor:
+        return torch.eye(size, dtype=table.dtype, device=table.device).expand(groups, size, size)
+
+    return Eigenbasis(layer, eye(columns), table.new_zeros(groups, columns), eye(rows), table.new_zeros(groups, rows))
+
+
+def second_moments(
+    model: nn.Module,
+    bases: Mapping[str, Eigenbasis],
+    data: Iterable[Any],
+    loss: str | Loss = "cross_entropy",
+    *,
+    fisher: str = "sampled",
+    samples: int = 1,
+    batches: int | None = None,
+    seed: int = 0,
+) -> dict[str, Eigenbasis]:
+    """The bases with the mean over examples of the squared gradient in their coordinates (EKFAC's second pass).
+
+    In the identity's coordinates this is the diagonal of the Fisher.
+
+    Args:
+        model: the model the bases are of.
+        bases: by name.
+        data: as for :func:`secateur.curvature.kronecker_factors`, like the rest.
+        loss: the loss.
+        fisher: ``"sampled"`` or ``"empirical"``.
+        samples: draws of targets for each example.
+        batches: use at most so many.
+        seed: for the drawn targets.
+
+    Raises:
+        SecateurError: as for the factors; an input without a batch dim.
+    """
+    check_fisher(fisher, samples)
+    layers = [basis.layer for basis in bases.values()]
+    sums = {name: torch.zeros_like(_both(b.layer.table().to(b.qa), b.qg.mT, b.qa)) for name, b in bases.items()}
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def on_gradient(layer: Layer, g: Tensor, x: Tensor) -> None:
+        seen.setdefault(layer.name, []).append((x, g))
+
+    def on_draw() -> None:
+        for name, calls in seen.items():
+            for part in _parts(bases[name], calls):
+                sums[name] += part.square().sum(0)
+        seen.clear()
+
+    examples = watch(
+        model, layers, data, loss_of(loss), on_input=lambda layer, x: x.clone(), on_gradient=on_gradient, on_draw=on_draw,
+        fisher=fisher, samples=samples, batches=batches, seed=seed,
+    )  # fmt: skip
+    if processes() > 1:
+        total = torch.tensor(examples, device=layers[0].module.weight.device)
+        dist.all_reduce(total)
+        examples = int(total)
+        for moments in sums.values():
+            dist.all_reduce(moments)
+    return {name: replace(basis, moments=sums[name] / (examples * samples)) for name, basis in bases.items()}
+
+
+def _parts(basis: Eigenbasis, calls: list[tuple[Tensor, Tensor]]) -> Iterable[Tensor]:
+    """Gradients of single examples in the basis, [examples, groups, rows, taps, columns], a part of the batch each."""
+    layer = basis.layer
+    batch = {x.shape[0] for x, _ in calls}
+    if len(batch) != 1 or any(x.ndim < len(layer.kernel) + 2 - (not layer.kernel) for x, _ in calls):
+        raise SecateurError(f"second moments of {layer.name!r}: each of its inputs must begin with the batch")
+    groups, rows, taps, columns = layer.table().shape
+    step = max(1, MOST // (groups * rows * taps * columns))
+    for begin in range(0, batch.pop(), step):
+        end = begin + step
+        yield sum(_gradients(basis, wide(x[begin:end]), wide(g[begin:end])) for x, g in calls)  # type: ignore[misc]
+
+
+def _gradients(basis: Eigenbasis, x: Tensor, g: Tensor) -> Tensor:
+    samples = input_samples(basis.layer, x).to(basis.qa)  # [groups, batch, positions, taps, columns]
+    slopes = output_samples(basis.layer, g).to(basis.qa)  # [groups, batch, positions, rows]
+    groups, batch, positions, taps, columns = samples.shape
+    if positions < slopes.shape[-1]:  # rotating the samples is less work than rotating the gradients
+        samples, slopes = samples @ basis.qa[:, None, None], slopes @ basis.qg[:, None]
+        return (slopes.mT @ samples.flatten(3)).unflatten(-1, (taps, columns)).transpose(0, 1)
+    found = (slopes.mT @ samples.flatten(3)).unflatten(-1, (taps, columns))
+    found = torch.einsum("gor,gboki->gbrki", basis.qg, found)
+    return (found @ basis.qa[:, None, None]).transpose(0, 1)
