@@ -30,7 +30,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "weights": "sqrt",
         "c": [0, 0.002, 0.004, 0.006, 0.008, 0.012],
     },
-    "lenet5": {"epochs": 12, "lr": 0.1, "mu": 0.6, "weights": "sqrt", "c": [0, 0.004, 0.008, 0.012, 0.016, 0.024]},
+    "lenet5": {
+        "epochs": 20,
+        "lr": 0.1,
+        "mu": 0.6,
+        "weights": "none",
+        "c": [0, 0.06, 0.13, 0.2],
+    },
 }
 
 
@@ -48,6 +54,7 @@ def train(name: str, c: float, seed: int, setting: dict[str, Any]) -> dict[str, 
         epochs=setting["epochs"],
         schedule="grda",
         progress=False,
+        channels_last=name == "lenet5",
     )
     plan = sc.dead_channels(model, graph)
     small = sc.cut(model, plan)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from secateur.allocate import Budget, allocate
-from secateur.cut import check, cut, dead_channels, masked, recalibrate, record
+from secateur.curvature import kronecker_factors
+from secateur.cut import check, compensated, cut, dead_channels, masked, recalibrate, record
 from secateur.errors import SecateurError
 from secateur.plan import Plan, make_plan
 from secateur.prune import Result, prune
@@ -24,8 +25,10 @@ __all__ = [
     "SecateurError",
     "allocate",
     "check",
+    "compensated",
     "cut",
     "dead_channels",
+    "kronecker_factors",
     "load",
     "make_plan",
     "masked",

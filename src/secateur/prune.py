@@ -83,7 +83,7 @@ def prune(
     method: str | Criterion = "taylor",
     budget: Budget | None = None,
     data: Iterable[Any] | None = None,
-    loss_fn: Loss | None = None,
+    loss_fn: Loss | str | None = None,
     strategy: str | Strategy = "global",
     inexact: bool = False,
     recalibrate: bool = False,
@@ -97,7 +97,7 @@ def prune(
         method: a criterion (a name or a callable), or ``"dead"`` for the channels that are exactly zero.
         budget: what may remain; not for ``"dead"``, where the weights decide.
         data: batches, for criteria that need them and for ``recalibrate``.
-        loss_fn: the loss, for criteria that need it.
+        loss_fn: the loss, for criteria that need it: a callable, or ``"cross_entropy"``, ``"mse"``.
         strategy: as for :func:`secateur.allocate`.
         inexact: also cut groups whose removal changes more than the removed channels.
         recalibrate: re-estimate the running statistics of the smaller model's batch norms on ``data``.

@@ -2,13 +2,17 @@
 
 from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, identity_basis, second_moments
 from secateur.curvature.kronecker import Curvature, Factors, kronecker_factors
+from secateur.curvature.solving import damped, inverse, root
 
 __all__ = [
     "Curvature",
     "Eigenbasis",
     "Factors",
+    "damped",
     "eigenbasis_of",
     "identity_basis",
+    "inverse",
     "kronecker_factors",
+    "root",
     "second_moments",
 ]

@@ -142,8 +142,8 @@ def second_moments(
         seen.clear()
 
     examples = watch(
-        model, layers, data, loss_of(loss), on_input=lambda layer, x: x.clone(), on_gradient=on_gradient, on_draw=on_draw,
-        fisher=fisher, samples=samples, batches=batches, seed=seed,
+        model, layers, data, loss_of(loss), on_input=lambda layer, x: x.clone(), on_gradient=on_gradient,
+        on_draw=on_draw, fisher=fisher, samples=samples, batches=batches, seed=seed,
     )  # fmt: skip
     if processes() > 1:
         total = torch.tensor(examples, device=layers[0].module.weight.device)
@@ -170,7 +170,7 @@ def _parts(basis: Eigenbasis, calls: list[tuple[Tensor, Tensor]]) -> Iterable[Te
 def _gradients(basis: Eigenbasis, x: Tensor, g: Tensor) -> Tensor:
     samples = input_samples(basis.layer, x).to(basis.qa)  # [groups, batch, positions, taps, columns]
     slopes = output_samples(basis.layer, g).to(basis.qa)  # [groups, batch, positions, rows]
-    groups, batch, positions, taps, columns = samples.shape
+    positions, taps, columns = samples.shape[2:]
     if positions < slopes.shape[-1]:  # rotating the samples is less work than rotating the gradients
         samples, slopes = samples @ basis.qa[:, None, None], slopes @ basis.qg[:, None]
         return (slopes.mT @ samples.flatten(3)).unflatten(-1, (taps, columns)).transpose(0, 1)

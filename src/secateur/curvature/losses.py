@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import SecateurError, unknown
 
@@ -37,13 +38,61 @@ def mse(outputs: Tensor, targets: Tensor | None, generator: torch.Generator) -> 
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse}
 
 
-def loss_of(given: str | Loss) -> Loss:
-    """A loss by its name, or the user's own."""
-    if callable(given):
-        return given
-    if given not in LOSSES:
-        raise unknown("loss", given, LOSSES)
-    return LOSSES[given]
+def loss_of(given: str | Loss | nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
+    """A loss by its name, one of PyTorch's that means the same, or the user's own.
+
+    A callable of outputs and targets alone is a mean over the batch and cannot draw: it is for the empirical Fisher.
+
+    Raises:
+        SecateurError: an unknown name, one of PyTorch's losses with settings that change its meaning.
+    """
+    if isinstance(given, str):
+        if given not in LOSSES:
+            raise unknown("loss", given, LOSSES)
+        return LOSSES[given]
+    if given is F.cross_entropy or given is F.mse_loss:
+        return cross_entropy if given is F.cross_entropy else mse
+    if isinstance(given, (nn.CrossEntropyLoss, nn.MSELoss)):
+        return _of_module(given)
+    if not callable(given):
+        raise SecateurError(f"loss={given!r}: a name ({', '.join(LOSSES)}) or a callable is expected")
+    return given if _takes(given) != 2 else _mean(given)  # type: ignore[arg-type, return-value]
+
+
+def _of_module(given: nn.Module) -> Loss:
+    if isinstance(given, nn.MSELoss):
+        return mse
+    plain = nn.CrossEntropyLoss()
+    for name in ("weight", "ignore_index", "label_smoothing"):
+        if getattr(given, name) != getattr(plain, name):
+            raise SecateurError(
+                f"CrossEntropyLoss({name}=...) is not the likelihood that targets are drawn from: give a callable "
+                "loss(outputs, targets, generator) that draws, or use fisher='empirical' with loss(outputs, targets)"
+            )
+    return cross_entropy
+
+
+def _takes(function: Callable[..., Any]) -> int | None:
+    """How many positional arguments a callable needs, if it tells."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
+
+
+def _mean(function: Callable[[Any, Any], Tensor]) -> Loss:
+    def summed(outputs: Any, targets: Any, generator: torch.Generator) -> Tensor:
+        if targets is None:
+            raise SecateurError(
+                "this loss takes outputs and targets and cannot draw them: use fisher='empirical', a loss by name "
+                f"({', '.join(LOSSES)}), or a callable loss(outputs, targets, generator)"
+            )
+        return function(outputs, targets) * len(targets)
+
+    return summed
 
 
 def check_fisher(fisher: str, samples: int) -> None:

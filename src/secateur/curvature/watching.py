@@ -154,6 +154,8 @@ def _forward(model: nn.Module, inputs: Any, number: int) -> Any:
 def _value(loss: Loss, outputs: Any, targets: Any, generator: torch.Generator, number: int) -> Tensor:
     try:
         value = loss(outputs, targets, generator)
+    except SecateurError:
+        raise
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise SecateurError(f"the loss does not fit the outputs and targets of batch {number}: {error}") from error
     if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:

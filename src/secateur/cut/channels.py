@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from secateur.curvature import Curvature
+from secateur.cut.compensation import compensated
 from secateur.cut.optimizer import Follower
 from secateur.errors import SecateurError
 from secateur.plan import Plan
@@ -24,7 +26,9 @@ from secateur.trace.tracer import Inputs, tensors_in
 _RECORD = "_secateur_record"
 
 
-def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
+def cut(
+    model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None, compensate: Curvature | None = None
+) -> nn.Module:
     """Build the smaller model.
 
     Args:
@@ -32,6 +36,8 @@ def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> 
         plan: what to remove.
         optimizer: an optimizer of ``model``; it is handed over to the new model: its parameters are replaced and its
             state follows the slices, so that training goes on with the smaller model.
+        compensate: factors of the model's layers, with which the rows that stay make up for those that go
+            (:func:`secateur.cut.compensated`).
 
     Returns:
         A new module, which remembers its plan (:func:`record`).
@@ -41,7 +47,12 @@ def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> 
     """
     check_plan(model, plan)
     follower = Follower(model, plan, optimizer) if optimizer is not None else None
-    new = {id(t): _remaining(t, plan.slices.get(n, {})) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    source = model if compensate is None else compensated(model, plan, compensate)
+    weights = dict((*source.named_parameters(), *source.named_buffers()))
+    new = {
+        id(t): _remaining(weights[n], plan.slices.get(n, {}))
+        for n, t in (*model.named_parameters(), *model.named_buffers())
+    }
     small = copy_module(
         model, dict(new)
     )  # wherever the copy meets an old tensor, in a plain list too, it takes the new

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError, unknown
+from secateur.score.hessian import kron_obd, kron_obs, obd, obs
 from secateur.score.magnitude import bn_scale, magnitude, random
 from secateur.score.taylor import Loss, taylor
 from secateur.trace import ChannelGraph, fingerprint
@@ -16,7 +17,10 @@ from secateur.trace import ChannelGraph, fingerprint
 Criterion = Callable[..., dict[str, Tensor]]
 """``criterion(model, graph, data, loss_fn, **options)`` -> group name to one score a channel."""
 
-CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "taylor": taylor, "bn_scale": bn_scale, "random": random}
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": magnitude, "taylor": taylor, "bn_scale": bn_scale, "random": random,
+    "obd": obd, "obs": obs, "kron_obd": kron_obd, "kron_obs": kron_obs,
+}  # fmt: skip
 
 
 def score(
@@ -25,7 +29,7 @@ def score(
     criterion: str | Criterion = "magnitude",
     *,
     data: Iterable[Any] | None = None,
-    loss_fn: Loss | None = None,
+    loss_fn: Loss | str | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """How much each channel matters: the estimated increase of the loss if it goes.
@@ -33,9 +37,10 @@ def score(
     Args:
         model: the traced model; nothing of it is changed.
         graph: its graph.
-        criterion: ``"magnitude"``, ``"taylor"``, ``"bn_scale"``, ``"random"``, or a callable with their signature.
+        criterion: ``"magnitude"``, ``"taylor"``, ``"bn_scale"``, ``"random"``, ``"obd"``, ``"obs"``, ``"kron_obd"``,
+            ``"kron_obs"``, or a callable with their signature.
         data: batches, for criteria that need them.
-        loss_fn: the loss, for criteria that need it.
+        loss_fn: the loss, for criteria that need it: a callable, or ``"cross_entropy"``, ``"mse"``.
         **options: the criterion's own.
 
     Returns:

@@ -8,18 +8,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, unknown
 from secateur.score.sums import by_group, channel_sums, producers, rows
 from secateur.trace import Axis, ChannelGraph, call_model
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
+"""``loss_fn(outputs, targets)``, a scalar mean over the batch."""
+MEANS: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 
 
 def taylor(
-    model: nn.Module, graph: ChannelGraph, data: Iterable[Any] | None = None, loss_fn: Loss | None = None, *,
+    model: nn.Module, graph: ChannelGraph, data: Iterable[Any] | None = None, loss_fn: Loss | str | None = None, *,
     batches: int | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     r"""How much the loss moves, to first order, if everything that writes a channel is scaled away.
@@ -33,7 +36,7 @@ def taylor(
         model: the model.
         graph: its graph.
         data: batches ``(inputs, targets)``.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar mean over the batch.
+        loss_fn: ``loss_fn(outputs, targets)``, a scalar mean over the batch; or ``"cross_entropy"``, ``"mse"``.
         batches: use at most so many.
 
     Raises:
@@ -41,6 +44,10 @@ def taylor(
     """
     if data is None or loss_fn is None:
         raise SecateurError("taylor needs data= (batches of inputs and targets) and loss_fn=")
+    if isinstance(loss_fn, str):
+        if loss_fn not in MEANS:
+            raise unknown("loss", loss_fn, MEANS)
+        loss_fn = MEANS[loss_fn]
     parameters = dict(model.named_parameters())
     axes = producers(graph)
     names = list(dict.fromkeys(a.name for a in axes))
