@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from secateur.allocate import Budget, allocate
 from secateur.curvature import kronecker_factors
-from secateur.cut import check, compensated, cut, dead_channels, masked, recalibrate, record
+from secateur.cut import check, compensated, cut, dead_channels, masked, merge_bases, recalibrate, record
+from secateur.eigendamage import eigendamage
 from secateur.errors import SecateurError
 from secateur.plan import Plan, make_plan
 from secateur.prune import Result, prune
@@ -28,10 +29,12 @@ __all__ = [
     "compensated",
     "cut",
     "dead_channels",
+    "eigendamage",
     "kronecker_factors",
     "load",
     "make_plan",
     "masked",
+    "merge_bases",
     "prune",
     "recalibrate",
     "record",

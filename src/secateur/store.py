@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from secateur.cut import cut, record
+from secateur.cut import bottleneck, cut, record
 from secateur.errors import SecateurError, unknown
 from secateur.plan import Plan
 from secateur.trace import fingerprint
@@ -34,7 +34,11 @@ FILE = "secateur.json"
 WEIGHTS = re.compile(r"model(-\d+)?\.safetensors")
 
 Replay = Callable[[nn.Module, Any], nn.Module]
-REPLAY: dict[str, Replay] = {"cut": lambda model, plan: cut(model, Plan.from_json(plan))}
+REPLAY: dict[str, Replay] = {
+    "cut": lambda model, plan: cut(model, Plan.from_json(plan)),
+    "eigendamage": bottleneck.replay,
+    "merge_bases": lambda model, _: bottleneck.merge_bases(model),
+}
 """How each kind of step in a record is done again: ``(model, JSON text) -> the next model``.
 
 The JSON of every kind has a ``fingerprint``: that of the model the step was made for.

@@ -91,6 +91,7 @@ def kronecker_factors(
     samples: int = 1,
     batches: int | None = None,
     positions: int | None = None,
+    bias: bool = True,
     seed: int = 0,
 ) -> Curvature:
     """Factors of all linears and convolutions, from one pass over the data in eval mode.
@@ -110,6 +111,7 @@ def kronecker_factors(
         samples: how many targets are drawn for each example.
         batches: use at most so many batches.
         positions: in full form, use so many positions of each batch, evenly spread.
+        bias: a layer's bias is one more column of its weight; without, it is taken as given.
         seed: for the drawn targets.
 
     Returns:
@@ -119,7 +121,7 @@ def kronecker_factors(
         SecateurError: an empty loader, batches that do not fit, losses or activations that are not finite.
     """
     check_fisher(fisher, samples)
-    chosen = layers_of(model, form, None if layers is None else list(layers))
+    chosen = layers_of(model, form, layers, biased=bias)
     first = {id(layer.module.weight): layer for layer in reversed(chosen)}
     sums = {id(layer.module.weight): _Sums() for layer in chosen}
 

@@ -8,6 +8,7 @@ has one tap in both. A bias is one more column: its input is the constant 1, spr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,13 @@ class Layer:
         name: the module's path.
         module: the module.
         form: ``"channel"`` or ``"full"``.
+        biased: whether a bias counts as a column; without, it is left out of sight.
     """
 
     name: str
     module: Any
     form: str = "channel"
+    biased: bool = True
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -54,7 +57,7 @@ class Layer:
     @property
     def bias(self) -> bool:
         """Whether the last column is the bias."""
-        return self.module.bias is not None
+        return self.biased and self.module.bias is not None
 
     def table(self) -> Tensor:
         """The weight (and bias), detached: [groups, rows, taps, columns]; a view of the weight where that can be."""
@@ -199,7 +202,7 @@ def tap_counts(size: int, kernel: int, stride: int, dilation: int, before: int, 
     return torch.bincount(seen, minlength=size), outputs
 
 
-def layers_of(model: nn.Module, form: str, names: list[str] | None = None) -> list[Layer]:
+def layers_of(model: nn.Module, form: str, names: Sequence[str] | None = None, *, biased: bool = True) -> list[Layer]:
     """All linears and convolutions of a model, or the named ones; a shared weight once.
 
     Raises:
@@ -214,4 +217,4 @@ def layers_of(model: nn.Module, form: str, names: list[str] | None = None) -> li
     chosen = known if names is None else {name: known[name] for name in names}
     if not chosen:
         raise SecateurError(f"{type(model).__name__} has no linear or convolution to measure the curvature of")
-    return [Layer(name, module, form) for name, module in chosen.items()]
+    return [Layer(name, module, form, biased) for name, module in chosen.items()]

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from secateur.cut.channels import check, cut, masked, recalibrate, record
+from secateur.cut.bottleneck import Bottleneck, merge_bases
+from secateur.cut.channels import check, cut, masked, recalibrate
 from secateur.cut.compensation import compensated
 from secateur.cut.dead import dead_channels
+from secateur.cut.record import record
 
-__all__ = ["check", "compensated", "cut", "dead_channels", "masked", "recalibrate", "record"]
+__all__ = [
+    "Bottleneck",
+    "check",
+    "compensated",
+    "cut",
+    "dead_channels",
+    "masked",
+    "merge_bases",
+    "recalibrate",
+    "record",
+]

@@ -16,14 +16,13 @@ from torch.utils import _pytree as pytree
 from secateur.curvature import Curvature
 from secateur.cut.compensation import compensated
 from secateur.cut.optimizer import Follower
+from secateur.cut.record import add_to_record
 from secateur.errors import SecateurError
 from secateur.plan import Plan
 from secateur.trace import call_model, fingerprint
 from secateur.trace.copying import copy_module
 from secateur.trace.slices import remember_sizes, sliced
 from secateur.trace.tracer import Inputs, tensors_in
-
-_RECORD = "_secateur_record"
 
 
 def cut(
@@ -40,7 +39,7 @@ def cut(
             (:func:`secateur.cut.compensated`).
 
     Returns:
-        A new module, which remembers its plan (:func:`record`).
+        A new module, which remembers its plan (:func:`secateur.record`).
 
     Raises:
         SecateurError: the plan was made for another model, or the result does not run on the traced example inputs.
@@ -59,7 +58,7 @@ def cut(
     remember_sizes(small)
     if plan.graph is not None and plan.graph.inputs is not None:
         _try(small, plan.graph.inputs)
-    setattr(small, _RECORD, [*getattr(model, _RECORD, []), {"cut": replace(plan, graph=None)}])
+    add_to_record(small, model, {"cut": replace(plan, graph=None)})
     if follower is not None:
         follower({p: new[id(p)] for p in model.parameters()})
     return small
@@ -68,11 +67,6 @@ def cut(
 def _remaining(tensor: Tensor, removed: Mapping[int, list[int]]) -> Tensor:
     left = sliced(tensor.detach(), removed) if removed else tensor.detach().clone()
     return nn.Parameter(left, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else left
-
-
-def record(model: nn.Module) -> list[dict[str, str]]:
-    """What was done to a model to make it what it is, in order, as data."""
-    return [{kind: step.to_json() for kind, step in entry.items()} for entry in getattr(model, _RECORD, [])]
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

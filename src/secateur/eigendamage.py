@@ -1,0 +1,214 @@
+"""EigenDamage in one call (arXiv 1905.05934): factors, eigenbases, damages, boxes within a budget, bottlenecks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.allocate import Budget
+from secateur.allocate.boxes import Choice, Room, Shape, lagrangian, threshold
+from secateur.curvature import Eigenbasis, eigenbasis_of, kronecker_factors, second_moments
+from secateur.curvature.layers import MEASURED
+from secateur.curvature.losses import Loss
+from secateur.cut.bottleneck import Bottleneck, bottlenecked, three
+from secateur.errors import SecateurError, unknown
+from secateur.trace import call_model
+from secateur.trace.tracer import Inputs
+
+RULES = ("lagrangian", "threshold")
+
+
+def eigendamage(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    data: Iterable[Any],
+    budget: Budget,
+    loss_fn: str | Loss = "cross_entropy",
+    rule: str = "lagrangian",
+    limit: float = 0.95,
+    ekfac: bool = False,
+    layers: Sequence[str] | None = None,
+    train_rotations: bool = True,
+    fisher: str = "sampled",
+    samples: int = 1,
+    batches: int | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Make a model smaller in the eigenbasis of its curvature: layers become bottlenecks, widths between them stay.
+
+    No channel graph is needed: any model whose linears and convolutions are modules will do. Done again on its own
+    result, the new bases are merged with the old ones and a layer stays three layers.
+
+    Args:
+        model: the model; it is left untouched.
+        example_inputs: as for :func:`secateur.trace`; MACs refer to their shapes.
+        data: batches (inputs, targets), passed over once (twice with ``ekfac``): something that can be iterated again.
+        budget: what may remain, in MACs, parameters or both.
+        loss_fn: as for :func:`secateur.kronecker_factors`.
+        rule: ``"lagrangian"``: the least total damage within the budget; ``"threshold"``: the published rule, one
+            threshold for all rows and columns.
+        limit: for ``"threshold"``: no layer loses a larger part of its rows or columns.
+        ekfac: take second moments in the eigenbasis, in a second pass over the data.
+        layers: which may become bottlenecks; all but the last one if not given.
+        train_rotations: whether the rotations are trained afterwards.
+        fisher: as for the factors, like ``samples``, ``batches`` and ``seed``.
+        samples: draws of targets for each example.
+        batches: use at most so many.
+        seed: for the drawn targets.
+
+    Returns:
+        A new module, which remembers what was done.
+
+    Raises:
+        SecateurError: a budget that cannot be met, before any pass over the data; what the factors refuse.
+    """
+    if rule not in RULES:
+        raise unknown("rule", rule, RULES)
+    if not isinstance(budget, Budget):
+        raise SecateurError(f"eigendamage(budget={budget!r}): a Budget is expected, for instance Budget(params=0.3)")
+    if not 0 < limit < 1:
+        raise SecateurError(f"limit={limit!r}: a fraction between 0 and 1 is expected")
+    parts = _parts(model, layers)
+    seen = _measure(model, example_inputs, parts)
+    totals = {"macs": seen.macs, "params": sum(p.numel() for p in model.parameters())}
+    blank = [_choice(p, None, seen.positions[p.name]) for p in parts]
+    Room(blank, totals, budget).check()
+
+    curvature = kronecker_factors(
+        model, data, loss_fn, layers=[p.core for p in parts], bias=False, fisher=fisher, samples=samples,
+        batches=batches, seed=seed,
+    )  # fmt: skip
+    bases = {name: eigenbasis_of(factors) for name, factors in curvature.items()}
+    if ekfac:
+        bases = second_moments(
+            model, bases, data, loss_fn, fisher=fisher, samples=samples, batches=batches, seed=seed + 1
+        )
+    parts = [p for p in parts if p.core in bases]
+    sorted_bases = {p.name: _sorted(bases[p.core]) for p in parts}
+    choices = [_choice(p, sorted_bases[p.name], seen.positions[p.name]) for p in parts]
+    room = Room(choices, totals, budget)
+    boxes = lagrangian(room) if rule == "lagrangian" else threshold(room, limit)
+    kept = {
+        choice.name: (torch.arange(box[0]), torch.arange(box[1]))
+        for choice, box in zip(choices, boxes, strict=True)
+        if box is not None
+    }
+    return bottlenecked(model, sorted_bases, kept, train_rotations=train_rotations)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A layer that may become a bottleneck, or a bottleneck that may become smaller.
+
+    Attributes:
+        name: its path.
+        core: the path of the layer whose curvature decides.
+        module: it.
+    """
+
+    name: str
+    core: str
+    module: Any
+
+
+def _parts(model: nn.Module, names: Sequence[str] | None) -> list[_Part]:
+    """The named layers, or all but the last; grouped convolutions are left alone."""
+    inside: set[str] = set()
+    every: dict[str, _Part] = {}
+    for name, module in model.named_modules():
+        if name in inside:
+            continue
+        if isinstance(module, Bottleneck):
+            inside |= {f"{name}.{i}" for i in range(3)}
+            every[name] = _Part(name, f"{name}.1", module)
+        elif isinstance(module, MEASURED):
+            every[name] = _Part(name, name, module)
+    for name in names or ():
+        if name not in every:
+            raise SecateurError(
+                f"layers: {name!r} is no linear or convolution of this model; there are {', '.join(every)}"
+            )
+    chosen = [every[n] for n in names] if names is not None else list(every.values())[:-1]
+    chosen = [p for p in chosen if getattr(p.module, "groups", 1) == 1]
+    if not chosen:
+        raise SecateurError("no layer can become a bottleneck: all but the last are grouped, or there is only one")
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one forward on the example inputs shows: MACs of all, and per layer its input's and output's positions."""
+
+    macs: int
+    positions: Mapping[str, tuple[int, int]]
+
+
+def _measure(model: nn.Module, inputs: Inputs, parts: Sequence[_Part]) -> _Seen:
+    positions: dict[str, list[int]] = {p.name: [0, 0] for p in parts}
+
+    def attach(part: _Part) -> Any:
+        def hook(module: nn.Module, given: Any, out: Tensor) -> None:
+            first, _, last = three(module)
+            for i, (tensor, layer, inward) in enumerate(((given[0], first, True), (out, last, False))):
+                positions[part.name][i] += tensor.numel() // _width(layer, inward=inward)
+
+        return part.module.register_forward_hook(hook)
+
+    handles = [attach(p) for p in parts]
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call_model(model, inputs)
+    except Exception as error:
+        raise SecateurError(
+            f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, mode in modes:
+            m.training = mode
+    return _Seen(counter.get_total_flops() // 2, {n: (a, b) for n, (a, b) in positions.items()})
+
+
+def _width(layer: Any, *, inward: bool) -> int:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features if inward else layer.out_features
+    return layer.in_channels if inward else layer.out_channels
+
+
+def _choice(part: _Part, basis: Eigenbasis | None, positions: tuple[int, int]) -> Choice:
+    """The layer's costs; with a basis also its damages."""
+    module, (before, after) = part.module, positions
+    first, core, last = three(module)
+    wide_in, wide_out = _width(first, inward=True), _width(last, inward=False)
+    rows, columns = core.weight.shape[:2]
+    taps = core.weight[0, 0].numel()
+    shapes = {}
+    for unit, inward, outward in (("params", 1, 1), ("macs", before, after)):
+        row, column, both = wide_out * outward, wide_in * inward, taps * outward
+        whole = rows * columns * both
+        if isinstance(module, Bottleneck):
+            whole += rows * row + columns * column
+        shapes[unit] = Shape(whole, row, column, both)
+    if basis is None:
+        return Choice(part.name, torch.zeros(rows, columns).numpy(), shapes)
+    return Choice(part.name, basis.energy()[0].sum(1).double().cpu().numpy() / 2, shapes)
+
+
+def _sorted(basis: Eigenbasis) -> Eigenbasis:
+    """The basis with rows and columns by their damage, the largest first."""
+    damage = basis.energy()[0].sum(1)
+    rows, columns = damage.sum(1).argsort(descending=True), damage.sum(0).argsort(descending=True)
+    moments = None if basis.moments is None else basis.moments[:, rows][..., columns]
+    return replace(
+        basis, qa=basis.qa[..., columns], a=basis.a[:, columns], qg=basis.qg[..., rows], g=basis.g[:, rows],
+        moments=moments,
+    )  # fmt: skip
