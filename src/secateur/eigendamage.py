@@ -68,38 +68,89 @@ def eigendamage(
     Raises:
         SecateurError: a budget that cannot be met, before any pass over the data; what the factors refuse.
     """
-    if rule not in RULES:
-        raise unknown("rule", rule, RULES)
-    if not isinstance(budget, Budget):
-        raise SecateurError(f"eigendamage(budget={budget!r}): a Budget is expected, for instance Budget(params=0.3)")
-    if not 0 < limit < 1:
-        raise SecateurError(f"limit={limit!r}: a fraction between 0 and 1 is expected")
+    check_rule(rule, limit)
     parts = _parts(model, layers)
     seen = _measure(model, example_inputs, parts)
-    totals = {"macs": seen.macs, "params": sum(p.numel() for p in model.parameters())}
-    blank = [_choice(p, None, seen.positions[p.name]) for p in parts]
-    Room(blank, totals, budget).check()
-
-    curvature = kronecker_factors(
-        model, data, loss_fn, layers=[p.core for p in parts], bias=False, fisher=fisher, samples=samples,
+    _room(model, seen, [_choice(p, None, seen.positions[p.name]) for p in parts], budget).check()
+    damages = measure_damage(
+        model, example_inputs, data=data, loss_fn=loss_fn, ekfac=ekfac, layers=layers, fisher=fisher, samples=samples,
         batches=batches, seed=seed,
     )  # fmt: skip
+    return damages.cut(budget, rule=rule, limit=limit, train_rotations=train_rotations)
+
+
+def check_rule(rule: str, limit: float) -> None:
+    """Raise if there is no such rule, or no such limit."""
+    if rule not in RULES:
+        raise unknown("rule", rule, RULES)
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < 1:
+        raise SecateurError(f"limit={limit!r}: a fraction between 0 and 1 is expected")
+
+
+@dataclass(frozen=True, eq=False)
+class Damages:
+    """What the passes over the data found, from which networks of any size can be cut.
+
+    Attributes:
+        model: the model.
+        bases: by the name of the layer (or bottleneck), rows and columns by their damage, the largest first.
+        choices: the damages and costs of every layer.
+        skipped: layers that stay as they are, and why.
+    """
+
+    model: nn.Module
+    bases: Mapping[str, Eigenbasis]
+    choices: Sequence[Choice]
+    skipped: Mapping[str, str]
+    _seen: _Seen
+
+    def cut(
+        self, budget: Budget, *, rule: str = "lagrangian", limit: float = 0.95, train_rotations: bool = True
+    ) -> nn.Module:
+        """The model within a budget; arguments as for :func:`eigendamage`."""
+        check_rule(rule, limit)
+        room = _room(self.model, self._seen, self.choices, budget)
+        boxes = lagrangian(room) if rule == "lagrangian" else threshold(room, limit)
+        kept = {
+            choice.name: (torch.arange(box[0]), torch.arange(box[1]))
+            for choice, box in zip(self.choices, boxes, strict=True)
+            if box is not None
+        }
+        return bottlenecked(self.model, self.bases, kept, train_rotations=train_rotations)
+
+
+def measure_damage(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    data: Iterable[Any],
+    loss_fn: str | Loss = "cross_entropy",
+    ekfac: bool = False,
+    layers: Sequence[str] | None = None,
+    fisher: str = "sampled",
+    samples: int = 1,
+    batches: int | None = None,
+    seed: int = 0,
+) -> Damages:
+    """The passes over the data, without a budget; arguments as for :func:`eigendamage`."""
+    parts = _parts(model, layers)
+    seen = _measure(model, example_inputs, parts)
+    passing: dict[str, Any] = {"fisher": fisher, "samples": samples, "batches": batches}
+    curvature = kronecker_factors(
+        model, data, loss_fn, layers=[p.core for p in parts], bias=False, seed=seed, **passing
+    )
     bases = {name: eigenbasis_of(factors) for name, factors in curvature.items()}
     if ekfac:
-        bases = second_moments(
-            model, bases, data, loss_fn, fisher=fisher, samples=samples, batches=batches, seed=seed + 1
-        )
-    parts = [p for p in parts if p.core in bases]
-    sorted_bases = {p.name: _sorted(bases[p.core]) for p in parts}
-    choices = [_choice(p, sorted_bases[p.name], seen.positions[p.name]) for p in parts]
-    room = Room(choices, totals, budget)
-    boxes = lagrangian(room) if rule == "lagrangian" else threshold(room, limit)
-    kept = {
-        choice.name: (torch.arange(box[0]), torch.arange(box[1]))
-        for choice, box in zip(choices, boxes, strict=True)
-        if box is not None
-    }
-    return bottlenecked(model, sorted_bases, kept, train_rotations=train_rotations)
+        bases = second_moments(model, bases, data, loss_fn, seed=seed + 1, **passing)
+    sorted_bases = {p.name: _sorted(bases[p.core]) for p in parts if p.core in bases}
+    choices = [_choice(p, sorted_bases[p.name], seen.positions[p.name]) for p in parts if p.core in bases]
+    return Damages(model, sorted_bases, choices, dict(curvature.skipped), seen)
+
+
+def _room(model: nn.Module, seen: _Seen, choices: Sequence[Choice], budget: Budget) -> Room:
+    if not isinstance(budget, Budget):
+        raise SecateurError(f"eigendamage(budget={budget!r}): a Budget is expected, for instance Budget(params=0.3)")
+    return Room(choices, {"macs": seen.macs, "params": sum(p.numel() for p in model.parameters())}, budget)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from secateur.allocate.boxes import Choice, Room, Shape, fill, lagrangian
 from secateur.curvature import eigenbasis_of, kronecker_factors
 from secateur.cut import Bottleneck
 from secateur.cut.bottleneck import hollow, split
+from secateur.eigendamage import measure_damage
 
 LAYERS = {
     "linear": (nn.Linear(6, 5), (4, 6)),
@@ -242,3 +243,13 @@ def test_bad_input_is_told(name):
     given = {"example_inputs": X[:2], "data": DATA, "budget": sc.Budget(params=0.5), **changed}
     with pytest.raises(sc.SecateurError, match=message):
         sc.eigendamage(network(), **given)
+
+
+def test_damages_once_measured_serve_for_every_budget():
+    model = network()
+    damages = measure_damage(model, X[:2], data=DATA)
+    assert set(damages.bases) == {"0", "3", "8"} and not damages.skipped
+    for fraction in (0.7, 0.4):
+        one = damages.cut(sc.Budget(params=fraction))
+        two = sc.eigendamage(model, X[:2], data=DATA, budget=sc.Budget(params=fraction))
+        assert torch.equal(one.eval()(X), two.eval()(X))
