@@ -1,0 +1,67 @@
+"""Two processes, each with its part of the data, get the factors and moments that one gets from all of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from secateur.curvature import eigenbasis_of, identity_basis, kronecker_factors, second_moments
+
+
+def factors(data):
+    """All that is measured of one small network, by name."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(36, 3),
+    ).double()
+    found = {}
+    for form in ("channel", "full"):
+        curvature = kronecker_factors(model, data, fisher="empirical", form=form)
+        assert curvature.examples == 11
+        bases = {name: identity_basis(one.layer) for name, one in curvature.items()}
+        bases = second_moments(model, bases, data, fisher="empirical")
+        for name, one in curvature.items():
+            basis = eigenbasis_of(one)
+            found |= {f"{form} {name} a": one.a, f"{form} {name} g": one.g, f"{form} {name} values": basis.a}
+            found[f"{form} {name} moments"] = bases[name].moments
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(11, 2, 5, 5, generator=generator, dtype=torch.float64), torch.arange(11) % 3
+    return [(x[i : i + 3], y[i : i + 3]) for i in range(0, 11, 3)]  # three of 3 and one of 2
+
+
+def test_two_processes_measure_what_one_does(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    done = subprocess.run(
+        [*command, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, str(tmp_path)],
+        check=False, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one = factors(batches())
+    ranks = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
+    assert ranks[0].keys() == ranks[1].keys() == one.keys()
+    for name, tensor in one.items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        torch.testing.assert_close(ranks[0][name], tensor, rtol=1e-6, atol=1e-12)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    mine = batches()[dist.get_rank() :: 2]
+    save_file(factors(mine), Path(sys.argv[1]) / f"{dist.get_rank()}.safetensors")
+    dist.destroy_process_group()
