@@ -1,9 +1,9 @@
 """Accuracy without fine-tuning against what remains: all one-shot methods on the networks for measurements.
 
 Every method sees the same training images, without augmentation; what remains is set by the same budgets, once in
-parameters and once in MACs. Where a network has batch norms the accuracy is also given with their statistics re-estimated
-on the same images. A budget that a method cannot meet is a row with its reason. Rows that are there are not run again, so
-the bench can be stopped at any time::
+parameters and once in MACs. Where a network has batch norms the accuracy is also given with their statistics
+re-estimated on the same images. A budget that a method cannot meet is a row with its reason. Rows that are there are
+not run again, so the bench can be stopped at any time::
 
     python bench/damage.py lenet_300_100 lenet5 resnet20 --seeds 0 1 2
 """
@@ -38,6 +38,7 @@ ROTATED = {
 }
 FRACTIONS = {"params": (0.8, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05), "macs": (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)}
 BATCH, BATCHES = 128, 100
+SAMPLES = 10  # drawn targets an example; with one, the factors of a network that is sure of itself are mostly noise
 Make = Callable[[sc.Budget], nn.Module]
 
 
@@ -55,8 +56,11 @@ def makers(
             options = {"seed": seed}
         elif name in {"taylor", "obd"}:
             options = {"data": images, "loss_fn": "cross_entropy", "batches": BATCHES}
+            options |= {"samples": SAMPLES} if name == "obd" else {}
         elif name != "magnitude":
-            curvature = curvature or sc.kronecker_factors(model, images, form="full", batches=BATCHES, seed=seed)
+            curvature = curvature or sc.kronecker_factors(
+                model, images, form="full", batches=BATCHES, samples=SAMPLES, seed=seed
+            )
             options = {"curvature": curvature}
         scores = sc.score(model, graph, name, **options)
         compensate = curvature if name in {"obs", "kron_obs"} else None
@@ -71,7 +75,9 @@ def makers(
             continue
         ekfac = bool(setting["ekfac"])
         if ekfac not in measured:
-            measured[ekfac] = measure_damage(model, inputs, data=images, ekfac=ekfac, batches=BATCHES, seed=seed)
+            measured[ekfac] = measure_damage(
+                model, inputs, data=images, ekfac=ekfac, batches=BATCHES, samples=SAMPLES, seed=seed
+            )
 
         def rotate(budget: sc.Budget, damages: Any = measured[ekfac], rule: Any = setting["rule"]) -> nn.Module:
             return damages.cut(budget, rule=rule)
@@ -105,8 +111,8 @@ def one(name: str, seed: int, done: set[tuple[Any, ...]]) -> Iterator[dict[str, 
     }
     if (name, seed, "dense", "params", 1.0) not in done:
         yield {
-            "network": name, "seed": seed, "method": "dense", "unit": "params", "fraction": 1.0, "macs": 1.0, "params": 1.0,
-            "validation": accuracy(model, held), "test": accuracy(model, test),
+            "network": name, "seed": seed, "method": "dense", "unit": "params", "fraction": 1.0,
+            "macs": 1.0, "params": 1.0, "validation": accuracy(model, held), "test": accuracy(model, test),
         }  # fmt: skip
     for method, make in makers(model, inputs, images, seed, {m for m, left in missing.items() if left}):
         for unit, fraction in missing[method]:
