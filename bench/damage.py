@@ -38,7 +38,6 @@ ROTATED = {
 }
 FRACTIONS = {"params": (0.8, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05), "macs": (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)}
 BATCH, BATCHES = 128, 100
-SAMPLES = 10  # drawn targets an example; with one, the factors of a network that is sure of itself are mostly noise
 Make = Callable[[sc.Budget], nn.Module]
 
 
@@ -48,6 +47,7 @@ def makers(
     """Every wanted method, as a function from a budget to a smaller network."""
     graph = sc.trace(model, inputs)
     curvature = None
+    passing: dict[str, Any] = {"batches": BATCHES, "fisher": "exact"}  # one draw would be mostly noise
     for name in CHANNEL:
         if name not in wanted:
             continue
@@ -56,11 +56,9 @@ def makers(
             options = {"seed": seed}
         elif name in {"taylor", "obd"}:
             options = {"data": images, "loss_fn": "cross_entropy", "batches": BATCHES}
-            options |= {"samples": SAMPLES} if name == "obd" else {}
+            options |= passing if name == "obd" else {}
         elif name != "magnitude":
-            curvature = curvature or sc.kronecker_factors(
-                model, images, form="full", batches=BATCHES, samples=SAMPLES, seed=seed
-            )
+            curvature = curvature or sc.kronecker_factors(model, images, form="full", **passing)
             options = {"curvature": curvature}
         scores = sc.score(model, graph, name, **options)
         compensate = curvature if name in {"obs", "kron_obs"} else None
@@ -75,9 +73,7 @@ def makers(
             continue
         ekfac = bool(setting["ekfac"])
         if ekfac not in measured:
-            measured[ekfac] = measure_damage(
-                model, inputs, data=images, ekfac=ekfac, batches=BATCHES, samples=SAMPLES, seed=seed
-            )
+            measured[ekfac] = measure_damage(model, inputs, data=images, ekfac=ekfac, **passing)
 
         def rotate(budget: sc.Budget, damages: Any = measured[ekfac], rule: Any = setting["rule"]) -> nn.Module:
             return damages.cut(budget, rule=rule)

@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lr": 0.1,
         "mu": 0.6,
         "weights": "none",
-        "c": [0, 0.06, 0.13, 0.2],
+        "c": [0, 0.06, 0.11, 0.13, 0.2],
     },
 }
 

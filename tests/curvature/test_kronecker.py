@@ -138,6 +138,18 @@ def test_drawn_targets_give_the_true_fisher():
     torch.testing.assert_close(normal, torch.eye(3, dtype=torch.float64), rtol=0, atol=0.05)
 
 
+def test_the_exact_fisher_needs_no_draws():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(50, 4, dtype=torch.float64)
+    p = model(x).softmax(-1).detach()
+    exact = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
+    torch.testing.assert_close(kronecker_factors(model, [x], fisher="exact")[""].g[0], exact)
+    normal = kronecker_factors(model, [x[:20], x[20:]], "mse", fisher="exact")[""].g[0]
+    torch.testing.assert_close(normal, torch.eye(3, dtype=torch.float64))
+    drawn = kronecker_factors(network(), [X], samples=500)["0"].g
+    torch.testing.assert_close(kronecker_factors(network(), [X], fisher="exact")["0"].g, drawn, rtol=0.3, atol=1e-3)
+
+
 def test_the_loss_may_be_ones_own_and_its_scale_counts_squared():
     model, x = network(), X
 
@@ -239,7 +251,9 @@ BAD = {
     "form": (lambda: kronecker_factors(network(), [X], form="whole"), "'channel' or 'full'"),
     "fisher": (lambda: kronecker_factors(network(), [X], fisher="true"), "'sampled'"),
     "samples": (lambda: kronecker_factors(network(), [X], samples=0), "from 1 on"),
-    "several of one": (lambda: kronecker_factors(network(), [X], fisher="empirical", samples=2), "one target"),
+    "several of one": (lambda: kronecker_factors(network(), [X], fisher="empirical", samples=2), "draws nothing"),
+    "exact for what is not known": (
+        lambda: kronecker_factors(network(), [X], lambda o, t, g: o.sum(), fisher="exact"), "is known for"),
     "no targets": (lambda: kronecker_factors(network(), [X], fisher="empirical"), "inputs, targets"),
     "loss by name": (lambda: kronecker_factors(network(), [X], "crossentropy"), "did you mean 'cross_entropy'"),
     "a loss that is no number": (lambda: kronecker_factors(network(), [X], lambda o, t, g: o), "must be one number"),

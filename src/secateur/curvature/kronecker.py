@@ -106,8 +106,9 @@ def kronecker_factors(
         form: ``"channel"``: the taps of a kernel share a factor of the input channels; ``"full"``: one factor for all
             pairs of channel and tap.
         layers: paths of modules, all if not given.
-        fisher: ``"sampled"``: targets are drawn from the model's own distribution (the true Fisher); ``"empirical"``:
-            the data's.
+        fisher: ``"sampled"``: targets are drawn from the model's own distribution (the true Fisher); ``"exact"``: the
+            mean over all that could be drawn, a backward pass a class (cross-entropy) or output (mse);
+            ``"empirical"``: the data's.
         samples: how many targets are drawn for each example.
         batches: use at most so many batches.
         positions: in full form, use so many positions of each batch, evenly spread.

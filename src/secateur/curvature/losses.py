@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError, unknown
 
-FISHERS = ("sampled", "empirical")
+FISHERS = ("sampled", "exact", "empirical")
 Loss = Callable[[Any, Any, torch.Generator], Tensor]
 """``loss(outputs, targets, generator)`` -> the negative log-likelihood, summed over examples; ``targets`` is None where
 the loss is to draw them from the model's own distribution (with the generator), the data's targets otherwise."""
@@ -33,6 +33,23 @@ def mse(outputs: Tensor, targets: Tensor | None, generator: torch.Generator) -> 
         noise = torch.empty_like(outputs.detach()).normal_(generator=generator)
         targets = outputs.detach() + noise
     return 0.5 * (outputs - targets).square().sum()
+
+
+def _each_class(outputs: Tensor) -> Iterator[Tensor]:
+    """For every class ``c`` a loss whose gradients, squared and added up, are the mean over drawn classes."""
+    if outputs.ndim != 2:
+        raise SecateurError("fisher='exact' is for logits [batch, classes]; draw targets instead (fisher='sampled')")
+    share = outputs.detach().softmax(1).sqrt()
+    logs = outputs.log_softmax(1)
+    for c in range(outputs.shape[1]):
+        yield -(share[:, c] * logs[:, c]).sum()
+
+
+def _each_output(outputs: Tensor) -> Iterator[Tensor]:
+    """For every output its sum over the batch: the normal distribution's noise has unit variance in each."""
+    flat = outputs.flatten(1)
+    for d in range(flat.shape[1]):
+        yield flat[:, d].sum()
 
 
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse}
@@ -95,11 +112,30 @@ def _mean(function: Callable[[Any, Any], Tensor]) -> Loss:
     return summed
 
 
+EXACT: dict[Loss, Callable[[Tensor], Iterator[Tensor]]] = {cross_entropy: _each_class, mse: _each_output}
+
+
+def draws(
+    loss: Loss, outputs: Any, targets: Any, generator: torch.Generator, fisher: str, samples: int
+) -> Iterator[Tensor]:
+    """The losses of one batch whose squared gradients add up to ``samples`` times the Fisher."""
+    if fisher != "exact":
+        for _ in range(samples):
+            yield loss(outputs, targets, generator)
+    elif loss in EXACT:
+        yield from EXACT[loss](outputs)
+    else:
+        raise SecateurError(f"fisher='exact' is known for {', '.join(LOSSES)}; draw targets instead (fisher='sampled')")
+
+
 def check_fisher(fisher: str, samples: int) -> None:
     """Raise if this is no way to get targets."""
     if fisher not in FISHERS:
-        raise SecateurError(f"fisher={fisher!r}: 'sampled' (the model draws) or 'empirical' (the data's targets)")
+        raise SecateurError(
+            f"fisher={fisher!r}: 'sampled' (the model draws targets), 'exact' (the mean over all draws) or 'empirical' "
+            "(the data's targets)"
+        )
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise SecateurError(f"samples={samples!r}: a whole number from 1 on is expected")
-    if fisher == "empirical" and samples != 1:
-        raise SecateurError(f"samples={samples}: the empirical Fisher has one target an example; leave samples at 1")
+    if fisher != "sampled" and samples != 1:
+        raise SecateurError(f"samples={samples}: fisher={fisher!r} draws nothing; leave samples at 1")

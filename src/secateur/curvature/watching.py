@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from secateur.curvature.layers import Layer
-from secateur.curvature.losses import Loss
+from secateur.curvature.losses import Loss, draws
 from secateur.errors import SecateurError
 from secateur.trace import call_model
 from secateur.trace.tracer import tensors_in
@@ -48,7 +48,7 @@ def watch(
         on_input: called with each input of each layer.
         on_gradient: called with the gradient of the summed loss at each output, ``samples`` times.
         on_draw: called when all gradients of one batch and one draw of targets have been seen.
-        fisher: ``"sampled"`` or ``"empirical"``.
+        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``.
         samples: how many targets are drawn for each example.
         batches: use at most so many.
         seed: for the drawn targets.
@@ -72,9 +72,8 @@ def watch(
             inputs, targets = _split(batch, fisher, number, device)
             with torch.enable_grad():
                 outputs = _forward(model, inputs, number)
-                for left in reversed(range(samples)):
-                    value = _value(loss, outputs, targets, generator, number)
-                    value.backward(retain_graph=left > 0)
+                for value in _values(loss, outputs, targets, generator, fisher, samples, number):
+                    value.backward(retain_graph=True)  # it goes with the outputs, after the last draw
                     on_draw()
             examples += _examples(inputs)
     if not examples:
@@ -126,7 +125,7 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
 def _split(batch: Any, fisher: str, number: int, device: torch.device) -> tuple[Any, Any]:
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         inputs, targets = batch
-    elif fisher == "sampled":
+    elif fisher != "empirical":
         inputs, targets = (batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 1 else batch), None
     else:
         raise SecateurError(f"data: batches (inputs, targets) are expected, batch {number} is a {type(batch).__name__}")
@@ -151,13 +150,23 @@ def _forward(model: nn.Module, inputs: Any, number: int) -> Any:
         ) from error
 
 
-def _value(loss: Loss, outputs: Any, targets: Any, generator: torch.Generator, number: int) -> Tensor:
-    try:
-        value = loss(outputs, targets, generator)
-    except SecateurError:
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-        raise SecateurError(f"the loss does not fit the outputs and targets of batch {number}: {error}") from error
+def _values(
+    loss: Loss, outputs: Any, targets: Any, generator: torch.Generator, fisher: str, samples: int, number: int
+) -> Iterator[Tensor]:
+    found = draws(loss, outputs, targets, generator, fisher, samples)
+    while True:
+        try:
+            value = next(found)
+        except StopIteration:
+            return
+        except SecateurError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            raise SecateurError(f"the loss does not fit the outputs and targets of batch {number}: {error}") from error
+        yield _checked(value, number)
+
+
+def _checked(value: Any, number: int) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
         raise SecateurError("the loss must be one number that depends on the outputs, as a tensor")
     if not math.isfinite(value.item()):
