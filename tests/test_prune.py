@@ -134,3 +134,14 @@ def test_a_model_on_another_device(model: nn.Module) -> None:
 
 def ordered(model: nn.Module, graph: sc.ChannelGraph, data: object, loss_fn: object) -> dict[str, torch.Tensor]:
     return {g.name: torch.arange(len(g), dtype=torch.float64) for g in graph.groups}
+
+
+def test_what_stays_makes_up_for_what_goes(model: nn.Module) -> None:
+    given = {"budget": sc.Budget(channels=0.7), "data": batches(), "loss_fn": "cross_entropy"}
+    plain = sc.prune(model, IMAGE, method="kron_obs", **given, fisher="exact")
+    better = sc.prune(model, IMAGE, method="kron_obs", compensate=True, **given, fisher="exact")
+    assert plain.plan.removed == better.plan.removed
+    pairs = zip(plain.model.parameters(), better.model.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(sc.SecateurError, match="have factors"):
+        sc.prune(model, IMAGE, method="taylor", compensate=True, **given)

@@ -191,6 +191,31 @@ def test_a_folder_in_which_a_process_was_killed_at_once(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [folder.FILE, "seed-0"]
 
 
+@pytest.mark.parametrize(
+    "prune",
+    [
+        {"method": "eigendamage", "budget": {"params": 0.5}, "batches": 2, "options": {"fisher": "exact"}},
+        {"method": "kron_obs", "budget": {"macs": 0.5}, "batches": 2, "compensate": True, "options": {"damping": 0.1}},
+        {"method": "obd", "budget": {"params": 0.5}, "batches": 2, "options": {"samples": 2}},
+    ],
+    ids=lambda prune: prune["method"],
+)
+def test_second_order_methods_run_and_load(tmp_path: Path, prune: dict[str, Any]) -> None:
+    result = run(made(TAYLOR, prune=prune), tmp_path, progress=False)["seeds"]["0"]
+    ((unit, fraction),) = prune["budget"].items()
+    assert result["after"][unit] <= fraction * result["before"][unit]
+    small = sc.load(tmp_path / "seed-0" / "pruned")
+    assert sum(p.numel() for p in small.parameters()) == result["after"]["params"]
+
+
+def test_a_budget_that_bottlenecks_cannot_meet_is_told_before_training(tmp_path: Path) -> None:
+    with pytest.raises(sc.SecateurError, match="cannot be met"):
+        run(
+            made(TAYLOR, prune={"method": "eigendamage", "budget": {"params": 0.001}}), tmp_path / "out", progress=False
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_seeds_differ_and_are_summed_up(tmp_path: Path) -> None:
     result = run(made(TAYLOR, seeds=[0, 1]), tmp_path, progress=False)
     rows = [result["seeds"][seed] for seed in ("0", "1")]

@@ -20,6 +20,7 @@ from secateur.errors import SecateurError, unknown
 from secateur.trace import call_model
 from secateur.trace.tracer import Inputs
 
+EIGENDAMAGE = "eigendamage"
 RULES = ("lagrangian", "threshold")
 
 
@@ -69,14 +70,19 @@ def eigendamage(
         SecateurError: a budget that cannot be met, before any pass over the data; what the factors refuse.
     """
     check_rule(rule, limit)
-    parts = _parts(model, layers)
-    seen = _measure(model, example_inputs, parts)
-    _room(model, seen, [_choice(p, None, seen.positions[p.name]) for p in parts], budget).check()
+    check_budget(model, example_inputs, budget, layers)
     damages = measure_damage(
         model, example_inputs, data=data, loss_fn=loss_fn, ekfac=ekfac, layers=layers, fisher=fisher, samples=samples,
         batches=batches, seed=seed,
     )  # fmt: skip
     return damages.cut(budget, rule=rule, limit=limit, train_rotations=train_rotations)
+
+
+def check_budget(model: nn.Module, example_inputs: Inputs, budget: Budget, layers: Sequence[str] | None = None) -> None:
+    """Raise if no bottlenecks can meet the budget, with what is feasible; no data is needed for that."""
+    parts = _parts(model, layers)
+    seen = _measure(model, example_inputs, parts)
+    _room(model, seen, [_choice(p, None, seen.positions[p.name]) for p in parts], budget).check()
 
 
 def check_rule(rule: str, limit: float) -> None:

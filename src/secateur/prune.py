@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.allocate import STRATEGIES, Budget, Meter, allocate
 from secateur.allocate.strategies import Strategy
+from secateur.curvature import Curvature, kronecker_factors
 from secateur.cut import cut, dead_channels
 from secateur.cut import recalibrate as recalibrate_norms
 from secateur.errors import SecateurError, unknown
@@ -20,6 +21,8 @@ from secateur.score.api import CRITERIA, Criterion, Loss
 from secateur.trace import ChannelGraph, trace
 from secateur.trace.tracer import Inputs
 
+FACTORED = ("obs", "kron_obd", "kron_obs")
+"""The criteria whose Kronecker factors can also make up for what goes."""
 DEAD = "dead"
 """The method that reads the plan off the weights: what training has driven to exact zero goes."""
 
@@ -87,6 +90,7 @@ def prune(
     strategy: str | Strategy = "global",
     inexact: bool = False,
     recalibrate: bool = False,
+    compensate: bool = False,
     **options: Any,
 ) -> Result:
     """Make a model smaller.
@@ -101,24 +105,44 @@ def prune(
         strategy: as for :func:`secateur.allocate`.
         inexact: also cut groups whose removal changes more than the removed channels.
         recalibrate: re-estimate the running statistics of the smaller model's batch norms on ``data``.
+        compensate: for ``"obs"``, ``"kron_obd"`` and ``"kron_obs"``: what stays makes up for what goes, by the same
+            factors.
         **options: the criterion's own.
 
     Raises:
         SecateurError: what the steps refuse; a budget that cannot be met is told before any work.
     """
     _check(method, budget, strategy, data if recalibrate else (), options)
+    if compensate and method not in FACTORED:
+        raise SecateurError(
+            f"prune(compensate=True): the methods {', '.join(FACTORED)} have factors, {method!r} has none"
+        )
     graph = trace(model, example_inputs)
     scores: dict[str, Tensor] = {}
+    curvature: Curvature | None = None
     if budget is None:
         plan = dead_channels(model, graph, inexact=inexact)
     else:
         check_feasible(graph, budget, inexact=inexact)
+        if compensate:
+            curvature, options = _factors(model, data, loss_fn, options)
         scores = score(model, graph, method, data=data, loss_fn=loss_fn, **options)
         plan = allocate(graph, scores, budget, strategy=strategy, inexact=inexact)
-    small = cut(model, plan)
+    small = cut(model, plan, compensate=curvature)
     if recalibrate:
         recalibrate_norms(small, data)
     return Result(small, plan, graph, counts(graph), counts(graph, plan), scores)
+
+
+def _factors(model: nn.Module, data: Any, loss_fn: Any, options: dict[str, Any]) -> tuple[Curvature, dict[str, Any]]:
+    """Factors for scores and compensation both, and the options that are left for the scores."""
+    if data is None or loss_fn is None:
+        raise SecateurError("prune(compensate=True) needs data= (batches of inputs and targets) and loss_fn=")
+    if "curvature" in options:
+        return options["curvature"], options
+    passing = {k: v for k, v in options.items() if k != "damping"}
+    curvature = kronecker_factors(model, data, loss_fn, form="full", **passing)
+    return curvature, {"curvature": curvature} | {k: v for k, v in options.items() if k == "damping"}
 
 
 def counts(graph: ChannelGraph, plan: Plan | None = None) -> Counts:

@@ -25,16 +25,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from secateur.allocate import STRATEGIES, Budget, budget_from
 from secateur.data import DATA
+from secateur.eigendamage import EIGENDAMAGE
 from secateur.errors import SecateurError, unknown
 from secateur.factory import is_path
 from secateur.models import MODELS
-from secateur.prune import DEAD
+from secateur.prune import DEAD, FACTORED
 from secateur.score.api import CRITERIA
 from secateur.train.schedule import SCHEDULES
 from secateur.train.sdprun import WEIGHTS
 from secateur.yamltext import parse_yaml
 
-METHODS = (*CRITERIA, DEAD, "none")
+METHODS = (*CRITERIA, EIGENDAMAGE, DEAD, "none")
+_PASS = ("fisher", "samples")
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "magnitude": ("p", "normalize"),
+    "obd": _PASS,
+    "kron_obd": (*_PASS, "positions"),
+    "obs": (*_PASS, "positions", "damping"),
+    "kron_obs": (*_PASS, "positions", "damping"),
+    EIGENDAMAGE: (*_PASS, "rule", "limit", "ekfac", "layers", "train_rotations"),
+}
+"""What the methods take beside what all take."""
 OPTIMIZERS = {  # the settings each takes beside the learning rate
     "sgd": ("momentum", "nesterov", "weight_decay"),
     "adam": ("weight_decay",),
@@ -175,6 +186,8 @@ class Prune(_Section):
         inexact: also cut groups whose removal changes more than the removed channels.
         recalibrate: re-estimate batch-norm statistics after the cut.
         batches: batches of training images for scores and recalibration; ``None`` for all.
+        compensate: what stays makes up for what goes (``obs``, ``kron_obd``, ``kron_obs``).
+        options: the method's own, see ``OPTIONS``.
     """
 
     method: str = "none"
@@ -183,6 +196,8 @@ class Prune(_Section):
     inexact: bool = False
     recalibrate: bool = False
     batches: int | None = Field(default=None, ge=1)
+    compensate: bool = False
+    options: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("method")
     @classmethod
@@ -212,7 +227,16 @@ class Prune(_Section):
                 f"method 'dead' takes what training has driven to zero, but {' and '.join(sorted(wrong))} is given: "
                 "leave it out, or use another method"
             )
-        if self.method in CRITERIA and self.budget is None:
+        wrong = given & {"strategy", "inexact"}
+        if self.method == EIGENDAMAGE and wrong:
+            raise SecateurError(
+                f"method 'eigendamage' removes no channels, but {' and '.join(sorted(wrong))} is given: leave it out"
+            )
+        if self.compensate and self.method not in FACTORED:
+            raise SecateurError(f"compensate: the methods {', '.join(FACTORED)} have factors, {self.method!r} has none")
+        for name in self.options:
+            _one_of(f"option of method {self.method!r}", name, OPTIONS.get(self.method, ()))
+        if self.method in {*CRITERIA, EIGENDAMAGE} and self.budget is None:
             raise SecateurError(f"method {self.method!r} needs a budget, for instance budget: {{macs: 0.5}}")
         return self
 

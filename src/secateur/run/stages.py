@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur import store
-from secateur.cut import check
+from secateur.cut import check, recalibrate, record
 from secateur.data import Dataset
+from secateur.eigendamage import EIGENDAMAGE, check_budget, check_rule, eigendamage
 from secateur.errors import SecateurError
 from secateur.measure import accuracy, file_size, latency
 from secateur.models import build
@@ -36,6 +37,7 @@ from secateur.train.sdprun import SDPrun
 
 Facts = dict[str, Any]
 TEST_BATCH = 500
+SEEDED = ("random", "obd", "obs", "kron_obd", "kron_obs")
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,12 @@ def check_setting(setting: Setting) -> None:
             f"[1, {classes}] is due, one value a class; see model.options"
         )
     budget = setting.recipe.prune.make_budget()
-    if budget is not None:
-        check_feasible(graph, budget, inexact=setting.recipe.prune.inexact)
+    section = setting.recipe.prune
+    if budget is not None and section.method == EIGENDAMAGE:
+        check_rule(section.options.get("rule", "lagrangian"), section.options.get("limit", 0.95))
+        check_budget(model, setting.inputs, budget, section.options.get("layers"))
+    elif budget is not None:
+        check_feasible(graph, budget, inexact=section.inexact)
 
 
 def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
@@ -200,6 +206,8 @@ def _prune(setting: Setting, source: Path, seed: int) -> tuple[nn.Module, Facts]
     model = _load(setting, source).to(setting.device)
     loader = data.loader("train", setting.recipe.data.batch_size, shuffle=True, seed=seed)
     batches = loader if section.batches is None else list(itertools.islice(loader, section.batches))
+    if section.method == EIGENDAMAGE:
+        return _rotate(setting, model, batches, seed)
     result = prune(
         model,
         setting.inputs,
@@ -210,19 +218,34 @@ def _prune(setting: Setting, source: Path, seed: int) -> tuple[nn.Module, Facts]
         strategy=section.strategy,
         inexact=section.inexact,
         recalibrate=section.recalibrate,
-        **({"seed": seed} if section.method == "random" else {}),
+        compensate=section.compensate,
+        **section.options,
+        **({"seed": seed} if section.method in SEEDED else {}),
     )
     kept = result.graph.kept(result.plan)
     facts: Facts = {
         "widths": {g.name: [len(g), int(k)] for g, k in zip(result.graph.groups, kept, strict=True)},
         "skipped": dict(result.plan.skipped),
     }
-    if not section.recalibrate and not section.inexact:  # masked and cut compute the same: shown, not assumed
+    if not (
+        section.recalibrate or section.inexact or section.compensate
+    ):  # masked and cut compute the same: shown, not assumed
         images, _ = next(iter(data.loader("train", 64)))
         facts["difference"] = check(model, result.model, result.plan, images)
         if section.method == DEAD:
             facts["dead"] = len(result.plan)
     return result.model, facts
+
+
+def _rotate(setting: Setting, model: nn.Module, batches: Any, seed: int) -> tuple[nn.Module, Facts]:
+    """Layers as bottlenecks, and the rows and columns that each kept."""
+    section = setting.recipe.prune
+    budget = section.make_budget()
+    assert budget is not None
+    small = eigendamage(model, setting.inputs, data=batches, budget=budget, seed=seed, **section.options)
+    if section.recalibrate:
+        recalibrate(small, batches)
+    return small, {"bottlenecks": json.loads(record(small)[-1][EIGENDAMAGE])["layers"]}
 
 
 def _measured(setting: Setting, folder: Path, columns: Mapping[str, Path]) -> Facts:
