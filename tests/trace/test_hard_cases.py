@@ -61,6 +61,9 @@ CASES = {
         Run(computed_halves, a=nn.Linear(5, 9), b=nn.Linear(5, 3), c=nn.Linear(4, 3)), (4, 5), (), ()),
     "a view with the width of a sibling": (
         Run(like_a_sibling, a=conv(3, 5), b=conv(5, 2), w=P(torch.empty(5, 5))), (2, 3, 4, 4), (), ()),
+    "a view with the width of another tensor, whose channels it does not hold": (
+        Run(lambda m, x: m.b(F.conv1d(y := m.a(x), m.w.unsqueeze(-1)).view_as(y)).mean(2),
+            a=nn.Conv1d(3, 5, 3), b=nn.Conv1d(5, 2, 1), w=P(torch.empty(5, 5))), (2, 3, 7), (), ("a", "w")),
     "a branch on a width": (
         Run(branch_on_a_width, a=nn.Linear(5, 8), b=nn.Linear(8, 3)), (4, 5), (), ("a",)),
     "a number from a width": (Run(with_alpha, a=nn.Linear(5, 8), b=nn.Linear(8, 3)), (4, 5), (), ("a",)),

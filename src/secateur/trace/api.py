@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -65,11 +65,11 @@ def _trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
         groups = [g for g in graph.groups if g.name in chosen.removed and g.name not in known]
         return unbearable(groups, lambda some: fault(chosen.of(some)))
 
-    bad = probe(ends(graph.groups))
-    for chosen in uneven(_placed(graph, names, channel_of)):
-        bad += probe(chosen, bad)
-    if bad:
-        extra = [(np.flatnonzero(np.isin(channel_of, g.channels)), "probe", reason) for g, reason in bad]
+    extra: list[tuple[Ids, str, str]] = []
+    while bad := _refused(
+        probe, graph, names, channel_of
+    ):  # what stays whole now may be what another's size comes from
+        extra += [(np.flatnonzero(np.isin(channel_of, g.channels)), "probe", reason) for g, reason in bad]
         graph, channel_of = build(names, params, mark, extra)
         final = {mode: final_steps(steps, channel_of) for mode, steps in runs.items()}
     if not graph.groups:
@@ -85,6 +85,14 @@ def _trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
 
     graph.verify = verify
     return graph
+
+
+def _refused(probe: Callable[..., list[Refused]], graph: ChannelGraph, names: Names, channel_of: Ids) -> list[Refused]:
+    """The groups that the model does not bear to lose channels of, at their ends or unevenly."""
+    bad = probe(ends(graph.groups))
+    for chosen in uneven(_placed(graph, names, channel_of)):
+        bad += probe(chosen, bad)
+    return bad
 
 
 def _in_training(skeleton: Skeleton, watcher: Watcher) -> dict[bool, list[Step]]:
