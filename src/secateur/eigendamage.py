@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from secateur.allocate import Budget
 from secateur.allocate.boxes import Choice, Room, Shape, lagrangian, threshold
 from secateur.curvature import Eigenbasis, eigenbasis_of, kronecker_factors, second_moments
-from secateur.curvature.layers import MEASURED
+from secateur.curvature.layers import measurable
 from secateur.curvature.losses import Loss
 from secateur.cut.bottleneck import Bottleneck, bottlenecked, three
 from secateur.errors import SecateurError, unknown
@@ -80,7 +80,7 @@ def eigendamage(
 
 def check_budget(model: nn.Module, example_inputs: Inputs, budget: Budget, layers: Sequence[str] | None = None) -> None:
     """Raise if no bottlenecks can meet the budget, with what is feasible; no data is needed for that."""
-    parts = _parts(model, layers)
+    parts, _ = _parts(model, layers)
     seen = _measure(model, example_inputs, parts)
     _room(model, seen, [_choice(p, None, seen.positions[p.name]) for p in parts], budget).check()
 
@@ -99,12 +99,14 @@ class Damages:
 
     Attributes:
         model: the model.
+        inputs: its example inputs.
         bases: by the name of the layer (or bottleneck), rows and columns by their damage, the largest first.
         choices: the damages and costs of every layer.
         skipped: layers that stay as they are, and why.
     """
 
     model: nn.Module
+    inputs: Inputs
     bases: Mapping[str, Eigenbasis]
     choices: Sequence[Choice]
     skipped: Mapping[str, str]
@@ -122,7 +124,15 @@ class Damages:
             for choice, box in zip(self.choices, boxes, strict=True)
             if box is not None
         }
-        return bottlenecked(self.model, self.bases, kept, train_rotations=train_rotations)
+        small = bottlenecked(self.model, self.bases, kept, train_rotations=train_rotations)
+        real = {"macs": _measure(small, self.inputs, ()).macs, "params": sum(p.numel() for p in small.parameters())}
+        over = [unit for unit, allowed in room.allowed.items() if real[unit] > allowed]
+        if over:
+            raise SecateurError(
+                f"eigendamage: the result has {real[over[0]]:,} {over[0]} where {room.allowed[over[0]]:,} are allowed: "
+                "a layer is used in a way that was not seen; name the layers that may become bottlenecks (layers=)"
+            )
+        return small
 
 
 def measure_damage(
@@ -139,7 +149,7 @@ def measure_damage(
     seed: int = 0,
 ) -> Damages:
     """The passes over the data, without a budget; arguments as for :func:`eigendamage`."""
-    parts = _parts(model, layers)
+    parts, skipped = _parts(model, layers)
     seen = _measure(model, example_inputs, parts)
     passing: dict[str, Any] = {"fisher": fisher, "samples": samples, "batches": batches}
     curvature = kronecker_factors(
@@ -150,7 +160,7 @@ def measure_damage(
         bases = second_moments(model, bases, data, loss_fn, seed=seed + 1, **passing)
     sorted_bases = {p.name: _sorted(bases[p.core]) for p in parts if p.core in bases}
     choices = [_choice(p, sorted_bases[p.name], seen.positions[p.name]) for p in parts if p.core in bases]
-    return Damages(model, sorted_bases, choices, dict(curvature.skipped), seen)
+    return Damages(model, example_inputs, sorted_bases, choices, {**skipped, **curvature.skipped}, seen)
 
 
 def _room(model: nn.Module, seen: _Seen, choices: Sequence[Choice], budget: Budget) -> Room:
@@ -174,8 +184,8 @@ class _Part:
     module: Any
 
 
-def _parts(model: nn.Module, names: Sequence[str] | None) -> list[_Part]:
-    """The named layers, or all but the last; grouped convolutions are left alone."""
+def _parts(model: nn.Module, names: Sequence[str] | None) -> tuple[list[_Part], dict[str, str]]:
+    """The named layers, or all but the last; and of these the ones that must stay as they are, with reasons."""
     inside: set[str] = set()
     every: dict[str, _Part] = {}
     for name, module in model.named_modules():
@@ -184,7 +194,7 @@ def _parts(model: nn.Module, names: Sequence[str] | None) -> list[_Part]:
         if isinstance(module, Bottleneck):
             inside |= {f"{name}.{i}" for i in range(3)}
             every[name] = _Part(name, f"{name}.1", module)
-        elif isinstance(module, MEASURED):
+        elif measurable(module):
             every[name] = _Part(name, name, module)
     for name in names or ():
         if name not in every:
@@ -192,10 +202,22 @@ def _parts(model: nn.Module, names: Sequence[str] | None) -> list[_Part]:
                 f"layers: {name!r} is no linear or convolution of this model; there are {', '.join(every)}"
             )
     chosen = [every[n] for n in names] if names is not None else list(every.values())[:-1]
-    chosen = [p for p in chosen if getattr(p.module, "groups", 1) == 1]
+    skipped = {p.name: reason for p in chosen if (reason := _unfit(model, p))}
+    chosen = [p for p in chosen if p.name not in skipped]
     if not chosen:
-        raise SecateurError("no layer can become a bottleneck: all but the last are grouped, or there is only one")
-    return chosen
+        told = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in skipped.items())
+        raise SecateurError(f"no layer can become a bottleneck ({told or 'the last one stays as it is'})")
+    return chosen, skipped
+
+
+def _unfit(model: nn.Module, part: _Part) -> str:
+    """Why a layer stays as it is, if it must."""
+    if getattr(part.module, "groups", 1) > 1:
+        return "a grouped convolution"
+    weight = part.module.get_parameter("1.weight" if isinstance(part.module, Bottleneck) else "weight")
+    places = sum(p is weight for module in model.modules() for p in module._parameters.values())
+    paths = sum(module is part.module for _, module in model.named_modules(remove_duplicate=False))
+    return "its weight is used at several places" if places > 1 or paths > 1 else ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kronecker import LAYERS, X, Y, network
+from test_kronecker import X, Y, network
 from torch import nn
 
 from secateur.curvature import eigenbasis_of, identity_basis, kronecker_factors, second_moments
@@ -142,7 +142,3 @@ def test_a_module_that_is_called_twice_adds_up_before_it_is_squared():
     moments = second_moments(model, bases, [(x, y)], fisher="empirical")["0"].moments
     exact = sum(g[0].square() for g in per_example(model, "0", x, y)) / 5
     torch.testing.assert_close(moments[0, :, 0, :-1], exact)
-
-
-def test_the_table_of_layers_is_not_empty():
-    assert len(LAYERS) > 10

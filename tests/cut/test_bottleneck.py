@@ -248,8 +248,23 @@ def test_bad_input_is_told(name):
 def test_damages_once_measured_serve_for_every_budget():
     model = network()
     damages = measure_damage(model, X[:2], data=DATA)
-    assert set(damages.bases) == {"0", "3", "8"} and not damages.skipped
+    assert set(damages.bases) == {"0", "3", "8"} and damages.skipped == {"5": "a grouped convolution"}
     for fraction in (0.7, 0.4):
         one = damages.cut(sc.Budget(params=fraction))
         two = sc.eigendamage(model, X[:2], data=DATA, budget=sc.Budget(params=fraction))
         assert torch.equal(one.eval()(X), two.eval()(X))
+
+
+def test_layers_whose_weight_is_not_theirs_alone_stay_and_the_budget_is_still_met():
+    torch.manual_seed(0)
+    shared = nn.Linear(20, 20)
+    tied, twin = nn.Linear(20, 20), nn.Linear(20, 20)
+    twin.weight = tied.weight
+    computed = nn.utils.parametrizations.weight_norm(nn.Linear(20, 20))
+    model = nn.Sequential(nn.Linear(20, 60), nn.Linear(60, 20), shared, tied, twin, shared, computed, nn.Linear(20, 3))
+    x = torch.randn(30, 20)
+    damages = measure_damage(model, x, data=[x], fisher="exact")
+    assert set(damages.bases) == {"0", "1"} and set(damages.skipped) == {"2", "3", "4"}
+    small = damages.cut(sc.Budget(params=0.7))
+    assert counts(small, x)[1] <= 0.7 * counts(model, x)[1]
+    assert "6" in kronecker_factors(model, [x]).skipped

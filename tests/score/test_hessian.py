@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -168,7 +170,23 @@ def test_compensation_changes_what_stays_and_lowers_the_rise_of_the_loss():
     assert sc.check(full, better, plan, x) < 1e-10
     before = model(x)
     assert F.mse_loss(better(x), before) < 0.01 * F.mse_loss(plain(x), before)
-    assert torch.equal(model[0].weight, model[0].weight) and torch.equal(model(x), before)
+    assert torch.equal(model(x), before)
+
+
+def test_factors_serve_the_weights_that_the_model_holds_now(model, graph):
+    curvature = kronecker_factors(model, DATA, form="full")
+    later = copy.deepcopy(model)
+    with torch.no_grad():
+        later.c.weight.mul_(3)
+        later.c.bias.mul_(3)
+    one, two = (sc.score(m, graph, "kron_obs", curvature=curvature)["c"] for m in (model, later))
+    torch.testing.assert_close(two, 9 * one)
+    plan = sc.make_plan(graph, {"c": [1]})
+    weights = [sc.compensated(m, plan, curvature).c.weight for m in (model, later)]
+    torch.testing.assert_close(weights[1], 3 * weights[0])
+    other = kronecker_factors(nn.ModuleDict({"c": nn.Linear(4, 5)})["c"], [torch.randn(3, 4)], form="full")[""]
+    with pytest.raises(sc.SecateurError, match="another model"):
+        other.of(model)
 
 
 @pytest.mark.parametrize("name", ["obs", "kron_obd", "kron_obs"])

@@ -210,6 +210,8 @@ def _allocate(
         return make_plan(graph, plain, skipped=skipped, inexact=inexact)
     except UnbearableError:  # what tracing did not meet: do without the groups that it takes
         guilty = unbearable([graph.group(name) for name in plain], lambda some: graph.verify(Chosen(plain).of(some)))
+        if not guilty:
+            raise
         reasons = {**without, **{g.name: f"this combination cannot be cut: {reason}" for g, reason in guilty}}
         return _allocate(graph, scores, budget, choose, inexact, reasons)
 

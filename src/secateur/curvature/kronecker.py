@@ -12,14 +12,14 @@ used at several places (a module called twice, a tied parameter) sees all of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from secateur.curvature.layers import Layer, input_products, layers_of, output_products
+from secateur.curvature.layers import MEASURED, Layer, input_products, layers_of, measurable, output_products
 from secateur.curvature.losses import Loss, check_fisher, loss_of
 from secateur.curvature.watching import watch
 from secateur.errors import SecateurError
@@ -38,6 +38,17 @@ class Factors:
     layer: Layer
     a: Tensor
     g: Tensor
+
+    def of(self, model: nn.Module) -> Factors:
+        """The same factors, for the weight that this model holds now.
+
+        Raises:
+            SecateurError: the model has no such layer, or one of another shape.
+        """
+        module = dict(model.named_modules()).get(self.layer.name)
+        if module is None or not measurable(module) or module.weight.shape != self.layer.module.weight.shape:
+            raise SecateurError(f"the factors of {self.layer.name!r} are those of another model")
+        return replace(self, layer=replace(self.layer, module=module))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +148,12 @@ def kronecker_factors(
         fisher=fisher, samples=samples, batches=batches, seed=seed,
     )  # fmt: skip
     examples = _gathered(first, sums, examples)
-    found, skipped = {}, {}
+    found: dict[str, Factors] = {}
+    skipped = {
+        name: "its weight is computed from other parameters"
+        for name, module in model.named_modules()
+        if layers is None and isinstance(module, MEASURED) and not measurable(module)
+    }
     for layer in chosen:
         of, mine = first[id(layer.module.weight)], sums[id(layer.module.weight)]
         if of is not layer:

@@ -202,6 +202,11 @@ def tap_counts(size: int, kernel: int, stride: int, dilation: int, before: int, 
     return torch.bincount(seen, minlength=size), outputs
 
 
+def measurable(module: nn.Module) -> bool:
+    """Whether it is a linear or a convolution that holds its weight itself (a parametrised one computes it)."""
+    return isinstance(module, MEASURED) and module._parameters.get("weight") is not None
+
+
 def layers_of(model: nn.Module, form: str, names: Sequence[str] | None = None, *, biased: bool = True) -> list[Layer]:
     """All linears and convolutions of a model, or the named ones; a shared weight once.
 
@@ -210,7 +215,7 @@ def layers_of(model: nn.Module, form: str, names: Sequence[str] | None = None, *
     """
     if form not in FORMS:
         raise SecateurError(f"form={form!r}: 'channel' or 'full' is expected")
-    known = {name: module for name, module in model.named_modules() if isinstance(module, MEASURED)}
+    known = {name: module for name, module in model.named_modules() if measurable(module)}
     for name in names or ():
         if name not in known:
             raise SecateurError(f"{name!r} is no linear or convolution of this model; there are {', '.join(known)}")

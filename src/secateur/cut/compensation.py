@@ -9,13 +9,11 @@ in which ``A`` cancels (the rows are constrained jointly, not one after the othe
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.curvature import Curvature, damped, root
-from secateur.errors import SecateurError
 from secateur.plan import Plan
 
 DAMPING = 1e-3
@@ -40,10 +38,8 @@ def compensated(model: nn.Module, plan: Plan, curvature: Curvature, *, damping: 
         removed = plan.slices.get(f"{name}.weight" if name else "weight", {}).get(0, [])
         if not removed:
             continue
-        layer = factors.layer
-        module: Any = changed.get_submodule(name)
-        if module.weight.shape != layer.module.weight.shape:
-            raise SecateurError(f"the factors of {name!r} are those of another model")
+        layer = factors.of(changed).layer
+        module = layer.module
         table = layer.table().double()
         gone = torch.zeros(table.shape[0] * table.shape[1], dtype=torch.bool)
         gone[removed] = True

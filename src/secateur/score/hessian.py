@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.curvature import Curvature, Factors, identity_basis, inverse, kronecker_factors, second_moments
-from secateur.curvature.layers import MEASURED, layers_of
+from secateur.curvature.layers import layers_of, measurable
 from secateur.errors import SecateurError
 from secateur.score.sums import by_group, channel_sums, producers
 from secateur.trace import ChannelGraph
@@ -119,7 +119,8 @@ def _kron(
     for name in curvature:
         if curvature[name].layer.form != "full":
             raise SecateurError("curvature: factors in full form are needed, kronecker_factors(..., form='full')")
-    return _by_group(model, graph, {name: rows(curvature[name]) for name in names if name in curvature})
+    own = {name: curvature[name].of(model) for name in names if name in curvature}
+    return _by_group(model, graph, {name: rows(factors) for name, factors in own.items()})
 
 
 def _check(data: Any, loss_fn: Any, who: str) -> None:
@@ -129,7 +130,7 @@ def _check(data: Any, loss_fn: Any, who: str) -> None:
 
 def _measured(model: nn.Module, graph: ChannelGraph) -> list[str]:
     """The linears and convolutions whose rows write channels."""
-    measured = [path for path, module in model.named_modules() if isinstance(module, MEASURED)]
+    measured = [path for path, module in model.named_modules() if measurable(module)]
     paths = {f"{path}.weight" if path else "weight": path for path in measured}
     names = [paths[a.name] for a in producers(graph) if a.dim == 0 and a.name in paths]
     if not names:
