@@ -24,6 +24,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from secateur.allocate import STRATEGIES, Budget, budget_from
+from secateur.curvature import check_damping
+from secateur.curvature.losses import check_fisher
 from secateur.data import DATA
 from secateur.eigendamage import EIGENDAMAGE
 from secateur.errors import SecateurError, unknown
@@ -236,6 +238,10 @@ class Prune(_Section):
             raise SecateurError(f"compensate: the methods {', '.join(FACTORED)} have factors, {self.method!r} has none")
         for name in self.options:
             _one_of(f"option of method {self.method!r}", name, OPTIONS.get(self.method, ()))
+        if set(self.options) & set(_PASS):
+            check_fisher(self.options.get("fisher", "sampled"), self.options.get("samples", 1))
+        if "damping" in self.options:
+            check_damping(self.options["damping"])
         if self.method in {*CRITERIA, EIGENDAMAGE} and self.budget is None:
             raise SecateurError(f"method {self.method!r} needs a budget, for instance budget: {{macs: 0.5}}")
         return self

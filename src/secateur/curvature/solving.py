@@ -8,14 +8,19 @@ from torch import Tensor
 from secateur.errors import SecateurError
 
 
+def check_damping(damping: object) -> None:
+    """Raise if it is not a number from 0 on."""
+    if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0 <= damping < float("inf"):
+        raise SecateurError(f"damping={damping!r}: a number from 0 on is expected")
+
+
 def damped(matrix: Tensor, damping: float) -> Tensor:
     """A factor [..., n, n] plus ``damping`` times its mean eigenvalue on the diagonal, float64.
 
     Raises:
         SecateurError: damping that is not a number from 0 on.
     """
-    if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0 <= damping < float("inf"):
-        raise SecateurError(f"damping={damping!r}: a number from 0 on is expected")
+    check_damping(damping)
     matrix = matrix.double()
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     return matrix + damping * mean * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
