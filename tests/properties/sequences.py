@@ -81,7 +81,7 @@ def positions(d: Draw, x: Tensor) -> Do:
             lambda m, x: x + m.position(torch.arange(x.size(1))),
             position=nn.Embedding(x.size(1), x.size(2)),
         ),
-        Do(lambda m, x: x + m.position, position=nn.Buffer(torch.empty(1, *x.shape[1:]))),
+        Do(lambda m, x: x + m.position, position=nn.Buffer(torch.full((1, *x.shape[1:]), 0.5))),
     )
 
 

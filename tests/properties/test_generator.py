@@ -153,3 +153,20 @@ def test_every_choice_of_every_block_runs(name):
             record = ("linear", record[1])
         model, inputs = network(Spec((record,), 1 + seed % 3, outputs="raw", seed=seed))
         assert all(y.numel() for y in run(model, inputs))
+
+
+def test_what_memory_held_before_makes_no_difference(monkeypatch):
+    empty = torch.empty
+
+    def states(value):
+        monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(value))
+        return [
+            network(Spec(((name, (0, *(choice,) * 7)),), 2, (reads,)))[0].state_dict()
+            for name, (reads, _, _) in BLOCKS.items()
+            if reads in {"map", "seq", "vec", "tokens"}
+            for choice in range(4)
+        ]
+
+    for one, two in zip(states(0), states(3), strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(value, two[key]) for key, value in one.items())
