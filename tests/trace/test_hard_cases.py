@@ -59,6 +59,9 @@ CASES = {
         (4, 5), (), ("a",)),
     "slices at half the width": (
         Run(computed_halves, a=nn.Linear(5, 9), b=nn.Linear(5, 3), c=nn.Linear(4, 3)), (4, 5), (), ()),
+    "a slice at half the width, of which two channels stay": (
+        Run(lambda m, x: m.b((y := m.a(x))[:, : y.shape[1] // 2]), a=nn.Linear(5, 5), b=nn.Linear(2, 3)),
+        (4, 5), (), ()),
     "a view with the width of a sibling": (
         Run(like_a_sibling, a=conv(3, 5), b=conv(5, 2), w=P(torch.empty(5, 5))), (2, 3, 4, 4), (), ()),
     "a view with the width of another tensor, whose channels it does not hold": (

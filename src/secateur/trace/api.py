@@ -75,7 +75,10 @@ def _trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
     if not graph.groups:
         raise no_removable_channel(graph.frozen)
 
-    pairs = {g.name for g, _ in probe(lone(_placed(graph, names, channel_of)))}
+    least: list[Refused] = []
+    for chosen in lone(_placed(graph, names, channel_of)):
+        least += probe(chosen, least)
+    pairs = {g.name for g, _ in least}
     graph.groups = tuple(replace(g, least=2) if g.name in pairs else g for g in graph.groups)
     graph.inputs = example_inputs
 

@@ -171,7 +171,7 @@ def uneven(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
     """Removals that move places and sizes unevenly: they find widths that are halved, or computed from a sibling's.
 
     First every group loses a channel at one end, at the other, and some anywhere; then only some groups do, such that
-    of any two groups once the one is cut and the other is whole. At least two channels of a group stay (see
+    of any two groups each is cut once while the other is whole. At least two channels of a group stay (see
     :func:`lone`), so that pairs are left alone.
     """
     wide = [g for g in groups if len(g) > 2]
@@ -180,11 +180,22 @@ def uneven(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
     yield Chosen({g.name: [0] for g in wide})
     yield Chosen({g.name: [len(g) - 1] for g in wide})
     source = np.random.default_rng(0)
-    for bit in range(-1, len(wide).bit_length()):
-        some = [g for i, g in enumerate(wide, 1) if bit < 0 or i >> bit & 1]
+    for some in _telling_apart(wide):
         yield Chosen({g.name: source.permutation(len(g))[: source.integers(1, len(g) - 1)].tolist() for g in some})
 
 
-def lone(groups: Iterable[ChannelGroup]) -> Chosen:
-    """All channels but one: with a single one left, broadcasting and contractions take other paths."""
-    return Chosen({g.name: [p for p in range(len(g)) if p != len(g) // 2] for g in groups})
+def lone(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
+    """All channels but one: with a single one left, broadcasting and contractions take other paths.
+
+    Of all groups at once, and of only some, as in :func:`uneven`.
+    """
+    for some in _telling_apart(groups):
+        yield Chosen({g.name: [p for p in range(len(g)) if p != len(g) // 2] for g in some})
+
+
+def _telling_apart(groups: Sequence[ChannelGroup]) -> Iterable[list[ChannelGroup]]:
+    """All groups, then about half of them a time, such that any two are told apart once in each way."""
+    yield list(groups)
+    for bit in range(max(len(groups) - 1, 0).bit_length()):
+        for side in (1, 0):
+            yield [g for i, g in enumerate(groups) if i >> bit & 1 == side]
