@@ -62,6 +62,11 @@ CASES = {
     "a slice at half the width, of which two channels stay": (
         Run(lambda m, x: m.b((y := m.a(x))[:, : y.shape[1] // 2]), a=nn.Linear(5, 5), b=nn.Linear(2, 3)),
         (4, 5), (), ()),
+    "as many channels as examples": (  # an instance norm views both as one dim
+        nn.Sequential(
+            nn.Conv2d(3, 4, 1, padding_mode="circular"), nn.Conv2d(4, 6, 1), nn.InstanceNorm2d(6, affine=True),
+            conv(6, 2), nn.Flatten(), nn.Linear(40, 2)),
+        (3, 3, 5, 4), ("1",), ()),
     "a view with the width of a sibling": (
         Run(like_a_sibling, a=conv(3, 5), b=conv(5, 2), w=P(torch.empty(5, 5))), (2, 3, 4, 4), (), ()),
     "a view with the width of another tensor, whose channels it does not hold": (

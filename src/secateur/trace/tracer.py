@@ -388,14 +388,15 @@ def watch(
 
 
 def final_steps(steps: list[Step], channel_of: np.ndarray) -> list[Step]:
-    """The same steps with every name replaced by its channel id."""
-    cache: dict[int, Ids] = {}
+    """The same steps with every name replaced by its channel id; a dim that is fixed throughout has no names."""
+    cache: dict[int, Dim] = {}
 
     def final(ids: Dim) -> Dim:
         if ids is None:
             return None
         if id(ids) not in cache:
-            cache[id(ids)] = channel_of[np.abs(ids)]
+            channels = channel_of[np.abs(ids)]
+            cache[id(ids)] = channels if channels.any() else None
         return cache[id(ids)]
 
     return [replace(s, names=tuple(tuple(final(d) for d in dims) for dims in s.names)) for s in steps]
