@@ -208,6 +208,51 @@ def test_second_order_methods_run_and_load(tmp_path: Path, prune: dict[str, Any]
     assert sum(p.numel() for p in small.parameters()) == result["after"]["params"]
 
 
+@pytest.mark.parametrize(
+    "prune",
+    [
+        {"method": "taylor", "budget": {"macs": 0.3, "channels": 0.7}, "batches": 2, "rounds": 3},
+        {
+            "method": "eigendamage", "budget": {"params": 0.3, "macs": 0.5}, "batches": 2, "rounds": 2,
+            "options": {"separable": "cp", "rule": "threshold", "limit": 0.9},
+        },
+    ],
+    ids=lambda prune: prune["method"],
+)  # fmt: skip
+def test_rounds_reach_the_budget_in_equal_factors(tmp_path: Path, prune: dict[str, Any]) -> None:
+    finetune = {"epochs": 1, "lr": 0.01, "momentum": 0.9}
+    seed = run(made(TAYLOR, prune=prune, finetune=finetune), tmp_path, progress=False)["seeds"]["0"]
+    rounds = prune["rounds"]
+    columns = [*(f"round {k}" for k in range(1, rounds)), "after"]
+    for number, column in enumerate(columns, 1):
+        for unit, fraction in prune["budget"].items():
+            if unit != "channels":
+                assert seed[column][unit] <= fraction ** (number / rounds) * seed["before"][unit]
+    parts = {part for number in range(1, rounds) for part in (f"pruned-{number}", f"tuned-{number}")}
+    assert {p.name for p in (tmp_path / "seed-0").iterdir()} == parts | {
+        "baseline", "pruned", "tuned", "measured.json"
+    }  # fmt: skip
+    for number, column in enumerate(columns, 1):
+        small = sc.load(tmp_path / "seed-0" / ("tuned" if column == "after" else f"tuned-{number}"))
+        assert sum(p.numel() for p in small.parameters()) == seed[column]["params"]
+    if prune["method"] == "eigendamage":
+        assert [next(iter(step)) for step in sc.record(small)] == ["eigendamage"] * rounds + ["separate"]
+
+
+def test_rounds_that_were_interrupted_end_the_same(tmp_path: Path) -> None:
+    recipe = made(TAYLOR, prune={"method": "magnitude", "budget": {"params": 0.5}, "rounds": 2})
+    whole = run(recipe, tmp_path / "whole", progress=False)
+
+    def stop(line: str) -> None:
+        if line == "seed-0: pruned":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "again", progress=False, say=stop)
+    assert timeless(run(recipe, tmp_path / "again", progress=False)) == timeless(whole)
+    assert weights(tmp_path / "again") == weights(tmp_path / "whole")
+
+
 def test_a_budget_that_bottlenecks_cannot_meet_is_told_before_training(tmp_path: Path) -> None:
     with pytest.raises(sc.SecateurError, match="cannot be met"):
         run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from secateur.allocate import Budget, allocate
 from secateur.curvature import kronecker_factors
-from secateur.cut import check, compensated, cut, dead_channels, masked, merge_bases, recalibrate, record
+from secateur.cut import check, compensated, cut, dead_channels, masked, merge_bases, recalibrate, record, separate
 from secateur.eigendamage import eigendamage
 from secateur.errors import SecateurError
 from secateur.plan import Plan, make_plan
@@ -40,5 +40,6 @@ __all__ = [
     "record",
     "save",
     "score",
+    "separate",
     "trace",
 ]

@@ -22,6 +22,8 @@ from secateur.trace.tracer import Inputs
 
 EIGENDAMAGE = "eigendamage"
 RULES = ("lagrangian", "threshold")
+CUTTING = ("rule", "limit", "train_rotations")
+"""The options of :meth:`Damages.cut`; the others are those of :func:`measure_damage`."""
 
 
 def eigendamage(
@@ -212,7 +214,7 @@ def _parts(model: nn.Module, names: Sequence[str] | None) -> tuple[list[_Part], 
 
 def _unfit(model: nn.Module, part: _Part) -> str:
     """Why a layer stays as it is, if it must."""
-    if getattr(part.module, "groups", 1) > 1:
+    if getattr(three(part.module)[1], "groups", 1) > 1:
         return "a grouped convolution"
     weight = part.module.get_parameter("1.weight" if isinstance(part.module, Bottleneck) else "weight")
     places = sum(p is weight for module in model.modules() for p in module._parameters.values())

@@ -24,13 +24,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from secateur.allocate import STRATEGIES, Budget, budget_from
-from secateur.curvature import check_damping
-from secateur.curvature.losses import check_fisher
+from secateur.allocate.budget import check_rounds
 from secateur.data import DATA
 from secateur.eigendamage import EIGENDAMAGE
 from secateur.errors import SecateurError, unknown
 from secateur.factory import is_path
 from secateur.models import MODELS
+from secateur.options import check_options
 from secateur.prune import DEAD, FACTORED
 from secateur.score.api import CRITERIA
 from secateur.train.schedule import SCHEDULES
@@ -38,16 +38,6 @@ from secateur.train.sdprun import WEIGHTS
 from secateur.yamltext import parse_yaml
 
 METHODS = (*CRITERIA, EIGENDAMAGE, DEAD, "none")
-_PASS = ("fisher", "samples")
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "magnitude": ("p", "normalize"),
-    "obd": _PASS,
-    "kron_obd": (*_PASS, "positions"),
-    "obs": (*_PASS, "positions", "damping"),
-    "kron_obs": (*_PASS, "positions", "damping"),
-    EIGENDAMAGE: (*_PASS, "rule", "limit", "ekfac", "layers", "train_rotations"),
-}
-"""What the methods take beside what all take."""
 OPTIMIZERS = {  # the settings each takes beside the learning rate
     "sgd": ("momentum", "nesterov", "weight_decay"),
     "adam": ("weight_decay",),
@@ -189,7 +179,8 @@ class Prune(_Section):
         recalibrate: re-estimate batch-norm statistics after the cut.
         batches: batches of training images for scores and recalibration; ``None`` for all.
         compensate: what stays makes up for what goes (``obs``, ``kron_obd``, ``kron_obs``).
-        options: the method's own, see ``OPTIONS``.
+        rounds: reach the budget in so many rounds, each with a fine-tune, in equal factors.
+        options: the method's own, see :data:`secateur.options.OPTIONS`.
     """
 
     method: str = "none"
@@ -199,6 +190,7 @@ class Prune(_Section):
     recalibrate: bool = False
     batches: int | None = Field(default=None, ge=1)
     compensate: bool = False
+    rounds: int = Field(default=1, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("method")
@@ -223,7 +215,7 @@ class Prune(_Section):
         given = self.changed() - {"method"}
         if self.method == "none" and given:
             raise SecateurError(f"method 'none' prunes nothing, but {', '.join(sorted(given))} is given; leave it out")
-        wrong = given & {"budget", "strategy"}
+        wrong = given & {"budget", "strategy", "rounds"}
         if self.method == DEAD and wrong:
             raise SecateurError(
                 f"method 'dead' takes what training has driven to zero, but {' and '.join(sorted(wrong))} is given: "
@@ -236,14 +228,11 @@ class Prune(_Section):
             )
         if self.compensate and self.method not in FACTORED:
             raise SecateurError(f"compensate: the methods {', '.join(FACTORED)} have factors, {self.method!r} has none")
-        for name in self.options:
-            _one_of(f"option of method {self.method!r}", name, OPTIONS.get(self.method, ()))
-        if set(self.options) & set(_PASS):
-            check_fisher(self.options.get("fisher", "sampled"), self.options.get("samples", 1))
-        if "damping" in self.options:
-            check_damping(self.options["damping"])
+        check_options(self.method, self.options)
         if self.method in {*CRITERIA, EIGENDAMAGE} and self.budget is None:
             raise SecateurError(f"method {self.method!r} needs a budget, for instance budget: {{macs: 0.5}}")
+        if self.budget is not None:
+            check_rounds(budget_from(self.budget), self.rounds)
         return self
 
     def make_budget(self) -> Budget | None:

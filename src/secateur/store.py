@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from secateur.cut import bottleneck, cut, record
+from secateur.cut import bottleneck, cut, record, separable
 from secateur.errors import SecateurError, unknown
 from secateur.plan import Plan
 from secateur.trace import fingerprint
@@ -38,6 +38,7 @@ REPLAY: dict[str, Replay] = {
     "cut": lambda model, plan: cut(model, Plan.from_json(plan)),
     "eigendamage": bottleneck.replay,
     "merge_bases": lambda model, _: bottleneck.merge_bases(model),
+    separable.SEPARATE: separable.replay,
 }
 """How each kind of step in a record is done again: ``(model, JSON text) -> the next model``.
 

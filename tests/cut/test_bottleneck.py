@@ -134,6 +134,15 @@ def test_the_choice_is_nearly_the_best_of_all(seed):
     assert best <= found + 1e-12 and found - best <= 0.1 * everything
 
 
+def test_two_limits_that_only_a_mix_of_choices_meets_can_be_met():
+    """One layer is cheaper as a box in parameters alone, the other in MACs alone."""
+    one = Choice("one", np.ones((4, 4)), {"params": Shape(100, 5, 5, 5), "macs": Shape(10, 5, 5, 5)})
+    two = Choice("two", np.ones((4, 4)), {"params": Shape(10, 5, 5, 5), "macs": Shape(100, 5, 5, 5)})
+    both = Choice("both", np.ones((4, 4)), {"params": Shape(100, 1, 1, 1), "macs": Shape(100, 1, 1, 1)})
+    room = Room([one, two, both], {"params": 210, "macs": 210}, sc.Budget(params=0.2, macs=0.2))
+    assert room.met(lagrangian(room))
+
+
 def test_fill_never_goes_over():
     room = room_of(0, params=0.7)
     assert room.met(fill(room, room.smallest()))

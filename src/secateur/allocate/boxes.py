@@ -114,18 +114,25 @@ class Room:
         return all(used <= self.allowed[u] for u, used in self.used(boxes).items())
 
     def smallest(self) -> list[Box]:
-        """The cheapest choice of every layer, each unit at a time; the first that meets the budget, or the last."""
-        boxes: list[Box] = []
-        for unit in self.allowed:
-            boxes = [self._cheapest(choice, unit) for choice in self.choices]
-            if self.met(boxes):
-                break
-        return boxes
+        """The cheapest choice of every layer, in any mix of the units: one that meets the budget, or comes nearest."""
+        found = [[self._cheapest(choice, share) for choice in self.choices] for share in self.shares(65)]
+        return min(found, key=self._excess)
 
-    def _cheapest(self, choice: Choice, unit: str) -> Box:
+    def shares(self, number: int) -> list[dict[str, float]]:
+        """Mixes of the limited units, as weights that add up to 1; with one unit there is one."""
+        units = list(self.allowed)
+        if len(units) == 1:
+            return [{units[0]: 1.0}]
+        return [dict(zip(units, (s, 1 - s), strict=True)) for s in np.linspace(0, 1, number)]
+
+    def _excess(self, boxes: Sequence[Box]) -> float:
+        return max(0.0, *((used - self.allowed[u]) / self.totals[u] for u, used in self.used(boxes).items()))
+
+    def _cheapest(self, choice: Choice, share: Mapping[str, float]) -> Box:
         rows, columns = self.sides(choice)
         box = int(rows[0]), int(columns[0])
-        return box if choice.cost[unit].of(*box) < choice.cost[unit].whole else None
+        less = sum(s * (choice.cost[u].of(*box) - choice.cost[u].whole) / self.totals[u] for u, s in share.items())
+        return box if less < 0 else None
 
     def check(self) -> None:
         """Raise if not even the smallest boxes are within the budget."""
@@ -148,12 +155,9 @@ def lagrangian(room: Room) -> list[Box]:
     With two limits the price is split between them in several ways, and the best outcome is taken.
     """
     room.check()
-    units = list(room.allowed)
-    shares = [(1.0,)] if len(units) == 1 else [(s, 1 - s) for s in np.linspace(0, 1, 9)]
     best: tuple[float, list[Box]] | None = None
-    for share in shares:
-        price = dict(zip(units, share, strict=True))
-        boxes = _bisected(room, price)
+    for share in room.shares(9):
+        boxes = _bisected(room, share)
         if boxes is not None:
             boxes = fill(room, boxes)
             lost = sum(c.loss[b] if b else 0.0 for c, b in zip(room.choices, boxes, strict=True))

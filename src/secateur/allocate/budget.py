@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,37 @@ class Budget:
             least = -(-max(group.least, least) // self.round_to) * self.round_to
             floors.append(min(least, len(group)))
         return np.array(floors, dtype=np.int64)
+
+
+def in_round(budget: Budget, number: int, rounds: int, full: Mapping[str, int], now: Mapping[str, int]) -> Budget:
+    """The budget of one of several rounds, every one of which keeps the same share.
+
+    Args:
+        budget: what may remain after the last round, as fractions of the original.
+        number: which round, from 1 on.
+        rounds: how many there are.
+        full: unit -> what the original costs.
+        now: unit -> what the model costs by now, of which the fractions of the result are.
+
+    Raises:
+        SecateurError: ``at_least`` is a fraction, which would be another width in every round.
+    """
+    check_rounds(budget, rounds)
+    fractions: dict[str, Any] = {}
+    for unit, fraction in budget.limits.items():
+        allowed = math.floor(fraction ** (number / rounds) * full[unit] + 1e-9)
+        fractions[unit] = min(1.0, math.nextafter(allowed / max(now[unit], 1), 2.0))  # never a unit less by rounding
+    return replace(budget, **fractions)
+
+
+def check_rounds(budget: Budget, rounds: int) -> None:
+    """Raise if the budget's floors have no meaning over several rounds."""
+    floors = budget.at_least.values() if isinstance(budget.at_least, Mapping) else [budget.at_least]
+    if rounds > 1 and any(floor < 1 for floor in floors):
+        raise SecateurError(
+            f"Budget(at_least={budget.at_least!r}) with rounds={rounds}: a fraction would be another width in every "
+            "round; give a number of channels"
+        )
 
 
 def _is_number(value: object) -> bool:

@@ -7,6 +7,7 @@ from secateur.cut.channels import check, cut, masked, recalibrate
 from secateur.cut.compensation import compensated
 from secateur.cut.dead import dead_channels
 from secateur.cut.record import record
+from secateur.cut.separable import separate
 
 __all__ = [
     "Bottleneck",
@@ -18,4 +19,5 @@ __all__ = [
     "merge_bases",
     "recalibrate",
     "record",
+    "separate",
 ]

@@ -56,7 +56,7 @@ def three(layer: Any) -> tuple[Any, Any, Any]:
     return tuple(layer) if isinstance(layer, Bottleneck) else (layer, layer, layer)  # type: ignore[return-value]
 
 
-def hollow(layer: Any, rows: int, columns: int) -> Bottleneck:
+def hollow(layer: Any, rows: int, columns: int, groups: int = 1) -> Bottleneck:
     """A bottleneck of these sizes in the place of a layer (or of a bottleneck), its weights not set."""
     first, core, last = three(layer)
     weight = core.weight
@@ -73,7 +73,7 @@ def hollow(layer: Any, rows: int, columns: int) -> Bottleneck:
         geometry = {k: getattr(core, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
         made = Bottleneck(
             kind(first.in_channels, columns, 1, bias=False, **plain),
-            kind(columns, rows, bias=False, **geometry, **plain),
+            kind(columns, rows, bias=False, groups=groups, **geometry, **plain),
             kind(rows, last.out_channels, 1, bias=bias, **plain),
         )
     return made.train(layer.training)
@@ -121,13 +121,13 @@ def bottlenecked(
         made: Any = split(copied.get_submodule(name), bases[name], rows, columns)
         for rotation in (made[0], made[2]):
             rotation.weight.requires_grad_(train_rotations)
-        copied = _put(copied, name, made)
+        copied = put(copied, name, made)
     sizes = {name: (len(rows), len(columns)) for name, (rows, columns) in kept.items()}
     return add_to_record(copied, model, {"eigendamage": Rewrite(fingerprint(model), sizes)})
 
 
-def replay(model: nn.Module, text: str) -> nn.Module:
-    """Do a rewrite again on a fresh model; the weights come later.
+def sizes_of(model: nn.Module, text: str) -> tuple[str, dict[str, tuple[int, int]]]:
+    """The fingerprint and the layers' sizes of a rewrite that was made for this model.
 
     Raises:
         SecateurError: damaged data, or another model's.
@@ -140,6 +140,16 @@ def replay(model: nn.Module, text: str) -> nn.Module:
         raise SecateurError(f"the rewrite is damaged ({type(error).__name__}: {error})") from error
     if own != given:
         raise SecateurError(f"the rewrite was made for another model (fingerprint {given}, this one has {own})")
+    return given, layers
+
+
+def replay(model: nn.Module, text: str) -> nn.Module:
+    """Do a rewrite again on a fresh model; the weights come later.
+
+    Raises:
+        SecateurError: damaged data, or another model's.
+    """
+    given, layers = sizes_of(model, text)
     copied = copy.deepcopy(model)
     for name, (rows, columns) in layers.items():
         try:
@@ -148,7 +158,7 @@ def replay(model: nn.Module, text: str) -> nn.Module:
             raise SecateurError(f"the rewrite is damaged: the model has no layer {name!r}") from error
         if not isinstance(layer, (nn.Linear, *CONVOLUTIONS, Bottleneck)) or min(rows, columns) < 1:
             raise SecateurError(f"the rewrite is damaged: {name!r} cannot keep {rows} rows and {columns} columns")
-        copied = _put(copied, name, hollow(layer, rows, columns))
+        copied = put(copied, name, hollow(layer, rows, columns))
     return add_to_record(copied, model, {"eigendamage": Rewrite(given, layers)})
 
 
@@ -171,7 +181,7 @@ def merge_bases(model: nn.Module) -> nn.Module:
             made[2].weight.copy_(leaving.reshape(made[2].weight.shape))
             if last.bias is not None:
                 made[2].bias.copy_(last.bias)
-        merged = _put(merged, name, made)
+        merged = put(merged, name, made)
     return add_to_record(merged, model, {"merge_bases": Rewrite(fingerprint(model), {})})
 
 
@@ -183,7 +193,8 @@ def _columns(core: Any) -> int:
     return int(core.weight.shape[1])
 
 
-def _put(model: nn.Module, name: str, part: nn.Module) -> nn.Module:
+def put(model: nn.Module, name: str, part: nn.Module) -> nn.Module:
+    """The model with another part at a path (the part itself, where the path is that of the whole)."""
     if not name:
         return part
     path, _, last = name.rpartition(".")

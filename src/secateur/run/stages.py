@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur import store
-from secateur.cut import check, recalibrate, record
+from secateur.allocate import Budget
+from secateur.allocate.budget import in_round
+from secateur.cut import check, recalibrate, record, separate
 from secateur.data import Dataset
-from secateur.eigendamage import EIGENDAMAGE, check_budget, check_rule, eigendamage
+from secateur.eigendamage import CUTTING, EIGENDAMAGE, check_budget, measure_damage
 from secateur.errors import SecateurError
 from secateur.measure import accuracy, file_size, latency
 from secateur.models import build
-from secateur.prune import DEAD, check_feasible, prune
+from secateur.prune import DEAD, check_feasible, counts, prune
 from secateur.recipe import Recipe, Train, Tune
 from secateur.run.folder import write_json
 from secateur.trace import trace
@@ -102,7 +104,6 @@ def check_setting(setting: Setting) -> None:
     budget = setting.recipe.prune.make_budget()
     section = setting.recipe.prune
     if budget is not None and section.method == EIGENDAMAGE:
-        check_rule(section.options.get("rule", "lagrangian"), section.options.get("limit", 0.95))
         check_budget(model, setting.inputs, budget, section.options.get("layers"))
     elif budget is not None:
         check_feasible(graph, budget, inexact=section.inexact)
@@ -112,7 +113,8 @@ def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
     """All stages of one seed; what is already in the folder is not done again.
 
     Returns:
-        ``before`` and ``after`` (metrics; ``after`` is missing if nothing is pruned) and ``stages`` (what each noted).
+        ``before``, ``round 1``, ... and ``after`` (metrics; ``after`` is missing if nothing is pruned) and ``stages``
+        (what each noted).
     """
     recipe, train = setting.recipe, setting.recipe.train
     stage = partial(_stage, setting, folder)
@@ -130,14 +132,17 @@ def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
     if train is not None and train.optimizer == "sdprun":
         last = kept("trained", lambda at: _train(setting, setting.begin(seed), train, seed, at))
         before = before or last
-    if recipe.prune.method != "none":
-        source = last
-        last = kept("pruned", lambda _: _prune(setting, source, seed))
-    if recipe.finetune is not None:
-        tuned, section = last, recipe.finetune
-        last = kept("tuned", lambda at: _train(setting, _load(setting, tuned), section, seed, at))
     assert before is not None
-    columns = {"before": before} | ({"after": last} if last != before else {})
+    columns = {"before": before}
+    rounds = recipe.prune.rounds if recipe.prune.method != "none" else 0
+    for number in range(1, rounds + 1):
+        mark = "" if number == rounds else f"-{number}"
+        last = kept(f"pruned{mark}", partial(_prune, setting, last, seed, number))
+        if recipe.finetune is not None:
+            last = kept(f"tuned{mark}", partial(_tune, setting, last, recipe.finetune, seed))
+        columns["after" if number == rounds else f"round {number}"] = last
+    if last != before:
+        columns["after"] = last
     return {**_measured(setting, folder, columns), "stages": stages}
 
 
@@ -188,6 +193,10 @@ def _train(setting: Setting, model: nn.Module, section: Tune, seed: int, checkpo
     return model, {"history": history, "seconds": sum(row["seconds"] for row in history)}
 
 
+def _tune(setting: Setting, source: Path, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
+    return _train(setting, _load(setting, source), section, seed, checkpoints)
+
+
 def make_optimizer(setting: Setting, model: nn.Module, section: Tune) -> torch.optim.Optimizer:
     """The optimizer that a section describes."""
     if isinstance(section, Train) and section.optimizer == "sdprun":
@@ -200,19 +209,26 @@ def make_optimizer(setting: Setting, model: nn.Module, section: Tune) -> torch.o
     return kinds[section.optimizer](model.parameters(), **common)
 
 
-def _prune(setting: Setting, source: Path, seed: int) -> tuple[nn.Module, Facts]:
-    set_seed(seed)
+def _prune(setting: Setting, source: Path, seed: int, number: int, _at: Path) -> tuple[nn.Module, Facts]:
     section, data = setting.recipe.prune, setting.data
     model = _load(setting, source).to(setting.device)
+    budget = section.make_budget()
+    if budget is not None and section.rounds > 1:
+        full, now = (
+            vars(counts(trace(m, setting.inputs.cpu()))) for m in (setting.begin(seed), _load(setting, source))
+        )
+        budget = in_round(budget, number, section.rounds, full, now)
+    set_seed(seed)
     loader = data.loader("train", setting.recipe.data.batch_size, shuffle=True, seed=seed)
     batches = loader if section.batches is None else list(itertools.islice(loader, section.batches))
     if section.method == EIGENDAMAGE:
-        return _rotate(setting, model, batches, seed)
+        assert budget is not None
+        return _rotate(setting, model, budget, batches, seed, last=number == section.rounds)
     result = prune(
         model,
         setting.inputs,
         method=section.method,
-        budget=section.make_budget(),
+        budget=budget,
         data=batches,
         loss_fn=F.cross_entropy,
         strategy=section.strategy,
@@ -237,15 +253,24 @@ def _prune(setting: Setting, source: Path, seed: int) -> tuple[nn.Module, Facts]
     return result.model, facts
 
 
-def _rotate(setting: Setting, model: nn.Module, batches: Any, seed: int) -> tuple[nn.Module, Facts]:
-    """Layers as bottlenecks, and the rows and columns that each kept."""
+def _rotate(
+    setting: Setting, model: nn.Module, budget: Budget, batches: Any, seed: int, *, last: bool
+) -> tuple[nn.Module, Facts]:
+    """Bottlenecks (in the last round separable ones), the rows and columns kept, and the layers that had to stay."""
     section = setting.recipe.prune
-    budget = section.make_budget()
-    assert budget is not None
-    small = eigendamage(model, setting.inputs, data=batches, budget=budget, seed=seed, **section.options)
+    cutting = {name: value for name, value in section.options.items() if name in CUTTING}
+    measuring = {name: value for name, value in section.options.items() if name not in {*CUTTING, "separable"}}
+    damages = measure_damage(model, setting.inputs, data=batches, seed=seed, **measuring)
+    small = damages.cut(budget, **cutting)
+    facts: Facts = {
+        "bottlenecks": json.loads(record(small)[-1][EIGENDAMAGE])["layers"],
+        "skipped": dict(damages.skipped),
+    }
+    if last and section.options.get("separable"):
+        small = separate(small, section.options["separable"])
     if section.recalibrate:
         recalibrate(small, batches)
-    return small, {"bottlenecks": json.loads(record(small)[-1][EIGENDAMAGE])["layers"]}
+    return small, facts
 
 
 def _measured(setting: Setting, folder: Path, columns: Mapping[str, Path]) -> Facts:

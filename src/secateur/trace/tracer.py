@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.errors import SecateurError
 from secateur.trace.call import Call
 from secateur.trace.copying import copy_module
-from secateur.trace.names import Dim, Ids, Named, Names, anonymous, lasting
+from secateur.trace.names import Dim, Named, Names, anonymous, lasting
 from secateur.trace.rules import RULES, unknown_operation
 from secateur.trace.shapes import quick
 

@@ -1,0 +1,70 @@
+"""What the pruning methods take beside what all of them take, and what values are allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from secateur.curvature import check_damping
+from secateur.curvature.losses import check_fisher
+from secateur.cut.separable import check_how
+from secateur.eigendamage import EIGENDAMAGE, check_rule
+from secateur.errors import SecateurError, unknown
+
+_PASS = ("fisher", "samples")
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "magnitude": ("p", "normalize"),
+    "obd": _PASS,
+    "kron_obd": (*_PASS, "positions"),
+    "obs": (*_PASS, "positions", "damping"),
+    "kron_obs": (*_PASS, "positions", "damping"),
+    EIGENDAMAGE: (*_PASS, "rule", "limit", "ekfac", "layers", "train_rotations", "separable"),
+}
+"""The names of each method's options."""
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raise if a method has no such option, or an option no such value."""
+    known = OPTIONS.get(method, ())
+    for name in options:
+        if name not in known:
+            raise unknown(f"option of method {method!r}", name, known)
+    for name, check in _CHECKS.items():
+        if name in options:
+            check(name, options[name])
+    if set(options) & set(_PASS):
+        check_fisher(options.get("fisher", "sampled"), options.get("samples", 1))
+    if set(options) & {"rule", "limit"}:
+        check_rule(options.get("rule", "lagrangian"), options.get("limit", 0.95))
+
+
+def _truth(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise SecateurError(f"{name}={value!r}: true or false is expected")
+
+
+def _norm(name: str, value: object) -> None:
+    if isinstance(value, bool) or value not in (1, 2):
+        raise SecateurError(f"{name}={value!r}: 1 or 2 is expected")
+
+
+def _count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SecateurError(f"{name}={value!r}: a whole number from 1 on is expected")
+
+
+def _paths(name: str, value: object) -> None:
+    if not isinstance(value, list) or not value or not all(isinstance(path, str) for path in value):
+        raise SecateurError(f"{name}={value!r}: a list of the layers' paths is expected")
+
+
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "p": _norm,
+    "normalize": _truth,
+    "ekfac": _truth,
+    "train_rotations": _truth,
+    "positions": _count,
+    "layers": _paths,
+    "damping": lambda _, value: check_damping(value),
+    "separable": lambda _, value: check_how(value),
+}
