@@ -2,8 +2,8 @@
 
 Every method sees the same training images, without augmentation; what remains is set by the same budgets, once in
 parameters and once in MACs. Where a network has batch norms the accuracy is also given with their statistics
-re-estimated on the same images. A budget that a method cannot meet is a row with its reason. Rows that are there are
-not run again, so the bench can be stopped at any time::
+re-estimated on the same images. A budget that a method cannot meet is a row with its reason. Nothing is tuned here, so
+all is measured on test images. Rows that are there are not run again, so the bench can be stopped at any time::
 
     python bench/damage.py lenet_300_100 lenet5 resnet20 --seeds 0 1 2
 """
@@ -14,6 +14,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +31,48 @@ from secateur.models import build, example_input
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "damage.json"
-DATA = {"lenet_300_100": "mnist", "lenet5": "mnist", "resnet20": "cifar10"}
 CHANNEL = ("random", "magnitude", "taylor", "obd", "obs", "kron_obd", "kron_obs")
 ROTATED = {
     "eigendamage": {"ekfac": False, "rule": "lagrangian"},
     "eigendamage_ekfac": {"ekfac": True, "rule": "lagrangian"},
     "eigendamage_threshold": {"ekfac": False, "rule": "threshold"},
 }
-FRACTIONS = {"params": (0.8, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05), "macs": (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)}
-BATCH, BATCHES = 128, 100
+BATCH = 128
 Make = Callable[[sc.Budget], nn.Module]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How one network is measured.
+
+    Attributes:
+        data: the data set.
+        batches: batches of training images that a method sees.
+        tested: how many test images are looked at, the first ones.
+        fractions: unit -> the budgets.
+    """
+
+    data: str
+    batches: int
+    tested: int
+    fractions: dict[str, tuple[float, ...]]
+
+
+MANY = {"params": (0.8, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05), "macs": (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)}
+SETTINGS = {
+    "lenet_300_100": Setting("mnist", 100, 10_000, MANY),
+    "lenet5": Setting("mnist", 100, 10_000, MANY),
+    "resnet20": Setting("cifar10", 25, 2_500, {"params": (0.8, 0.6, 0.4, 0.2), "macs": (0.8, 0.6, 0.4)}),
+}
+
+
 def makers(
-    model: nn.Module, inputs: torch.Tensor, images: Any, seed: int, wanted: set[str]
+    model: nn.Module, inputs: torch.Tensor, images: Any, batches: int, seed: int, wanted: set[str]
 ) -> Iterator[tuple[str, Make]]:
     """Every wanted method, as a function from a budget to a smaller network."""
     graph = sc.trace(model, inputs)
     curvature = None
-    passing: dict[str, Any] = {"batches": BATCHES, "fisher": "exact"}  # one draw would be mostly noise
+    passing: dict[str, Any] = {"batches": batches, "fisher": "exact"}  # one draw would be mostly noise
     for name in CHANNEL:
         if name not in wanted:
             continue
@@ -55,7 +80,7 @@ def makers(
         if name == "random":
             options = {"seed": seed}
         elif name in {"taylor", "obd"}:
-            options = {"data": images, "loss_fn": "cross_entropy", "batches": BATCHES}
+            options = {"data": images, "loss_fn": "cross_entropy", "batches": batches}
             options |= passing if name == "obd" else {}
         elif name != "magnitude":
             curvature = curvature or sc.kronecker_factors(model, images, form="full", **passing)
@@ -90,27 +115,26 @@ def counts(model: nn.Module, inputs: torch.Tensor) -> dict[str, int]:
 
 def one(name: str, seed: int, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """The rows of one network that are missing."""
-    data = load(DATA[name], validation=0.1)
+    setting = SETTINGS[name]
+    data = load(setting.data, validation=0.1)  # as the networks were trained
     model, inputs = build(name), torch.zeros(example_input(name))
-    model.load_state_dict(load_file(HERE / "checkpoints" / f"{name}_{DATA[name]}_seed{seed}.safetensors"))
+    model.load_state_dict(load_file(HERE / "checkpoints" / f"{name}_{setting.data}_seed{seed}.safetensors"))
     model.eval()
     full = counts(model, inputs)
-    images, held, test = (
-        data.loader("train", BATCH, shuffle=True, seed=seed),
-        data.loader("validation", 500),
-        data.loader("test", 500),
-    )
+    images = data.loader("train", BATCH, shuffle=True, seed=seed)
+    test = list(islice(data.loader("test", 500), setting.tested // 500))
     norms = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     missing = {
-        m: [(u, f) for u in FRACTIONS for f in FRACTIONS[u] if (name, seed, m, u, f) not in done]
+        m: [(u, f) for u, all_of in setting.fractions.items() for f in all_of if (name, seed, m, u, f) not in done]
         for m in (*CHANNEL, *ROTATED)
     }
     if (name, seed, "dense", "params", 1.0) not in done:
         yield {
             "network": name, "seed": seed, "method": "dense", "unit": "params", "fraction": 1.0,
-            "macs": 1.0, "params": 1.0, "validation": accuracy(model, held), "test": accuracy(model, test),
+            "macs": 1.0, "params": 1.0, "test": accuracy(model, test),
         }  # fmt: skip
-    for method, make in makers(model, inputs, images, seed, {m for m, left in missing.items() if left}):
+    wanted = {m for m, left in missing.items() if left}
+    for method, make in makers(model, inputs, images, setting.batches, seed, wanted):
         for unit, fraction in missing[method]:
             row = {"network": name, "seed": seed, "method": method, "unit": unit, "fraction": fraction}
             start = time.perf_counter()
@@ -121,30 +145,29 @@ def one(name: str, seed: int, done: set[tuple[Any, ...]]) -> Iterator[dict[str, 
                 continue
             row["seconds"] = round(time.perf_counter() - start, 3)
             row |= {u: n / full[u] for u, n in counts(small, inputs).items()}
-            row |= {"validation": accuracy(small, held), "test": accuracy(small, test)}
+            row["test"] = accuracy(small, test)
             if norms:
-                sc.recalibrate(small, images, batches=BATCHES)
-                row |= {"validation_recalibrated": accuracy(small, held), "test_recalibrated": accuracy(small, test)}
+                sc.recalibrate(small, images, batches=setting.batches)
+                row["test_recalibrated"] = accuracy(small, test)
             yield row
 
 
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("networks", nargs="*", default=list(DATA))
+    parser.add_argument("networks", nargs="*", default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    facts = {name: {"images": BATCH * s.batches, "tested": s.tested} for name, s in SETTINGS.items()}
     rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     for name in given.networks:
         for seed in given.seeds:
             done = {(r["network"], r["seed"], r["method"], r["unit"], r["fraction"]) for r in rows}
             for row in one(name, seed, done):
                 rows.append(row)
-                text = json.dumps(
-                    {"images": BATCH * BATCHES, "note": "CIFAR-10 is stored as JPEG", "rows": rows}, indent=1
-                )
+                text = json.dumps({"settings": facts, "note": "CIFAR-10 is stored as JPEG", "rows": rows}, indent=1)
                 given.out.parent.mkdir(parents=True, exist_ok=True)
                 given.out.with_suffix(".tmp").write_text(text)
                 given.out.with_suffix(".tmp").replace(given.out)

@@ -1,4 +1,4 @@
-"""The figures of the documentation, drawn from the results in ``bench/results``.
+"""The figures of the documentation, drawn from the results in ``bench/results``; their tables are printed.
 
 ::
 
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / "docs" / "figures"
-TITLES = {"lenet_300_100": "LeNet-300-100", "lenet5": "LeNet-5"}
+TITLES = {"lenet_300_100": "LeNet-300-100", "lenet5": "LeNet-5", "resnet20": "ResNet-20"}
 BLUE, GREY = "#0b5fa5", "#777777"
 
 
@@ -54,5 +54,68 @@ def sdprun_mnist() -> None:
     figure.savefig(FIGURES / "sdprun_mnist.png", dpi=150, metadata={"Software": None})
 
 
+# method -> colour and line
+STYLES = {
+    "eigendamage": ("#0b5fa5", "-"), "eigendamage_ekfac": ("#0b5fa5", "--"), "eigendamage_threshold": ("#5aa9e6", ":"),
+    "kron_obs": ("#b5410a", "-"), "kron_obd": ("#b5410a", "--"), "obs": ("#e8924a", "-"), "obd": ("#e8924a", "--"),
+    "taylor": ("#2f7d32", "-"), "magnitude": ("#333333", "-"), "random": ("#bbbbbb", "-"),
+}  # fmt: skip
+Curve = dict[float, tuple[float, float, float]]
+
+
+def curve(rows: list[dict[str, Any]], network: str, method: str, unit: str) -> Curve:
+    """Budget -> what remains (%), mean test accuracy and its standard deviation (%), where all seeds met the budget."""
+    mine = [r for r in rows if (r["network"], r["method"], r["unit"]) == (network, method, unit)]
+    found = {}
+    for fraction in sorted({r["fraction"] for r in mine}, reverse=True):
+        here = [r for r in mine if r["fraction"] == fraction]
+        if any("refused" in r for r in here):
+            continue
+        accuracies = [100 * r.get("test_recalibrated", r["test"]) for r in here]
+        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+        found[fraction] = 100 * statistics.mean(r[unit] for r in here), statistics.mean(accuracies), spread
+    return found
+
+
+def damage() -> None:
+    """All one-shot methods without fine-tuning, over parameters and over MACs."""
+    rows = json.loads((HERE / "results" / "damage.json").read_text())["rows"]
+    names = [name for name in TITLES if any(row["network"] == name for row in rows)]
+    figure, panels = plt.subplots(2, len(names), figsize=(4.6 * len(names), 7), squeeze=False, layout="constrained")
+    for j, name in enumerate(names):
+        for i, (unit, words) in enumerate((("params", "parameters"), ("macs", "MACs"))):
+            axes = panels[i][j]
+            print(f"\n{TITLES[name]}, {words}\n")
+            for method, (colour, line) in STYLES.items():
+                points = curve(rows, name, method, unit)
+                if points:
+                    x, y, sd = zip(*points.values(), strict=True)
+                    axes.errorbar(
+                        x, y, sd, color=colour, linestyle=line, marker="o", markersize=3, linewidth=1.3, elinewidth=0.6,
+                        label=method.replace("_", " "),
+                    )  # fmt: skip
+            print_table(rows, name, unit)
+            axes.set(xscale="log", xlabel=f"{words} that remain (%)", ylabel="test accuracy (%)", title=TITLES[name])
+            axes.set_xticks([5, 10, 20, 40, 80], ["5", "10", "20", "40", "80"])
+            axes.minorticks_off()
+            axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(fontsize=7, frameon=False)
+    figure.savefig(FIGURES / "damage.png", dpi=130, metadata={"Software": None})
+
+
+def print_table(rows: list[dict[str, Any]], network: str, unit: str) -> None:
+    """One network's accuracies as a table in Markdown."""
+    curves = {method: curve(rows, network, method, unit) for method in STYLES}
+    fractions = sorted({f for points in curves.values() for f in points}, reverse=True)
+    print("| method | " + " | ".join(f"{100 * f:g} %" for f in fractions) + " |")
+    print("|---|" + "---|" * len(fractions))
+    for method, points in curves.items():
+        best = [f for f in points if points[f][1] >= max(c[f][1] for c in curves.values() if f in c) - 1e-9]
+        cells = [f"{points[f][1]:.1f} ± {points[f][2]:.1f}" if f in points else "-" for f in fractions]
+        marked = [f"**{c}**" if f in best else c for c, f in zip(cells, fractions, strict=True)]
+        print(f"| {method} | " + " | ".join(marked) + " |")
+
+
 if __name__ == "__main__":
     sdprun_mnist()
+    damage()

@@ -137,8 +137,7 @@ def second_moments(
 
     def on_draw() -> None:
         for name, calls in seen.items():
-            for part in _parts(bases[name], calls):
-                sums[name] += part.square().sum(0)
+            sums[name] += _squares(bases[name], calls)
         seen.clear()
 
     examples = watch(
@@ -154,15 +153,26 @@ def second_moments(
     return {name: replace(basis, moments=sums[name] / (examples * samples)) for name, basis in bases.items()}
 
 
-def _parts(basis: Eigenbasis, calls: list[tuple[Tensor, Tensor]]) -> Iterable[Tensor]:
-    """Gradients of single examples in the basis, [examples, groups, rows, taps, columns], a part of the batch each."""
+def _squares(basis: Eigenbasis, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum over examples of their squared gradients in the basis, [groups, rows, taps, columns]."""
     layer = basis.layer
     batch = {x.shape[0] for x, _ in calls}
     if len(batch) != 1 or any(x.ndim < len(layer.kernel) + 2 - (not layer.kernel) for x, _ in calls):
         raise SecateurError(f"second moments of {layer.name!r}: each of its inputs must begin with the batch")
-    groups, rows, taps, columns = layer.table().shape
+    x, g = calls[0]
+    if len(calls) == 1 and not layer.kernel and x.ndim == 2:  # one position: a gradient is a product, and so its square
+        samples, slopes = input_samples(layer, wide(x)), output_samples(layer, wide(g))
+        seen = (samples[0, :, 0, 0].to(basis.qa) @ basis.qa[0]).square()
+        wanted = (slopes[0, :, 0].to(basis.qa) @ basis.qg[0]).square()
+        return (wanted.mT @ seen)[None, :, None]
+    return sum(part.square().sum(0) for part in _parts(basis, calls, batch.pop()))  # type: ignore[return-value]
+
+
+def _parts(basis: Eigenbasis, calls: list[tuple[Tensor, Tensor]], batch: int) -> Iterable[Tensor]:
+    """Gradients of single examples in the basis, [examples, groups, rows, taps, columns], a part of the batch each."""
+    groups, rows, taps, columns = basis.layer.table().shape
     step = max(1, MOST // (groups * rows * taps * columns))
-    for begin in range(0, batch.pop(), step):
+    for begin in range(0, batch, step):
         end = begin + step
         yield sum(_gradients(basis, wide(x[begin:end]), wide(g[begin:end])) for x, g in calls)  # type: ignore[misc]
 
