@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import secateur as sc
+from secateur.curvature import Curvature
 from secateur.models import build, example_input
 
 with warnings.catch_warnings():  # what it imports uses torch.jit
@@ -128,7 +129,7 @@ def memory(model: nn.Module, batches: Batches) -> dict[str, int]:
     found = {"activations": held(lambda: activations(model, batches))[0]}
     for name, run in CONTENDERS.items():
         found[name], result = held(lambda run=run: run(model, batches))
-        if isinstance(result, sc.Curvature):
+        if isinstance(result, Curvature):
             found[f"{name}: factors"] = sum(4 * (f.a.numel() + f.g.numel()) for f in result.values())
     return found
 

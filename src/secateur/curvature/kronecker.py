@@ -83,13 +83,6 @@ class _Sums:
         self.g: Tensor | None = None
         self.count = 0
 
-    def add_input(self, products: Tensor, count: int) -> None:
-        self.a = products if self.a is None else self.a.add_(products)
-        self.count += count
-
-    def add_gradient(self, products: Tensor) -> None:
-        self.g = products if self.g is None else self.g.add_(products)
-
 
 def kronecker_factors(
     model: nn.Module,
@@ -138,10 +131,13 @@ def kronecker_factors(
     sums = {id(layer.module.weight): _Sums() for layer in chosen}
 
     def on_input(layer: Layer, x: Tensor) -> None:
-        sums[id(layer.module.weight)].add_input(*input_products(layer, wide(x), positions))
+        mine = sums[id(layer.module.weight)]
+        mine.a, count = input_products(layer, wide(x), positions, mine.a)
+        mine.count += count
 
     def on_gradient(layer: Layer, g: Tensor, _: Any) -> None:
-        sums[id(layer.module.weight)].add_gradient(output_products(layer, wide(g)))
+        mine = sums[id(layer.module.weight)]
+        mine.g = output_products(layer, wide(g), mine.g)
 
     examples = watch(
         model, chosen, data, loss_of(loss), on_input=on_input, on_gradient=on_gradient,
@@ -161,10 +157,13 @@ def kronecker_factors(
         elif mine.a is None or mine.g is None:
             skipped[layer.name] = "the data never reached it"
         else:
-            found[layer.name] = Factors(layer, mine.a / mine.count, mine.g / (examples * samples))
+            found[layer.name] = Factors(layer, mine.a.div_(mine.count), mine.g.div_(examples * samples))
     for name, factors in found.items():
-        if not (factors.a.isfinite().all() and factors.g.isfinite().all()):
-            which = "inputs" if factors.g.isfinite().all() else "gradients"
+        a, g = (
+            bool(f.diagonal(dim1=1, dim2=2).isfinite().all()) for f in (factors.a, factors.g)
+        )  # squares tell of all
+        if not (a and g):
+            which = "inputs" if g else "gradients"
             raise SecateurError(f"the {which} of {name!r} are not finite: check the data and the model's weights")
     if not found:
         raise SecateurError("the data reached no linear or convolution of the model")

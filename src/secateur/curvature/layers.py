@@ -8,7 +8,7 @@ has one tap in both. A bias is one more column: its input is the constant 1, spr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,14 +94,11 @@ def input_samples(layer: Layer, x: Tensor) -> Tensor:
     if not layer.kernel:
         rows = x.reshape(1, x.shape[0] if x.ndim > 1 else 1, -1, 1, x.shape[-1])
         return _with_ones(layer, rows)
-    patches = _patches(layer, _batched(layer, x))  # [batch, channels, *positions, *kernel]
-    space = len(layer.kernel)
-    batch, channels = patches.shape[:2]
-    patches = patches.flatten(2, 1 + space).flatten(3)  # [batch, channels, positions, kernel]
-    patches = patches.reshape(batch, layer.groups, channels // layer.groups, *patches.shape[2:])
+    windows = _windows(layer, x)
+    groups, batch, *positions = windows.shape[: 2 + len(layer.kernel)]
     if layer.form == "channel":
-        return _with_ones(layer, patches.permute(1, 0, 3, 4, 2))
-    return _with_ones(layer, patches.permute(1, 0, 3, 2, 4).flatten(3).unsqueeze(3))
+        windows = windows.movedim(2 + len(layer.kernel), -1)
+    return _with_ones(layer, windows.reshape(groups, batch, math.prod(positions), layer.taps, -1))
 
 
 def output_samples(layer: Layer, g: Tensor) -> Tensor:
@@ -125,48 +122,85 @@ def _padding(layer: Layer) -> list[int]:
     return list(layer.module._reversed_padding_repeated_twice)  # "same" is resolved there
 
 
-def _patches(layer: Layer, x: Tensor) -> Tensor:
-    """Windows of the padded input: [batch, channels, *positions, *kernel]."""
-    module = layer.module
+def _windows(layer: Layer, x: Tensor) -> Tensor:
+    """What the kernel sees of the padded input, a view: [groups, batch, *positions, channels, *kernel]."""
+    module, x, space = layer.module, _batched(layer, x), len(layer.kernel)
     x = F.pad(x, _padding(layer), mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
     for d, (size, stride, dilation) in enumerate(zip(layer.kernel, module.stride, module.dilation, strict=True)):
         x = x.unfold(2 + d, (size - 1) * dilation + 1, stride)[..., ::dilation]
-    return x
+    return x.unflatten(1, (layer.groups, -1)).movedim(1, 0).movedim(2, 2 + space)
 
 
 # ---------------------------------------------------------------------------------------- sums of products of samples
 
 
-def input_products(layer: Layer, x: Tensor, positions: int | None = None) -> tuple[Tensor, int]:
+def input_products(
+    layer: Layer, x: Tensor, positions: int | None = None, into: Tensor | None = None
+) -> tuple[Tensor, int]:
     """The sum over all samples of ``a a^T``, and the number of positions (times taps) it was taken over.
 
     In channel form nothing is unfolded: an input position is counted as often as taps see it, and those counts are
-    a product over the spatial dims.
+    a product over the spatial dims. The batch is taken in parts, so that copies of it stay small.
 
     Args:
         layer: a linear or a convolution.
         x: its input.
         positions: in full form, look at so many positions of each batch only, evenly spread.
+        into: sums to add to, in place.
 
     Returns:
         [groups, columns, columns], and the number of samples.
     """
-    if layer.kernel and layer.form == "channel":
-        return _counted_products(layer, _batched(layer, x))
-    samples = input_samples(layer, x).flatten(1, 3)  # one tap: [groups, samples, columns]
-    if positions is not None and positions < samples.shape[1]:
-        step = samples.shape[1] / positions
-        samples = samples[:, (torch.arange(positions, device=x.device) * step).long()]
-    return samples.mT @ samples, samples.shape[1]
+    if positions is not None and layer.form == "full":
+        samples = _picked(layer, x, positions)
+        return _added(samples.mT, into), samples.shape[1]
+    total = 0
+    for part in _parts(layer, x, math.prod(layer.kernel) if layer.form == "full" else 1):
+        if layer.kernel and layer.form == "channel":
+            products, count = _counted_products(layer, part)
+            into = products if into is None else into.add_(products)
+        else:
+            samples = input_samples(layer, part).flatten(1, 3)  # one tap: [groups, samples, columns]
+            into, count = _added(samples.mT, into), samples.shape[1]
+        total += count
+    assert into is not None
+    return into, total
 
 
-def output_products(layer: Layer, g: Tensor) -> Tensor:
-    """The sum over all samples of ``g g^T``, [groups, rows, rows]."""
+def output_products(layer: Layer, g: Tensor, into: Tensor | None = None) -> Tensor:
+    """The sum over all samples of ``g g^T``, [groups, rows, rows]; ``into`` as for :func:`input_products`."""
     if not layer.kernel:
-        rows = g.reshape(-1, g.shape[-1])
-        return (rows.mT @ rows).unsqueeze(0)
-    columns = _batched(layer, g).transpose(0, 1).reshape(layer.groups, layer.module.out_channels // layer.groups, -1)
-    return columns @ columns.mT
+        return _added(g.reshape(1, -1, g.shape[-1]).mT, into)
+    for part in _parts(layer, g, 1):
+        into = _added(part.transpose(0, 1).reshape(layer.groups, part.shape[1] // layer.groups, -1), into)
+    assert into is not None
+    return into
+
+
+SMALL = 2**18
+"""How many numbers a copy of a part of the batch holds, at most; or an eighth of those of the factor."""
+
+
+def _parts(layer: Layer, x: Tensor, times: int) -> Iterable[Tensor]:
+    """The batch in parts whose unfolding (so many times as large) is small."""
+    x = _batched(layer, x) if layer.kernel else (x if x.ndim > 1 else x.unsqueeze(0))
+    columns = x.shape[1 if layer.kernel else -1] // layer.groups * times
+    return x.split(max(1, max(SMALL, columns**2 // 8) // max(1, x[0].numel() * times)))
+
+
+def _added(samples: Tensor, into: Tensor | None) -> Tensor:
+    """The products of samples [groups, columns, samples], summed; a large factor is written once, not thrice."""
+    return samples @ samples.mT if into is None else into.baddbmm_(samples, samples.mT)
+
+
+def _picked(layer: Layer, x: Tensor, positions: int) -> Tensor:
+    """Samples at so many positions of the batch (or at all), evenly spread: [groups, samples, columns]."""
+    windows = _windows(layer, x) if layer.kernel else x.reshape(1, -1, x.shape[-1])
+    places = windows.shape[1 : 2 + len(layer.kernel)]
+    step = max(1.0, math.prod(places) / positions)
+    at = (torch.arange(min(positions, math.prod(places)), device=x.device) * step).long()
+    chosen = windows.movedim(0, 1 + len(layer.kernel))[torch.unravel_index(at, places)]
+    return _with_ones(layer, chosen.movedim(1, 0).flatten(2))
 
 
 def _counted_products(layer: Layer, x: Tensor) -> tuple[Tensor, int]:

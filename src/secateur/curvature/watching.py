@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,15 +71,28 @@ def watch(
             if batches is not None and number >= batches:
                 break
             inputs, targets = _split(batch, fisher, number, device)
-            with torch.enable_grad():
-                outputs = _forward(model, inputs, number)
-                for value in _values(loss, outputs, targets, generator, fisher, samples, number):
-                    value.backward(retain_graph=True)  # it goes with the outputs, after the last draw
-                    on_draw()
+            _there_and_back(
+                model, inputs, partial(_values, loss, targets, generator, fisher, samples, number), on_draw, number
+            )
             examples += _examples(inputs)
     if not examples:
         raise SecateurError("data: the loader is empty; give at least one batch")
     return examples
+
+
+def _there_and_back(
+    model: nn.Module, inputs: Any, values: Callable[[Any], Iterator[Tensor]], on_draw: Callable[[], None], number: int
+) -> None:
+    """One batch; its activations are gone when this returns, before those of the next come."""
+    with torch.enable_grad():
+        drawn = values(_forward(model, inputs, number))
+        value = next(drawn)
+        for following in drawn:
+            value.backward(retain_graph=True)
+            on_draw()
+            value = following
+        value.backward()  # the last one frees the activations as it goes
+        on_draw()
 
 
 def _hooked(layers: Sequence[Layer], anchor: Tensor, on_input: OnInput, on_gradient: OnGradient) -> Callable[[], None]:
@@ -151,7 +165,7 @@ def _forward(model: nn.Module, inputs: Any, number: int) -> Any:
 
 
 def _values(
-    loss: Loss, outputs: Any, targets: Any, generator: torch.Generator, fisher: str, samples: int, number: int
+    loss: Loss, targets: Any, generator: torch.Generator, fisher: str, samples: int, number: int, outputs: Any
 ) -> Iterator[Tensor]:
     found = draws(loss, outputs, targets, generator, fisher, samples)
     while True:
