@@ -49,6 +49,16 @@ def with_alpha(m, x):
     return m.b(torch.add(x, x, alpha=x.shape[1]))
 
 
+def twice_and_sliced(m, x):
+    y, z = m.a(x), m.c(x)
+    return m.b(torch.cat([y, torch.stack([z, 2 * z], 2).flatten(1)], 1)[:, 3:4])
+
+
+def shuffled_and_rolled(m, x):
+    x = F.channel_shuffle(m.a(x), 2).roll(1, 1)
+    return m.b(x)
+
+
 # name -> (network, inputs, exact groups that must be offered, exact groups that must not)
 CASES = {
     "a weight divided by its norm, on the consumer's side": (
@@ -67,6 +77,10 @@ CASES = {
             nn.Conv2d(3, 4, 1, padding_mode="circular"), nn.Conv2d(4, 6, 1), nn.InstanceNorm2d(6, affine=True),
             conv(6, 2), nn.Flatten(), nn.Linear(40, 2)),
         (3, 3, 5, 4), ("1",), ()),
+    "a slice from the middle, next to its twin": (
+        Run(twice_and_sliced, a=nn.Linear(5, 3), c=nn.Linear(5, 2), b=nn.Linear(1, 3)), (4, 5), (), ("c",)),
+    "rolled, next to a twin": (
+        Run(shuffled_and_rolled, a=conv(3, 6), b=conv(6, 2)), (2, 3, 4, 4), (), ("a",)),
     "a view with the width of a sibling": (
         Run(like_a_sibling, a=conv(3, 5), b=conv(5, 2), w=P(torch.empty(5, 5))), (2, 3, 4, 4), (), ()),
     "a view with the width of another tensor, whose channels it does not hold": (

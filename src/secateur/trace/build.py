@@ -31,6 +31,9 @@ def build(
     events = [*names.freezes, *extra, *_unused(names, roles)]
     reason_of = _first_event(component, events)
     channel_of = _number(names, component, reason_of >= 0)
+    twins = _twins(names, channel_of)
+    if twins:
+        return build(names, params, fingerprint, [*extra, *twins])
 
     inexact_reason = _first_event(component, [(ids, "", reason) for ids, reason in names.inexacts])
     counted, terms = _counted(names, channel_of)
@@ -103,6 +106,16 @@ def _unused(names: Names, roles: np.ndarray) -> list[tuple[Ids, str, str]]:
     return [
         (names.arrays[i], "none", "is not used as a channel by the forward") for i in np.flatnonzero(~roles.any(axis=1))
     ]
+
+
+def _twins(names: Names, channel_of: Ids) -> list[tuple[Ids, str, str]]:
+    """What is moved by its place beside two positions that cannot be told apart: tied ones, or fixed ones."""
+    found = []
+    for ids, operation in names.moved:
+        channels = channel_of[np.abs(ids)]
+        if channels.any() and np.bincount(channels).max() > 1:
+            found.append((ids, operation, "is moved by its place, beside positions that cannot be told apart"))
+    return found
 
 
 def _first_event(component: Ids, events: list[tuple[Ids, str, str]]) -> Ids:

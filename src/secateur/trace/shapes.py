@@ -41,7 +41,7 @@ def _unary(x: Tensor, *_: object) -> Tensor | None:
 
 
 def _in_place(x: Tensor, *_: object) -> Tensor | None:
-    return x if _plain(x) else None
+    return x if x.is_floating_point() else None
 
 
 def _binary(x: Tensor, y: object, *_: object) -> Tensor | None:
@@ -49,6 +49,35 @@ def _binary(x: Tensor, y: object, *_: object) -> Tensor | None:
         isinstance(y, Tensor) and y.is_meta and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
     )
     return _like(x) if fits and _plain(x) else None
+
+
+def _binary_in_place(x: Tensor, y: object, *_: object) -> Tensor | None:
+    fits = isinstance(y, Tensor) and y.is_meta and x.shape == y.shape and x.dtype == y.dtype
+    return x if fits and x.is_floating_point() else None
+
+
+def _addmm(b: Tensor, x: Tensor, w: Tensor) -> Tensor | None:
+    fits = x.ndim == w.ndim == 2 and x.shape[1] == w.shape[0] and b.shape == w.shape[1:]
+    same = x.is_meta and w.is_meta and b.dtype == x.dtype == w.dtype and x.is_floating_point()
+    return _like(x, (x.shape[0], w.shape[1])) if fits and same else None
+
+
+def _mean(x: Tensor, dims: list[int] | None, keep: bool = False) -> Tensor | None:
+    if not dims or not x.is_contiguous() or not x.is_floating_point() or any(not -x.ndim <= d < x.ndim for d in dims):
+        return None
+    gone = {d % x.ndim for d in dims}
+    return _like(x, tuple(1 if d in gone else s for d, s in enumerate(x.shape) if keep or d not in gone))
+
+
+def _layer_norm(x: Tensor, shape: list[int], w: Tensor | None, b: Tensor | None, _: float) -> tuple | None:
+    over = len(shape)
+    own = [t for t in (w, b) if t is not None]
+    if not x.is_contiguous() or not x.is_floating_point() or tuple(x.shape[x.ndim - over :]) != tuple(shape):
+        return None
+    if any(tuple(t.shape) != tuple(shape) or not t.is_meta or t.dtype != x.dtype for t in own):
+        return None
+    left = (*x.shape[: x.ndim - over], *(1,) * over)
+    return _like(x), _like(x, left), _like(x, left)
 
 
 def _batch_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -96,6 +125,15 @@ _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.silu.default: _unary,
     aten.silu_.default: _in_place,
     aten.gelu.default: _unary,
+    aten.sigmoid.default: _unary,
+    aten.sigmoid_.default: _in_place,
+    aten.tanh.default: _unary,
+    aten.tanh_.default: _in_place,
+    aten.add_.Tensor: _binary_in_place,
+    aten.mul_.Tensor: _binary_in_place,
+    aten.addmm.default: _addmm,
+    aten.mean.dim: _mean,
+    aten.native_layer_norm.default: _layer_norm,
     aten.hardtanh.default: _unary,
     aten.hardtanh_.default: _in_place,
     aten.add.Tensor: _binary,

@@ -204,6 +204,7 @@ def _split(call: Call) -> Result:
                 call.names.unite(cuts[0], other)
         else:
             call.placed(ids)
+            call.moved(ids if len(sizes) > 2 else None)
         parts = list(cuts)
     return [Named((*named.dims[:axis], part, *named.dims[axis + 1 :]), named.weight) for part in parts]
 
@@ -223,6 +224,9 @@ def _slice(call: Call) -> Result:
     if len(range(*cut.indices(size))) != size:
         part = ids[cut]
         call.placed(ids)
+        start, stop, step = cut.indices(size)
+        if step > 1 or (start > 0 and stop < size):
+            call.moved(ids)
     return Named((*named.dims[:axis], part, *named.dims[axis + 1 :]), named.weight)
 
 
@@ -269,6 +273,7 @@ def _roll(call: Call) -> Result:
     for shift, axis in zip(shifts, axes, strict=True):
         ids = dims[axis]
         dims[axis] = None if ids is None else np.roll(ids, shift)
+        call.moved(ids)
     return Named(tuple(dims), named.weight)
 
 
@@ -289,6 +294,10 @@ def _pad(call: Call) -> Result:
         axis, (before, after) = len(dims) - 1 - i, pad[2 * i : 2 * i + 2]
         ids = dims[axis]
         if ids is not None and (before or after):
+            if before < 0 or after < 0:
+                call.placed(ids)
+            if before < 0 and after < 0:
+                call.moved(ids)
             ids = ids[max(0, -before) : len(ids) - max(0, -after)]
             dims[axis] = np.pad(ids, (max(0, before), max(0, after)))
     if call.arg("value") not in {0, None} and any(pad):
