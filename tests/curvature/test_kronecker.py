@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import secateur as sc
-from secateur.curvature import kronecker_factors
+from secateur.curvature import kronecker_factors, layers
 from secateur.curvature.layers import FORMS, Layer, input_products, input_samples, output_products, output_samples
 
 # name -> (layer, shape of its input)
@@ -56,8 +56,10 @@ def test_the_table_times_the_samples_is_the_layer(name, form):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("small", [1, 2**18])
 @pytest.mark.parametrize(("name", "form"), CASES)
-def test_products_are_the_sums_over_all_samples(name, form):
+def test_products_are_the_sums_over_all_samples(name, form, small, monkeypatch):
+    monkeypatch.setattr(layers, "SMALL", small)  # parts of the batch of one example, and the batch whole
     layer, x = case(name, form)
     samples = input_samples(layer, x).flatten(1, 3)
     products, count = input_products(layer, x)
