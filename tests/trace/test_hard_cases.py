@@ -59,6 +59,17 @@ def shuffled_and_rolled(m, x):
     return m.b(x)
 
 
+def half_through_a_norm(m, x):
+    a, b = m.a(x).chunk(2, 1)
+    b = F.batch_norm(m.c(b), m.mean, m.var)  # zero becomes a constant
+    return m.b(torch.cat([a, b], 1).unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2))
+
+
+def squares_of_two_kinds(m, x):
+    a, c = m.a(x), m.c(x).sigmoid()
+    return m.b(F.pixel_shuffle(torch.stack([a, a * 2, a.relu(), c], 2).flatten(1, 2), 2))
+
+
 # name -> (network, inputs, exact groups that must be offered, exact groups that must not)
 CASES = {
     "a weight divided by its norm, on the consumer's side": (
@@ -81,6 +92,14 @@ CASES = {
         Run(twice_and_sliced, a=nn.Linear(5, 3), c=nn.Linear(5, 2), b=nn.Linear(1, 3)), (4, 5), (), ("c",)),
     "rolled, next to a twin": (
         Run(shuffled_and_rolled, a=conv(3, 6), b=conv(6, 2)), (2, 3, 4, 4), (), ("a",)),
+    "shuffled with a twin that does not vanish": (
+        Run(half_through_a_norm, a=conv(3, 4), c=conv(2, 2), b=conv(4, 2), mean=nn.Buffer(torch.ones(2)),
+            var=nn.Buffer(torch.ones(2))),
+        (2, 3, 4, 4), (), ("a", "c")),
+    "pixels shuffled with twins that do not vanish": (
+        Run(squares_of_two_kinds, a=conv(3, 4), c=conv(3, 4), b=conv(4, 2)), (2, 3, 4, 4), (), ("a", "c")),
+    "a crop of channels": (
+        Run(lambda m, x: m.b(m.a(x)[:, 2:-2]), a=conv(3, 8), b=conv(4, 2)), (2, 3, 4, 4), ("a",), ()),
     "a view with the width of a sibling": (
         Run(like_a_sibling, a=conv(3, 5), b=conv(5, 2), w=P(torch.empty(5, 5))), (2, 3, 4, 4), (), ()),
     "a view with the width of another tensor, whose channels it does not hold": (

@@ -109,11 +109,14 @@ def _unused(names: Names, roles: np.ndarray) -> list[tuple[Ids, str, str]]:
 
 
 def _twins(names: Names, channel_of: Ids) -> list[tuple[Ids, str, str]]:
-    """What is moved by its place beside two positions that cannot be told apart: tied ones, or fixed ones."""
+    """Axes of which something is kept by its place that could be mistaken for another: tied, or fixed.
+
+    A fixed position alone on its axis is like no other.
+    """
     found = []
-    for ids, operation in names.moved:
-        channels = channel_of[np.abs(ids)]
-        if channels.any() and np.bincount(channels).max() > 1:
+    for ids, kept, operation in names.moved:
+        channels, counts = channel_of[np.abs(ids)], np.bincount(channel_of[np.abs(ids)])
+        if channels.any() and (counts[channel_of[np.abs(kept)]] > 1).any():
             found.append((ids, operation, "is moved by its place, beside positions that cannot be told apart"))
     return found
 

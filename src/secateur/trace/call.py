@@ -103,14 +103,14 @@ class Call:
         if ids is not None:
             self.names.places.append(ids)
 
-    def moved(self, ids: Dim) -> None:
-        """These names are put elsewhere, or left out, by their places: a probe must be able to tell them apart.
+    def moved(self, ids: Dim, kept: Dim) -> None:
+        """Of these names some are kept, perhaps elsewhere, by their places: a probe must be able to tell those apart.
 
         Positions that are tied have one name, and fixed ones have none: there a wrong one would look right. Leaving out
         one end needs no such care, for what is right in number is right.
         """
-        if ids is not None:
-            self.names.moved.append((ids, self.op))
+        if ids is not None and kept is not None:
+            self.names.moved.append((ids, kept, self.op))
 
     def freeze_all(self, reason: str) -> None:
         """No name on any input can be removed, because of this operation."""

@@ -65,7 +65,7 @@ class Names:
         self.roles: dict[str, list[Ids]] = {"producer": [], "consumer": [], "carried": []}
         self.aliases: list[tuple[int, int]] = []
         self.places: list[Ids] = []  # what slices and views treat by positions and sizes, which may be another's
-        self.moved: list[tuple[Ids, str]] = []  # what is put elsewhere by its place, and by which operation
+        self.moved: list[tuple[Ids, Ids, str]] = []  # an axis, what is kept of it by its place, and by which operation
         self.terms: list[tuple[int, tuple[Ids, ...]]] = []
         self.edges: list[tuple[Ids, Ids]] = []
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from secateur.trace.call import Call, Result, merge
-from secateur.trace.names import Dim, Named, lasting
+from secateur.trace.names import Dim, Named, lasting, vanishing
 from secateur.trace.rules.table import rule, unknown_operation
 
 
@@ -150,7 +150,7 @@ def _reblock(
     if len(vary) > 1:
         call.names.unite(line[:, :1], line[:, 1:])
     result: list[Dim] = [None] * len(after)
-    result[unit] = np.ascontiguousarray(line[:, 0])
+    result[unit] = vanishing(line[:, 0], line.min(1) > 0)  # what is tied vanishes only if all of it does
     return result
 
 
@@ -204,7 +204,8 @@ def _split(call: Call) -> Result:
                 call.names.unite(cuts[0], other)
         else:
             call.placed(ids)
-            call.moved(ids if len(sizes) > 2 else None)
+            for part in cuts[1:-1]:
+                call.moved(ids, part)
         parts = list(cuts)
     return [Named((*named.dims[:axis], part, *named.dims[axis + 1 :]), named.weight) for part in parts]
 
@@ -226,7 +227,7 @@ def _slice(call: Call) -> Result:
         call.placed(ids)
         start, stop, step = cut.indices(size)
         if step > 1 or (start > 0 and stop < size):
-            call.moved(ids)
+            call.moved(ids, part if step == 1 else ids)
     return Named((*named.dims[:axis], part, *named.dims[axis + 1 :]), named.weight)
 
 
@@ -273,7 +274,8 @@ def _roll(call: Call) -> Result:
     for shift, axis in zip(shifts, axes, strict=True):
         ids = dims[axis]
         dims[axis] = None if ids is None else np.roll(ids, shift)
-        call.moved(ids)
+        call.placed(ids)
+        call.moved(ids, ids)
     return Named(tuple(dims), named.weight)
 
 
@@ -296,9 +298,10 @@ def _pad(call: Call) -> Result:
         if ids is not None and (before or after):
             if before < 0 or after < 0:
                 call.placed(ids)
+            inner = ids[max(0, -before) : len(ids) - max(0, -after)]
             if before < 0 and after < 0:
-                call.moved(ids)
-            ids = ids[max(0, -before) : len(ids) - max(0, -after)]
+                call.moved(ids, inner)
+            ids = inner
             dims[axis] = np.pad(ids, (max(0, before), max(0, after)))
     if call.arg("value") not in {0, None} and any(pad):
         dims = [lasting(ids) for ids in dims]  # the border is not zero where the channel is
@@ -318,7 +321,7 @@ def _pixel_shuffle(call: Call) -> Result:
     if ids is not None:
         table = ids.reshape(x.shape[-3] // square, square)
         call.names.unite(table[:, :1], table[:, 1:])
-        ids = np.ascontiguousarray(table[:, 0])
+        ids = vanishing(table[:, 0], table.min(1) > 0)
     return Named((*named.dims[:-3], ids, None, None), named.weight)
 
 
