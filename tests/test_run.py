@@ -211,7 +211,7 @@ def test_second_order_methods_run_and_load(tmp_path: Path, prune: dict[str, Any]
 @pytest.mark.parametrize(
     "prune",
     [
-        {"method": "taylor", "budget": {"macs": 0.3, "channels": 0.7}, "batches": 2, "rounds": 3},
+        {"method": "taylor", "budget": {"macs": 0.3, "params": 0.5}, "batches": 2, "rounds": 3},
         {
             "method": "eigendamage", "budget": {"params": 0.3, "macs": 0.5}, "batches": 2, "rounds": 2,
             "options": {"separable": "cp", "rule": "threshold", "limit": 0.9},
@@ -226,8 +226,7 @@ def test_rounds_reach_the_budget_in_equal_factors(tmp_path: Path, prune: dict[st
     columns = [*(f"round {k}" for k in range(1, rounds)), "after"]
     for number, column in enumerate(columns, 1):
         for unit, fraction in prune["budget"].items():
-            if unit != "channels":
-                assert seed[column][unit] <= fraction ** (number / rounds) * seed["before"][unit]
+            assert seed[column][unit] <= fraction ** (number / rounds) * seed["before"][unit]
     parts = {part for number in range(1, rounds) for part in (f"pruned-{number}", f"tuned-{number}")}
     assert {p.name for p in (tmp_path / "seed-0").iterdir()} == parts | {
         "baseline", "pruned", "tuned", "measured.json"
@@ -360,6 +359,25 @@ def test_another_version_does_not_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     folder.write(tmp_path, {"recipe": folder.dump(made(TAYLOR)), "versions": {"torch": "1.0"}, "finished": False})
     with pytest.raises(sc.SecateurError, match=r"begun with other versions .torch 1.0; now"):
         run(made(TAYLOR), tmp_path, progress=False)
+
+
+def test_a_run_from_before_a_setting_was_there_is_the_same_run(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    _, result = finished
+    older = json.loads(json.dumps(result))
+    del older["recipe"]["prune"]["rounds"]
+    folder.write(tmp_path, older)
+    assert run(made(ALL_STAGES), tmp_path, progress=False) == older
+
+
+def test_separable_where_only_linears_became_bottlenecks(tmp_path: Path) -> None:
+    prune = {
+        "method": "eigendamage", "budget": {"params": 0.99}, "batches": 2,
+        "options": {"separable": "svd", "layers": ["head"]},
+    }  # fmt: skip
+    found = run(made(TAYLOR, prune=prune), tmp_path, progress=False)["seeds"]["0"]["stages"]["pruned"]
+    assert found["separated"] == [] and list(found["bottlenecks"]) == ["head"]
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
         if name not in known:
             raise unknown(f"option of method {method!r}", name, known)
     for name, check in _CHECKS.items():
-        if name in options:
+        if options.get(name) is not None:
             check(name, options[name])
     if set(options) & set(_PASS):
         check_fisher(options.get("fisher", "sampled"), options.get("samples", 1))

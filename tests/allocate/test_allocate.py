@@ -188,5 +188,5 @@ def test_rounds_end_at_the_budget_to_the_unit():
 
 def test_what_is_below_a_rounds_budget_already_stays():
     assert in_round(sc.Budget(params=0.5), 1, 2, {"params": 100}, {"params": 40}).params == 1.0
-    with pytest.raises(sc.SecateurError, match="another width in every round"):
+    with pytest.raises(sc.SecateurError, match="are others in every round"):
         in_round(sc.Budget(params=0.5, at_least=0.1), 1, 2, {"params": 100}, {"params": 40})

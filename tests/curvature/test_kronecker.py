@@ -273,3 +273,68 @@ def test_bad_input_is_told(name):
     call, message = BAD[name]
     with pytest.raises(sc.SecateurError, match=message):
         call()
+
+
+def test_inputs_may_come_out_of_another_network():
+    torch.manual_seed(0)
+    before, model = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    whole = before(torch.randn(15, 8))
+    data = [(whole[i : i + 5], torch.arange(5) % 3) for i in (0, 5, 10)]
+    one, two = (kronecker_factors(model, data) for _ in range(2))
+    assert torch.equal(one["0"].a, two["0"].a) and before.weight.grad is None
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.b(self.a(x).relu()).float()
+
+
+def test_sums_keep_their_precision_under_autocast():
+    torch.manual_seed(0)
+    data = [(torch.randn(5, 8), torch.arange(5) % 3) for _ in range(3)]
+    found = kronecker_factors(Mixed(), data)
+    x = torch.cat([x for x, _ in data]).bfloat16().float()
+    assert found["a"].a.dtype == torch.float32
+    torch.testing.assert_close(found["a"].a[0, :8, :8], x.T @ x / 15, rtol=1e-2, atol=1e-2)
+
+
+class Routed(nn.Module):
+    """A part of the examples each; none for the second, at times."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 3), nn.Linear(8, 3), nn.Conv1d(1, 3, 8)
+
+    def forward(self, x):
+        first = x[:, 0] > 0
+        parts = torch.cat([self.a(x[first]), self.b(x[~first])])
+        return parts + torch.cat([self.c(x[~first].unsqueeze(1)).squeeze(2), parts[: int(first.sum())] * 0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_may_see_no_example_of_a_batch(form):
+    torch.manual_seed(0)
+    x = torch.randn(6, 8)
+    x[:, 0] = torch.tensor([1.0, 2, 3, -1, 1, 1])
+    data = [(x[:3], torch.arange(3)), (x[3:], torch.arange(3))]
+    found = kronecker_factors(Routed().double(), [(x.double(), y) for x, y in data], form=form)
+    seen = x[3:4].double()
+    torch.testing.assert_close(found["b"].a[0, :8, :8], seen.T @ seen)
+
+
+def test_a_graph_that_is_gone_is_told():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    kept = {}
+
+    def remember(_, __, output):
+        kept["state"] = (output + kept.get("state", 0)).tanh()
+        return kept["state"]
+
+    model[1].register_forward_hook(remember)
+    with pytest.raises(sc.SecateurError, match="no gradient of batch 1 can be found"):
+        kronecker_factors(model, [(torch.randn(3, 4), torch.arange(3) % 2) for _ in range(3)])

@@ -239,6 +239,8 @@ BAD = {
     "no budget": ({"budget": 0.5}, "a Budget is expected"),
     "limit": ({"limit": 1.0}, "between 0 and 1"),
     "layer": ({"layers": ["1"]}, "'1' is no linear"),
+    "floors": (
+        {"rule": "threshold", "budget": sc.Budget(params=0.5, round_to=4)}, "knows no round_to"),
     "too small": ({"budget": sc.Budget(params=0.01)}, "cannot be met"),
     "only grouped": ({"layers": ["5"]}, "no layer can become"),
     "loader": ({"data": []}, "loader is empty"),

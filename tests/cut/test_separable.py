@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from test_bottleneck import DATA, X, network
 from torch import nn
 
 import secateur as sc
+from secateur.cut.bottleneck import Bottleneck, hollow
 from secateur.cut.separable import alternating, from_mean_tap, product
 
 
@@ -101,7 +103,66 @@ def test_rotations_that_stay_fixed_stay_fixed():
     assert [p.requires_grad for p in made.parameters()] == [p.requires_grad for p in small.parameters()]
 
 
+def test_products_that_begin_at_zero_are_woken():
+    """A layer that reads only the sum of its inputs: the mean tap has one singular direction."""
+    torch.manual_seed(0)
+    columns = torch.randn(8, 9, 1, dtype=torch.float64)
+    core = torch.cat([columns, torch.zeros(8, 9, 5, dtype=torch.float64)], 2)
+    model, x = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Conv2d(8, 2, 1)).double(), torch.randn(4, 6, 5, 5).double()
+    small = sc.eigendamage(model, x, data=[x], loss_fn="mse", budget=sc.Budget(params=0.95), layers=["0"])
+    small[0] = hollow(model[0], 8, 6)
+    with torch.no_grad():
+        for layer in small[0]:
+            layer.weight.normal_()
+        small[0].core.weight.copy_(core.mT.reshape(8, 6, 3, 3))
+    made = sc.separate(small)
+    assert (made[0].core.weight.flatten(1).norm(dim=1) > 0).all()
+    first, last = small[0][0].weight.flatten(1), small[0][2].weight.flatten(1)
+    rotated = torch.einsum("or,rkc,ci->oki", last, core, first)
+    parts = made[0][2].weight.flatten(1), made[0].core.weight.flatten(1).mT, made[0][0].weight.flatten(1).mT
+    bound = torch.linalg.svdvals(columns[..., 0])[6:].norm()  # of six products
+    assert (rotated - product(parts)).norm() <= 20 * bound + 0.2 * rotated.norm()
+
+
+def test_nothing_is_drawn_from_the_users_random_state():
+    model = network()
+    before = torch.get_rng_state()
+    small = sc.eigendamage(model, X[:2], data=DATA, budget=sc.Budget(macs=0.5))
+    sc.separate(small)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bottlenecks_of_a_bottleneck_are_merged_when_separable_too():
+    made = sc.separate(sc.eigendamage(network(), X[:2], data=DATA, budget=sc.Budget(macs=0.5))).eval()
+    nested = copy.deepcopy(made)
+    for name in ("0", "3"):
+        if isinstance(made[int(name)], Bottleneck) and made[int(name)].core.groups > 1:
+            rank = made[int(name)].core.in_channels
+            eye = nn.Conv2d(rank, rank, 1, bias=False).double()
+            with torch.no_grad():
+                eye.weight.copy_(torch.eye(rank)[..., None, None])
+            nested[int(name)][1] = Bottleneck(eye, made[int(name)].core, copy.deepcopy(eye))
+            break
+    else:
+        pytest.fail("no separable bottleneck")
+    merged = sc.merge_bases(nested).eval()
+    assert sum(p.numel() for p in merged.parameters()) == sum(p.numel() for p in made.parameters())
+    torch.testing.assert_close(merged(X), made(X))
+
+
+def test_a_bottleneck_at_two_places_stays():
+    _, small = rotated()
+    twice = nn.ModuleList([small[0], small[0]])
+    with pytest.raises(sc.SecateurError, match="no convolutional bottleneck"):
+        sc.separate(twice)
+
+
 def test_bad_input_is_told():
+    _, small = rotated()
+    with torch.no_grad():
+        small[0].core.weight[0, 0] = torch.nan
+    with pytest.raises(sc.SecateurError, match="not finite"):
+        sc.separate(small)
     with pytest.raises(sc.SecateurError, match="no convolutional bottleneck"):
         sc.separate(network())
     with pytest.raises(sc.SecateurError, match="did you mean 'cp'"):

@@ -78,7 +78,7 @@ def in_round(budget: Budget, number: int, rounds: int, full: Mapping[str, int], 
         now: unit -> what the model costs by now, of which the fractions of the result are.
 
     Raises:
-        SecateurError: ``at_least`` is a fraction, which would be another width in every round.
+        SecateurError: see :func:`check_rounds`.
     """
     check_rounds(budget, rounds)
     fractions: dict[str, Any] = {}
@@ -89,12 +89,18 @@ def in_round(budget: Budget, number: int, rounds: int, full: Mapping[str, int], 
 
 
 def check_rounds(budget: Budget, rounds: int) -> None:
-    """Raise if the budget's floors have no meaning over several rounds."""
-    floors = budget.at_least.values() if isinstance(budget.at_least, Mapping) else [budget.at_least]
-    if rounds > 1 and any(floor < 1 for floor in floors):
+    """Raise if something in the budget has no meaning over several rounds."""
+    if rounds == 1:
+        return
+    if budget.channels is not None:
         raise SecateurError(
-            f"Budget(at_least={budget.at_least!r}) with rounds={rounds}: a fraction would be another width in every "
-            "round; give a number of channels"
+            f"Budget(channels=...) with rounds={rounds}: a group that has one channel left is none any more, and would "
+            "not be counted; limit macs= or params="
+        )
+    if isinstance(budget.at_least, Mapping) or budget.at_least < 1:
+        raise SecateurError(
+            f"Budget(at_least={budget.at_least!r}) with rounds={rounds}: groups and their widths are others in every "
+            "round; give one number of channels"
         )
 
 

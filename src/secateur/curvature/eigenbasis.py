@@ -119,7 +119,7 @@ def second_moments(
         bases: by name.
         data: as for :func:`secateur.curvature.kronecker_factors`, like the rest.
         loss: the loss.
-        fisher: ``"sampled"`` or ``"empirical"``.
+        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``.
         samples: draws of targets for each example.
         batches: use at most so many.
         seed: for the drawn targets.

@@ -159,11 +159,9 @@ def kronecker_factors(
         else:
             found[layer.name] = Factors(layer, mine.a.div_(mine.count), mine.g.div_(examples * samples))
     for name, factors in found.items():
-        a, g = (
-            bool(f.diagonal(dim1=1, dim2=2).isfinite().all()) for f in (factors.a, factors.g)
-        )  # squares tell of all
-        if not (a and g):
-            which = "inputs" if g else "gradients"
+        a, g = factors.a.diagonal(dim1=1, dim2=2), factors.g.diagonal(dim1=1, dim2=2)  # the squares tell of all
+        if not (a.isfinite().all() and g.isfinite().all()):
+            which = "inputs" if g.isfinite().all() else "gradients"
             raise SecateurError(f"the {which} of {name!r} are not finite: check the data and the model's weights")
     if not found:
         raise SecateurError("the data reached no linear or convolution of the model")

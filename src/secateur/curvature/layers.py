@@ -92,21 +92,23 @@ def input_samples(layer: Layer, x: Tensor) -> Tensor:
         [groups, batch, positions, taps, columns]; zeros where a tap sees padding.
     """
     if not layer.kernel:
-        rows = x.reshape(1, x.shape[0] if x.ndim > 1 else 1, -1, 1, x.shape[-1])
-        return _with_ones(layer, rows)
+        x = x if x.ndim > 1 else x.unsqueeze(0)
+        return _with_ones(layer, x.reshape(1, x.shape[0], math.prod(x.shape[1:-1]), 1, x.shape[-1]))
     windows = _windows(layer, x)
     groups, batch, *positions = windows.shape[: 2 + len(layer.kernel)]
+    columns = math.prod(windows.shape[2 + len(layer.kernel) :]) // layer.taps
     if layer.form == "channel":
         windows = windows.movedim(2 + len(layer.kernel), -1)
-    return _with_ones(layer, windows.reshape(groups, batch, math.prod(positions), layer.taps, -1))
+    return _with_ones(layer, windows.reshape(groups, batch, math.prod(positions), layer.taps, columns))
 
 
 def output_samples(layer: Layer, g: Tensor) -> Tensor:
     """Gradients at the outputs, [groups, batch, positions, rows]."""
     if not layer.kernel:
-        return g.reshape(1, g.shape[0] if g.ndim > 1 else 1, -1, g.shape[-1])
-    g = _batched(layer, g)
-    return g.flatten(2).reshape(g.shape[0], layer.groups, g.shape[1] // layer.groups, -1).permute(1, 0, 3, 2)
+        g = g if g.ndim > 1 else g.unsqueeze(0)
+        return g.reshape(1, g.shape[0], math.prod(g.shape[1:-1]), g.shape[-1])
+    g = _batched(layer, g).flatten(2)
+    return g.unflatten(1, (layer.groups, g.shape[1] // layer.groups)).permute(1, 0, 3, 2)
 
 
 def _with_ones(layer: Layer, samples: Tensor) -> Tensor:
@@ -170,9 +172,12 @@ def input_products(
 def output_products(layer: Layer, g: Tensor, into: Tensor | None = None) -> Tensor:
     """The sum over all samples of ``g g^T``, [groups, rows, rows]; ``into`` as for :func:`input_products`."""
     if not layer.kernel:
-        return _added(g.reshape(1, -1, g.shape[-1]).mT, into)
+        return _added(g.reshape(1, math.prod(g.shape[:-1]), g.shape[-1]).mT, into)
     for part in _parts(layer, g, 1):
-        into = _added(part.transpose(0, 1).reshape(layer.groups, part.shape[1] // layer.groups, -1), into)
+        into = _added(
+            part.flatten(2).transpose(0, 1).reshape(layer.groups, part.shape[1] // layer.groups, part[:, 0].numel()),
+            into,
+        )
     assert into is not None
     return into
 
@@ -185,7 +190,7 @@ def _parts(layer: Layer, x: Tensor, times: int) -> Iterable[Tensor]:
     """The batch in parts whose unfolding (so many times as large) is small."""
     x = _batched(layer, x) if layer.kernel else (x if x.ndim > 1 else x.unsqueeze(0))
     columns = x.shape[1 if layer.kernel else -1] // layer.groups * times
-    return x.split(max(1, max(SMALL, columns**2 // 8) // max(1, x[0].numel() * times)))
+    return x.split(max(1, max(SMALL, columns**2 // 8) // max(1, math.prod(x.shape[1:]) * times)))
 
 
 def _added(samples: Tensor, into: Tensor | None) -> Tensor:

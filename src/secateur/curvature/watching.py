@@ -87,23 +87,39 @@ def _there_and_back(
     with torch.enable_grad():
         drawn = values(_forward(model, inputs, number))
         value = next(drawn)
-        for following in drawn:
-            value.backward(retain_graph=True)
+        for following in drawn:  # the next loss is there before this one goes back, for the last one to be known
+            _back(value, number, retain=True)
             on_draw()
             value = following
-        value.backward()  # the last one frees the activations as it goes
+        _back(value, number, retain=False)  # it frees the activations as it goes
         on_draw()
+
+
+def _back(value: Tensor, number: int, *, retain: bool) -> None:
+    try:
+        value.backward(retain_graph=retain)
+    except RuntimeError as error:
+        if isinstance(error, SecateurError):
+            raise
+        raise SecateurError(f"no gradient of batch {number} can be found: {error}") from error
 
 
 def _hooked(layers: Sequence[Layer], anchor: Tensor, on_input: OnInput, on_gradient: OnGradient) -> Callable[[], None]:
     """Attach to the layers; what is returned detaches."""
+    plain = torch.autocast(layers[0].module.weight.device.type, enabled=False)  # sums keep their precision
 
     def attach(layer: Layer) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            kept = on_input(layer, inputs[0].detach())
+            with plain:
+                kept = on_input(layer, inputs[0].detach())
             if not output.requires_grad:  # nothing before it wants a gradient
                 output = output + anchor
-            output.register_hook(lambda g: on_gradient(layer, g, kept))
+
+            def back(g: Tensor) -> None:
+                with plain:
+                    on_gradient(layer, g, kept)
+
+            output.register_hook(back)
             return output
 
         return layer.module.register_forward_hook(hook)
@@ -143,7 +159,7 @@ def _split(batch: Any, fisher: str, number: int, device: torch.device) -> tuple[
         inputs, targets = (batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 1 else batch), None
     else:
         raise SecateurError(f"data: batches (inputs, targets) are expected, batch {number} is a {type(batch).__name__}")
-    inputs, targets = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, (inputs, targets))
+    inputs, targets = tree_map(lambda v: v.detach().to(device) if isinstance(v, Tensor) else v, (inputs, targets))
     return inputs, (targets if fisher == "empirical" else None)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from secateur.curvature import Eigenbasis
 from secateur.curvature.layers import CONVOLUTIONS
@@ -57,24 +58,24 @@ def three(layer: Any) -> tuple[Any, Any, Any]:
 
 
 def hollow(layer: Any, rows: int, columns: int, groups: int = 1) -> Bottleneck:
-    """A bottleneck of these sizes in the place of a layer (or of a bottleneck), its weights not set."""
+    """A bottleneck of these sizes in the place of a layer (or of a bottleneck), its weights not set, nothing drawn."""
     first, core, last = three(layer)
     weight = core.weight
     plain: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     bias = last.bias is not None
     if isinstance(core, nn.Linear):
         made = Bottleneck(
-            nn.Linear(first.in_features, columns, bias=False, **plain),
-            nn.Linear(columns, rows, bias=False, **plain),
-            nn.Linear(rows, last.out_features, bias=bias, **plain),
+            skip_init(nn.Linear, first.in_features, columns, bias=False, **plain),
+            skip_init(nn.Linear, columns, rows, bias=False, **plain),
+            skip_init(nn.Linear, rows, last.out_features, bias=bias, **plain),
         )
     else:
         kind = next(k for k in CONVOLUTIONS if isinstance(core, k))
         geometry = {k: getattr(core, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
         made = Bottleneck(
-            kind(first.in_channels, columns, 1, bias=False, **plain),
-            kind(columns, rows, bias=False, groups=groups, **geometry, **plain),
-            kind(rows, last.out_channels, 1, bias=bias, **plain),
+            skip_init(kind, first.in_channels, columns, 1, bias=False, **plain),
+            skip_init(kind, columns, rows, bias=False, groups=groups, **geometry, **plain),
+            skip_init(kind, rows, last.out_channels, 1, bias=bias, **plain),
         )
     return made.train(layer.training)
 
@@ -170,14 +171,17 @@ def merge_bases(model: nn.Module) -> nn.Module:
         inner: Any = outer.core
         if not isinstance(inner, Bottleneck):
             continue
-        made: Any = hollow(Bottleneck(outer[0], inner.core, outer[2]), _rows(inner.core), _columns(inner.core))
+        core = inner.core
+        made: Any = hollow(
+            Bottleneck(outer[0], core, outer[2]), _rows(core), _columns(core), getattr(core, "groups", 1)
+        )
         first, nested, last = three(outer)
         enter, _, leave = three(nested)
         with torch.no_grad():
             entering = enter.weight.double().flatten(1) @ first.weight.double().flatten(1)
             leaving = last.weight.double().flatten(1) @ leave.weight.double().flatten(1)
             made[0].weight.copy_(entering.reshape(made[0].weight.shape))
-            made[1].weight.copy_(inner.core.weight)
+            made[1].weight.copy_(core.weight)
             made[2].weight.copy_(leaving.reshape(made[2].weight.shape))
             if last.bias is not None:
                 made[2].bias.copy_(last.bias)
@@ -190,7 +194,7 @@ def _rows(core: Any) -> int:
 
 
 def _columns(core: Any) -> int:
-    return int(core.weight.shape[1])
+    return int(core.weight.shape[1]) * getattr(core, "groups", 1)
 
 
 def put(model: nn.Module, name: str, part: nn.Module) -> nn.Module:

@@ -42,17 +42,22 @@ def separate(model: nn.Module, how: str = "cp", *, sweeps: int = 100) -> nn.Modu
         A new module, which remembers what was done; fine-tune it, for the products are an approximation.
 
     Raises:
-        SecateurError: an unknown ``how``, no convolutional bottleneck in the model.
+        SecateurError: an unknown ``how``, no convolutional bottleneck in the model, weights that are not finite.
     """
     check_how(how)
     if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
         raise SecateurError(f"separate(sweeps={sweeps!r}): a whole number from 0 on is expected")
     copied, ranks = copy.deepcopy(model), {}
-    for name, layer in [(n, m) for n, m in copied.named_modules() if _separable(m)]:
+    for name in separable(model):
+        layer: Any = copied.get_submodule(name)
         core = layer.core.weight.detach().double().flatten(2).mT  # [rows, taps, columns]
+        if not core.isfinite().all():
+            raise SecateurError(
+                f"separate: the weights of {name!r} are not finite; go back to a checkpoint before that"
+            )
         u, s, v = from_mean_tap(core)
         if how == "cp":
-            u, s, v = alternating(core, (u, s, v), sweeps)
+            u, s, v = alternating(core, _stirred(u, s, v), sweeps)
         u, s, v = _balanced(u, s, v)
         made: Any = hollow(layer, u.shape[1], u.shape[1], groups=u.shape[1])
         with torch.no_grad():
@@ -61,6 +66,7 @@ def separate(model: nn.Module, how: str = "cp", *, sweeps: int = 100) -> nn.Modu
                 new.weight.copy_(weight.reshape(new.weight.shape))
             if made[2].bias is not None:
                 made[2].bias.copy_(layer[2].bias)
+                made[2].bias.requires_grad_(layer[2].bias.requires_grad)
         for new, old in zip(made, layer, strict=True):
             new.weight.requires_grad_(old.weight.requires_grad)
         copied, ranks[name] = put(copied, name, made), (u.shape[1], u.shape[1])
@@ -91,6 +97,12 @@ def replay(model: nn.Module, text: str) -> nn.Module:
             raise SecateurError(f"the rewrite is damaged: {name!r} cannot become separable of rank {rank}")
         copied = put(copied, name, hollow(layer, rank, rank, groups=rank))
     return add_to_record(copied, model, {SEPARATE: Rewrite(given, ranks)})
+
+
+def separable(model: nn.Module) -> list[str]:
+    """The paths of the convolutional bottlenecks that stand at one place only and are not depthwise yet."""
+    every = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if _separable(m)]
+    return [name for name, layer in every if sum(other is layer for _, other in every) == 1]
 
 
 def _separable(layer: Any) -> bool:
@@ -131,6 +143,22 @@ def alternating(core: Tensor, parts: Parts, sweeps: int, tolerance: float = 1e-5
         if before - error <= tolerance * size:
             break
     return u, s, v
+
+
+def _stirred(u: Tensor, s: Tensor, v: Tensor) -> Parts:
+    """The parts with small random ones for products that are zero, which least squares would leave at zero for ever."""
+    size = s.norm(dim=0)
+    dead = size <= 1e-6 * size.max()
+    source = torch.Generator().manual_seed(0)
+
+    def drawn(part: Tensor) -> Tensor:
+        return torch.randn(part.shape, generator=source, dtype=part.dtype).to(part.device) / part.shape[0] ** 0.5
+
+    return (
+        torch.where(dead, drawn(u), u),
+        torch.where(dead, 0.01 * size.max() * drawn(s), s),
+        torch.where(dead, drawn(v), v),
+    )
 
 
 def _inverse(a: Tensor, b: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from secateur.errors import SecateurError
-from secateur.recipe import Recipe
+from secateur.recipe import Recipe, validate
 from secateur.train.checkpoint import write_atomically
 
 VERSION = 1
@@ -51,7 +51,7 @@ def earlier(out: Path, recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]
     found = read(out)
     if fresh:
         return None
-    changes = list(_differences(found.get("recipe", {}), dump(recipe)))
+    changes = list(_differences(_with_defaults(found.get("recipe", {})), dump(recipe)))
     if changes:
         raise SecateurError(
             f"--out {out}: it holds another run ({'; '.join(changes[:5])}): give another folder, or --fresh to replace "
@@ -132,6 +132,14 @@ def _lock(handle: int, out: Path) -> None:
         raise SecateurError(
             f"--out {out}: another process is at work in it; wait for it, or give another folder"
         ) from error
+
+
+def _with_defaults(old: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe written down before a setting was there means that setting's default."""
+    try:
+        return dump(validate(old))
+    except SecateurError:
+        return old
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -25,6 +25,7 @@ from secateur import store
 from secateur.allocate import Budget
 from secateur.allocate.budget import in_round
 from secateur.cut import check, recalibrate, record, separate
+from secateur.cut.separable import separable
 from secateur.data import Dataset
 from secateur.eigendamage import CUTTING, EIGENDAMAGE, check_budget, measure_damage
 from secateur.errors import SecateurError
@@ -141,7 +142,7 @@ def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
         if recipe.finetune is not None:
             last = kept(f"tuned{mark}", partial(_tune, setting, last, recipe.finetune, seed))
         columns["after" if number == rounds else f"round {number}"] = last
-    if last != before:
+    if last != before:  # sdprun beside its baseline, even where nothing is pruned
         columns["after"] = last
     return {**_measured(setting, folder, columns), "stages": stages}
 
@@ -267,7 +268,8 @@ def _rotate(
         "skipped": dict(damages.skipped),
     }
     if last and section.options.get("separable"):
-        small = separate(small, section.options["separable"])
+        facts["separated"] = separable(small)  # none, where only linears became bottlenecks
+        small = separate(small, section.options["separable"]) if facts["separated"] else small
     if section.recalibrate:
         recalibrate(small, batches)
     return small, facts
