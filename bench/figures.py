@@ -78,9 +78,9 @@ def curve(rows: list[dict[str, Any]], network: str, method: str, unit: str) -> C
 
 
 def damage() -> None:
-    """All one-shot methods without fine-tuning, over parameters and over MACs."""
+    """All one-shot methods without fine-tuning, over parameters and over MACs; networks that are through."""
     rows = json.loads((HERE / "results" / "damage.json").read_text())["rows"]
-    names = [name for name in TITLES if any(row["network"] == name for row in rows)]
+    names = [n for n in TITLES if {r["method"] for r in rows if r["network"] == n} >= set(STYLES)]
     figure, panels = plt.subplots(2, len(names), figsize=(4.6 * len(names), 7), squeeze=False, layout="constrained")
     for j, name in enumerate(names):
         for i, (unit, words) in enumerate((("params", "parameters"), ("macs", "MACs"))):
