@@ -119,6 +119,7 @@ BAD = {
     "prune={method: eigendamage, budget: {macs: 0.5}, options: {ekfac: 1}}": "true or false",
     "prune={method: eigendamage, budget: {macs: 0.5}, options: {layers: conv1}}": "a list of the layers' paths",
     "prune={method: eigendamage, budget: {macs: 0.5}, options: {rule: threshhold}}": "did you mean 'threshold'",
+    "prune={method: eigendamage, budget: {macs: 0.5, round_to: 4}, options: {rule: threshold}}": "knows no round_to",
     "prune.rounds=0": "greater than or equal to 1",
     "prune={method: dead, rounds: 2}": "takes what training has driven to zero, but rounds is given",
     "prune={method: taylor, budget: {macs: 0.5, at_least: 0.1}, rounds: 2}": "are others in every round",

@@ -371,13 +371,19 @@ def test_a_run_from_before_a_setting_was_there_is_the_same_run(
     assert run(made(ALL_STAGES), tmp_path, progress=False) == older
 
 
-def test_separable_where_only_linears_became_bottlenecks(tmp_path: Path) -> None:
+def test_separable_where_no_convolution_can_be_or_is_a_bottleneck(tmp_path: Path) -> None:
     prune = {
         "method": "eigendamage", "budget": {"params": 0.99}, "batches": 2,
         "options": {"separable": "svd", "layers": ["head"]},
     }  # fmt: skip
-    found = run(made(TAYLOR, prune=prune), tmp_path, progress=False)["seeds"]["0"]["stages"]["pruned"]
-    assert found["separated"] == [] and list(found["bottlenecks"]) == ["head"]
+    with pytest.raises(sc.SecateurError, match="no layer is a convolution"):
+        run(made(TAYLOR, prune=prune), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    prune["options"]["layers"] = ["conv1", "head"]
+    said = []
+    found = run(made(TAYLOR, prune=prune), tmp_path / "out", progress=False, say=said.append)["seeds"]["0"]["stages"]
+    assert found["pruned"]["separated"] == [] and list(found["pruned"]["bottlenecks"]) == ["head"]
+    assert any(line.startswith("separable: ") for line in said)
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def eigendamage(
     Raises:
         SecateurError: a budget that cannot be met, before any pass over the data; what the factors refuse.
     """
-    check_rule(rule, limit)
+    check_rule(rule, limit, budget)
     check_budget(model, example_inputs, budget, layers)
     damages = measure_damage(
         model, example_inputs, data=data, loss_fn=loss_fn, ekfac=ekfac, layers=layers, fisher=fisher, samples=samples,
@@ -87,12 +87,14 @@ def check_budget(model: nn.Module, example_inputs: Inputs, budget: Budget, layer
     _room(model, seen, [_choice(p, None, seen.positions[p.name]) for p in parts], budget).check()
 
 
-def check_rule(rule: str, limit: float) -> None:
-    """Raise if there is no such rule, or no such limit."""
+def check_rule(rule: str, limit: float, budget: Budget | None = None) -> None:
+    """Raise if there is no such rule, no such limit, or the rule knows not all of the budget."""
     if rule not in RULES:
         raise unknown("rule", rule, RULES)
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < 1:
         raise SecateurError(f"limit={limit!r}: a fraction between 0 and 1 is expected")
+    if rule == "threshold" and isinstance(budget, Budget) and (budget.round_to != 1 or budget.at_least != 1):
+        raise SecateurError("rule='threshold' knows no round_to= and no at_least=: leave them out, or use 'lagrangian'")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,7 @@ class Damages:
         self, budget: Budget, *, rule: str = "lagrangian", limit: float = 0.95, train_rotations: bool = True
     ) -> nn.Module:
         """The model within a budget; arguments as for :func:`eigendamage`."""
-        check_rule(rule, limit)
+        check_rule(rule, limit, budget)
         room = _room(self.model, self._seen, self.choices, budget)
         boxes = lagrangian(room) if rule == "lagrangian" else threshold(room, limit)
         kept = {

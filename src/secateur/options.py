@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from secateur.allocate import Budget
 from secateur.curvature import check_damping
 from secateur.curvature.losses import check_fisher
 from secateur.cut.separable import check_how
@@ -23,8 +24,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 """The names of each method's options."""
 
 
-def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raise if a method has no such option, or an option no such value."""
+def check_options(method: str, options: Mapping[str, Any], budget: Budget | None = None) -> None:
+    """Raise if a method has no such option, an option no such value, or a budget that does not go with them."""
     known = OPTIONS.get(method, ())
     for name in options:
         if name not in known:
@@ -35,7 +36,7 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     if set(options) & set(_PASS):
         check_fisher(options.get("fisher", "sampled"), options.get("samples", 1))
     if set(options) & {"rule", "limit"}:
-        check_rule(options.get("rule", "lagrangian"), options.get("limit", 0.95))
+        check_rule(options.get("rule", "lagrangian"), options.get("limit", 0.95), budget)
 
 
 def _truth(name: str, value: object) -> None:

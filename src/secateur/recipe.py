@@ -228,7 +228,7 @@ class Prune(_Section):
             )
         if self.compensate and self.method not in FACTORED:
             raise SecateurError(f"compensate: the methods {', '.join(FACTORED)} have factors, {self.method!r} has none")
-        check_options(self.method, self.options)
+        check_options(self.method, self.options, self.make_budget())
         if self.method in {*CRITERIA, EIGENDAMAGE} and self.budget is None:
             raise SecateurError(f"method {self.method!r} needs a budget, for instance budget: {{macs: 0.5}}")
         if self.budget is not None:

@@ -116,8 +116,8 @@ def test_a_budget_is_met_and_used(seed, limits):
                 assert not room.met([*boxes[:i], more, *boxes[i + 1 :]]), (i, box, more)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_choice_is_nearly_the_best_of_all(seed):
+@pytest.mark.parametrize("seed", range(12))
+def test_the_choice_is_the_best_of_all(seed):
     """Brute force over two small layers."""
     room = room_of(seed, params=0.5)
     two = room.choices[:2]
@@ -130,8 +130,7 @@ def test_the_choice_is_nearly_the_best_of_all(seed):
                 lost = sum(c.loss[b] if b else 0 for c, b in zip(room.choices, (one, two), strict=True))
                 best = min(best, lost)
     found = sum(c.loss[b] if b else 0 for c, b in zip(room.choices, lagrangian(room), strict=True))
-    everything = sum(c.loss[0, 0] for c in room.choices)
-    assert best <= found + 1e-12 and found - best <= 0.1 * everything
+    assert found == pytest.approx(best, rel=1e-12)
 
 
 def test_two_limits_that_only_a_mix_of_choices_meets_can_be_met():

@@ -241,8 +241,6 @@ def threshold(room: Room, limit: float = 0.95) -> list[Box]:
         room: the budget.
         limit: no layer loses a larger part of its rows or of its columns.
     """
-    if room.budget.round_to != 1 or room.budget.at_least != 1:
-        raise SecateurError("rule='threshold' knows no round_to= and no at_least=: leave them out, or use 'lagrangian'")
     room.check()
     scores = [(c.damage.sum(1), c.damage.sum(0)) for c in room.choices]
     pool = np.sort(np.concatenate([side for pair in scores for side in pair]))

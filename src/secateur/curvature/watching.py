@@ -99,8 +99,6 @@ def _back(value: Tensor, number: int, *, retain: bool) -> None:
     try:
         value.backward(retain_graph=retain)
     except RuntimeError as error:
-        if isinstance(error, SecateurError):
-            raise
         raise SecateurError(f"no gradient of batch {number} can be found: {error}") from error
 
 

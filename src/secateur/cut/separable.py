@@ -30,7 +30,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def separate(model: nn.Module, how: str = "cp", *, sweeps: int = 100) -> nn.Module:
-    """Make the cores of all convolutional bottlenecks depthwise.
+    """Make the cores of all convolutional bottlenecks depthwise; one that stands at several places stays.
 
     Args:
         model: what :func:`secateur.eigendamage` returned, before or after fine-tuning; it is left untouched.
@@ -57,7 +57,7 @@ def separate(model: nn.Module, how: str = "cp", *, sweeps: int = 100) -> nn.Modu
             )
         u, s, v = from_mean_tap(core)
         if how == "cp":
-            u, s, v = alternating(core, _stirred(u, s, v), sweeps)
+            u, s, v = alternating(core, stirred((u, s, v)), sweeps)
         u, s, v = _balanced(u, s, v)
         made: Any = hollow(layer, u.shape[1], u.shape[1], groups=u.shape[1])
         with torch.no_grad():
@@ -145,8 +145,9 @@ def alternating(core: Tensor, parts: Parts, sweeps: int, tolerance: float = 1e-5
     return u, s, v
 
 
-def _stirred(u: Tensor, s: Tensor, v: Tensor) -> Parts:
+def stirred(parts: Parts) -> Parts:
     """The parts with small random ones for products that are zero, which least squares would leave at zero for ever."""
+    u, s, v = parts
     size = s.norm(dim=0)
     dead = size <= 1e-6 * size.max()
     source = torch.Generator().manual_seed(0)

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from secateur import store
 from secateur.allocate import Budget
 from secateur.allocate.budget import in_round
-from secateur.cut import check, recalibrate, record, separate
+from secateur.curvature.layers import CONVOLUTIONS
+from secateur.cut import Bottleneck, check, recalibrate, record, separate
 from secateur.cut.separable import separable
 from secateur.data import Dataset
 from secateur.eigendamage import CUTTING, EIGENDAMAGE, check_budget, measure_damage
@@ -105,7 +106,13 @@ def check_setting(setting: Setting) -> None:
     budget = setting.recipe.prune.make_budget()
     section = setting.recipe.prune
     if budget is not None and section.method == EIGENDAMAGE:
-        check_budget(model, setting.inputs, budget, section.options.get("layers"))
+        layers = section.options.get("layers")
+        check_budget(model, setting.inputs, budget, layers)
+        named = dict(model.named_modules())
+        if section.options.get("separable") and not any(
+            isinstance(named[name], (*CONVOLUTIONS, Bottleneck)) for name in layers or named
+        ):
+            raise SecateurError("prune.options.separable: no layer is a convolution that could be; leave it out")
     elif budget is not None:
         check_feasible(graph, budget, inexact=section.inexact)
 
@@ -215,9 +222,8 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, _at: Path) ->
     model = _load(setting, source).to(setting.device)
     budget = section.make_budget()
     if budget is not None and section.rounds > 1:
-        full, now = (
-            vars(counts(trace(m, setting.inputs.cpu()))) for m in (setting.begin(seed), _load(setting, source))
-        )
+        original = setting.begin(seed).to(setting.device)
+        full, now = (vars(counts(trace(m, setting.inputs))) for m in (original, model))
         budget = in_round(budget, number, section.rounds, full, now)
     set_seed(seed)
     loader = data.loader("train", setting.recipe.data.batch_size, shuffle=True, seed=seed)
@@ -268,8 +274,11 @@ def _rotate(
         "skipped": dict(damages.skipped),
     }
     if last and section.options.get("separable"):
-        facts["separated"] = separable(small)  # none, where only linears became bottlenecks
-        small = separate(small, section.options["separable"]) if facts["separated"] else small
+        facts["separated"] = separable(small)
+        if facts["separated"]:
+            small = separate(small, section.options["separable"])
+        else:
+            setting.say("separable: the budget made no convolution a bottleneck, so none is")
     if section.recalibrate:
         recalibrate(small, batches)
     return small, facts
