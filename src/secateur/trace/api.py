@@ -16,7 +16,8 @@ from secateur.trace.build import build, unused
 from secateur.trace.graph import ChannelGraph, ChannelGroup, HasRemoved, fingerprint, no_removable_channel
 from secateur.trace.names import Dim, Ids, Names
 from secateur.trace.probe import Chosen, Refused, ends, lone, mismatch, unbearable, uneven
-from secateur.trace.tracer import Inputs, Skeleton, Step, Watcher, final_steps, in_mode, quiet, tensors_in, watch
+from secateur.trace.steps import Step, final_steps
+from secateur.trace.tracer import Inputs, Skeleton, Watcher, in_mode, quiet, tensors_in, watch
 
 KINDS = ("meta", "fake", "real")
 

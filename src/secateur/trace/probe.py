@@ -13,11 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from secateur.trace.graph import ChannelGraph, ChannelGroup
-from secateur.trace.names import Dim, Ids, Names
+from secateur.trace.names import Dim, Names
 from secateur.trace.slices import shrink, shrunk, sliced
-from secateur.trace.tracer import Skeleton, Step, quiet, watch
-
-MOVES = {"view", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze"}
+from secateur.trace.steps import Step, compare, remaining
+from secateur.trace.tracer import Skeleton, quiet, watch
 
 Refused = tuple[ChannelGroup, str]
 """A group and the reason."""
@@ -66,68 +65,11 @@ def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen:
         return f"the model's forward cannot bear it: {_words(error)}"
     finally:
         undo()
-    again = watcher.steps
-    if _path(expected) != _path(again):  # what PyTorch copies or views depends on strides, and so on widths
-        expected, again = _computing(expected), _computing(again)
-        if _path(expected) != _path(again):
-            return "the model's forward takes another path when widths change"
-    return compare(expected, again, watcher.agree, free=skeleton.kind == "real")
+    return compare(expected, watcher.steps, watcher.agree, free=skeleton.kind == "real")
 
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-
-
-def _path(steps: list[Step]) -> list[str]:
-    return [step.op for step in steps]
-
-
-def _computing(steps: list[Step]) -> list[Step]:
-    """The steps that compute something, without those that only move positions."""
-    return [step for step in steps if step.op not in MOVES]
-
-
-def remaining(steps: list[Step], gone: np.ndarray) -> list[Step]:
-    """The steps that a correctly cut model must show."""
-    cache: dict[int, Ids] = {}
-
-    def left(ids: Dim) -> Dim:
-        if ids is None:
-            return None
-        if id(ids) not in cache:
-            cache[id(ids)] = ids[~gone[ids]]
-        return cache[id(ids)]
-
-    result = []
-    for step in steps:
-        names = tuple(tuple(left(d) for d in dims) for dims in step.names)
-        shapes = tuple(
-            tuple(n if ids is None else len(ids) for ids, n in zip(dims, shape, strict=True))
-            for dims, shape in zip(names, step.shapes, strict=True)
-        )
-        result.append(Step(step.op, names, shapes, step.numbers))
-    return result
-
-
-def compare(expected: list[Step], again: list[Step], agree: Callable[[Dim, Dim], bool], *, free: bool) -> str:
-    """The first difference between two runs, in words, or an empty string; sizes without names may be free (values)."""
-    for want, got in zip(expected, again, strict=True):
-        if want.shapes != got.shapes and not (free and _same_named(want, got)):
-            return f"the model fixes a width: {got.op} gives {got.shapes} where {want.shapes} is due"
-        if want.numbers != got.numbers:
-            return f"the model computes a number from a width: {got.op} takes {got.numbers} where {want.numbers} is due"
-        for dims, others in zip(want.names, got.names, strict=True):
-            if any(not agree(a, b) for a, b in zip(dims, others, strict=True)):
-                return f"the model fixes a position: {got.op} mixes up channels"
-    return ""
-
-
-def _same_named(want: Step, got: Step) -> bool:
-    """Whether two steps' shapes agree where names are."""
-    return len(want.shapes) == len(got.shapes) and all(
-        len(a) == len(b) and all(m == n or ids is None for m, n, ids in zip(a, b, dims, strict=True))
-        for a, b, dims in zip(want.shapes, got.shapes, want.names, strict=True)
-    )
 
 
 def unbearable(groups: Sequence[ChannelGroup], probe: Callable[[Sequence[ChannelGroup]], str]) -> list[Refused]:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,19 +25,10 @@ from secateur.trace.copying import copy_module
 from secateur.trace.names import Dim, Named, Names, anonymous, lasting
 from secateur.trace.rules import RULES, unknown_operation
 from secateur.trace.shapes import quick
+from secateur.trace.steps import Step
 
 Inputs = Any
 """Example inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments."""
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What one operation returned: the names and shapes of its tensors; and the plain numbers it was given."""
-
-    op: str
-    names: tuple[tuple[Dim, ...], ...]
-    shapes: tuple[tuple[int, ...], ...]
-    numbers: tuple[float, ...] = ()
 
 
 class Watcher(TorchDispatchMode):
@@ -385,18 +375,3 @@ def watch(
         Step("output", tuple(watcher.get(t).dims for t in outputs), tuple(tuple(t.shape) for t in outputs))
     )
     return watcher
-
-
-def final_steps(steps: list[Step], channel_of: np.ndarray) -> list[Step]:
-    """The same steps with every name replaced by its channel id; a dim that is fixed throughout has no names."""
-    cache: dict[int, Dim] = {}
-
-    def final(ids: Dim) -> Dim:
-        if ids is None:
-            return None
-        if id(ids) not in cache:
-            channels = channel_of[np.abs(ids)]
-            cache[id(ids)] = channels if channels.any() else None
-        return cache[id(ids)]
-
-    return [replace(s, names=tuple(tuple(final(d) for d in dims) for dims in s.names)) for s in steps]
