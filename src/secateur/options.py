@@ -7,7 +7,7 @@ from typing import Any
 
 from secateur.allocate import Budget
 from secateur.curvature import check_damping
-from secateur.curvature.losses import check_fisher
+from secateur.curvature.losses import Pass
 from secateur.cut.separable import check_how
 from secateur.eigendamage import EIGENDAMAGE, check_rule
 from secateur.errors import SecateurError, unknown
@@ -33,8 +33,7 @@ def check_options(method: str, options: Mapping[str, Any], budget: Budget | None
     for name, check in _CHECKS.items():
         if options.get(name) is not None:
             check(name, options[name])
-    if set(options) & set(_PASS):
-        check_fisher(options.get("fisher", "sampled"), options.get("samples", 1))
+    Pass(**{name: options[name] for name in _PASS if name in options})
     if set(options) & {"rule", "limit"}:
         check_rule(options.get("rule", "lagrangian"), options.get("limit", 0.95), budget)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from secateur.curvature.kronecker import Factors, processes, wide
 from secateur.curvature.layers import Layer, input_samples, output_samples
-from secateur.curvature.losses import Loss, check_fisher, loss_of
+from secateur.curvature.losses import Loss, Pass, loss_of
 from secateur.curvature.watching import watch
 from secateur.errors import SecateurError
 
@@ -127,7 +127,7 @@ def second_moments(
     Raises:
         SecateurError: as for the factors; an input without a batch dim.
     """
-    check_fisher(fisher, samples)
+    how = Pass(fisher, samples, batches, seed)
     layers = [basis.layer for basis in bases.values()]
     sums = {name: torch.zeros_like(_both(b.layer.table().to(b.qa), b.qg.mT, b.qa)) for name, b in bases.items()}
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -142,7 +142,7 @@ def second_moments(
 
     examples = watch(
         model, layers, data, loss_of(loss), on_input=lambda layer, x: x.clone(), on_gradient=on_gradient,
-        on_draw=on_draw, fisher=fisher, samples=samples, batches=batches, seed=seed,
+        on_draw=on_draw, how=how,
     )  # fmt: skip
     if processes() > 1:
         total = torch.tensor(examples, device=layers[0].module.weight.device)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from secateur.curvature.layers import MEASURED, Layer, input_products, layers_of, measurable, output_products
-from secateur.curvature.losses import Loss, check_fisher, loss_of
+from secateur.curvature.losses import Loss, Pass, loss_of
 from secateur.curvature.watching import watch
 from secateur.errors import SecateurError
 
@@ -125,7 +125,7 @@ def kronecker_factors(
     Raises:
         SecateurError: an empty loader, batches that do not fit, losses or activations that are not finite.
     """
-    check_fisher(fisher, samples)
+    how = Pass(fisher, samples, batches, seed)
     chosen = layers_of(model, form, layers, biased=bias)
     first = {id(layer.module.weight): layer for layer in reversed(chosen)}
     sums = {id(layer.module.weight): _Sums() for layer in chosen}
@@ -140,8 +140,7 @@ def kronecker_factors(
         mine.g = output_products(layer, wide(g), mine.g)
 
     examples = watch(
-        model, chosen, data, loss_of(loss), on_input=on_input, on_gradient=on_gradient,
-        fisher=fisher, samples=samples, batches=batches, seed=seed,
+        model, chosen, data, loss_of(loss), on_input=on_input, on_gradient=on_gradient, how=how,
     )  # fmt: skip
     examples = _gathered(first, sums, examples)
     found: dict[str, Factors] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,27 +116,44 @@ def _mean(function: Callable[[Any, Any], Tensor]) -> Loss:
 EXACT: dict[Loss, Callable[[Tensor], Iterator[Tensor]]] = {cross_entropy: _each_class, mse: _each_output}
 
 
-def draws(
-    loss: Loss, outputs: Any, targets: Any, generator: torch.Generator, fisher: str, samples: int
-) -> Iterator[Tensor]:
-    """The losses of one batch whose squared gradients add up to ``samples`` times the Fisher."""
-    if fisher != "exact":
-        for _ in range(samples):
+@dataclass(frozen=True)
+class Pass:
+    """How data is passed over.
+
+    Attributes:
+        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``.
+        samples: how many targets are drawn for each example.
+        batches: use at most so many.
+        seed: for the drawn targets.
+
+    Raises:
+        SecateurError: no way to get targets.
+    """
+
+    fisher: str = "sampled"
+    samples: int = 1
+    batches: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        fisher, samples = self.fisher, self.samples
+        if fisher not in FISHERS:
+            raise SecateurError(
+                f"fisher={fisher!r}: 'sampled' (the model draws targets), 'exact' (the mean over all draws) or "
+                "'empirical' (the data's targets)"
+            )
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise SecateurError(f"samples={samples!r}: a whole number from 1 on is expected")
+        if fisher != "sampled" and samples != 1:
+            raise SecateurError(f"samples={samples}: fisher={fisher!r} draws nothing; leave samples at 1")
+
+
+def draws(loss: Loss, outputs: Any, targets: Any, generator: torch.Generator, how: Pass) -> Iterator[Tensor]:
+    """The losses of one batch whose squared gradients add up to ``how.samples`` times the Fisher."""
+    if how.fisher != "exact":
+        for _ in range(how.samples):
             yield loss(outputs, targets, generator)
     elif loss in EXACT:
         yield from EXACT[loss](outputs)
     else:
         raise SecateurError(f"fisher='exact' is known for {', '.join(LOSSES)}; draw targets instead (fisher='sampled')")
-
-
-def check_fisher(fisher: str, samples: int) -> None:
-    """Raise if this is no way to get targets."""
-    if fisher not in FISHERS:
-        raise SecateurError(
-            f"fisher={fisher!r}: 'sampled' (the model draws targets), 'exact' (the mean over all draws) or 'empirical' "
-            "(the data's targets)"
-        )
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise SecateurError(f"samples={samples!r}: a whole number from 1 on is expected")
-    if fisher != "sampled" and samples != 1:
-        raise SecateurError(f"samples={samples}: fisher={fisher!r} draws nothing; leave samples at 1")

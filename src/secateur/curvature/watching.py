@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from secateur.curvature.layers import Layer
-from secateur.curvature.losses import Loss, draws
+from secateur.curvature.losses import Loss, Pass, draws
 from secateur.errors import SecateurError
 from secateur.trace import call_model
 from secateur.trace.tracer import tensors_in
@@ -32,10 +32,7 @@ def watch(
     on_input: OnInput,
     on_gradient: OnGradient,
     on_draw: Callable[[], None] = lambda: None,
-    fisher: str = "sampled",
-    samples: int = 1,
-    batches: int | None = None,
-    seed: int = 0,
+    how: Pass,
 ) -> int:
     """Run the data through the model, in eval mode, forward and back.
 
@@ -47,12 +44,9 @@ def watch(
         data: batches (inputs, targets); targets may be missing where they are drawn.
         loss: see :data:`secateur.curvature.losses.Loss`.
         on_input: called with each input of each layer.
-        on_gradient: called with the gradient of the summed loss at each output, ``samples`` times.
+        on_gradient: called with the gradient of the summed loss at each output, once a draw.
         on_draw: called when all gradients of one batch and one draw of targets have been seen.
-        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``.
-        samples: how many targets are drawn for each example.
-        batches: use at most so many.
-        seed: for the drawn targets.
+        how: the targets, and how much of the data.
 
     Returns:
         The number of examples seen.
@@ -61,18 +55,18 @@ def watch(
         SecateurError: no data, batches that do not fit, a loss that is not finite or has no gradient.
     """
     device = layers[0].module.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(how.seed)
     examples = 0
     with ExitStack() as stack:
         stack.enter_context(_at_rest(model))
         anchor = torch.zeros((), device=device, requires_grad=True)
         stack.callback(_hooked(layers, anchor, on_input, on_gradient))
         for number, batch in enumerate(data):
-            if batches is not None and number >= batches:
+            if how.batches is not None and number >= how.batches:
                 break
-            inputs, targets = _split(batch, fisher, number, device)
+            inputs, targets = _split(batch, how.fisher, number, device)
             _there_and_back(
-                model, inputs, partial(_values, loss, targets, generator, fisher, samples, number), on_draw, number
+                model, inputs, partial(draws, loss, targets=targets, generator=generator, how=how), on_draw, number
             )
             examples += _examples(inputs)
     if not examples:
@@ -81,11 +75,11 @@ def watch(
 
 
 def _there_and_back(
-    model: nn.Module, inputs: Any, values: Callable[[Any], Iterator[Tensor]], on_draw: Callable[[], None], number: int
+    model: nn.Module, inputs: Any, values: Callable[..., Iterator[Tensor]], on_draw: Callable[[], None], number: int
 ) -> None:
     """One batch; its activations are gone when this returns, before those of the next come."""
     with torch.enable_grad():
-        drawn = values(_forward(model, inputs, number))
+        drawn = _checked(values(outputs=_forward(model, inputs, number)), number)
         value = next(drawn)
         for following in drawn:  # the next loss is there before this one goes back, for the last one to be known
             _back(value, number, retain=True)
@@ -178,10 +172,7 @@ def _forward(model: nn.Module, inputs: Any, number: int) -> Any:
         ) from error
 
 
-def _values(
-    loss: Loss, targets: Any, generator: torch.Generator, fisher: str, samples: int, number: int, outputs: Any
-) -> Iterator[Tensor]:
-    found = draws(loss, outputs, targets, generator, fisher, samples)
+def _checked(found: Iterator[Tensor], number: int) -> Iterator[Tensor]:
     while True:
         try:
             value = next(found)
@@ -191,10 +182,10 @@ def _values(
             raise
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise SecateurError(f"the loss does not fit the outputs and targets of batch {number}: {error}") from error
-        yield _checked(value, number)
+        yield _sound(value, number)
 
 
-def _checked(value: Any, number: int) -> Tensor:
+def _sound(value: Any, number: int) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
         raise SecateurError("the loss must be one number that depends on the outputs, as a tensor")
     if not math.isfinite(value.item()):
