@@ -96,7 +96,9 @@ def damage() -> None:
                     )  # fmt: skip
             print_table(rows, name, unit)
             axes.set(xscale="log", xlabel=f"{words} that remain (%)", ylabel="test accuracy (%)", title=TITLES[name])
-            axes.set_xticks([5, 10, 20, 40, 80], ["5", "10", "20", "40", "80"])
+            low = min(100 * r[unit] for r in rows if r["network"] == name and unit in r)
+            ticks = [tick for tick in (5, 10, 20, 40, 80) if tick > 0.9 * low]
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
             axes.minorticks_off()
             axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].legend(fontsize=7, frameon=False)
