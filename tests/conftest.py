@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import install_import_hook
 
-with install_import_hook(["secateur.score", "secateur.train.sdprun", "secateur.train.channels"], "beartype.beartype"):
+with install_import_hook(["secateur.score", "secateur.train.sdprun", "secateur.rows"], "beartype.beartype"):
     import secateur  # noqa: F401
 
 import torch

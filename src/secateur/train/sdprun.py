@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.allocate import Budget
 from secateur.errors import SecateurError, unknown
-from secateur.trace.graph import fingerprint
-from secateur.train.channels import Channels, HasGroups, producer_axes
+from secateur.rows import Channels, HasGroups, producer_axes
+from secateur.trace.graph import ChannelGraph, ChannelGroup, fingerprint
+from secateur.train.seeking import Seeker
 
 WEIGHTS = ("none", "sqrt")
 _ALLOWED = {
@@ -67,7 +70,13 @@ class SDPrun(torch.optim.Optimizer):
         c: strength of the pruning, >= 0; usually 5e-4 to 5e-3; 0 is plain SGD, bit for bit.
         mu: growth of the threshold in time, in (0, 1]; usually 0.4 to 0.7; more means more pruned at the end.
         weights: ``"none"``: ``w = 1``; ``"sqrt"``: the root of the channel's number of elements, so that large channels
-            are not spared for their size (a ``c`` smaller by about that root does the same work then).
+            are not spared for their size (a ``c`` smaller by about that root does the same work then); or numbers by
+            group name, 1 for groups that are not named.
+        exclude: names of groups that are not pruned.
+        budget: what may remain (ours, not of the paper): the threshold grows until the network without its zero
+            channels is within the budget, and then stands still; it grows on if channels come back to life. With a
+            constant threshold those that stay go to a stationary point of the plain loss, so that nothing is left of
+            the shrinkage: choose ``c`` for the budget to be reached well before the end. :attr:`reached` tells.
         prox_every: K: the threshold grows in each step, but is applied in each K-th only. In between ``theta`` takes
             the same gradient steps as ``v``, from where the last threshold left it, so zeros may move. End the training
             on a multiple of K.
@@ -86,7 +95,9 @@ class SDPrun(torch.optim.Optimizer):
         c: float = 5e-4,
         mu: float = 0.6,
         *,
-        weights: str = "none",
+        weights: str | Mapping[str, float] = "none",
+        exclude: Iterable[str] = (),
+        budget: Budget | None = None,
         prox_every: int = 1,
         param_groups: Iterable[Any] | None = None,
     ) -> None:
@@ -96,15 +107,26 @@ class SDPrun(torch.optim.Optimizer):
                 "SDPrun(graph=...): the graph is of another model (names or shapes of its parameters differ); "
                 "use the graph that trace(model, example_inputs) gives for the model that is trained"
             )
-        if weights not in WEIGHTS:
+        by_name = _check_weights(weights, graph) if isinstance(weights, Mapping) else None
+        if by_name is None and weights not in WEIGHTS:
             raise unknown("weights", weights, WEIGHTS)
+        excluded = frozenset([exclude] if isinstance(exclude, str) else exclude)
+        _check_groups(excluded, graph, "exclude")
         if isinstance(prox_every, bool) or not isinstance(prox_every, int) or prox_every < 1:
             raise SecateurError(f"SDPrun(prox_every={prox_every!r}): a whole number of steps, 1 or more, is expected")
-        self._axes = producer_axes(model, graph)
+        self._axes = producer_axes(model, _Without(graph, excluded))
+        self._weights = None if by_name is None else _by_channel(by_name, graph)
+        self._seeker: Seeker | None = None
+        if budget is not None:
+            if not isinstance(graph, ChannelGraph):
+                raise SecateurError("SDPrun(budget=...): the graph must be one that trace(model, inputs) gives")
+            self._seeker = Seeker(model, graph, budget, excluded)
         self._key: list[Any] | None = None  # what the present _pruned and _plain were made for
         self._pruned: _Pruned
         self._plain: list[list[nn.Parameter]] = []
-        defaults = {"lr": lr, "c": c, "mu": mu, "weights": weights, "prox_every": prox_every, "n": 0, "g": 0.0}
+        kind = "named" if by_name is not None else weights
+        defaults = {"lr": lr, "c": c, "mu": mu, "weights": kind, "prox_every": prox_every, "n": 0, "g": 0.0}
+        defaults |= {"held": False} if budget is not None else {}
         super().__init__(model.parameters() if param_groups is None else param_groups, defaults)
         self._arrange()
         if not self._pruned.channels.parameters and any(group["c"] > 0 for group in self.param_groups):
@@ -126,8 +148,14 @@ class SDPrun(torch.optim.Optimizer):
         super().add_param_group(param_group)
         self._key = None
 
+    @property
+    def reached(self) -> bool:
+        """Whether the zero channels met the budget in the last step."""
+        return any(group.get("held", False) for group in self.param_groups)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_axes": self._axes}
+        own = {"_axes": self._axes, "_weights": self._weights, "_seeker": self._seeker}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # load_state_dict ends here too
@@ -157,7 +185,8 @@ class SDPrun(torch.optim.Optimizer):
         for group, plain, part in zip(self.param_groups, self._plain, channels.members, strict=True):
             lr = float(group["lr"])
             group["n"] += 1
-            group["g"] += threshold_increment(group["n"], lr, group["c"], group["mu"])
+            if not group.get("held", False):
+                group["g"] += threshold_increment(group["n"], lr, group["c"], group["mu"])
             rates += [lr] * len(v[part])
             params = plain if apply_threshold else group["params"]
             _descend(params, params, lr)
@@ -169,7 +198,11 @@ class SDPrun(torch.optim.Optimizer):
             return v[k] if grad is None else v[k].add_(grad, alpha=-rates[k])
 
         if apply_threshold and v:
-            self._pruned.shrink(v, stepped, [group["g"] for group in self.param_groups])
+            dead = self._pruned.shrink(v, stepped, [group["g"] for group in self.param_groups])
+            if self._seeker is not None:
+                held = self._seeker.met(dead, self._groups_of)
+                for group in self.param_groups:
+                    group["held"] = held
         return loss
 
     @torch.no_grad()
@@ -211,6 +244,8 @@ class SDPrun(torch.optim.Optimizer):
                 self.state[new] = state
         for group in self.param_groups:
             group["params"] = [replaced.get(p, p) for p in group["params"]]
+        if self._seeker is not None:
+            self._seeker.follow(replaced)
         self._key = None
 
     def _v(self, p: nn.Parameter) -> Tensor:
@@ -229,7 +264,13 @@ class SDPrun(torch.optim.Optimizer):
         key = [[(p.device, p.dtype, id(p)) for p in part] for part in parts]
         if key != self._key:
             self._key = key
-            self._pruned = _Pruned(Channels(self._axes, parts), self.state, self.param_groups[0]["weights"])
+            weights = self._weights if self._weights is not None else self.param_groups[0]["weights"]
+            self._pruned = _Pruned(Channels(self._axes, parts), self.state, weights)
+            if self._seeker is not None:
+                pruned = set(self._pruned.channels.parameters)
+                self._groups_of = self._seeker.groups_of(pruned, self._pruned.channels.ids).to(
+                    self._pruned.weight.device
+                )
             members = {p for part in parts for p in part}
             self._plain = [[p for p in group["params"] if p not in members] for group in self.param_groups]
         for i, j, p in self._pruned.channels.tied:
@@ -239,21 +280,66 @@ class SDPrun(torch.optim.Optimizer):
 class _Pruned:
     """Channels with what the threshold needs to know of them."""
 
-    def __init__(self, channels: Channels, state: Mapping[Any, Any], weights: str) -> None:
+    def __init__(self, channels: Channels, state: Mapping[Any, Any], weights: str | Tensor) -> None:
         cuts = {p: state[p] for p in channels.parameters if "cut_size" in state.get(p, ())}
         size = channels.size() + channels.sum({p: cut["cut_size"] for p, cut in cuts.items()})
         self.channels = channels
-        self.weight = size.sqrt() if weights == "sqrt" else torch.ones_like(size)
+        self.weight = size.sqrt() if isinstance(weights, str) and weights == "sqrt" else torch.ones_like(size)
+        if isinstance(weights, Tensor):
+            self.weight[:-1] = weights[channels.ids].to(size)
         self.constant = channels.sum({p: cut["cut_energy"] for p, cut in cuts.items()})
 
-    def shrink(self, v: list[Tensor], measured: Callable[[int], Tensor], g: list[float]) -> None:
-        """``theta = max(0, 1 - w * g / ||v||) * v``, with one g a part; ``measured(k)`` gives ``v[k]`` for its norm."""
+    def shrink(self, v: list[Tensor], measured: Callable[[int], Tensor], g: list[float]) -> Tensor:
+        """``theta = max(0, 1 - w * g / ||v||) * v``, with one g a part; ``measured(k)`` gives ``v[k]`` for its norm.
+
+        Returns:
+            Which channels are zero now, bool.
+        """
         norm = self.channels.energy(measured).add_(self.constant).sqrt_().clamp_min_(_TINY)
         share = torch.div(self.weight, norm)
         for part, threshold in zip(self.channels.slices, g, strict=True):
             share[part].mul_(threshold).clamp_max_(1)
         share[-1] = 0
         self.channels.shrink(share, v)
+        return share[:-1] >= 1
+
+
+@dataclass(frozen=True)
+class _Without:
+    """A graph without some of its groups."""
+
+    graph: HasGroups
+    excluded: frozenset[str]
+
+    @property
+    def groups(self) -> list[ChannelGroup]:
+        return [group for group in self.graph.groups if group.name not in self.excluded]
+
+
+def _check_groups(names: Iterable[str], graph: HasGroups, argument: str) -> None:
+    known = [group.name for group in graph.groups]
+    for name in names:
+        if name not in known:
+            raise unknown(f"group in SDPrun({argument}=...)", name, known)
+
+
+def _check_weights(weights: Mapping[str, float], graph: HasGroups) -> Mapping[str, float]:
+    _check_groups(weights, graph, "weights")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise SecateurError(
+                f"SDPrun(weights={{{name!r}: {weight!r}}}): a finite number above 0 is expected; to leave the group "
+                "alone, name it in exclude="
+            )
+    return weights
+
+
+def _by_channel(weights: Mapping[str, float], graph: HasGroups) -> Tensor:
+    """A weight by channel id, float64."""
+    found = torch.ones(1 + max((int(g.channels.max(initial=0)) for g in graph.groups), default=0), dtype=torch.float64)
+    for group in graph.groups:
+        found[torch.as_tensor(group.channels)] = float(weights.get(group.name, 1))
+    return found
 
 
 def _descend(tensors: Iterable[Tensor], params: Iterable[nn.Parameter], lr: float) -> None:

@@ -50,7 +50,7 @@ def producer_axes(model: nn.Module, graph: HasGroups) -> dict[nn.Parameter, tupl
             shape = parameters[axis.name].shape
             if axis.dim >= len(shape) or len(axis.channels) != shape[axis.dim]:
                 raise SecateurError(
-                    f"SDPrun(graph=...): axis {axis} has {len(axis.channels)} positions in the graph, but the "
+                    f"graph: axis {axis} has {len(axis.channels)} positions in the graph, but the "
                     f"parameter's shape is {list(shape)}; trace the model that is trained"
                 )
             own = np.where(np.isin(axis.channels, group.channels), axis.channels, 0)
@@ -81,6 +81,7 @@ class Channels:
         slices: the channels of each part, as a slice.
         on_cpu: whether all parameters are there.
         tied: pairs of parts that share channels, with one parameter of the later part that does.
+        ids: the id of each channel, int64.
 
     """
 
@@ -103,6 +104,7 @@ class Channels:
             self.slices.append(slice(start, end))
             first = self.members[-1].stop if self.members else 0
             self.members.append(slice(first, first + len(part)))
+        self.ids = torch.argsort(number, stable=True)[len(number) - end :]  # others have no number
         number[0] = end
         self.on_cpu = all(p.device.type == "cpu" for p in self.parameters)
         self._rows = [number[axes[p][1]] for p in self.parameters]
