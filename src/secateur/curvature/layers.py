@@ -61,12 +61,15 @@ class Layer:
 
     def table(self) -> Tensor:
         """The weight (and bias), detached: [groups, rows, taps, columns]; a view of the weight where that can be."""
-        weight = self.module.weight.detach()
+        return self.table_of(self.module.weight.detach(), self.module.bias.detach() if self.bias else None)
+
+    def table_of(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Any tensors in the shapes of the module's weight and bias as a table [groups, rows, taps, columns]."""
         table = weight.reshape(self.groups, weight.shape[0] // self.groups, weight.shape[1], -1)
         table = table.transpose(2, 3) if self.form == "channel" else table.flatten(2).unsqueeze(2)
         if self.bias:
-            bias = self.module.bias.detach().reshape(self.groups, -1, 1, 1)
-            table = torch.cat([table, bias.expand(-1, -1, self.taps, 1)], -1)
+            assert bias is not None
+            table = torch.cat([table, bias.reshape(self.groups, -1, 1, 1).expand(-1, -1, self.taps, 1)], -1)
         return table
 
     def weights(self, table: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -58,17 +58,17 @@ def watch(
     generator = torch.Generator(device).manual_seed(how.seed)
     examples = 0
     with ExitStack() as stack:
-        stack.enter_context(_at_rest(model))
+        stack.enter_context(at_rest(model))
         anchor = torch.zeros((), device=device, requires_grad=True)
         stack.callback(_hooked(layers, anchor, on_input, on_gradient))
         for number, batch in enumerate(data):
             if how.batches is not None and number >= how.batches:
                 break
-            inputs, targets = _split(batch, how.fisher, number, device)
+            inputs, targets = split_batch(batch, how.fisher, number, device)
             _there_and_back(
                 model, inputs, partial(draws, loss, targets=targets, generator=generator, how=how), on_draw, number
             )
-            examples += _examples(inputs)
+            examples += examples_of(inputs)
     if not examples:
         raise SecateurError("data: the loader is empty; give at least one batch")
     return examples
@@ -79,7 +79,7 @@ def _there_and_back(
 ) -> None:
     """One batch; its activations are gone when this returns, before those of the next come."""
     with torch.enable_grad():
-        drawn = _checked(values(outputs=_forward(model, inputs, number)), number)
+        drawn = checked(values(outputs=forward(model, inputs, number)), number)
         value = next(drawn)
         for following in drawn:  # the next loss is there before this one goes back, for the last one to be known
             _back(value, number, retain=True)
@@ -126,10 +126,10 @@ def _hooked(layers: Sequence[Layer], anchor: Tensor, on_input: OnInput, on_gradi
 
 
 @contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no parameter wants a gradient, the random state comes back."""
+def at_rest(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """Eval mode, no parameter wants a gradient (or those that do still do), the random state comes back."""
     modes = [(m, m.training) for m in model.modules()]
-    wanting = [p for p in model.parameters() if p.requires_grad]
+    wanting = [] if gradients else [p for p in model.parameters() if p.requires_grad]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     model.eval()
     try:
@@ -144,7 +144,8 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-def _split(batch: Any, fisher: str, number: int, device: torch.device) -> tuple[Any, Any]:
+def split_batch(batch: Any, fisher: str, number: int, device: torch.device) -> tuple[Any, Any]:
+    """Inputs and targets on the device; no targets where they are to be drawn."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         inputs, targets = batch
     elif fisher != "empirical":
@@ -155,12 +156,14 @@ def _split(batch: Any, fisher: str, number: int, device: torch.device) -> tuple[
     return inputs, (targets if fisher == "empirical" else None)
 
 
-def _examples(inputs: Any) -> int:
+def examples_of(inputs: Any) -> int:
+    """How many examples a batch of inputs holds."""
     first = tensors_in(list(inputs.values()) if isinstance(inputs, Mapping) else inputs)[0]
     return first.shape[0] if first.ndim else 1
 
 
-def _forward(model: nn.Module, inputs: Any, number: int) -> Any:
+def forward(model: nn.Module, inputs: Any, number: int) -> Any:
+    """The outputs, or an error that says which batch does not fit."""
     try:
         return call_model(model, inputs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -172,7 +175,8 @@ def _forward(model: nn.Module, inputs: Any, number: int) -> Any:
         ) from error
 
 
-def _checked(found: Iterator[Tensor], number: int) -> Iterator[Tensor]:
+def checked(found: Iterator[Tensor], number: int) -> Iterator[Tensor]:
+    """Losses of a batch, each one finite number with a gradient."""
     while True:
         try:
             value = next(found)

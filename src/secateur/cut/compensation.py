@@ -1,9 +1,12 @@
-r"""Rows that stay make up for rows that go (Optimal Brain Surgeon on Kronecker factors, arXiv 1905.05934, section 3).
+r"""What stays makes up for what goes (Optimal Brain Surgeon on Kronecker factors, arXiv 1905.05934, section 3).
 
-With the Fisher ``G (x) A`` of a layer, the least rise of the loss under the removal of the rows ``P`` has a closed form
-in which ``A`` cancels (the rows are constrained jointly, not one after the other)::
+Channels go, and the least rise of the loss of one layer under it has a closed form, for all of them jointly::
 
-    W[stay] <- W[stay] + G[stay, stay]^-1 G[stay, P] W[P]        rise = 1/2 tr(A W_P^T (G^-1[P, P])^-1 W_P)
+    producers    W[stay, :] += G[stay, stay]^-1 G[stay, gone] W[gone, :]       the published one: the rows that stay
+    consumers    W[:, stay] += W[:, gone] A[gone, stay] A[stay, stay]^-1       ours: the columns that stay
+
+A consumer whose input vanishes predicts it from its other inputs, by least squares over the data (compare arXiv
+1707.06168); no label is needed. A producer's rows can make up only for what moves the loss in the same direction.
 """
 
 from __future__ import annotations
@@ -11,54 +14,55 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from secateur.curvature import Curvature, damped, root
+from secateur.curvature import Curvature, columns_made_up, rows_made_up
+from secateur.errors import unknown
 from secateur.plan import Plan
 
 DAMPING = 1e-3
+SIDES = {"producers": (0, rows_made_up), "consumers": (1, columns_made_up)}
+"""By name: the dim of the weight that loses channels, and what makes up for it."""
 
 
-def compensated(model: nn.Module, plan: Plan, curvature: Curvature, *, damping: float = DAMPING) -> nn.Module:
-    """A copy of the model, of full size, whose remaining rows make up for those that the plan removes.
+def compensated(
+    model: nn.Module, plan: Plan, curvature: Curvature, *, at: str = "producers", damping: float = DAMPING
+) -> nn.Module:
+    """A copy of the model, of full size, in which what stays makes up for what the plan removes.
 
-    The weights of the rows that go stay in it; ``cut`` takes them away, ``masked`` sets them to zero.
+    The weights that go stay in it; ``cut`` takes them away, ``masked`` sets them to zero.
 
     Args:
         model: the model the plan was made for.
         plan: what goes.
         curvature: factors of the model's layers, in either form; layers without any stay as they are.
-        damping: added to the diagonal of ``G``, in units of its mean eigenvalue.
+        at: ``"producers"`` or ``"consumers"`` of the channels.
+        damping: added to the diagonal of the factor that is inverted, in units of its mean eigenvalue.
 
     Raises:
-        SecateurError: factors of another model, singular factors.
+        SecateurError: unknown side, factors of another model, singular factors.
     """
+    if at not in SIDES:
+        raise unknown("at", at, SIDES)
+    dim, make_up = SIDES[at]
     changed = copy.deepcopy(model)
     for name, factors in curvature.items():
-        removed = plan.slices.get(f"{name}.weight" if name else "weight", {}).get(0, [])
+        removed = plan.slices.get(f"{name}.weight" if name else "weight", {}).get(dim, [])
         if not removed:
             continue
         layer = factors.of(changed).layer
-        module = layer.module
-        table = layer.table().double()
-        gone = torch.zeros(table.shape[0] * table.shape[1], dtype=torch.bool)
+        gone = torch.zeros(layer.module.weight.shape[dim], dtype=torch.bool)
         gone[removed] = True
-        for number, which in enumerate(gone.reshape(table.shape[:2])):
-            table[number] = _made_up(table[number], factors.g[number], which.to(table.device), damping)
-        weight, bias = layer.weights(table)
+        before = layer.table().double()
+        weight, bias = layer.weights(before + make_up(factors, -before, gone, damping))
+        gone = gone.to(weight.device)  # what goes stays as it was, until it goes
         with torch.no_grad():
-            module.weight.copy_(weight)
+            module = layer.module
+            module.weight.copy_(torch.where(_along(gone, dim, weight), module.weight, weight))
             if bias is not None:
-                module.bias.copy_(bias)
+                module.bias.copy_(torch.where(gone, module.bias, bias) if dim == 0 else bias)
     return changed
 
 
-def _made_up(table: Tensor, g: Tensor, gone: Tensor, damping: float) -> Tensor:
-    """One group's table [rows, taps, columns] with its remaining rows changed."""
-    if not gone.any() or gone.all():
-        return table
-    stay, matrix = ~gone, damped(g, damping)
-    share = torch.cholesky_solve(matrix[stay][:, gone], root(matrix[stay][:, stay], 0))
-    result = table.clone()
-    result[stay] += torch.einsum("sp,ptc->stc", share, table[gone])
-    return result
+def _along(positions: torch.Tensor, dim: int, like: torch.Tensor) -> torch.Tensor:
+    return positions.view([-1 if d == dim else 1 for d in range(like.ndim)])
