@@ -145,3 +145,31 @@ def test_what_stays_makes_up_for_what_goes(model: nn.Module) -> None:
     assert any(not torch.equal(a, b) for a, b in pairs)
     with pytest.raises(sc.SecateurError, match="have factors"):
         sc.prune(model, IMAGE, method="taylor", compensate=True, **given)
+
+
+@pytest.mark.parametrize("mode", ["valley", "radial"])
+def test_directional_also_moves_what_stays(model: nn.Module, mode: str) -> None:
+    budget, data = sc.Budget(macs=0.7), batches()[:2]
+    options = {"batches": 2, "share": 0.95, "soft": True}
+    result = sc.prune(
+        model, IMAGE, method="directional", budget=budget, data=data, loss_fn="cross_entropy", mode=mode, **options
+    )
+    graph = sc.trace(model, IMAGE)
+    flat = sc.flat_projector(model, data, "cross_entropy", **options)
+    plan = sc.allocate(graph, sc.score(model, graph, "directional", flat=flat), budget)
+    assert result.plan == plan
+    assert graph.macs(plan) <= 0.7 * graph.macs()
+    for ours, theirs, plain in zip(
+        result.model.parameters(),
+        sc.cut(sc.directed(model, plan, flat, mode=mode), plan).parameters(),
+        sc.cut(model, plan).parameters(),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.shape == plain.shape
+    with pytest.raises(sc.SecateurError, match="did you mean 'valley'"):
+        sc.prune(model, IMAGE, method="directional", budget=budget, data=data, loss_fn="cross_entropy", mode="vale")
+    with pytest.raises(sc.SecateurError, match="needs data="):
+        sc.prune(model, IMAGE, method="directional", budget=budget)
+    with pytest.raises(sc.SecateurError, match="leave one of them out"):
+        sc.prune(model, IMAGE, method="directional", budget=budget, flat=flat, share=0.5)

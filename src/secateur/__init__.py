@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from secateur.allocate import Budget, allocate
-from secateur.curvature import kronecker_factors
-from secateur.cut import check, compensated, cut, dead_channels, masked, merge_bases, recalibrate, record, separate
+from secateur.curvature import flat_projector, kronecker_factors
+from secateur.cut import (
+    check,
+    compensated,
+    cut,
+    dead_channels,
+    directed,
+    masked,
+    merge_bases,
+    recalibrate,
+    record,
+    separate,
+)
 from secateur.eigendamage import eigendamage
 from secateur.errors import SecateurError
 from secateur.plan import Plan, make_plan
 from secateur.prune import Result, prune
-from secateur.score import score
+from secateur.score import directional_scores, score
 from secateur.store import load, save
 from secateur.trace import ChannelGraph, ChannelGroup, trace
 from secateur.train import SDPrun
@@ -29,7 +40,10 @@ __all__ = [
     "compensated",
     "cut",
     "dead_channels",
+    "directed",
+    "directional_scores",
     "eigendamage",
+    "flat_projector",
     "kronecker_factors",
     "load",
     "make_plan",

@@ -7,7 +7,11 @@ from typing import Any
 
 from secateur.allocate import Budget
 from secateur.curvature import check_damping
+from secateur.curvature.flat import BASES
+from secateur.curvature.layers import FORMS
 from secateur.curvature.losses import Pass
+from secateur.curvature.products import MATRICES
+from secateur.cut.directional import check_mode
 from secateur.cut.separable import check_how
 from secateur.eigendamage import EIGENDAMAGE, check_rule
 from secateur.errors import SecateurError, unknown
@@ -19,6 +23,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "kron_obd": (*_PASS, "positions"),
     "obs": (*_PASS, "positions", "damping"),
     "kron_obs": (*_PASS, "positions", "damping"),
+    "directional": (*_PASS, "basis", "share", "soft", "ekfac", "form", "k", "matrix", "mode", "shift", "damping"),
     EIGENDAMAGE: (*_PASS, "rule", "limit", "ekfac", "layers", "train_rotations", "separable"),
 }
 """The names of each method's options."""
@@ -53,6 +58,24 @@ def _count(name: str, value: object) -> None:
         raise SecateurError(f"{name}={value!r}: a whole number from 1 on is expected")
 
 
+def _share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise SecateurError(f"{name}={value!r}: a number in (0, 1) is expected")
+
+
+def _fraction(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise SecateurError(f"{name}={value!r}: a number in [0, 1] is expected")
+
+
+def _one_of(known: tuple[str, ...]) -> Callable[[str, Any], None]:
+    def check(name: str, value: object) -> None:
+        if value not in known:
+            raise unknown(name, str(value), known)
+
+    return check
+
+
 def _paths(name: str, value: object) -> None:
     if not isinstance(value, list) or not value or not all(isinstance(path, str) for path in value):
         raise SecateurError(f"{name}={value!r}: a list of the layers' paths is expected")
@@ -62,6 +85,14 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "p": _norm,
     "normalize": _truth,
     "ekfac": _truth,
+    "soft": _truth,
+    "k": _count,
+    "share": _share,
+    "shift": _fraction,
+    "basis": _one_of(BASES),
+    "form": _one_of(FORMS),
+    "matrix": _one_of(MATRICES),
+    "mode": lambda _, value: check_mode(value),
     "train_rotations": _truth,
     "positions": _count,
     "layers": _paths,

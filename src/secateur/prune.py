@@ -12,17 +12,21 @@ from torch import Tensor, nn
 from secateur.allocate import STRATEGIES, Budget, Meter, allocate
 from secateur.allocate.strategies import Strategy
 from secateur.curvature import Curvature, kronecker_factors
-from secateur.cut import cut, dead_channels
+from secateur.cut import cut, dead_channels, directed
 from secateur.cut import recalibrate as recalibrate_norms
+from secateur.cut.directional import check_mode
 from secateur.errors import SecateurError, unknown
 from secateur.plan import Plan
 from secateur.score import score
 from secateur.score.api import CRITERIA, Criterion, Loss
+from secateur.score.directional import projector
 from secateur.trace import ChannelGraph, trace
 from secateur.trace.tracer import Inputs
 
 FACTORED = ("obs", "kron_obd", "kron_obs")
 """The criteria whose Kronecker factors can also make up for what goes."""
+DIRECTIONAL = "directional"
+"""The method that also moves what stays (:func:`secateur.cut.directed`)."""
 DEAD = "dead"
 """The method that reads the plan off the weights: what training has driven to exact zero goes."""
 
@@ -107,7 +111,8 @@ def prune(
         recalibrate: re-estimate the running statistics of the smaller model's batch norms on ``data``.
         compensate: for ``"obs"``, ``"kron_obd"`` and ``"kron_obs"``: what stays makes up for what goes, by the same
             factors.
-        **options: the criterion's own.
+        **options: the criterion's own; of ``"directional"`` those of :func:`secateur.flat_projector` (or ``flat``) and
+            ``mode``, ``shift``, ``damping`` of :func:`secateur.cut.directed`.
 
     Raises:
         SecateurError: what the steps refuse; a budget that cannot be met is told before any work.
@@ -117,18 +122,27 @@ def prune(
         raise SecateurError(
             f"prune(compensate=True): the methods {', '.join(FACTORED)} have factors, {method!r} has none"
         )
+    moving = method == DIRECTIONAL
+    if moving and "mode" in options:
+        check_mode(options["mode"])
     graph = trace(model, example_inputs)
     scores: dict[str, Tensor] = {}
     curvature: Curvature | None = None
+    source = model
     if budget is None:
         plan = dead_channels(model, graph, inexact=inexact)
     else:
         check_feasible(graph, budget, inexact=inexact)
         if compensate:
             curvature, options = _factors(model, data, loss_fn, options)
+        moves = {name: options.pop(name) for name in ("mode", "shift", "damping") if name in options and moving}
+        if moving and "flat" not in options:
+            options = {"flat": projector(model, data, loss_fn, **options)}
         scores = score(model, graph, method, data=data, loss_fn=loss_fn, **options)
         plan = allocate(graph, scores, budget, strategy=strategy, inexact=inexact)
-    small = cut(model, plan, compensate=curvature)
+        if moving:
+            source = directed(model, plan, options["flat"], **moves)
+    small = cut(source, plan, compensate=curvature)
     if recalibrate:
         recalibrate_norms(small, data)
     return Result(small, plan, graph, counts(graph), counts(graph, plan), scores)

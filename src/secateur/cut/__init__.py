@@ -6,6 +6,7 @@ from secateur.cut.bottleneck import Bottleneck, merge_bases
 from secateur.cut.channels import check, cut, masked, recalibrate
 from secateur.cut.compensation import compensated
 from secateur.cut.dead import dead_channels
+from secateur.cut.directional import directed
 from secateur.cut.record import record
 from secateur.cut.separable import separate
 
@@ -15,6 +16,7 @@ __all__ = [
     "compensated",
     "cut",
     "dead_channels",
+    "directed",
     "masked",
     "merge_bases",
     "recalibrate",

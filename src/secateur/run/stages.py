@@ -32,7 +32,7 @@ from secateur.eigendamage import CUTTING, EIGENDAMAGE, check_budget, measure_dam
 from secateur.errors import SecateurError
 from secateur.measure import accuracy, file_size, latency
 from secateur.models import build
-from secateur.prune import DEAD, check_feasible, counts, prune
+from secateur.prune import DEAD, DIRECTIONAL, check_feasible, counts, prune
 from secateur.recipe import Recipe, Train, Tune
 from secateur.run.folder import write_json
 from secateur.trace import trace
@@ -251,7 +251,7 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, _at: Path) ->
         "skipped": dict(result.plan.skipped),
     }
     if not (
-        section.recalibrate or section.inexact or section.compensate
+        section.recalibrate or section.inexact or section.compensate or section.method == DIRECTIONAL
     ):  # masked and cut compute the same: shown, not assumed
         images, _ = next(iter(data.loader("train", 64)))
         facts["difference"] = check(model, result.model, result.plan, images)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError, unknown
+from secateur.score.directional import directional
 from secateur.score.hessian import kron_obd, kron_obs, obd, obs
 from secateur.score.magnitude import bn_scale, magnitude, random
 from secateur.score.taylor import Loss, taylor
@@ -19,7 +20,7 @@ Criterion = Callable[..., dict[str, Tensor]]
 
 CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude, "taylor": taylor, "bn_scale": bn_scale, "random": random,
-    "obd": obd, "obs": obs, "kron_obd": kron_obd, "kron_obs": kron_obs,
+    "obd": obd, "obs": obs, "kron_obd": kron_obd, "kron_obs": kron_obs, "directional": directional,
 }  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def score(
         model: the traced model; nothing of it is changed.
         graph: its graph.
         criterion: ``"magnitude"``, ``"taylor"``, ``"bn_scale"``, ``"random"``, ``"obd"``, ``"obs"``, ``"kron_obd"``,
-            ``"kron_obs"``, or a callable with their signature.
+            ``"kron_obs"``, ``"directional"``, or a callable with their signature.
         data: batches, for criteria that need them.
         loss_fn: the loss, for criteria that need it: a callable, or ``"cross_entropy"``, ``"mse"``.
         **options: the criterion's own.
