@@ -10,54 +10,22 @@ all is measured on test images. Rows that are there are not run again, so the be
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import secateur as sc
-from secateur.data import load
+from oneshot import HERE, Make, Setting, run
 from secateur.eigendamage import measure_damage
-from secateur.measure import accuracy
-from secateur.models import build, example_input
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "damage.json"
 CHANNEL = ("random", "magnitude", "taylor", "obd", "obs", "kron_obd", "kron_obs")
 ROTATED = {
     "eigendamage": {"ekfac": False, "rule": "lagrangian"},
     "eigendamage_ekfac": {"ekfac": True, "rule": "lagrangian"},
     "eigendamage_threshold": {"ekfac": False, "rule": "threshold"},
 }
-BATCH = 128
-Make = Callable[[sc.Budget], nn.Module]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How one network is measured.
-
-    Attributes:
-        data: the data set.
-        batches: batches of training images that a method sees.
-        tested: how many test images are looked at, the first ones.
-        fractions: unit -> the budgets.
-    """
-
-    data: str
-    batches: int
-    tested: int
-    fractions: dict[str, tuple[float, ...]]
-
-
 MANY = {"params": (0.8, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05), "macs": (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)}
 SETTINGS = {
     "lenet_300_100": Setting("mnist", 100, 10_000, MANY),
@@ -106,73 +74,5 @@ def makers(
         yield name, rotate
 
 
-def counts(model: nn.Module, inputs: torch.Tensor) -> dict[str, int]:
-    """MACs and parameters, as PyTorch counts them."""
-    with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        model(inputs)
-    return {"macs": counter.get_total_flops() // 2, "params": sum(p.numel() for p in model.parameters())}
-
-
-def one(name: str, seed: int, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
-    """The rows of one network that are missing."""
-    setting = SETTINGS[name]
-    data = load(setting.data, validation=0.1)  # as the networks were trained
-    model, inputs = build(name), torch.zeros(example_input(name))
-    model.load_state_dict(load_file(HERE / "checkpoints" / f"{name}_{setting.data}_seed{seed}.safetensors"))
-    model.eval()
-    full = counts(model, inputs)
-    images = data.loader("train", BATCH, shuffle=True, seed=seed)
-    test = list(islice(data.loader("test", 500), setting.tested // 500))
-    norms = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    missing = {
-        m: [(u, f) for u, all_of in setting.fractions.items() for f in all_of if (name, seed, m, u, f) not in done]
-        for m in (*CHANNEL, *ROTATED)
-    }
-    if (name, seed, "dense", "params", 1.0) not in done:
-        yield {
-            "network": name, "seed": seed, "method": "dense", "unit": "params", "fraction": 1.0,
-            "macs": 1.0, "params": 1.0, "test": accuracy(model, test),
-        }  # fmt: skip
-    wanted = {m for m, left in missing.items() if left}
-    for method, make in makers(model, inputs, images, setting.batches, seed, wanted):
-        for unit, fraction in missing[method]:
-            row = {"network": name, "seed": seed, "method": method, "unit": unit, "fraction": fraction}
-            start = time.perf_counter()
-            try:
-                small = make(sc.Budget(**{unit: fraction})).eval()
-            except sc.SecateurError as error:
-                yield {**row, "refused": str(error).split(":")[0]}
-                continue
-            row["seconds"] = round(time.perf_counter() - start, 3)
-            row |= {u: n / full[u] for u, n in counts(small, inputs).items()}
-            row["test"] = accuracy(small, test)
-            if norms:
-                sc.recalibrate(small, images, batches=setting.batches)
-                row["test_recalibrated"] = accuracy(small, test)
-            yield row
-
-
-def main() -> None:
-    """Run what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("networks", nargs="*", default=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    facts = {name: {"images": BATCH * s.batches, "tested": s.tested} for name, s in SETTINGS.items()}
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
-    for name in given.networks:
-        for seed in given.seeds:
-            done = {(r["network"], r["seed"], r["method"], r["unit"], r["fraction"]) for r in rows}
-            for row in one(name, seed, done):
-                rows.append(row)
-                text = json.dumps({"settings": facts, "note": "CIFAR-10 is stored as JPEG", "rows": rows}, indent=1)
-                given.out.parent.mkdir(parents=True, exist_ok=True)
-                given.out.with_suffix(".tmp").write_text(text)
-                given.out.with_suffix(".tmp").replace(given.out)
-                print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__ or "", HERE / "results" / "damage.json", SETTINGS, (*CHANNEL, *ROTATED), makers)

@@ -1,0 +1,116 @@
+"""What the benches of one-shot methods share: networks, budgets, rows that are measured once and kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import secateur as sc
+from secateur.data import load
+from secateur.measure import accuracy
+from secateur.models import build, example_input
+
+HERE = Path(__file__).parent
+BATCH = 128
+Make = Callable[[sc.Budget], nn.Module]
+Makers = Callable[[nn.Module, torch.Tensor, Any, int, int, set[str]], Iterator[tuple[str, Make]]]
+"""``makers(model, inputs, images, batches, seed, wanted)`` -> each wanted method, a function from budget to network."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one network is measured.
+
+    Attributes:
+        data: the data set.
+        batches: batches of training images that a method sees.
+        tested: how many test images are looked at, the first ones.
+        fractions: unit -> the budgets.
+    """
+
+    data: str
+    batches: int
+    tested: int
+    fractions: dict[str, tuple[float, ...]]
+
+
+def counts(model: nn.Module, inputs: torch.Tensor) -> dict[str, int]:
+    """MACs and parameters, as PyTorch counts them."""
+    with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        model(inputs)
+    return {"macs": counter.get_total_flops() // 2, "params": sum(p.numel() for p in model.parameters())}
+
+
+def one(
+    name: str, seed: int, setting: Setting, methods: Sequence[str], makers: Makers, done: set[tuple[Any, ...]]
+) -> Iterator[Row]:
+    """The rows of one network that are missing."""
+    data = load(setting.data, validation=0.1)  # as the networks were trained
+    model, inputs = build(name), torch.zeros(example_input(name))
+    model.load_state_dict(load_file(HERE / "checkpoints" / f"{name}_{setting.data}_seed{seed}.safetensors"))
+    model.eval()
+    full = counts(model, inputs)
+    images = data.loader("train", BATCH, shuffle=True, seed=seed)
+    test = list(islice(data.loader("test", 500), setting.tested // 500))
+    norms = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    missing = {
+        m: [(u, f) for u, all_of in setting.fractions.items() for f in all_of if (name, seed, m, u, f) not in done]
+        for m in methods
+    }
+    if (name, seed, "dense", "params", 1.0) not in done:
+        yield {
+            "network": name, "seed": seed, "method": "dense", "unit": "params", "fraction": 1.0,
+            "macs": 1.0, "params": 1.0, "test": accuracy(model, test),
+        }  # fmt: skip
+    wanted = {m for m, left in missing.items() if left}
+    for method, make in makers(model, inputs, images, setting.batches, seed, wanted):
+        for unit, fraction in missing[method]:
+            row: Row = {"network": name, "seed": seed, "method": method, "unit": unit, "fraction": fraction}
+            start = time.perf_counter()
+            try:
+                small = make(sc.Budget(**{unit: fraction})).eval()
+            except sc.SecateurError as error:
+                yield {**row, "refused": str(error).split(":")[0]}
+                continue
+            row["seconds"] = round(time.perf_counter() - start, 3)
+            row |= {u: n / full[u] for u, n in counts(small, inputs).items()}
+            row["test"] = accuracy(small, test)
+            if norms:
+                sc.recalibrate(small, images, batches=setting.batches)
+                row["test_recalibrated"] = accuracy(small, test)
+            yield row
+
+
+def run(
+    about: str, results: Path, settings: Mapping[str, Setting], methods: Sequence[str], makers: Makers, **facts: Any
+) -> None:
+    """Run what is missing and keep every row as soon as it is there."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("networks", nargs="*", default=list(settings))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=results)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    of = {name: {"images": BATCH * s.batches, "tested": s.tested} for name, s in settings.items()}
+    rows: list[Row] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    for name in given.networks:
+        for seed in given.seeds:
+            done = {(r["network"], r["seed"], r["method"], r["unit"], r["fraction"]) for r in rows}
+            for row in one(name, seed, settings[name], methods, makers, done):
+                rows.append(row)
+                whole = {"settings": of, **facts, "note": "CIFAR-10 is stored as JPEG", "rows": rows}
+                given.out.parent.mkdir(parents=True, exist_ok=True)
+                given.out.with_suffix(".tmp").write_text(json.dumps(whole, indent=1))
+                given.out.with_suffix(".tmp").replace(given.out)
+                print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
