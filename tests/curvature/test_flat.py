@@ -56,7 +56,7 @@ def test_it_is_symmetric_and_shortens(name):
     flat = sc.flat_projector(model, batches(), "cross_entropy", **BASES[name])
     x, y = random_vector(model, 1), random_vector(model, 2)
     px, py = flat.project(x), flat.project(y)
-    assert set(px) == flat.names == {n for n, _ in model.named_parameters()}
+    assert set(px) == set(flat.shapes) == {n for n, _ in model.named_parameters()}
     torch.testing.assert_close(dot(px, y), dot(py, x))
     assert 0 < dot(px, x) < dot(x, x)
     torch.testing.assert_close(dot(px, flat.project(x)), dot(px, px))
@@ -197,6 +197,7 @@ def test_scores_of_the_cheap_projectors_rank_channels_as_the_exact_ones_do(make,
 def test_steep_is_the_smallest_set_that_carries_the_share():
     count, cutoff = steep(torch.tensor([1.0, 5.0, 3.0, 1.0]), 0.75)
     assert (count, cutoff) == (2, 3.0)
+    assert steep(torch.tensor([1.0, 5.0, 3.0]), 0.7, torch.tensor([4, 1, 2])) == (3, 3.0)
     with pytest.raises(SecateurError, match="every direction is steep"):
         steep(torch.ones(4), 0.9)
     with pytest.raises(SecateurError, match="no curvature"):

@@ -25,7 +25,6 @@ class Given(FlatProjector):
 
     def __init__(self, model, matrix) -> None:
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.names = frozenset(self.shapes)
         self.matrix, self.facts = matrix, {}
 
     def project(self, vector: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -171,6 +170,9 @@ def test_bad_input_is_told():
     with pytest.raises(SecateurError, match="needs data="):
         sc.score(model, graph, "directional")
     nothing = Given(model, torch.eye(size(model), dtype=DOUBLE))
-    nothing.names = frozenset({"4.weight"})
+    nothing.shapes = {"4.weight": model[4].weight.shape}
     with pytest.raises(SecateurError, match="no exact group"):
         sc.directional_scores(model, graph, nothing)
+    other = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    with pytest.raises(SecateurError, match=r"another model: '0.weight' has shape \[4, 5\] there and \[6, 5\] here"):
+        sc.directional_scores(other, sc.trace(other, X), projector(model, 3))

@@ -45,14 +45,24 @@ class FlatProjector(ABC):
     """What all three can do.
 
     Attributes:
-        names: the parameters it knows; others are in no direction.
+        shapes: the parameters it knows, with their shapes; others are in no direction.
         facts: how it was found: the number of steep directions, where curvature was cut off, and so on.
     """
 
-    names: frozenset[str]
+    shapes: Mapping[str, torch.Size]
     facts: Mapping[str, Any]
     side: ClassVar[str]
     """Where the rest can make up for channels that go: at their ``"producers"`` or their ``"consumers"``."""
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise if it was found on a model with other parameters."""
+        own = {name: p.shape for name, p in model.named_parameters()}
+        for name, shape in self.shapes.items():
+            if own.get(name) != shape:
+                raise SecateurError(
+                    f"the projector was found on another model: {name!r} has shape {list(shape)} there and "
+                    f"{list(own[name]) if name in own else 'is not'} here; find it on this model"
+                )
 
     @abstractmethod
     def project(self, vector: Vector) -> dict[str, Tensor]:
@@ -112,22 +122,28 @@ def flat_projector(
         raise
 
 
-def steep(curvature: Tensor, share: float) -> tuple[int, float]:
+def steep(curvature: Tensor, share: float, times: Tensor | None = None) -> tuple[int, float]:
     """How many of the largest values carry a share of the whole, and the least of them.
+
+    Args:
+        curvature: a value for each direction, from 0 on.
+        share: in (0, 1).
+        times: of how many directions each value is; 1 if not given.
 
     Raises:
         SecateurError: there is no curvature at all, or there are no others.
     """
-    mass, _ = curvature.double().flatten().sort(descending=True)
-    total = mass.cumsum(0)
-    if not len(mass) or not float(total[-1]) > 0:
+    values, order = curvature.double().flatten().sort(descending=True)
+    times = torch.ones_like(order) if times is None else times.flatten()[order]
+    total = (values * times).cumsum(0)
+    if not len(values) or not float(total[-1]) > 0:
         raise SecateurError("the loss has no curvature on this data: every direction is flat; check data and loss")
-    count = int((total < share * total[-1]).sum()) + 1
-    if count >= len(mass):
+    last = int((total < share * total[-1]).sum())
+    if last >= len(values) - 1:
         raise SecateurError(
-            f"every direction is steep: all {len(mass):,} are needed for share={share} of the curvature; give less"
+            f"every direction is steep: all {int(times.sum()):,} are needed for share={share} of it; give less"
         )
-    return count, float(mass[count - 1])
+    return int(times[: last + 1].sum()), float(values[last])
 
 
 # ------------------------------------------------------------------------------------------- eigenpairs of the Hessian
@@ -153,9 +169,9 @@ class Deflated(FlatProjector):
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def names(self) -> frozenset[str]:  # type: ignore[override]
+    def shapes(self) -> Mapping[str, torch.Size]:  # type: ignore[override]
         """All parameters that want a gradient."""
-        return frozenset(self.products.shapes)
+        return self.products.shapes
 
     def project(self, vector: Vector) -> dict[str, Tensor]:
         """``P_0 vector``."""
@@ -276,9 +292,13 @@ class Kronecker(FlatProjector):
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def names(self) -> frozenset[str]:  # type: ignore[override]
+    def shapes(self) -> Mapping[str, torch.Size]:  # type: ignore[override]
         """Weights and biases of the layers that have factors."""
-        return frozenset(name for factors in self.factors.values() for name in _names(factors))
+        return {
+            name: tensor.shape
+            for factors in self.factors.values()
+            for name, tensor in zip(_names(factors), _tensors(factors), strict=False)
+        }
 
     def project(self, vector: Vector) -> dict[str, Tensor]:
         """``P_0 vector``."""
@@ -321,15 +341,15 @@ def _kronecker(
     if ekfac:
         passing = {key: value for key, value in passing.items() if key not in {"layers", "positions", "bias"}}
         bases = second_moments(model, bases, data, loss_fn, **passing)
-    every = [basis.curvature() for basis in bases.values()]
-    all_of = torch.cat([
-        c.expand(*b.layer.table().shape[:2], b.layer.taps, c.shape[-1]).flatten()
-        for c, b in zip(every, bases.values(), strict=True)
+    every = {name: basis.curvature() for name, basis in bases.items()}
+    values = torch.cat([c.flatten() for c in every.values()])
+    times = torch.cat([  # where taps share their curvature, each value is that of several directions
+        torch.full((c.numel(),), bases[name].layer.taps // c.shape[2], device=c.device) for name, c in every.items()
     ])  # fmt: skip
-    count, cutoff = steep(all_of, share)
+    count, cutoff = steep(values, share, times)
     facts = {
         "basis": "kfe", "form": form, "soft": soft, "ekfac": ekfac, "examples": curvature.examples,
-        "directions": all_of.numel(), "steep": count, "cutoff": cutoff, "largest": float(all_of.max()),
+        "directions": int(times.sum()), "steep": count, "cutoff": cutoff, "largest": float(values.max()),
         "share": share, "skipped": dict(curvature.skipped),
     }  # fmt: skip
     return Kronecker(factors, bases, cutoff, soft, facts)
@@ -338,6 +358,10 @@ def _kronecker(
 def _names(factors: Factors) -> list[str]:
     at = f"{factors.layer.name}." if factors.layer.name else ""
     return [f"{at}weight", f"{at}bias"] if factors.layer.bias else [f"{at}weight"]
+
+
+def _tensors(factors: Factors) -> tuple[Tensor, ...]:
+    return factors.layer.module.weight, factors.layer.module.bias
 
 
 def _scale(factors: Factors) -> float:
@@ -355,11 +379,8 @@ def _isometric(factors: Factors) -> Factors:
 
 
 def _table(factors: Factors, vector: Vector) -> Tensor:
-    module, names = factors.layer.module, _names(factors)
-    tensors = (module.weight, module.bias)
-    weight, *bias = (
-        vector[n].detach() if n in vector else torch.zeros_like(t) for n, t in zip(names, tensors, strict=False)
-    )
+    pairs = zip(_names(factors), _tensors(factors), strict=False)
+    weight, *bias = (vector[n].detach() if n in vector else torch.zeros_like(t) for n, t in pairs)
     return factors.layer.table_of(weight, bias[0] * _scale(factors) if bias else None)
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.curvature.flat import FlatProjector
+from secateur.cut.channels import check_plan
 from secateur.errors import SecateurError, unknown
 from secateur.plan import Plan
 from secateur.score.directional import Directions
@@ -48,6 +49,7 @@ def directed(
         SecateurError: an unknown mode, a plan without its graph or of another model.
     """
     check_mode(mode)
+    check_plan(model, plan)
     if plan.graph is None:
         raise SecateurError("directed(plan): the plan has no graph (it came from JSON): trace the model and remake it")
     found = Directions(model, plan.graph, flat)
@@ -88,7 +90,7 @@ def gone_of(plan: Plan, size: int) -> Tensor:
 def _valley(
     model: nn.Module, plan: Plan, found: Directions, flat: FlatProjector, size: float, damping: float | None
 ) -> dict[str, Tensor]:
-    start = {name: p.detach() for name, p in model.named_parameters() if name in flat.names}
+    start = {name: p.detach() for name, p in model.named_parameters() if name in flat.shapes}
     start = {name: value - size * found.eta[name] if size else value for name, value in start.items()}
     written = {(a.name, a.dim) for a in found.axes}
     fixed: dict[str, dict[int, Tensor]] = {}

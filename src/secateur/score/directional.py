@@ -42,12 +42,13 @@ class Directions:
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, flat: FlatProjector) -> None:
+        flat.check_model(model)
         parameters = {name: p.detach() for name, p in model.named_parameters()}
         names = {p: name for name, p in model.named_parameters()}
         self.axes = [
             Axis(names[p], dim, ids.numpy())
             for p, (dim, ids) in producer_axes(model, graph).items()
-            if names[p] in flat.names
+            if names[p] in flat.shapes
         ]
         if not self.axes:
             raise SecateurError("no exact group is written by a parameter that the projector knows: graph.summary()")
