@@ -115,6 +115,35 @@ def test_sdprun_with_c_0_is_its_baseline(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, kept[1][name]) for name, tensor in kept[0].items())
 
 
+def test_sdprun_stops_at_its_budget_and_says_so_if_it_does_not_get_there(tmp_path: Path) -> None:
+    train = {**ALL_STAGES["train"], "budget": {"macs": 0.6}, "exclude": ["conv1"], "baseline": False}
+    told: list[str] = []
+    out = tmp_path / "met"
+    result = run(made(ALL_STAGES, train=train, finetune=None), out, progress=False, say=told.append)
+    assert result["seeds"]["0"]["stages"]["trained"]["reached"] is True
+    assert result["seeds"]["0"]["after"]["macs"] <= 0.6 * result["seeds"]["0"]["before"]["macs"]
+    before, after = result["seeds"]["0"]["stages"]["pruned"]["widths"]["conv1"]
+    assert before == after
+    assert not any("was not reached" in line for line in told)
+    train = {**train, "c": 1e-6, "epochs": 1}
+    short = made(ALL_STAGES, train=train, prune=None, finetune=None)
+    result = run(short, tmp_path / "not", progress=False, say=told.append)
+    assert result["seeds"]["0"]["stages"]["trained"]["reached"] is False
+    assert any("was not reached in 1 epochs with c=1e-06: give a larger c" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"budget": {"macs": 0.001}}, "the budget cannot be met"), ({"exclude": ["conv7"]}, "unknown group.*conv7")],
+    ids=str,
+)
+def test_what_sdprun_cannot_do_is_told_before_any_work(tmp_path: Path, changes: dict, message: str) -> None:
+    given = made(ALL_STAGES, train={**ALL_STAGES["train"], **changes})
+    with pytest.raises(sc.SecateurError, match=message):
+        run(given, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def killed_and_resumed(out: Path, moments: list[float], given: recipe.Recipe | None = None) -> int:
     """Kill the run at these moments (seconds after it began), then let it end; how many kills came before its end."""
     given, codes = given or made(ALL_STAGES), []

@@ -42,7 +42,7 @@ OPTIMIZERS = {  # the settings each takes beside the learning rate
     "sgd": ("momentum", "nesterov", "weight_decay"),
     "adam": ("weight_decay",),
     "adamw": ("weight_decay",),
-    "sdprun": ("c", "mu", "weights", "baseline"),
+    "sdprun": ("c", "mu", "weights", "exclude", "budget", "baseline"),
 }
 _OWN = sorted({setting for settings in OPTIMIZERS.values() for setting in settings})
 
@@ -154,13 +154,24 @@ class Train(Tune):
         c: strength of sdprun's pruning.
         mu: growth of its threshold in time.
         weights: ``none`` or ``sqrt``: how its threshold depends on a channel's size.
+        exclude: names of groups that it leaves alone (``secateur inspect`` shows them).
+        budget: what may remain, as the arguments of :class:`secateur.Budget`; once met, its threshold stands still.
         baseline: also train the same network by plain SGD, same seed and schedule, as the "before".
     """
 
     c: float = Field(default=5e-4, ge=0)
     mu: float = Field(default=0.6, gt=0, le=1)
     weights: str = "none"
+    exclude: list[str] = Field(default_factory=list)
+    budget: dict[str, Any] | None = None
     baseline: bool = False
+
+    @field_validator("budget")
+    @classmethod
+    def _sound(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        if given is not None:
+            budget_from(given)
+        return given
 
     @field_validator("weights")
     @classmethod

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from secateur import store
 from secateur.allocate import Budget
-from secateur.allocate.budget import in_round
+from secateur.allocate.budget import budget_from, in_round
 from secateur.curvature.layers import CONVOLUTIONS
 from secateur.cut import Bottleneck, check, recalibrate, record, separate
 from secateur.cut.separable import separable
@@ -33,7 +33,7 @@ from secateur.errors import SecateurError
 from secateur.measure import accuracy, file_size, latency
 from secateur.models import build
 from secateur.prune import DEAD, DIRECTIONAL, check_feasible, counts, prune
-from secateur.recipe import Recipe, Train, Tune
+from secateur.recipe import OPTIMIZERS, Recipe, Train, Tune
 from secateur.run.folder import write_json
 from secateur.trace import trace
 from secateur.train.loop import fit
@@ -103,6 +103,8 @@ def check_setting(setting: Setting) -> None:
             f"model {setting.recipe.model.name!r}: for one image of data {setting.data.name!r} it gives {shape}, and "
             f"[1, {classes}] is due, one value a class; see model.options"
         )
+    if setting.recipe.train is not None:
+        make_optimizer(setting, model, setting.recipe.train)  # it refuses what it cannot do
     budget = setting.recipe.prune.make_budget()
     section = setting.recipe.prune
     if budget is not None and section.method == EIGENDAMAGE:
@@ -158,7 +160,7 @@ def plain(train: Train) -> Tune:
     """The same training without pruning: of sdprun, plain SGD under the same schedule."""
     if train.optimizer != "sdprun":
         return train
-    own = {"c", "mu", "weights", "baseline", "optimizer"}
+    own = {*OPTIMIZERS["sdprun"], "optimizer"}
     return Tune.model_validate({**train.model_dump(exclude=own, exclude_unset=True), "optimizer": "sgd"})
 
 
@@ -184,9 +186,10 @@ def _train(setting: Setting, model: nn.Module, section: Tune, seed: int, checkpo
     set_seed(seed)
     data, recipe = setting.data, setting.recipe
     held_out = data.loader("validation", TEST_BATCH) if data.validation is not None else None
+    optimizer = make_optimizer(setting, model, section)
     history = fit(
         model,
-        make_optimizer(setting, model, section),
+        optimizer,
         data.loader("train", recipe.data.batch_size, shuffle=True, augment=recipe.data.augment, seed=seed),
         epochs=section.epochs,
         loss_fn=partial(F.cross_entropy, label_smoothing=section.label_smoothing),
@@ -198,7 +201,15 @@ def _train(setting: Setting, model: nn.Module, section: Tune, seed: int, checkpo
         channels_last=section.channels_last,
         compile=section.compile,
     )
-    return model, {"history": history, "seconds": sum(row["seconds"] for row in history)}
+    facts: Facts = {"history": history, "seconds": sum(row["seconds"] for row in history)}
+    if isinstance(section, Train) and section.budget is not None and isinstance(optimizer, SDPrun):
+        facts["reached"] = optimizer.reached
+        if not optimizer.reached:
+            setting.say(
+                f"the budget {section.budget} was not reached in {section.epochs} epochs with c={section.c:g}: give a "
+                "larger c, or more epochs; what is zero by now is cut"
+            )
+    return model, facts
 
 
 def _tune(setting: Setting, source: Path, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
@@ -209,7 +220,10 @@ def make_optimizer(setting: Setting, model: nn.Module, section: Tune) -> torch.o
     """The optimizer that a section describes."""
     if isinstance(section, Train) and section.optimizer == "sdprun":
         graph = trace(model, setting.inputs.cpu())
-        return SDPrun(model, graph, lr=section.lr, c=section.c, mu=section.mu, weights=section.weights)
+        return SDPrun(
+            model, graph, lr=section.lr, c=section.c, mu=section.mu, weights=section.weights, exclude=section.exclude,
+            budget=None if section.budget is None else budget_from(section.budget),
+        )  # fmt: skip
     common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
     if section.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), momentum=section.momentum, nesterov=section.nesterov, **common)
