@@ -23,6 +23,8 @@ train: {optimizer: sdprun, epochs: 2, lr: 0.1, c: 0.02, mu: 0.6, weights: sqrt, 
 prune: {method: dead}
 """
 
+UNPRUNED = SDPRUN[: SDPRUN.index("prune:")] + "prune: {method: none}\n"
+
 
 def written(folder: Path, text: str = BASE) -> Path:
     (folder / "r.yaml").write_text(text)
@@ -54,7 +56,7 @@ def test_recipes_make_the_networks_of_the_measurements() -> None:
                 assert getattr(section, name, settings[name]) == settings[name], name
 
 
-@pytest.mark.parametrize("text", [BASE, SDPRUN], ids=["sgd", "sdprun"])
+@pytest.mark.parametrize("text", [BASE, SDPRUN, UNPRUNED], ids=["sgd", "sdprun", "unpruned"])
 def test_dumped_and_read_again_it_is_the_same(tmp_path: Path, text: str) -> None:
     first = recipe.read(written(tmp_path, text))
     again = yaml.safe_dump(first.model_dump(mode="json"))  # all defaults written out

@@ -52,8 +52,10 @@ class _Section(BaseModel):
 
     def changed(self) -> set[str]:
         """The settings that are not at their defaults: only those can contradict others."""
-        fields = type(self).model_fields
-        return {name for name in self.model_fields_set if getattr(self, name) != fields[name].default}
+        defaults = {
+            name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()
+        }
+        return {name for name in self.model_fields_set if getattr(self, name) != defaults[name]}
 
 
 class Data(_Section):
