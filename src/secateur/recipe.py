@@ -19,9 +19,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from secateur.allocate import STRATEGIES, Budget, budget_from
 from secateur.allocate.budget import check_rounds
@@ -45,6 +45,15 @@ OPTIMIZERS = {  # the settings each takes beside the learning rate
     "sdprun": ("c", "mu", "weights", "exclude", "budget", "baseline"),
 }
 _OWN = sorted({setting for settings in OPTIMIZERS.values() for setting in settings})
+
+
+def _sound(given: dict[str, Any]) -> dict[str, Any]:
+    budget_from(given)
+    return given
+
+
+Limits = Annotated[dict[str, Any], AfterValidator(_sound)]
+"""The arguments of a budget, which has been made once to see that it can be."""
 
 
 class _Section(BaseModel):
@@ -165,15 +174,8 @@ class Train(Tune):
     mu: float = Field(default=0.6, gt=0, le=1)
     weights: str = "none"
     exclude: list[str] = Field(default_factory=list)
-    budget: dict[str, Any] | None = None
+    budget: Limits | None = None
     baseline: bool = False
-
-    @field_validator("budget")
-    @classmethod
-    def _sound(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
-        if given is not None:
-            budget_from(given)
-        return given
 
     @field_validator("weights")
     @classmethod
@@ -197,7 +199,7 @@ class Prune(_Section):
     """
 
     method: str = "none"
-    budget: dict[str, Any] | None = None
+    budget: Limits | None = None
     strategy: str = "global"
     inexact: bool = False
     recalibrate: bool = False
@@ -215,13 +217,6 @@ class Prune(_Section):
     @classmethod
     def _known_strategy(cls, strategy: str) -> str:
         return _one_of("strategy", strategy, STRATEGIES)
-
-    @field_validator("budget")
-    @classmethod
-    def _sound(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
-        if given is not None:
-            budget_from(given)
-        return given
 
     @model_validator(mode="after")
     def _fits(self) -> Prune:

@@ -30,6 +30,11 @@ class HasGroups(Protocol):
         """The removable groups."""
 
 
+def along(values: Tensor, dim: int, like: Tensor) -> Tensor:
+    """One value for each position of a dim, shaped to be broadcast over a tensor, on its device."""
+    return values.to(like.device).view([-1 if d == dim else 1 for d in range(like.ndim)])
+
+
 def producer_axes(model: nn.Module, graph: HasGroups) -> dict[nn.Parameter, tuple[int, Tensor]]:
     """The axis of each parameter along which channels are produced: ``{parameter: (dim, ids)}``.
 

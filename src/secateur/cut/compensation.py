@@ -19,6 +19,7 @@ from torch import nn
 from secateur.curvature import Curvature, columns_made_up, rows_made_up
 from secateur.errors import unknown
 from secateur.plan import Plan
+from secateur.rows import along
 
 DAMPING = 1e-3
 SIDES = {"producers": (0, rows_made_up), "consumers": (1, columns_made_up)}
@@ -58,11 +59,7 @@ def compensated(
         gone = gone.to(weight.device)  # what goes stays as it was, until it goes
         with torch.no_grad():
             module = layer.module
-            module.weight.copy_(torch.where(_along(gone, dim, weight), module.weight, weight))
+            module.weight.copy_(torch.where(along(gone, dim, weight), module.weight, weight))
             if bias is not None:
                 module.bias.copy_(torch.where(gone, module.bias, bias) if dim == 0 else bias)
     return changed
-
-
-def _along(positions: torch.Tensor, dim: int, like: torch.Tensor) -> torch.Tensor:
-    return positions.view([-1 if d == dim else 1 for d in range(like.ndim)])

@@ -26,6 +26,7 @@ from secateur.curvature.flat import FlatProjector
 from secateur.cut.channels import check_plan
 from secateur.errors import SecateurError, unknown
 from secateur.plan import Plan
+from secateur.rows import along
 from secateur.score.directional import Directions
 
 MODES = ("valley", "radial")
@@ -63,7 +64,7 @@ def directed(
         ratio = torch.where(found.norm > 0, size * found.score / found.norm, torch.zeros_like(found.norm))
         factor = torch.where(gone | (ratio >= 1), 1.0, 1 - ratio)  # one that must stay although it is due stays whole
         factor[0] = 1
-        new = {a.name: found.along(a, parameters[a.name].detach(), factor) for a in found.axes}
+        new = {a.name: found.scaled(a, parameters[a.name].detach(), factor) for a in found.axes}
     else:
         new = _valley(model, plan, found, flat, shift * size, damping)
     with torch.no_grad():
@@ -102,16 +103,12 @@ def _valley(
                 where = torch.zeros(start[name].shape[dim], dtype=torch.bool)
                 where[positions] = True
                 fixed.setdefault(name, {})[dim] = where
-                moved[name] = -start[name] * _along(where, dim, start[name])
+                moved[name] = -start[name] * along(where, dim, start[name])
     rest = flat.complete(moved, fixed, damping=damping)
     original = dict(model.named_parameters())
     result = {}
     for name, value in start.items():
         result[name] = value + rest[name].to(value)
         for dim, where in fixed.get(name, {}).items():  # what goes stays as it was, until it goes
-            result[name] = torch.where(_along(where, dim, value), original[name].detach(), result[name])
+            result[name] = torch.where(along(where, dim, value), original[name].detach(), result[name])
     return result
-
-
-def _along(positions: Tensor, dim: int, like: Tensor) -> Tensor:
-    return positions.to(like.device).view([-1 if d == dim else 1 for d in range(like.ndim)])

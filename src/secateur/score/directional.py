@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateur.curvature.flat import FlatProjector, flat_projector
 from secateur.errors import SecateurError
-from secateur.rows import producer_axes
+from secateur.rows import along, producer_axes
 from secateur.score.sums import by_group, channel_sums, rows
 from secateur.trace import Axis, ChannelGraph
 
@@ -59,7 +58,7 @@ class Directions:
             if g.exact and all(a.name in known for a in g.producers if parameters.get(a.name, torch.empty(0)).ndim > 1)
         }
         self.norm = channel_sums(graph, self.axes, lambda a: rows(parameters[a.name].double().square(), a.dim)).sqrt()
-        self.unit = {a.name: self.along(a, parameters[a.name], self._inverse()) for a in self.axes}
+        self.unit = {a.name: self.scaled(a, parameters[a.name], self._inverse()) for a in self.axes}
         self.eta = flat.project(self.unit)
         products = {a.name: self.unit[a.name] * self.eta[a.name] for a in self.axes}
         self.score = channel_sums(graph, self.axes, lambda a: rows(products[a.name], a.dim))
@@ -71,10 +70,9 @@ class Directions:
         return inverse
 
     @staticmethod
-    def along(axis: Axis, tensor: Tensor, factor: Tensor) -> Tensor:
+    def scaled(axis: Axis, tensor: Tensor, factor: Tensor) -> Tensor:
         """A parameter with every channel's rows times its factor."""
-        shape = [-1 if d == axis.dim else 1 for d in range(tensor.ndim)]
-        return tensor * factor[torch.from_numpy(np.asarray(axis.channels))].to(tensor).view(shape)
+        return tensor * along(factor[torch.from_numpy(axis.channels)].to(tensor.dtype), axis.dim, tensor)
 
     def strength(self) -> Tensor:
         """The least lambda at which a channel is zero, by channel id; infinite where there is none."""
