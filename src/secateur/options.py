@@ -27,6 +27,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     EIGENDAMAGE: (*_PASS, "rule", "limit", "ekfac", "layers", "train_rotations", "separable"),
 }
 """The names of each method's options."""
+_OF_BASIS = {"kfe": {*_PASS, "soft", "ekfac", "form"}, "lanczos": {"k", "matrix"}, "exact": {"matrix"}}
 
 
 def check_options(method: str, options: Mapping[str, Any], budget: Budget | None = None) -> None:
@@ -38,9 +39,18 @@ def check_options(method: str, options: Mapping[str, Any], budget: Budget | None
     for name, check in _CHECKS.items():
         if options.get(name) is not None:
             check(name, options[name])
+    if method == "directional":
+        basis = options.get("basis", "kfe")
+        for name in options:
+            if name not in _OF_BASIS[basis] and any(name in own for own in _OF_BASIS.values()):
+                raise SecateurError(f"{name}: basis {basis!r} has no such option; it takes {_listed(_OF_BASIS[basis])}")
     Pass(**{name: options[name] for name in _PASS if name in options})
     if set(options) & {"rule", "limit"}:
         check_rule(options.get("rule", "lagrangian"), options.get("limit", 0.95), budget)
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _truth(name: str, value: object) -> None:

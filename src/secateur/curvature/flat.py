@@ -34,6 +34,7 @@ from secateur.curvature.losses import Loss
 from secateur.curvature.products import Products, Vector
 from secateur.curvature.solving import check_damping
 from secateur.errors import SecateurError, unknown
+from secateur.rows import along
 
 Fixed = Mapping[str, Mapping[int, Tensor]]
 BASES = ("kfe", "lanczos", "exact")
@@ -189,7 +190,7 @@ class Deflated(FlatProjector):
         x = self.products.join(moved).to(vectors)
         shapes = self.products.shapes
         given = self.products.join({
-            name: _positions(dims, shapes[name], x.device).to(x) for name, dims in fixed.items() if name in shapes
+            name: _positions(dims, x.new_zeros(shapes[name])) for name, dims in fixed.items() if name in shapes
         }).bool()  # fmt: skip
         rest = vectors[~given]
         inner = rest.T @ rest + torch.diag(max(damping, 1e-12) * size.min() / size)
@@ -197,12 +198,11 @@ class Deflated(FlatProjector):
         return self.products.split(x)
 
 
-def _positions(dims: Mapping[int, Tensor], shape: torch.Size, device: torch.device) -> Tensor:
-    """Where any of the dims' positions is, bool."""
-    where = torch.zeros(shape, dtype=torch.bool, device=device)
+def _positions(dims: Mapping[int, Tensor], zeros: Tensor) -> Tensor:
+    """Ones where any of the dims' positions is."""
     for dim, positions in dims.items():
-        where |= positions.to(device).view([-1 if d == dim else 1 for d in range(len(shape))])
-    return where
+        zeros = zeros.masked_fill(along(positions, dim, zeros), 1)
+    return zeros
 
 
 def _exact(
@@ -337,6 +337,7 @@ def _kronecker(
     }  # fmt: skip
     if not factors:
         raise SecateurError("no linear or convolution has weights that want a gradient: nothing can be projected")
+    skipped = {**curvature.skipped, **{name: "it wants no gradient" for name in curvature if name not in factors}}
     bases = {name: eigenbasis_of(own) for name, own in factors.items()}
     if ekfac:
         passing = {key: value for key, value in passing.items() if key not in {"layers", "positions", "bias"}}
@@ -350,7 +351,7 @@ def _kronecker(
     facts = {
         "basis": "kfe", "form": form, "soft": soft, "ekfac": ekfac, "examples": curvature.examples,
         "directions": int(times.sum()), "steep": count, "cutoff": cutoff, "largest": float(values.max()),
-        "share": share, "skipped": dict(curvature.skipped),
+        "share": share, "skipped": skipped,
     }  # fmt: skip
     return Kronecker(factors, bases, cutoff, soft, facts)
 
