@@ -37,7 +37,7 @@ def accuracy(model: nn.Module, data: Batches | tuple[Tensor, Tensor]) -> float:
     Raises:
         SecateurError: there is no image.
     """
-    return _mean(model, data, lambda output, y: (output.argmax(1) == y).double().mean())
+    return float(_mean(model, data, _hits))
 
 
 def loss(
@@ -50,10 +50,24 @@ def loss(
     Raises:
         SecateurError: there is no image.
     """
-    return _mean(model, data, loss_fn)
+    return float(_mean(model, data, loss_fn))
 
 
-def _mean(model: nn.Module, data: Batches | tuple[Tensor, Tensor], value: Callable[[Tensor, Tensor], Tensor]) -> float:
+def loss_and_accuracy(
+    model: nn.Module,
+    data: Batches | tuple[Tensor, Tensor],
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> tuple[float, float]:
+    """:func:`loss` and :func:`accuracy` from one pass."""
+    both = _mean(model, data, lambda output, y: torch.stack([loss_fn(output, y).double(), _hits(output, y)]))
+    return float(both[0]), float(both[1])
+
+
+def _hits(output: Tensor, y: Tensor) -> Tensor:
+    return (output.argmax(1) == y).double().mean()
+
+
+def _mean(model: nn.Module, data: Batches | tuple[Tensor, Tensor], value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The mean of a mean over images, however they are batched."""
     batches: Batches = [data] if isinstance(data, tuple) else data
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -65,4 +79,4 @@ def _mean(model: nn.Module, data: Batches | tuple[Tensor, Tensor], value: Callab
                 count += len(y)
     if not count:
         raise SecateurError("data: there is no image to measure on")
-    return float(total / count)
+    return total / count

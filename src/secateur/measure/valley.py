@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from secateur.curvature.flat import Deflated
 from secateur.cut import recalibrate
 from secateur.errors import SecateurError
-from secateur.measure.accuracy import accuracy, loss
+from secateur.measure.accuracy import loss_and_accuracy
 from secateur.train.loop import fit
 
 Weights = Mapping[str, Tensor]
@@ -181,6 +181,7 @@ class Plane:
         loss: mean training loss, ``loss[j][i]`` at ``(x[i], y[j])``.
         points: coordinates of ``start``, ``control``, ``end``.
         path: coordinates of the curve.
+        axes: ``start`` and the two unit vectors.
     """
 
     x: list[float]
@@ -188,6 +189,13 @@ class Plane:
     loss: list[list[float]]
     points: dict[str, tuple[float, float]]
     path: list[tuple[float, float]]
+    axes: tuple[Weights, Weights, Weights] = field(repr=False)
+
+    def project(self, weights: Weights) -> tuple[float, float]:
+        """Where weights are when looked at from above the plane: a point of a training's path, for instance."""
+        start, e1, e2 = self.axes
+        way = _difference({name: weights[name] for name in start}, start)
+        return _dot(way, e1), _dot(way, e2)
 
 
 def plane(
@@ -243,7 +251,7 @@ def plane(
     path = [
         tuple(sum(s * p[d] for s, p in zip(share, three.values(), strict=True)) for d in (0, 1)) for share in shares
     ]
-    return Plane(x, y, table, three, path)  # type: ignore[arg-type]
+    return Plane(x, y, table, three, path, (start, e1, e2))  # type: ignore[arg-type]
 
 
 def steep_share(start: nn.Module, end: nn.Module, directions: Deflated) -> float:
@@ -310,5 +318,6 @@ def _measured(
     row: Row = {}
     for side, data in (("train", train), ("test", test)):
         if data is not None:
-            row |= {f"{side}_loss": loss(here, data, loss_fn), f"{side}_error": 1 - accuracy(here, data)}
+            value, right = loss_and_accuracy(here, data, loss_fn)
+            row |= {f"{side}_loss": value, f"{side}_error": 1 - right}
     return row

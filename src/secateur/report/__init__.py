@@ -1,0 +1,5 @@
+"""Figures of what was measured."""
+
+from secateur.report.valley import draw_curve, draw_plane, draw_spectrum
+
+__all__ = ["draw_curve", "draw_plane", "draw_spectrum"]
