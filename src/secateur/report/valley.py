@@ -84,9 +84,7 @@ def draw_plane(
     axes.contour(plane.x, plane.y, height, levels=levels, colors="white", linewidths=0.4)
     figure.colorbar(filled, ax=axes, label="log10 of the training loss")
     for colour, (name, points) in zip(COLOURS[1:], (paths or {}).items(), strict=False):
-        axes.plot(
-            *zip(*points, strict=True), ".-", color=colour, linewidth=0.9, markersize=3, label=f"training, {name}"
-        )
+        axes.plot(*zip(*points, strict=True), ".-", color=colour, linewidth=0.9, markersize=3, label=name)
     axes.plot(*zip(*plane.path, strict=True), "--", color="black", linewidth=1.2, label="curve")
     for name, at in zip((ends[0], "control point", ends[1]), plane.points.values(), strict=True):
         axes.plot(*at, "x" if name == "control point" else "o", color="black", markersize=5)
