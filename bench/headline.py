@@ -49,16 +49,17 @@ class Clock:
 
 def train(row: dict[str, Any], lr: float, work: Path, clock: Clock, device: torch.device) -> dict[str, Any]:
     """One training from scratch, its cut, and what both cost and reach."""
-    data = load("cifar10", augment=True)
+    data = load("cifar10")
     torch.manual_seed(row["seed"])
     inputs = torch.zeros(example_input(row["network"]))
     model = build(row["network"])
     graph = sc.trace(model, inputs)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = sc.SDPrun(model, graph, lr=lr, c=row["c"], mu=row["mu"] or 0.6, weights="sqrt")
+    batches = data.loader("train", BATCH, shuffle=True, augment=True, seed=row["seed"])
     fit(
-        model, optimizer, data.loader("train", BATCH, shuffle=True, seed=row["seed"]), epochs=row["epochs"],
-        schedule="grda", checkpoint_dir=work / "-".join(str(row[key]) for key in KEYS), every=20, after_step=[clock],
+        model, optimizer, batches, epochs=row["epochs"], schedule="grda",
+        checkpoint_dir=work / "-".join(str(row[key]) for key in KEYS), every=20, after_step=[clock],
         channels_last=True,
     )  # fmt: skip
     model.eval()
