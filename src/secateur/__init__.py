@@ -14,6 +14,7 @@ from secateur.cut import (
     merge_bases,
     recalibrate,
     record,
+    refit,
     separate,
 )
 from secateur.eigendamage import eigendamage
@@ -52,6 +53,7 @@ __all__ = [
     "prune",
     "recalibrate",
     "record",
+    "refit",
     "save",
     "score",
     "separate",

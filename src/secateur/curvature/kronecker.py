@@ -115,7 +115,7 @@ def kronecker_factors(
             ``"empirical"``: the data's.
         samples: how many targets are drawn for each example.
         batches: use at most so many batches.
-        positions: in full form, use so many positions of each batch, evenly spread.
+        positions: in full form, use so many positions of each batch, spread over all of it.
         bias: a layer's bias is one more column of its weight; without, it is taken as given.
         seed: for the drawn targets.
 

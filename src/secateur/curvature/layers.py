@@ -114,6 +114,32 @@ def output_samples(layer: Layer, g: Tensor) -> Tensor:
     return g.unflatten(1, (layer.groups, g.shape[1] // layer.groups)).permute(1, 0, 3, 2)
 
 
+def spread(total: int, wanted: int) -> Tensor:
+    """So many of the numbers below a total, spread over all of it in ascending order; all of them if there are fewer.
+
+    Multiples of the golden ratio modulo 1 keep no step with the rows of an image, which even distances do.
+    """
+    if wanted >= total:
+        return torch.arange(total)
+    golden = (math.sqrt(5) - 1) / 2
+    return (torch.arange(wanted, dtype=torch.float64).add(0.5).mul(golden).remainder(1) * total).long().sort().values
+
+
+def input_samples_at(layer: Layer, x: Tensor, positions: int) -> Tensor:
+    """:func:`input_samples` in full form at so many positions of the batch: [groups, samples, columns]."""
+    windows = _windows(layer, x) if layer.kernel else x.reshape(1, -1, x.shape[-1])
+    places = windows.shape[1 : 2 + len(layer.kernel)]
+    at = spread(math.prod(places), positions).to(x.device)
+    chosen = windows.movedim(0, 1 + len(layer.kernel))[torch.unravel_index(at, places)]
+    return _with_ones(layer, chosen.movedim(1, 0).flatten(2))
+
+
+def output_samples_at(layer: Layer, y: Tensor, positions: int) -> Tensor:
+    """:func:`output_samples` at the same positions: [groups, samples, rows]."""
+    samples = output_samples(layer, y).flatten(1, 2)
+    return samples[:, spread(samples.shape[1], positions).to(y.device)]
+
+
 def _with_ones(layer: Layer, samples: Tensor) -> Tensor:
     return F.pad(samples, (0, 1), value=1 / layer.taps) if layer.bias else samples
 
@@ -150,14 +176,14 @@ def input_products(
     Args:
         layer: a linear or a convolution.
         x: its input.
-        positions: in full form, look at so many positions of each batch only, evenly spread.
+        positions: in full form, look at so many positions of each batch only, see :func:`spread`.
         into: sums to add to, in place.
 
     Returns:
         [groups, columns, columns], and the number of samples.
     """
     if positions is not None and layer.form == "full":
-        samples = _picked(layer, x, positions)
+        samples = input_samples_at(layer, x, positions)
         return _added(samples.mT, into), samples.shape[1]
     total = 0
     for part in _parts(layer, x, math.prod(layer.kernel) if layer.form == "full" else 1):
@@ -199,16 +225,6 @@ def _parts(layer: Layer, x: Tensor, times: int) -> Iterable[Tensor]:
 def _added(samples: Tensor, into: Tensor | None) -> Tensor:
     """The products of samples [groups, columns, samples], summed; a large factor is written once, not thrice."""
     return samples @ samples.mT if into is None else into.baddbmm_(samples, samples.mT)
-
-
-def _picked(layer: Layer, x: Tensor, positions: int) -> Tensor:
-    """Samples at so many positions of the batch (or at all), evenly spread: [groups, samples, columns]."""
-    windows = _windows(layer, x) if layer.kernel else x.reshape(1, -1, x.shape[-1])
-    places = windows.shape[1 : 2 + len(layer.kernel)]
-    step = max(1.0, math.prod(places) / positions)
-    at = (torch.arange(min(positions, math.prod(places)), device=x.device) * step).long()
-    chosen = windows.movedim(0, 1 + len(layer.kernel))[torch.unravel_index(at, places)]
-    return _with_ones(layer, chosen.movedim(1, 0).flatten(2))
 
 
 def _counted_products(layer: Layer, x: Tensor) -> tuple[Tensor, int]:

@@ -8,6 +8,7 @@ from secateur.cut.compensation import compensated
 from secateur.cut.dead import dead_channels
 from secateur.cut.directional import directed
 from secateur.cut.record import record
+from secateur.cut.refit import refit
 from secateur.cut.separable import separate
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "merge_bases",
     "recalibrate",
     "record",
+    "refit",
     "separate",
 ]

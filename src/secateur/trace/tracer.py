@@ -232,7 +232,7 @@ class Skeleton:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(self.module)))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_no_fast_path())
+            stack.enter_context(without_fast_path())
             if self.fake is not None:
                 stack.enter_context(self.fake)
             stack.enter_context(watcher)
@@ -272,7 +272,8 @@ def _cuda_devices(module: nn.Module) -> list[int]:
 
 
 @contextlib.contextmanager
-def _no_fast_path() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
+    """Attention runs through its modules, which the fast path would pass by."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
