@@ -147,6 +147,16 @@ def test_what_stays_makes_up_for_what_goes(model: nn.Module) -> None:
         sc.prune(model, IMAGE, method="taylor", compensate=True, **given)
 
 
+def test_the_smaller_model_is_fitted_if_asked_for(model: nn.Module) -> None:
+    given = {"method": "magnitude", "budget": sc.Budget(channels=0.7)}
+    plain, better = (sc.prune(model, IMAGE, refit=refit, data=batches(), **given) for refit in (False, True))
+    sc.refit(model, plain.model, plain.plan, batches())
+    for one, two in zip(plain.model.state_dict().values(), better.model.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+    with pytest.raises(sc.SecateurError, match=r"prune\(refit=True\) needs data"):
+        sc.prune(model, IMAGE, refit=True, **given)
+
+
 @pytest.mark.parametrize("mode", ["valley", "radial"])
 def test_directional_also_moves_what_stays(model: nn.Module, mode: str) -> None:
     budget, data = sc.Budget(macs=0.7), batches()[:2]

@@ -111,6 +111,7 @@ BAD = {
     "prune.options.damping=1": "unknown option of method 'taylor' 'damping'",
     "prune={method: obs, budget: {macs: 0.5}, options: {dampin: 1}}": "did you mean 'damping'",
     "prune={method: eigendamage, budget: {macs: 0.5}, strategy: uniform}": "removes no channels, but strategy",
+    "prune={method: eigendamage, budget: {macs: 0.5}, refit: true}": "removes no channels, but refit",
     "prune={method: eigendamage}": "needs a budget",
     "prune={method: obs, budget: {macs: 0.5}, options: {damping: -1}}": "from 0 on",
     "prune={method: obd, budget: {macs: 0.5}, options: {fisher: true}}": "'sampled'",

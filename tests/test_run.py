@@ -225,7 +225,7 @@ def test_a_folder_in_which_a_process_was_killed_at_once(tmp_path: Path) -> None:
     [
         {"method": "eigendamage", "budget": {"params": 0.5}, "batches": 2, "options": {"fisher": "exact"}},
         {"method": "kron_obs", "budget": {"macs": 0.5}, "batches": 2, "compensate": True, "options": {"damping": 0.1}},
-        {"method": "obd", "budget": {"params": 0.5}, "batches": 2, "options": {"samples": 2}},
+        {"method": "obd", "budget": {"params": 0.5}, "batches": 2, "refit": True, "options": {"samples": 2}},
     ],
     ids=lambda prune: prune["method"],
 )

@@ -14,6 +14,7 @@ from secateur.allocate.strategies import Strategy
 from secateur.curvature import Curvature, kronecker_factors
 from secateur.cut import cut, dead_channels, directed
 from secateur.cut import recalibrate as recalibrate_norms
+from secateur.cut import refit as refit_layers
 from secateur.cut.directional import check_mode
 from secateur.errors import SecateurError, unknown
 from secateur.plan import Plan
@@ -95,6 +96,7 @@ def prune(
     inexact: bool = False,
     recalibrate: bool = False,
     compensate: bool = False,
+    refit: bool = False,
     **options: Any,
 ) -> Result:
     """Make a model smaller.
@@ -104,20 +106,24 @@ def prune(
         example_inputs: as for :func:`secateur.trace`; counts refer to their shapes.
         method: a criterion (a name or a callable), or ``"dead"`` for the channels that are exactly zero.
         budget: what may remain; not for ``"dead"``, where the weights decide.
-        data: batches, for criteria that need them and for ``recalibrate``.
+        data: batches, for criteria that need them, for ``recalibrate`` and for ``refit``.
         loss_fn: the loss, for criteria that need it: a callable, or ``"cross_entropy"``, ``"mse"``.
         strategy: as for :func:`secateur.allocate`.
         inexact: also cut groups whose removal changes more than the removed channels.
         recalibrate: re-estimate the running statistics of the smaller model's batch norms on ``data``.
         compensate: for ``"obs"``, ``"kron_obd"`` and ``"kron_obs"``: what stays makes up for what goes, by the same
             factors.
+        refit: fit the smaller model's layers to what the original computes on ``data``, in closed form, and
+            re-estimate its batch norms (:func:`secateur.cut.refit`).
         **options: the criterion's own; of ``"directional"`` those of :func:`secateur.flat_projector` (or ``flat``) and
             ``mode``, ``shift``, ``damping`` of :func:`secateur.cut.directed`.
 
     Raises:
         SecateurError: what the steps refuse; a budget that cannot be met is told before any work.
     """
-    _check(method, budget, strategy, data if recalibrate else (), options)
+    _check(method, budget, strategy, options)
+    if data is None and (recalibrate or refit):
+        raise SecateurError(f"prune({'recalibrate' if recalibrate else 'refit'}=True) needs data= (batches)")
     if compensate and method not in FACTORED:
         raise SecateurError(
             f"prune(compensate=True): the methods {', '.join(FACTORED)} have factors, {method!r} has none"
@@ -143,6 +149,8 @@ def prune(
         if moving:
             source = directed(model, plan, options["flat"], **moves)
     small = cut(source, plan, compensate=curvature)
+    if refit and data is not None:
+        refit_layers(model, small, plan, data)
     if recalibrate:
         recalibrate_norms(small, data)
     return Result(small, plan, graph, counts(graph), counts(graph, plan), scores)
@@ -170,7 +178,7 @@ def check_feasible(graph: ChannelGraph, budget: Budget, *, inexact: bool = False
     Meter(graph, budget).check_feasible(np.where(movable, budget.floors(graph), graph.widths), inexact=inexact)
 
 
-def _check(method: Any, budget: Any, strategy: Any, data: Any, options: Any) -> None:
+def _check(method: Any, budget: Any, strategy: Any, options: Any) -> None:
     if isinstance(method, str) and method not in CRITERIA and method != DEAD:
         raise unknown("method", method, (*CRITERIA, DEAD))
     if isinstance(strategy, str) and strategy not in STRATEGIES:
@@ -179,8 +187,6 @@ def _check(method: Any, budget: Any, strategy: Any, data: Any, options: Any) -> 
         if budget is not None:
             raise SecateurError("prune(method='dead', budget=...): the weights decide what goes; leave the budget out")
         if options:
-            raise unknown("option of method 'dead'", next(iter(options)), ("inexact", "recalibrate"))
+            raise unknown("option of method 'dead'", next(iter(options)), ("inexact", "recalibrate", "refit"))
     elif not isinstance(budget, Budget):
         raise SecateurError(f"prune(budget={budget!r}): a Budget is expected, for instance Budget(macs=0.5)")
-    if data is None:
-        raise SecateurError("prune(recalibrate=True) needs data= (batches)")

@@ -194,6 +194,7 @@ class Prune(_Section):
         recalibrate: re-estimate batch-norm statistics after the cut.
         batches: batches of training images for scores and recalibration; ``None`` for all.
         compensate: what stays makes up for what goes (``obs``, ``kron_obd``, ``kron_obs``).
+        refit: fit the smaller model's layers to what the original computes, and re-estimate batch-norm statistics.
         rounds: reach the budget in so many rounds, each with a fine-tune, in equal factors.
         options: the method's own, see :data:`secateur.options.OPTIONS`.
     """
@@ -205,6 +206,7 @@ class Prune(_Section):
     recalibrate: bool = False
     batches: int | None = Field(default=None, ge=1)
     compensate: bool = False
+    refit: bool = False
     rounds: int = Field(default=1, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -229,7 +231,7 @@ class Prune(_Section):
                 f"method 'dead' takes what training has driven to zero, but {' and '.join(sorted(wrong))} is given: "
                 "leave it out, or use another method"
             )
-        wrong = given & {"strategy", "inexact"}
+        wrong = given & {"strategy", "inexact", "refit"}
         if self.method == EIGENDAMAGE and wrong:
             raise SecateurError(
                 f"method 'eigendamage' removes no channels, but {' and '.join(sorted(wrong))} is given: leave it out"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -178,20 +177,6 @@ def recalibrate(model: nn.Module, data: Any, *, batches: int | None = None) -> N
         data: batches; a tensor, or a tuple or list whose first entry is the input, or a dict of keyword arguments.
         batches: use at most so many.
     """
-    seen = 0
-    with re_estimating(model), torch.no_grad():
-        for batch in data:
-            if batches is not None and seen >= batches:
-                break
-            call_model(model, _inputs_of(batch))
-            seen += 1
-    if not seen:
-        raise SecateurError("recalibrate(data): no batches were given, and the statistics are reset; give some data")
-
-
-@contextmanager
-def re_estimating(model: nn.Module) -> Iterator[None]:
-    """All batch norms forget their running statistics, and take the averages over the forwards that follow."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     modes = [(m, m.training) for m in model.modules()]
     momenta = [m.momentum for m in norms]
@@ -199,13 +184,21 @@ def re_estimating(model: nn.Module) -> Iterator[None]:
         norm.reset_running_stats()
         norm.momentum = None  # the cumulative average
         norm.train()
+    seen = 0
     try:
-        yield
+        with torch.no_grad():
+            for batch in data:
+                if batches is not None and seen >= batches:
+                    break
+                call_model(model, _inputs_of(batch))
+                seen += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for m, mode in modes:
             m.training = mode
+    if not seen:
+        raise SecateurError("recalibrate(data): no batches were given, and the statistics are reset; give some data")
 
 
 def _inputs_of(batch: Any) -> Inputs:

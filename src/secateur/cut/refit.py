@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from secateur.curvature import check_damping
@@ -26,7 +27,7 @@ from secateur.curvature.kronecker import wide
 from secateur.curvature.layers import Layer, input_samples_at, layers_of, output_samples_at
 from secateur.curvature.solving import root
 from secateur.curvature.watching import at_rest, examples_of, split_batch
-from secateur.cut.channels import check_plan, re_estimating
+from secateur.cut.channels import check_plan
 from secateur.errors import SecateurError
 from secateur.plan import Plan
 from secateur.trace import call_model
@@ -101,8 +102,9 @@ def refit(
         for name, (_, layer) in pairs.items()
         if name in wanted
     ]
+    handles += [m.register_forward_pre_hook(_take_statistics) for m in small.modules() if isinstance(m, _BatchNorm)]
     try:
-        with torch.no_grad(), at_rest(small), re_estimating(small), without_fast_path():
+        with torch.no_grad(), at_rest(small), without_fast_path():
             call_model(small, inputs)
     except BaseException:
         small.load_state_dict(before)
@@ -150,6 +152,9 @@ def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, tu
     uses = Counter(id(m.weight) for m in dict(model.named_modules(remove_duplicate=False)).values() if _has_weight(m))
     pairs, left = {}, {}
     for name, layer in ones.items():
+        if uses[id(layer.module.weight)] > 1:
+            left[name] = "its weight is used at several places"
+            continue
         shape = list(layer.module.weight.shape)
         for dim, positions in plan.slices.get(f"{name}.weight" if name else "weight", {}).items():
             shape[dim] -= len(positions)
@@ -157,13 +162,18 @@ def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, tu
         if other is None or list(other.module.weight.shape) != shape:
             found = "no such layer" if other is None else f"shape {list(other.module.weight.shape)}"
             raise SecateurError(f"refit: the plan leaves {name!r} with shape {shape}, the smaller model has {found}")
-        if uses[id(layer.module.weight)] > 1:
-            left[name] = "its weight is used at several places"
-        else:
-            pairs[name] = (layer, other)
+        pairs[name] = (layer, other)
     if not pairs:
         raise SecateurError("refit: every weight is used at several places; there is nothing to fit")
     return pairs, left
+
+
+def _take_statistics(norm: _BatchNorm, args: tuple[Tensor, ...]) -> None:
+    """The running statistics of a batch norm become those of its input, and are used at once."""
+    if norm.running_mean is not None and norm.running_var is not None and args[0].numel() > args[0].shape[1]:
+        x = wide(args[0]).transpose(0, 1).flatten(1)
+        norm.running_mean.copy_(x.mean(1))
+        norm.running_var.copy_(x.var(1))
 
 
 def _has_weight(module: nn.Module) -> bool:

@@ -256,6 +256,7 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, _at: Path) ->
         inexact=section.inexact,
         recalibrate=section.recalibrate,
         compensate=section.compensate,
+        refit=section.refit,
         **section.options,
         **({"seed": seed} if section.method in SEEDED else {}),
     )
@@ -265,7 +266,7 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, _at: Path) ->
         "skipped": dict(result.plan.skipped),
     }
     if not (
-        section.recalibrate or section.inexact or section.compensate or section.method == DIRECTIONAL
+        section.recalibrate or section.refit or section.inexact or section.compensate or section.method == DIRECTIONAL
     ):  # masked and cut compute the same: shown, not assumed
         images, _ = next(iter(data.loader("train", 64)))
         facts["difference"] = check(model, result.model, result.plan, images)

@@ -1,0 +1,281 @@
+"""Refit: against least squares by NumPy, where the answer is exact, and on trained networks."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+import secateur as sc
+from secateur.curvature.layers import spread
+from secateur.cut.refit import least_squares
+from secateur.errors import SecateurError
+from secateur.measure import accuracy
+from secateur.models import build
+from secateur.train.loop import fit
+
+
+def examples(*shape, n=64, seed=0):
+    torch.manual_seed(seed)
+    return [(torch.randn(n, *shape, dtype=torch.float64), torch.zeros(n, dtype=torch.int64))]
+
+
+def removing(model, x, group, positions):
+    graph = sc.trace(model, x)
+    return sc.make_plan(graph, {group: positions})
+
+
+class Residual(nn.Module):
+    """A stream of four channels and a block on it, one convolution of it grouped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.wide = nn.Conv2d(4, 8, 3, padding=1, groups=2)
+        self.back = nn.Conv2d(8, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        x = x + self.back(self.wide(x).relu())
+        return self.head(x.mean((2, 3)))
+
+
+class Sequence(nn.Module):
+    """Tokens through a feed-forward of two linears, with a 1-D convolution before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(3, 6, 3, stride=2, padding=2, dilation=2)
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 2)
+
+    def forward(self, x):
+        return self.down(self.up(self.first(x).transpose(1, 2)).tanh())
+
+
+NETWORKS = {
+    "perceptron": (
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)),
+        (5,),
+    ),
+    "residual": (Residual, (2, 6, 6)),
+    "sequence": (Sequence, (3, 12)),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    make, shape = NETWORKS[request.param]
+    torch.manual_seed(1)
+    return make().double().eval(), examples(*shape)
+
+
+def test_the_step_is_that_of_least_squares():
+    rng = np.random.default_rng(0)
+    x, y, w = rng.normal(size=(64, 5)), rng.normal(size=(64, 3)), rng.normal(size=(3, 5))
+    step = least_squares(*(torch.tensor(a)[None] for a in (x, y, w)), damping=0.0)[0].numpy()
+    seen, held = slice(0, 56), slice(56, 64)
+    best = np.linalg.lstsq(x[seen], y[seen], rcond=None)[0].T - w
+    missing, moved = y[held] - x[held] @ w.T, x[held] @ best.T
+    length = np.clip((moved * missing).sum() / (moved**2).sum(), 0, 1)
+    np.testing.assert_allclose(step, length * best, atol=1e-10)
+
+
+def test_a_step_that_other_images_do_not_bear_out_is_not_taken():
+    torch.manual_seed(0)
+    x, y = torch.randn(1, 64, 5).double(), torch.randn(1, 64, 3).double()
+    y[:, :56] += 5 * x[:, :56, :3]  # what is seen says one thing, what is held out the contrary
+    y[:, 56:] -= 5 * x[:, 56:, :3]
+    assert least_squares(x, y, torch.zeros(1, 3, 5), 1e-3).abs().max() == 0
+
+
+def test_inputs_of_zero_leave_a_layer_alone():
+    assert not least_squares(torch.zeros(1, 16, 4), torch.ones(1, 16, 2), torch.ones(1, 2, 4), 0.0).any()
+
+
+def test_what_other_channels_can_say_is_restored_wholly():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    with torch.no_grad():  # channel 6 is twice channel 1; channel 2 is constant
+        model[0].weight[6], model[0].bias[6] = 2 * model[0].weight[1], 2 * model[0].bias[1]
+        model[0].weight[2], model[0].bias[2] = 0, 3
+    data = examples(5)
+    plan = removing(model, data[0][0], "0", [2, 6])
+    small = sc.cut(model, plan)
+    assert (small(data[0][0]) - model(data[0][0])).abs().max() > 0.1
+    assert sc.refit(model, small, plan, data, damping=1e-12) == {}
+    fresh = torch.randn(100, 5).double()
+    torch.testing.assert_close(small(fresh), model(fresh), rtol=1e-7, atol=1e-7)
+
+
+def test_grouped_and_depthwise_layers_are_restored_too():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)]
+    model = nn.Sequential(*layers).double().eval()
+    with torch.no_grad():
+        for layer in model[:2]:
+            layer.weight[5], layer.bias[5] = layer.weight[0], layer.bias[0]
+    data = examples(2, 6, 6, n=200)
+    sc.recalibrate(model, data)
+    plan = removing(model, data[0][0], "0", [5])
+    small = sc.cut(model, plan)
+    sc.refit(model, small, plan, data, damping=1e-12)
+    torch.testing.assert_close(small(data[0][0]), model(data[0][0]), rtol=1e-5, atol=1e-5)
+    assert small[1].groups == 5
+
+
+def test_where_nothing_goes_nothing_changes(network):
+    model, data = network
+    sc.recalibrate(model, data)
+    plan = removing(model, data[0][0], sc.trace(model, data[0][0]).groups[0].name, [])
+    small = sc.cut(model, plan)
+    sc.refit(model, small, plan, data)
+    for (name, one), two in zip(model.state_dict().items(), small.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_it_comes_closer_and_leaves_everything_else_as_it_was(network):
+    model, data = network
+    sc.recalibrate(model, data)
+    graph = sc.trace(model, data[0][0])
+    plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(params=0.6))
+    small, x = sc.cut(model, plan), data[0][0]
+    recalibrated = copy.deepcopy(small)
+    sc.recalibrate(recalibrated, data)
+    before, state, first = copy.deepcopy(model.state_dict()), torch.random.get_rng_state(), small(x)
+    small.train()
+    assert sc.refit(model, small, plan, data) == {}
+    assert small.training
+    assert all(p.requires_grad and p.grad is None for p in small.parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for both in (model, small) for m in both.modules())
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    away = [(out - model(x)).square().mean() for out in (first, recalibrated(x), small.eval()(x))]
+    assert away[2] < 0.8 * min(away[:2])
+
+
+def test_in_order_each_layer_sees_what_the_fitted_ones_before_it_give():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    data = examples(4)
+    x = data[0][0]
+    plan = removing(model, x, "0", [0, 3])
+    small = sc.cut(model, plan)
+    by_hand = copy.deepcopy(small)
+    with torch.no_grad():
+        for i in (0, 2, 4):
+            inputs, wanted = (torch.cat([by_hand[:i](x), torch.ones(64, 1)], 1), model[: i + 1](x))
+            wanted = wanted[:, [1, 2, 4, 5]] if i == 0 else wanted
+            table = torch.cat([by_hand[i].weight, by_hand[i].bias[:, None]], 1)
+            table = table + least_squares(inputs[None], wanted[None], table[None], 1e-3)[0]
+            by_hand[i].weight.copy_(table[:, :-1])
+            by_hand[i].bias.copy_(table[:, -1])
+    sc.refit(model, small, plan, data)
+    for one, two in zip(small.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+class Shared(nn.Module):
+    """One linear twice, one tied, one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.last, self.never = (nn.Linear(6, 6) for _ in range(4))
+        self.tied = nn.Linear(6, 6)
+        self.tied.weight = self.last.weight
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.last(self.tied(self.twice(self.twice(self.first(x).relu()).relu()).relu())))
+
+
+def test_layers_that_run_twice_or_share_a_weight_stay_and_are_told():
+    torch.manual_seed(0)
+    model = Shared().double()
+    data = examples(6)
+    plan = removing(model, data[0][0], "first", [1])
+    small = sc.cut(model, plan)
+    before = small.twice.weight.clone()
+    left = sc.refit(model, small, plan, data)
+    assert left == {
+        "twice": "it runs several times in a forward", "never": "no forward reaches it",
+        "last": "its weight is used at several places", "tied": "its weight is used at several places",
+    }  # fmt: skip
+    assert torch.equal(before, small.twice.weight)
+
+
+def test_a_failure_leaves_the_smaller_model_as_it_was(network):
+    model, data = network
+    plan = removing(model, data[0][0], sc.trace(model, data[0][0]).groups[0].name, [0])
+    small = sc.cut(model, plan)
+    before = copy.deepcopy(small.state_dict())
+    with torch.no_grad():
+        list(model.parameters())[-1].fill_(torch.nan)
+    with pytest.raises(SecateurError, match="not finite"):
+        sc.refit(model, small, plan, data)
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"examples": 0}, "examples=0"), ({"positions": -1}, "positions=-1"), ({"damping": -1}, "damping=-1"),
+        ({"data": []}, "empty"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(network, given, message):
+    model, data = network
+    plan = removing(model, data[0][0], sc.trace(model, data[0][0]).groups[0].name, [0])
+    small = sc.cut(model, plan)
+    with pytest.raises(SecateurError, match=message):
+        sc.refit(model, small, plan, **({"data": data} | given))
+    with pytest.raises(SecateurError, match="the smaller model has shape"):
+        sc.refit(model, model, plan, data)
+
+
+def test_so_many_examples_are_used(network):
+    model, data = network
+    x = data[0][0]
+    plan = removing(model, x, sc.trace(model, x).groups[0].name, [0])
+    one, other = sc.cut(model, plan), sc.cut(model, plan)
+    sc.refit(model, one, plan, [(x[:20],), x[20:50], (x[50:], None)], examples=40)
+    sc.refit(model, other, plan, [x[:40]])
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("total", "wanted"), [(10, 20), (1000, 100), (2**20, 8192)])
+def test_positions_are_spread_over_images_and_within_them(total, wanted):
+    at = spread(total, wanted)
+    assert len(at) == min(total, wanted)
+    assert at.min() >= 0
+    assert at.max() < total
+    if wanted < total:
+        assert at.diff().min() > 0.3 * total / wanted
+        columns = torch.bincount(at % 32, minlength=32)  # of an image 32 wide: even distances of 128 see just one
+        assert columns.max() < 2 * columns.float().mean() + 1
+
+
+def test_on_digits_it_brings_back_most_of_what_is_lost():
+    digits = load_digits()
+    x, y = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = build("digits_cnn")
+    batches = [(x[i : i + 64], y[i : i + 64]) for i in range(0, 1280, 64)]
+    fit(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), batches, epochs=8, progress=False)
+    test = (x[1280:], y[1280:])
+    lost = []
+    for refit in (False, True):
+        result = sc.prune(
+            model.eval(), x[:1], method="magnitude", budget=sc.Budget(macs=0.3), data=batches, recalibrate=not refit,
+            refit=refit,
+        )  # fmt: skip
+        lost.append(accuracy(model, test) - accuracy(result.model, test))
+    assert lost[0] > 0.1
+    assert lost[1] < 0.35 * lost[0]
