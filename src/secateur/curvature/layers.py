@@ -136,8 +136,9 @@ def input_samples_at(layer: Layer, x: Tensor, positions: int) -> Tensor:
 
 def output_samples_at(layer: Layer, y: Tensor, positions: int) -> Tensor:
     """:func:`output_samples` at the same positions: [groups, samples, rows]."""
-    samples = output_samples(layer, y).flatten(1, 2)
-    return samples[:, spread(samples.shape[1], positions).to(y.device)]
+    y = _batched(layer, y).flatten(2).mT if layer.kernel else y.reshape(1, -1, y.shape[-1])
+    places = torch.unravel_index(spread(math.prod(y.shape[:2]), positions).to(y.device), y.shape[:2])
+    return y[places].unflatten(1, (layer.groups, -1)).transpose(0, 1)
 
 
 def _with_ones(layer: Layer, samples: Tensor) -> Tensor:
