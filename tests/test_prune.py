@@ -153,6 +153,7 @@ def test_the_smaller_model_is_fitted_if_asked_for(model: nn.Module) -> None:
     sc.refit(model, plain.model, plain.plan, batches())
     for one, two in zip(plain.model.state_dict().values(), better.model.state_dict().values(), strict=True):
         assert torch.equal(one, two)
+    assert better.facts == {"not refitted": {}}
     with pytest.raises(sc.SecateurError, match=r"prune\(refit=True\) needs data"):
         sc.prune(model, IMAGE, refit=True, **given)
 
@@ -167,6 +168,7 @@ def test_directional_also_moves_what_stays(model: nn.Module, mode: str) -> None:
     graph = sc.trace(model, IMAGE)
     flat = sc.flat_projector(model, data, "cross_entropy", **options)
     plan = sc.allocate(graph, sc.score(model, graph, "directional", flat=flat), budget)
+    assert result.facts["flat"] == flat.facts
     assert result.plan == plan
     assert graph.macs(plan) <= 0.7 * graph.macs()
     for ours, theirs, plain in zip(

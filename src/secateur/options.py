@@ -11,7 +11,7 @@ from secateur.curvature.flat import BASES
 from secateur.curvature.layers import FORMS
 from secateur.curvature.losses import Pass
 from secateur.curvature.products import MATRICES
-from secateur.cut.directional import check_mode
+from secateur.cut.directional import check_mode, check_shift
 from secateur.cut.separable import check_how
 from secateur.eigendamage import EIGENDAMAGE, check_rule
 from secateur.errors import SecateurError, unknown
@@ -73,11 +73,6 @@ def _share(name: str, value: object) -> None:
         raise SecateurError(f"{name}={value!r}: a number in (0, 1) is expected")
 
 
-def _fraction(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise SecateurError(f"{name}={value!r}: a number in [0, 1] is expected")
-
-
 def _one_of(known: tuple[str, ...]) -> Callable[[str, Any], None]:
     def check(name: str, value: object) -> None:
         if value not in known:
@@ -98,7 +93,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "soft": _truth,
     "k": _count,
     "share": _share,
-    "shift": _fraction,
+    "shift": lambda _, value: check_shift(value),
     "basis": _one_of(BASES),
     "form": _one_of(FORMS),
     "matrix": _one_of(MATRICES),

@@ -58,6 +58,8 @@ class Result:
         before: counts of the original.
         after: counts of the smaller model.
         scores: group name to one score a channel; empty for ``"dead"``.
+        facts: what else is to be known: ``flat`` of ``"directional"`` (how many directions are steep, and where
+            curvature was cut off), ``not refitted`` (path of a layer -> why it stays as it was).
     """
 
     model: nn.Module
@@ -66,6 +68,7 @@ class Result:
     before: Counts
     after: Counts
     scores: dict[str, Tensor] = field(repr=False)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def table(self) -> str:
         """Counts before and after, and what every group kept, as text."""
@@ -133,6 +136,7 @@ def prune(
         check_mode(options["mode"])
     graph = trace(model, example_inputs)
     scores: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
     curvature: Curvature | None = None
     source = model
     if budget is None:
@@ -148,12 +152,13 @@ def prune(
         plan = allocate(graph, scores, budget, strategy=strategy, inexact=inexact)
         if moving:
             source = directed(model, plan, options["flat"], **moves)
+            facts["flat"] = dict(options["flat"].facts)
     small = cut(source, plan, compensate=curvature)
     if refit and data is not None:
-        refit_layers(model, small, plan, data)
+        facts["not refitted"] = refit_layers(model, small, plan, data)
     if recalibrate:
         recalibrate_norms(small, data)
-    return Result(small, plan, graph, counts(graph), counts(graph, plan), scores)
+    return Result(small, plan, graph, counts(graph), counts(graph, plan), scores, facts)
 
 
 def _factors(model: nn.Module, data: Any, loss_fn: Any, options: dict[str, Any]) -> tuple[Curvature, dict[str, Any]]:

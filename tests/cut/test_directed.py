@@ -128,6 +128,8 @@ def test_bad_input_is_told():
     model, graph, flat, _, plan = case("kfe")
     with pytest.raises(SecateurError, match="did you mean 'valley'"):
         directed(model, plan, flat, mode="vally")
+    with pytest.raises(SecateurError, match=r"shift=1.5: a number in \[0, 1\]"):
+        directed(model, plan, flat, shift=1.5)
     with pytest.raises(SecateurError, match="no graph"):
         directed(model, sc.Plan.from_json(plan.to_json()), flat)
     assert graph.groups

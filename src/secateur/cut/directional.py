@@ -47,9 +47,10 @@ def directed(
         damping: of ``"valley"``: keeps the rest from moving far for little, see the projector's ``complete``.
 
     Raises:
-        SecateurError: an unknown mode, a plan without its graph or of another model.
+        SecateurError: an unknown mode, a shift outside [0, 1], a plan without its graph or of another model.
     """
     check_mode(mode)
+    check_shift(shift)
     check_plan(model, plan)
     if plan.graph is None:
         raise SecateurError("directed(plan): the plan has no graph (it came from JSON): trace the model and remake it")
@@ -77,6 +78,12 @@ def check_mode(mode: object) -> None:
     """Raise if there is no such mode."""
     if mode not in MODES:
         raise unknown("mode", str(mode), MODES)
+
+
+def check_shift(shift: object) -> None:
+    """Raise if it is no fraction."""
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 <= shift <= 1:
+        raise SecateurError(f"shift={shift!r}: a number in [0, 1] is expected")
 
 
 def gone_of(plan: Plan, size: int) -> Tensor:

@@ -264,6 +264,7 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, _at: Path) ->
     facts: Facts = {
         "widths": {g.name: [len(g), int(k)] for g, k in zip(result.graph.groups, kept, strict=True)},
         "skipped": dict(result.plan.skipped),
+        **result.facts,
     }
     if not (
         section.recalibrate or section.refit or section.inexact or section.compensate or section.method == DIRECTIONAL
