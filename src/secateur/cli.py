@@ -104,17 +104,21 @@ def list_command(
 ) -> None:
     """List what there is: models, data, criteria, strategies, methods, optimizers, schedules, recipes."""
     with told("nothing was changed"):
-        from secateur import recipe as recipes
-        from secateur.recipe import CRITERIA, DATA, MODELS, STRATEGIES
+        from secateur.allocate import STRATEGIES
+        from secateur.data import DATA
+        from secateur.models import MODELS
+        from secateur.recipe import METHODS, OPTIMIZERS
+        from secateur.score.api import CRITERIA
+        from secateur.train.schedule import SCHEDULES
 
         lists = {
             "models": list(MODELS),
             "data": list(DATA),
             "criteria": list(CRITERIA),
             "strategies": list(STRATEGIES),
-            "methods": list(recipes.METHODS),
-            "optimizers": list(recipes.OPTIMIZERS),
-            "schedules": list(recipes.SCHEDULES),
+            "methods": list(METHODS),
+            "optimizers": list(OPTIMIZERS),
+            "schedules": list(SCHEDULES),
             "recipes": sorted(shipped()),
         }
         if kind is not None and kind not in lists:
