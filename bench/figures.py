@@ -45,7 +45,7 @@ def trade_off(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
 
 def sdprun_mnist() -> None:
     """SDPrun against SGD on MNIST, the whole curve."""
-    rows = json.loads((HERE / "results" / "sdprun_mnist.json").read_text())["rows"]
+    rows = [r for r in json.loads((HERE / "results" / "sdprun_mnist.json").read_text())["rows"] if not r.get("budget")]
     names = [name for name in TITLES if any(row["network"] == name for row in rows)]
     figure, panels = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.5), squeeze=False, layout="constrained")
     for axes, name in zip(panels[0], names, strict=True):

@@ -1,7 +1,8 @@
 """SDPrun against SGD on MNIST without fine-tuning: the whole trade-off between MACs and accuracy.
 
 Every row is one training from scratch: one seed, schedule and data order for all strengths ``c``; ``c = 0`` is SGD.
-Accuracy is that of the cut network. The strength for the recipes is chosen on the held-out training images. Rows
+Accuracy is that of the cut network. Rows with a ``budget`` (of the MACs) are of the mode that seeks it and then holds
+the threshold; ``c`` is its speed there. The strength for the recipes is chosen on the held-out training images. Rows
 that are already in the results are not run again, so the bench can be stopped at any time.
 """
 
@@ -29,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "mu": 0.6,
         "weights": "sqrt",
         "c": [0, 0.002, 0.004, 0.006, 0.008, 0.012],
+        "budgets": {0.012: [0.3, 0.2]},
     },
     "lenet5": {
         "epochs": 20,
@@ -36,17 +38,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "mu": 0.6,
         "weights": "none",
         "c": [0, 0.06, 0.11, 0.13, 0.2],
+        "budgets": {},
     },
 }
 
 
-def train(name: str, c: float, seed: int, setting: dict[str, Any]) -> dict[str, Any]:
+def train(name: str, c: float, budget: float | None, seed: int, setting: dict[str, Any]) -> dict[str, Any]:
     """One training, its cut, and what both cost and reach."""
     data = load("mnist", validation=0.1)
     torch.manual_seed(seed)
     model, inputs = build(name), torch.zeros(example_input(name))
     graph = sc.trace(model, inputs)
-    optimizer = sc.SDPrun(model, graph, lr=setting["lr"], c=c, mu=setting["mu"], weights=setting["weights"])
+    optimizer = sc.SDPrun(
+        model, graph, lr=setting["lr"], c=c, mu=setting["mu"], weights=setting["weights"],
+        budget=None if budget is None else sc.Budget(macs=budget),
+    )  # fmt: skip
     fit(
         model,
         optimizer,
@@ -59,7 +65,7 @@ def train(name: str, c: float, seed: int, setting: dict[str, Any]) -> dict[str, 
     plan = sc.dead_channels(model, graph)
     small = sc.cut(model, plan)
     return {
-        "network": name, "c": c, "seed": seed, "difference": sc.check(model, small, plan, inputs),
+        "network": name, "c": c, "seed": seed, "budget": budget, "difference": sc.check(model, small, plan, inputs),
         "macs": graph.macs(plan) / graph.macs(), "params": graph.params(plan) / graph.params(),
         "widths": graph.kept(plan).tolist(),
         "validation": accuracy(small, data.loader("validation", 500)),
@@ -69,16 +75,16 @@ def train(name: str, c: float, seed: int, setting: dict[str, Any]) -> dict[str, 
 
 def report(rows: list[dict[str, Any]]) -> None:
     """The table, mean and standard deviation over seeds."""
-    print(f"{'network':14} {'c':>7} {'seeds':>5} {'MACs %':>14} {'test %':>14} {'validation %':>14}")
-    keys = sorted({(row["network"], row["c"]) for row in rows})
-    for name, c in keys:
-        own = [row for row in rows if (row["network"], row["c"]) == (name, c)]
+    print(f"{'network':14} {'c':>7} {'budget':>7} {'seeds':>5} {'MACs %':>14} {'test %':>14} {'validation %':>14}")
+    keys = sorted({(row["network"], row["c"], row.get("budget") or 1) for row in rows})
+    for name, c, budget in keys:
+        own = [row for row in rows if (row["network"], row["c"], row.get("budget") or 1) == (name, c, budget)]
         cells = []
         for key in ("macs", "test", "validation"):
             values = [100 * row[key] for row in own]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):8.2f} ± {spread:4.2f}")
-        print(f"{name:14} {c:7g} {len(own):5} " + " ".join(cells))
+        print(f"{name:14} {c:7g} {budget:7g} {len(own):5} " + " ".join(cells))
 
 
 def main() -> None:
@@ -93,10 +99,11 @@ def main() -> None:
     for seed in range(given.seeds):
         for name in given.networks:
             setting = SETTINGS[name]
-            for c in setting["c"]:
-                if any((r["network"], r["c"], r["seed"]) == (name, c, seed) for r in rows):
+            seeking = [(c, budget) for c, budgets in setting["budgets"].items() for budget in budgets]
+            for c, budget in [(c, None) for c in setting["c"]] + seeking:
+                if any((r["network"], r["c"], r.get("budget"), r["seed"]) == (name, c, budget, seed) for r in rows):
                     continue
-                rows.append(train(name, c, seed, setting))
+                rows.append(train(name, c, budget, seed, setting))
                 given.out.parent.mkdir(parents=True, exist_ok=True)
                 text = json.dumps({"settings": SETTINGS, "schedule": "grda", "batch_size": 128, "rows": rows}, indent=1)
                 given.out.with_suffix(".tmp").write_text(text)
