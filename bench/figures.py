@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import torch
+
+from secateur.measure.valley import Plane
+from secateur.report import draw_plane, draw_spectrum
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -118,6 +122,94 @@ def print_table(rows: list[dict[str, Any]], network: str, unit: str) -> None:
         print(f"| {method} | " + " | ".join(marked) + " |")
 
 
+def valley() -> None:
+    """SGD's and SDPrun's solution: along the curve between them, the plane, the spectrum; and the table."""
+    rows = json.loads((HERE / "results" / "valley.json").read_text())["rows"]
+    names = [name for name in TITLES if any(row["network"] == name for row in rows)]
+    figure, panels = plt.subplots(2, len(names), figsize=(4.6 * len(names), 6), squeeze=False, layout="constrained")
+    for j, name in enumerate(names):
+        for row in (row for row in rows if row["network"] == name):
+            for kind, line in (("line", ":"), ("curve", "-")):
+                points = row[kind]["rows"]
+                way = [point["u"] for point in points]
+                label = {"line": "straight", "curve": "trained curve"}[kind] if row["seed"] == 0 else None
+                for i, (key, factor) in enumerate((("train_loss", 1), ("test_error", 100))):
+                    values = [factor * point[key] for point in points]
+                    panels[i][j].plot(way, values, line, color=BLUE, alpha=0.7, linewidth=1.2, label=label)
+        panels[0][j].set(title=TITLES[name], ylabel="training loss", yscale="log")
+        panels[1][j].set(ylabel="test error (%)", yscale="log")
+        for axes in panels[:, j]:
+            axes.set_xticks([0, 1], ["SGD", "SDPrun"])
+            axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(fontsize=8, frameon=False)
+    figure.savefig(FIGURES / "valley.png", dpi=130, metadata={"Software": None})
+    print(
+        "\n| network, seed | MACs left | test SGD, SDPrun | loss at the ends | highest on curve | allowed | straight line |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for row in sorted(rows, key=lambda r: (list(TITLES).index(r["network"]), r["seed"])):
+        ends = [row["curve"]["rows"][i]["train_loss"] for i in (0, -1)]
+        highest = max(point["train_loss"] for point in row["line"]["rows"])
+        print(
+            f"| {TITLES[row['network']]}, {row['seed']} | {row['macs']:.1%} | "
+            f"{100 * row['test']['SGD']:.2f}, {100 * row['test']['SDPrun']:.2f} | {ends[0]:.5f}, {ends[1]:.5f} | "
+            f"{row['highest']:.5f} | {row['allowed']:.5f} | {highest:.3f} |"
+        )
+    for row in rows:
+        if "plane" in row:
+            seen = {key: value for key, value in row["plane"].items() if key != "trainings"}
+            drawn = draw_plane(Plane(**seen, axes=({}, {}, {})), paths=row["plane"]["trainings"])
+            drawn.savefig(FIGURES / "valley_plane.png", dpi=130, metadata={"Software": None})
+            found = row["eigenvalues"]
+            drawn = draw_spectrum(torch.tensor(found["values"]), steep=found["steep"])
+            drawn.savefig(FIGURES / "valley_spectrum.png", dpi=130, metadata={"Software": None})
+
+
+def rounds() -> None:
+    """EigenDamage in rounds: accuracy over what remains."""
+    rows = json.loads((HERE / "results" / "rounds.json").read_text())["rows"]
+    figure, panels = plt.subplots(1, 2, figsize=(9.2, 3.5), layout="constrained")
+    for axes, (unit, words) in zip(panels, (("params", "parameters"), ("macs", "MACs")), strict=True):
+        for seed in sorted({row["seed"] for row in rows}):
+            points = [(100 * row[unit], 100 * row["test"]) for row in rows if row["seed"] == seed]
+            axes.plot(*zip(*points, strict=True), "o-", color=BLUE, alpha=0.6, markersize=4, linewidth=1.2)
+        axes.set(xlabel=f"{words} that remain (%)", ylabel="test accuracy (%)", title="ResNet-20, two epochs a round")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(FIGURES / "rounds.png", dpi=130, metadata={"Software": None})
+    print("\n| after | parameters | MACs | test accuracy |\n|---|---|---|---|")
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        own = [row for row in rows if row["stage"] == stage]
+        cells = [[100 * row[key] for row in own] for key in ("params", "macs", "test")]
+        spread = statistics.stdev(cells[2]) if len(own) > 1 else 0.0
+        means = [statistics.mean(values) for values in cells]
+        print(f"| {stage} | {means[0]:.1f} % | {means[1]:.1f} % | {means[2]:.2f} ± {spread:.2f} % |")
+
+
+def directional() -> None:
+    """The table of directional pruning and refit, once a network."""
+    rows = json.loads((HERE / "results" / "directional.json").read_text())["rows"]
+    for name, title in TITLES.items():
+        own = [row for row in rows if row["network"] == name and row["method"] != "dense"]
+        budgets = list(dict.fromkeys((row["unit"], row["fraction"]) for row in own))
+        if not own:
+            continue
+        print(f"\n{title}\n\n| method | " + " | ".join(f"{100 * f:g} % {u}" for u, f in budgets) + " |")
+        print("|---|" + "---|" * len(budgets))
+        for method in dict.fromkeys(row["method"] for row in own):
+            cells = []
+            for unit, fraction in budgets:
+                here = [r for r in own if (r["method"], r["unit"], r["fraction"]) == (method, unit, fraction)]
+                if any("refused" in r for r in here) or not here:
+                    cells.append("-")
+                    continue
+                values = [100 * r.get("test_recalibrated", r["test"]) for r in here]
+                cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(here) > 1 else 0:.1f}")
+            print(f"| {method} | " + " | ".join(cells) + " |")
+
+
 if __name__ == "__main__":
     sdprun_mnist()
     damage()
+    directional()
+    rounds()
+    valley()
