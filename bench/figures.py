@@ -144,7 +144,7 @@ def valley() -> None:
     panels[0][0].legend(fontsize=8, frameon=False)
     figure.savefig(FIGURES / "valley.png", dpi=130, metadata={"Software": None})
     print(
-        "\n| network, seed | MACs left | test SGD, SDPrun | loss at the ends | highest on curve | allowed | straight line |"
+        "\n| network, seed | MACs left | test SGD, SDPrun | loss at both | highest between | allowed | straight line |"
     )
     print("|---|---|---|---|---|---|---|")
     for row in sorted(rows, key=lambda r: (list(TITLES).index(r["network"]), r["seed"])):
