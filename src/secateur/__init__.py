@@ -24,14 +24,16 @@ from secateur.prune import Result, prune
 from secateur.score import directional_scores, score
 from secateur.store import load, save
 from secateur.trace import ChannelGraph, ChannelGroup, trace
-from secateur.train import SDPrun
+from secateur.train import SPP, IncReg, SDPrun
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SPP",
     "Budget",
     "ChannelGraph",
     "ChannelGroup",
+    "IncReg",
     "Plan",
     "Result",
     "SDPrun",

@@ -1,0 +1,179 @@
+"""What the handles that prune gently share: attached to any optimizer, stepped after it, done when all units are out.
+
+::
+
+    reg = IncReg(model, graph, optimizer, budget=Budget(macs=0.5))
+    for x, y in loader:
+        ...
+        optimizer.step()
+        reg.step()
+        if reg.done:
+            break
+    small = cut(model, reg.plan(), optimizer=optimizer)         # and train on with it
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.allocate import Budget
+from secateur.errors import SecateurError, unknown
+from secateur.plan import Plan, make_plan
+from secateur.trace import ChannelGraph
+from secateur.train.increment import INCREMENTS
+from secateur.train.units import channel_units, column_units, targets
+
+UNITS = ("channel", "column")
+
+
+class Gentle(ABC):
+    """A handle beside an optimizer that takes units out while training goes on.
+
+    Args:
+        model: the traced model.
+        graph: its graph.
+        optimizer: of the model's parameters; it is not changed but for a hook before its step.
+        budget: what may remain (channels only).
+        keep: instead, the fraction of its units that every group keeps, or by group (or convolution, for columns).
+        exclude: groups (or convolutions) that shall stay whole.
+        unit: ``"channel"``, or ``"column"``: one input channel at one tap of a convolution, over all filters. Columns
+            stay zero by a mask; they make no plan.
+        increment: the rank rule, a name in :data:`secateur.train.increment.INCREMENTS`.
+        every: steps from one update to the next.
+
+    Attributes:
+        steps: how often :meth:`step` was called.
+        gone: bool [units], what is out for good.
+        done: whether everything is out that shall be, and the handle has nothing more to do.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, optimizer: Optimizer, *, budget: Budget | None,
+        keep: float | Mapping[str, float] | None, exclude: Sequence[str], unit: str, increment: str, every: int,
+    ) -> None:  # fmt: skip
+        if unit not in UNITS:
+            raise unknown("unit", unit, UNITS)
+        if increment not in INCREMENTS:
+            raise unknown("increment", increment, INCREMENTS)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise SecateurError(f"every={every!r}: a whole number from 1 on is expected")
+        self.graph, self.unit = graph, unit
+        self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        if unit == "channel":
+            self.units = channel_units(model, graph, targets(model, graph, budget, keep, exclude=exclude))
+        else:
+            self.units = column_units(model, _columns(model, budget, keep, exclude))
+        held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        names = {p: name for name, p in model.named_parameters()}
+        strange = [names[p] for p, _ in self.units.parts if p not in held]
+        if strange:
+            raise SecateurError(f"the optimizer does not hold {strange[0]}: build it from model.parameters()")
+        self.increment, self.every = INCREMENTS[increment], every
+        self.steps, self.done = 0, False
+        self.gone = torch.zeros(len(self.units), dtype=torch.bool, device=self.units.group.device)
+        self._hook = self.optimizer.register_step_pre_hook(lambda *_: self.before())
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """What happens right before the optimizer's step; it is called by a hook."""
+        if self.unit == "column" or not self.done:
+            self._before()
+        for p, gone in self.units.each(self.gone):
+            if p.grad is not None:
+                p.grad.masked_fill_(gone, 0)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """To be called after the optimizer's step."""
+        if self.done:
+            return
+        self.steps += 1
+        self._after()
+
+    @abstractmethod
+    def _before(self) -> None:
+        """Change gradients, if need be."""
+
+    @abstractmethod
+    def _after(self) -> None:
+        """Update penalties, take units out, and set ``done``."""
+
+    def needed(self) -> Tensor:
+        """How many units of each group are still to go, int64 [groups]."""
+        return self.units.wanted - self.units.count(self.gone)
+
+    def change(self, position: Tensor) -> Tensor:
+        """By the rank rule, the change of every unit's penalty in multiples of the rate; 0 where a group is through.
+
+        Args:
+            position: rank among the units of the group that are left, int64 [units].
+        """
+        needed = self.needed()
+        left = torch.bincount(self.units.group[~self.gone], minlength=len(self.units.names))
+        of = self.units.group
+        change = self.increment(position.double(), needed[of].double(), left[of].double())
+        return torch.where(self.gone | (needed[of] <= 0), 0.0, change)
+
+    def take_out(self, chosen: Tensor) -> None:
+        """Zero for good."""
+        if bool(chosen.any()):
+            self.gone |= chosen
+            self.units.clear(chosen, self.optimizer)
+
+    def left(self) -> dict[str, int]:
+        """The groups that are not through -> how many units are still to go."""
+        return {n: int(k) for n, k in zip(self.units.names, self.needed().tolist(), strict=True) if k > 0}
+
+    def plan(self) -> Plan:
+        """What went, to be cut.
+
+        Raises:
+            SecateurError: not everything is out yet, or columns went, which no plan can say.
+        """
+        if self.unit == "column":
+            raise SecateurError("columns are zero by a mask (see gone and units); only channels make a plan")
+        if self.left():
+            missing = ", ".join(f"{name} ({count})" for name, count in self.left().items())
+            raise SecateurError(f"after {self.steps} steps these channels are still to go: {missing}; {self.advice()}")
+        return make_plan(self.graph, self.units.by_group(self.gone))
+
+    @abstractmethod
+    def advice(self) -> str:
+        """What to change where groups do not reach their targets."""
+
+    def detach(self) -> None:
+        """Take the hook off the optimizer; pruned weights are no longer held at zero."""
+        self._hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, tensors and numbers."""
+        return {"steps": self.steps, "done": self.done, "gone": self.gone.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        if len(state["gone"]) != len(self.units):
+            raise SecateurError(
+                f"the state is of {len(state['gone'])} units, this handle has {len(self.units)}: the budget or the "
+                "model is another one"
+            )
+        self.steps, self.done = int(state["steps"]), bool(state["done"])
+        self.gone = state["gone"].to(self.gone)
+
+
+def _columns(
+    model: nn.Module, budget: Budget | None, keep: float | Mapping[str, float] | None, exclude: Sequence[str]
+) -> dict[str, float]:
+    if budget is not None or keep is None:
+        raise SecateurError("unit='column': columns have no budget; give keep=, a fraction of every convolution")
+    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    shares = dict(keep) if isinstance(keep, Mapping) else {name: keep for name in names if name not in exclude}
+    for name, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise SecateurError(f"keep={share!r} of {name!r}: a fraction in (0, 1] is expected")
+    return {name: 1 - share for name, share in shares.items()}

@@ -1,0 +1,160 @@
+r"""IncReg: the least important channels get ever more weight decay, until they are nothing (arXiv 1811.08390).
+
+Every channel has a penalty ``lambda >= 0`` of its own. With ``r`` its rank by size among the channels of its group,
+averaged over all updates, and ``Delta`` the rank rule of :mod:`secateur.train.increment`::
+
+    grad      <- grad + lambda * w
+    lambda    <- max(0, lambda + rate * Delta(r))
+    gone       where lambda >= limit, until the group has lost what it shall
+
+A channel whose rank rises recovers. GReg (arXiv 2012.09243) shares the machinery: its penalties grow alike for a set
+that is chosen at once (GReg-1), or once a penalty on all has told channels apart (GReg-2); the set goes at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from secateur.allocate import Budget
+from secateur.errors import SecateurError, unknown
+from secateur.trace import ChannelGraph
+from secateur.train.gentle import Gentle
+
+RULES = ("increg", "greg1", "greg2")
+
+
+class IncReg(Gentle):
+    """Incremental regularisation.
+
+    Args:
+        model: the traced model.
+        graph: its graph.
+        optimizer: of the model's parameters, best SGD: the penalty's gradient passes through it.
+        budget: what may remain.
+        keep: instead, the fraction of its channels that every group keeps, or by group.
+        rule: ``"increg"``, ``"greg1"`` or ``"greg2"``.
+        rate: ``A``, what the penalty of the least important channel grows by in an update; it is out after
+            ``limit / rate`` updates at the earliest. The papers' is their weight decay.
+        limit: the penalty at which a channel is out.
+        pick: of ``"greg2"``: the penalty on all at which the set is chosen; it grows by a tenth of ``rate``.
+        settle: steps after the last channel has reached its limit, before ``done`` (GReg: before the set is zeroed).
+        exclude: groups that shall stay whole.
+        unit: see :class:`secateur.train.gentle.Gentle`.
+        increment: the rank rule, ``"centre_symmetric"`` or ``"piecewise_linear"``.
+        every: steps from one update to the next.
+
+    Raises:
+        SecateurError: unknown names, a budget or fractions that leave nothing to do, an optimizer that lacks the
+            parameters, a learning rate for which ``lr * (weight decay + limit)`` is unstable.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, optimizer: Optimizer, *, budget: Budget | None = None,
+        keep: float | Mapping[str, float] | None = None, rule: str = "increg", rate: float = 2.5e-4, limit: float = 2.5,
+        pick: float = 1e-2, settle: int = 0, exclude: Sequence[str] = (), unit: str = "channel",
+        increment: str = "centre_symmetric", every: int = 1,
+    ) -> None:  # fmt: skip
+        if rule not in RULES:
+            raise unknown("rule", rule, RULES)
+        for name, value in (("rate", rate), ("limit", limit), ("pick", pick)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise SecateurError(f"{name}={value!r}: a number above 0 is expected")
+        if isinstance(settle, bool) or not isinstance(settle, int) or settle < 0:
+            raise SecateurError(f"settle={settle!r}: a whole number of steps from 0 on is expected")
+        self.rule, self.rate, self.limit, self.pick, self.settle = rule, float(rate), float(limit), float(pick), settle
+        inner = getattr(optimizer, "optimizer", optimizer)
+        for group in inner.param_groups:
+            _check_stable(group, self.limit, f"limit={limit:g}")
+        super().__init__(
+            model, graph, optimizer, budget=budget, keep=keep, exclude=exclude, unit=unit, increment=increment,
+            every=every,
+        )  # fmt: skip
+        device = self.gone.device
+        self.penalty = torch.zeros(len(self.units), dtype=torch.float64, device=device)
+        self.rank = torch.zeros(len(self.units), dtype=torch.float64, device=device)
+        self.chosen = torch.zeros_like(self.gone)
+        self.updates, self.settled = 0, 0
+
+    def _before(self) -> None:
+        largest = float(self.penalty.max())
+        for group in self.optimizer.param_groups:
+            _check_stable(group, largest, f"penalties up to {largest:g}")
+        scale = getattr(
+            self.optimizer, "grad_scale", None
+        )  # fused optimizers under mixed precision unscale by themselves
+        for p, penalty in self.units.each(self.penalty):
+            if p.grad is not None:
+                value = penalty.to(p.dtype)
+                p.grad.addcmul_(p, value if scale is None else value * scale.to(value))
+
+    def _after(self) -> None:
+        if self.steps % self.every == 0:
+            self.updates += 1
+            {"increg": self._increg, "greg1": self._greg, "greg2": self._greg}[self.rule]()
+        if not self.left() or (self.rule != "increg" and bool((self.penalty >= self.limit).any())):
+            self.settled += 1
+            if self.settled > self.settle:
+                self.take_out(self.chosen & ~self.gone)
+                self.penalty.zero_()
+                self.done = True
+
+    def _increg(self) -> None:
+        rank = self.units.ranks(self.units.sizes(), self.gone)
+        self.rank += (rank.double() - self.rank) / self.updates
+        position = self.units.ranks(self.rank, self.gone)
+        self.penalty = (self.penalty + self.rate * self.change(position)).clamp_(min=0)
+        needed = self.needed()[self.units.group]
+        self.take_out((self.penalty >= self.limit) & (position < needed) & ~self.gone)
+        self.penalty.masked_fill_(self.gone | (self.needed()[self.units.group] <= 0), 0)
+
+    def _greg(self) -> None:
+        if not bool(self.chosen.any()):
+            if self.rule == "greg2" and float(self.penalty.max()) < self.pick:
+                self.penalty += self.rate / 10
+                return
+            rank = self.units.ranks(self.units.sizes(), self.gone)
+            self.chosen = rank < self.units.wanted[self.units.group]
+            # GReg-2 lets the others grow by taking their weight decay off, never more
+            decay = min(float(group.get("weight_decay", 0)) for group in self.optimizer.param_groups)
+            self.penalty[~self.chosen] = -min(self.rate, decay) if self.rule == "greg2" else 0.0
+        self.penalty[self.chosen] = (self.penalty[self.chosen] + self.rate).clamp(max=self.limit)
+
+    def advice(self) -> str:
+        """What to change where groups do not reach their targets."""
+        fastest = self.every * self.limit / self.rate
+        return (
+            f"the least important channel is out after limit / rate updates, {fastest:.0f} steps, others later: train "
+            "longer, or give a larger rate or a lower limit"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, tensors and numbers."""
+        return super().state_dict() | {
+            "penalty": self.penalty.clone(), "rank": self.rank.clone(), "chosen": self.chosen.clone(),
+            "updates": self.updates, "settled": self.settled,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        super().load_state_dict(state)
+        for name in ("penalty", "rank", "chosen"):
+            setattr(self, name, state[name].to(getattr(self, name)))
+        self.updates, self.settled = int(state["updates"]), int(state["settled"])
+
+
+def _check_stable(group: Mapping[str, Any], penalty: float, what: str) -> None:
+    """Plain gradient descent on a quadratic overshoots from ``lr * curvature = 2 (1 + momentum)`` on."""
+    if "momentum" not in group:  # adaptive optimizers scale gradients
+        return
+    bound = 2 * (1 + float(group["momentum"]))
+    lr, decay = float(group["lr"]), float(group.get("weight_decay", 0))
+    if lr * (decay + penalty) >= bound:
+        raise SecateurError(
+            f"lr={lr:g}, weight_decay={decay:g} and {what} are unstable together: lr * (weight decay + penalty) must "
+            f"stay below {bound:g} with momentum={group['momentum']:g}; lower the learning rate, or limit and rate"
+        )

@@ -1,0 +1,143 @@
+r"""SPP: channels are left out by chance, the least important most often, until some always are (arXiv 1709.06994).
+
+Every channel has a probability ``P`` of being left out, 0 at first. With ``r`` its rank by size among the channels of
+its group that are left, and ``Delta`` the rank rule of :mod:`secateur.train.increment`::
+
+    each step       a channel is zero in the forward and backward with probability P; its weights come back unharmed
+    each update     P <- clip(P + rate * Delta(r), 0, 1);  gone where P = 1
+    at the end      0 < P < 1: what reads the channel is scaled by 1 - P, the mean over its masks; P <- 0
+
+A channel that is left out now and then still has its weights, and recovers if its rank rises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.allocate import Budget
+from secateur.errors import SecateurError
+from secateur.trace import ChannelGraph
+from secateur.train.gentle import Gentle
+
+
+class SPP(Gentle):
+    """Structured probabilistic pruning.
+
+    Between two steps the model is masked: whoever evaluates it then sees the network of this step's draw.
+
+    Args:
+        model: the traced model.
+        graph: its graph.
+        optimizer: of the model's parameters.
+        budget: what may remain.
+        keep: instead, the fraction of its channels that every group keeps, or by group.
+        rate: ``A``, what the probability of the least important channel grows by in an update; it is out after
+            ``1 / rate`` updates at the earliest.
+        every: steps from one update to the next.
+        exclude: groups that shall stay whole.
+        unit: see :class:`secateur.train.gentle.Gentle`.
+        increment: the rank rule, ``"centre_symmetric"`` or ``"piecewise_linear"``.
+        seed: of the masks, which have a generator of their own.
+
+    Raises:
+        SecateurError: unknown names, a budget or fractions that leave nothing to do, an optimizer that lacks the
+            parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, optimizer: Optimizer, *, budget: Budget | None = None,
+        keep: float | Mapping[str, float] | None = None, rate: float = 0.05, every: int = 180,
+        exclude: Sequence[str] = (), unit: str = "channel", increment: str = "centre_symmetric", seed: int = 0,
+    ) -> None:  # fmt: skip
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+            raise SecateurError(f"rate={rate!r}: a number in (0, 1] is expected, usually 0.05")
+        super().__init__(
+            model, graph, optimizer, budget=budget, keep=keep, exclude=exclude, unit=unit, increment=increment,
+            every=every,
+        )  # fmt: skip
+        self.rate = float(rate)
+        self.probability = torch.zeros(len(self.units), dtype=torch.float64, device=self.gone.device)
+        self.hidden = torch.zeros_like(self.gone)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._kept: list[Tensor] = []  # the weights as they are without the mask, while there is one
+
+    @torch.no_grad()
+    def reveal(self) -> None:
+        """Put back the weights of channels that are masked now; the next step masks anew."""
+        for (p, hidden), kept in zip(self.units.each(self.hidden), self._kept, strict=False):
+            p.copy_(torch.where(hidden, kept, p))
+        self._kept = []
+
+    def _before(self) -> None:
+        masked = bool(self._kept)
+        self.reveal()
+        for p, hidden in self.units.each(self.hidden) if masked else ():
+            if p.grad is not None:
+                p.grad.masked_fill_(hidden, 0)
+            for value in self.optimizer.state.get(p, {}).values():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    value.masked_fill_(hidden, 0)
+
+    def _after(self) -> None:
+        self.reveal()  # where the optimizer's step was left out
+        if self.steps % self.every == 0:
+            position = self.units.ranks(self.units.sizes(), self.gone)
+            self.probability = (self.probability + self.rate * self.change(position)).clamp_(0, 1)
+            needed = self.needed()[self.units.group]
+            self.take_out((self.probability >= 1 - 1e-9) & (position < needed) & ~self.gone)
+            self.probability.masked_fill_(self.gone, 0)
+            through = (self.needed() <= 0)[self.units.group]
+            self._settle(through & (self.probability > 0))
+            if not self.left():
+                self.hidden.zero_()
+                self.done = True
+                return
+        self._draw()
+
+    def _settle(self, chosen: Tensor) -> None:
+        """What reads these channels is scaled by how often they were there; they are there for good."""
+        if bool(chosen.any()):
+            stay = torch.cat([torch.where(chosen, 1 - self.probability, 1.0), self.probability.new_ones(1)])
+            for p, number in self.units.readers or self.units.parts:
+                p.mul_(stay[number].to(p.dtype))
+            self.probability.masked_fill_(chosen, 0)
+
+    def _draw(self) -> None:
+        draws = torch.rand(len(self.units), dtype=torch.float64, generator=self.generator).to(self.probability.device)
+        self.hidden = draws < self.probability
+        if bool(self.hidden.any()):
+            for p, hidden in self.units.each(self.hidden):
+                self._kept.append(p.detach().clone())
+                p.masked_fill_(hidden, 0)
+
+    def advice(self) -> str:
+        """What to change where groups do not reach their targets."""
+        return (
+            f"the least important channel is out after 1 / rate updates, {self.every / self.rate:.0f} steps, others "
+            "later: train longer, or give a larger rate or a smaller every"
+        )
+
+    def detach(self) -> None:
+        """Take the hook off the optimizer, and the mask off the weights."""
+        self.reveal()
+        super().detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, tensors and numbers; with the weights behind the mask."""
+        return super().state_dict() | {
+            "probability": self.probability.clone(), "hidden": self.hidden.clone(),
+            "generator": self.generator.get_state(), "kept": [t.clone() for t in self._kept],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken, with the model as it was then."""
+        super().load_state_dict(state)
+        self.probability = state["probability"].to(self.probability)
+        self.hidden = state["hidden"].to(self.hidden)
+        self.generator.set_state(state["generator"].cpu())
+        self._kept = [t.to(p) for t, (p, _) in zip(state["kept"], self.units.parts, strict=False)]
