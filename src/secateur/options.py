@@ -15,6 +15,8 @@ from secateur.cut.directional import check_mode, check_shift
 from secateur.cut.separable import check_how
 from secateur.eigendamage import EIGENDAMAGE, check_rule
 from secateur.errors import SecateurError, unknown
+from secateur.train.increg import RULES
+from secateur.train.increment import INCREMENTS
 
 _PASS = ("fisher", "samples")
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -24,6 +26,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "obs": (*_PASS, "positions", "damping"),
     "kron_obs": (*_PASS, "positions", "damping"),
     "directional": (*_PASS, "basis", "share", "soft", "ekfac", "form", "k", "matrix", "mode", "shift", "damping"),
+    "increg": ("rule", "rate", "limit", "pick", "settle", "exclude", "increment", "every"),
+    "spp": ("rate", "exclude", "increment", "every"),
     EIGENDAMAGE: (*_PASS, "rule", "limit", "ekfac", "layers", "train_rotations", "separable"),
 }
 """The names of each method's options."""
@@ -36,16 +40,17 @@ def check_options(method: str, options: Mapping[str, Any], budget: Budget | None
     for name in options:
         if name not in known:
             raise unknown(f"option of method {method!r}", name, known)
-    for name, check in _CHECKS.items():
-        if options.get(name) is not None:
-            check(name, options[name])
+    for name, value in options.items():
+        check = _CHECKS.get(f"{name}_of_{method}", _CHECKS.get(name))
+        if check is not None and value is not None:
+            check(name, value)
     if method == "directional":
         basis = options.get("basis", "kfe")
         for name in options:
             if name not in _OF_BASIS[basis] and any(name in own for own in _OF_BASIS.values()):
                 raise SecateurError(f"{name}: basis {basis!r} has no such option; it takes {_listed(_OF_BASIS[basis])}")
     Pass(**{name: options[name] for name in _PASS if name in options})
-    if set(options) & {"rule", "limit"}:
+    if method == EIGENDAMAGE and set(options) & {"rule", "limit"}:
         check_rule(options.get("rule", "lagrangian"), options.get("limit", 0.95), budget)
 
 
@@ -68,6 +73,16 @@ def _count(name: str, value: object) -> None:
         raise SecateurError(f"{name}={value!r}: a whole number from 1 on is expected")
 
 
+def _steps(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise SecateurError(f"{name}={value!r}: a whole number from 0 on is expected")
+
+
+def _positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise SecateurError(f"{name}={value!r}: a number above 0 is expected")
+
+
 def _share(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
         raise SecateurError(f"{name}={value!r}: a number in (0, 1) is expected")
@@ -81,9 +96,12 @@ def _one_of(known: tuple[str, ...]) -> Callable[[str, Any], None]:
     return check
 
 
-def _paths(name: str, value: object) -> None:
-    if not isinstance(value, list) or not value or not all(isinstance(path, str) for path in value):
-        raise SecateurError(f"{name}={value!r}: a list of the layers' paths is expected")
+def _names(what: str) -> Callable[[str, Any], None]:
+    def check(name: str, value: object) -> None:
+        if not isinstance(value, list) or not value or not all(isinstance(path, str) for path in value):
+            raise SecateurError(f"{name}={value!r}: a list of the {what} is expected")
+
+    return check
 
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
@@ -100,7 +118,15 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "mode": lambda _, value: check_mode(value),
     "train_rotations": _truth,
     "positions": _count,
-    "layers": _paths,
+    "layers": _names("layers' paths"),
+    "exclude": _names("groups' names"),
+    "rule_of_increg": _one_of(RULES),
+    "increment": _one_of(tuple(INCREMENTS)),
+    "rate": _positive,
+    "limit_of_increg": _positive,
+    "pick": _positive,
+    "settle": _steps,
+    "every": _count,
     "damping": lambda _, value: check_damping(value),
     "separable": lambda _, value: check_how(value),
 }

@@ -123,6 +123,21 @@ def test_the_first_is_out_after_limit_over_rate_updates():
     assert steps == 2 * 20
 
 
+@pytest.mark.parametrize("name", HANDLES)
+@pytest.mark.parametrize("rate", [0.1, 0.0005])
+def test_how_long_it_takes_is_known_beforehand(name, rate):
+    model, graph, optimizer, *_ = case(lr=0.0)
+    handle = HANDLES[name](model, graph, optimizer, keep=0.4, rate=rate, every=2 if rate == 0.1 else 1)
+    needed = handle.steps_needed()
+    if rate < 0.01 and name != "increg":  # one is enough
+        assert needed > 1000
+        return
+    while not handle.done:
+        optimizer.step()
+        handle.step()
+    assert handle.steps == pytest.approx(needed, rel=0.02, abs=2)
+
+
 @pytest.mark.parametrize("name", ["increg", "spp"])
 def test_a_channel_that_grows_recovers(name):
     model, graph, optimizer, *_ = case(lr=0.0)

@@ -16,10 +16,11 @@ from secateur.models import MODELS
 from secateur.options import check_options
 from secateur.prune import DEAD, FACTORED
 from secateur.score.api import CRITERIA
+from secateur.train import GENTLE
 from secateur.train.schedule import SCHEDULES
 from secateur.train.sdprun import WEIGHTS
 
-METHODS = (*CRITERIA, EIGENDAMAGE, DEAD, "none")
+METHODS = (*CRITERIA, EIGENDAMAGE, *GENTLE, DEAD, "none")
 OPTIMIZERS = {  # the settings each takes beside the learning rate
     "sgd": ("momentum", "nesterov", "weight_decay"),
     "adam": ("weight_decay",),
@@ -169,7 +170,8 @@ class Prune(_Section):
     """What goes.
 
     Attributes:
-        method: a criterion; ``dead`` for what sdprun has driven to zero; ``none``.
+        method: a criterion; ``eigendamage``; ``increg`` or ``spp``, which prune while the network trains on; ``dead``
+            for what sdprun has driven to zero; ``none``.
         budget: what may remain, as the arguments of :class:`secateur.Budget`.
         strategy: how the budget is shared among the groups.
         inexact: also cut groups whose removal changes more than the removed channels.
@@ -177,6 +179,7 @@ class Prune(_Section):
         batches: batches of training images for scores and recalibration; ``None`` for all.
         compensate: what stays makes up for what goes (``obs``, ``kron_obd``, ``kron_obs``).
         refit: fit the smaller model's layers to what the original computes, and re-estimate batch-norm statistics.
+        train: the training during which ``increg`` and ``spp`` prune, as a ``finetune`` section.
         rounds: reach the budget in so many rounds, each with a fine-tune, in equal factors.
         options: the method's own, see :data:`secateur.options.OPTIONS`.
     """
@@ -189,6 +192,7 @@ class Prune(_Section):
     batches: int | None = Field(default=None, ge=1)
     compensate: bool = False
     refit: bool = False
+    train: Tune | None = None
     rounds: int = Field(default=1, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -218,10 +222,21 @@ class Prune(_Section):
             raise SecateurError(
                 f"method 'eigendamage' removes no channels, but {' and '.join(sorted(wrong))} is given: leave it out"
             )
+        wrong = given & {"inexact", "recalibrate", "refit", "compensate", "batches", "rounds"}
+        if self.method in GENTLE and (wrong or self.train is None):
+            what = f"{' and '.join(sorted(wrong))} is given: leave it out" if wrong else "it has no train section"
+            raise SecateurError(
+                f"method {self.method!r} prunes while the network trains on, and the cut is exact, but {what}"
+                + ("" if wrong else ", such as train: {epochs: 2, lr: 0.01, momentum: 0.9}")
+            )
+        if self.method not in GENTLE and self.train is not None:
+            raise SecateurError(
+                f"method {self.method!r} does not train: leave prune.train out; finetune comes after it"
+            )
         if self.compensate and self.method not in FACTORED:
             raise SecateurError(f"compensate: the methods {', '.join(FACTORED)} have factors, {self.method!r} has none")
         check_options(self.method, self.options, self.make_budget())
-        if self.method in {*CRITERIA, EIGENDAMAGE} and self.budget is None:
+        if self.method in {*CRITERIA, EIGENDAMAGE, *GENTLE} and self.budget is None:
             raise SecateurError(f"method {self.method!r} needs a budget, for instance budget: {{macs: 0.5}}")
         if self.budget is not None:
             check_rounds(budget_from(self.budget), self.rounds)

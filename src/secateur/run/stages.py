@@ -25,7 +25,7 @@ from secateur import store
 from secateur.allocate import Budget
 from secateur.allocate.budget import budget_from, in_round
 from secateur.curvature.layers import CONVOLUTIONS
-from secateur.cut import Bottleneck, check, recalibrate, record, separate
+from secateur.cut import Bottleneck, check, cut, recalibrate, record, separate
 from secateur.cut.separable import separable
 from secateur.data import Dataset
 from secateur.eigendamage import CUTTING, EIGENDAMAGE, check_budget, measure_damage
@@ -35,7 +35,9 @@ from secateur.models import build
 from secateur.prune import DEAD, DIRECTIONAL, check_feasible, counts, prune
 from secateur.recipe import OPTIMIZERS, Recipe, Train, Tune
 from secateur.run.folder import write_json
-from secateur.trace import trace
+from secateur.trace import ChannelGraph, trace
+from secateur.train import GENTLE
+from secateur.train.gentle import Gentle
 from secateur.train.loop import fit
 from secateur.train.sdprun import SDPrun
 
@@ -117,6 +119,16 @@ def check_setting(setting: Setting) -> None:
             raise SecateurError("prune.options.separable: no layer is a convolution that could be; leave it out")
     elif budget is not None:
         check_feasible(graph, budget, inexact=section.inexact)
+    if section.method in GENTLE:
+        assert section.train is not None
+        handle = make_handle(setting, model, graph, make_optimizer(setting, model, section.train), 0)
+        batches = len(setting.data.loader("train", setting.recipe.data.batch_size))
+        if section.train.epochs * batches < handle.steps_needed():
+            raise SecateurError(
+                f"prune.train.epochs={section.train.epochs} are {section.train.epochs * batches} steps, and "
+                f"{section.method} takes {handle.steps_needed()} at least until everything is out: train longer, or "
+                f"{handle.advice()}"
+            )
 
 
 def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
@@ -183,25 +195,8 @@ def _load(setting: Setting, at: Path) -> nn.Module:
 
 
 def _train(setting: Setting, model: nn.Module, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
-    set_seed(seed)
-    data, recipe = setting.data, setting.recipe
-    held_out = data.loader("validation", TEST_BATCH) if data.validation is not None else None
     optimizer = make_optimizer(setting, model, section)
-    history = fit(
-        model,
-        optimizer,
-        data.loader("train", recipe.data.batch_size, shuffle=True, augment=recipe.data.augment, seed=seed),
-        epochs=section.epochs,
-        loss_fn=partial(F.cross_entropy, label_smoothing=section.label_smoothing),
-        schedule=section.schedule,
-        checkpoint_dir=checkpoints,
-        after_epoch=(lambda: {"validation_accuracy": accuracy(model, held_out)}) if held_out is not None else None,
-        accelerator=setting.accelerator,
-        progress=setting.progress,
-        channels_last=section.channels_last,
-        compile=section.compile,
-    )
-    facts: Facts = {"history": history, "seconds": sum(row["seconds"] for row in history)}
+    facts = _fit(setting, model, optimizer, section, seed, checkpoints)
     if isinstance(section, Train) and section.budget is not None and isinstance(optimizer, SDPrun):
         facts["reached"] = optimizer.reached
         if not optimizer.reached:
@@ -210,6 +205,32 @@ def _train(setting: Setting, model: nn.Module, section: Tune, seed: int, checkpo
                 "larger c, or more epochs; what is zero by now is cut"
             )
     return model, facts
+
+
+def _fit(
+    setting: Setting, model: nn.Module, optimizer: torch.optim.Optimizer, section: Tune, seed: int, checkpoints: Path,
+    *handles: Any,
+) -> Facts:  # fmt: skip
+    """The training loop as a section describes it; its history."""
+    set_seed(seed)
+    data, recipe = setting.data, setting.recipe
+    held_out = data.loader("validation", TEST_BATCH) if data.validation is not None else None
+    history = fit(
+        model,
+        optimizer,
+        data.loader("train", recipe.data.batch_size, shuffle=True, augment=recipe.data.augment, seed=seed),
+        epochs=section.epochs,
+        loss_fn=partial(F.cross_entropy, label_smoothing=section.label_smoothing),
+        schedule=section.schedule,
+        checkpoint_dir=checkpoints,
+        after_step=handles,
+        after_epoch=(lambda: {"validation_accuracy": accuracy(model, held_out)}) if held_out is not None else None,
+        accelerator=setting.accelerator,
+        progress=setting.progress,
+        channels_last=section.channels_last,
+        compile=section.compile,
+    )
+    return {"history": history, "seconds": sum(row["seconds"] for row in history)}
 
 
 def _tune(setting: Setting, source: Path, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
@@ -231,7 +252,7 @@ def make_optimizer(setting: Setting, model: nn.Module, section: Tune) -> torch.o
     return kinds[section.optimizer](model.parameters(), **common)
 
 
-def _prune(setting: Setting, source: Path, seed: int, number: int, _at: Path) -> tuple[nn.Module, Facts]:
+def _prune(setting: Setting, source: Path, seed: int, number: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
     section, data = setting.recipe.prune, setting.data
     model = _load(setting, source).to(setting.device)
     budget = section.make_budget()
@@ -242,6 +263,8 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, _at: Path) ->
     set_seed(seed)
     loader = data.loader("train", setting.recipe.data.batch_size, shuffle=True, seed=seed)
     batches = loader if section.batches is None else list(itertools.islice(loader, section.batches))
+    if section.method in GENTLE:
+        return _prune_gently(setting, model, seed, checkpoints)
     if section.method == EIGENDAMAGE:
         assert budget is not None
         return _rotate(setting, model, budget, batches, seed, last=number == section.rounds)
@@ -274,6 +297,36 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, _at: Path) ->
         if section.method == DEAD:
             facts["dead"] = len(result.plan)
     return result.model, facts
+
+
+def _prune_gently(setting: Setting, model: nn.Module, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
+    """Train on while channels go bit by bit, and cut what is out."""
+    section = setting.recipe.prune
+    assert section.train is not None
+    graph = trace(model, setting.inputs)
+    optimizer = make_optimizer(setting, model, section.train)
+    handle = make_handle(setting, model, graph, optimizer, seed)
+    facts = _fit(setting, model, optimizer, section.train, seed, checkpoints, handle)
+    handle.detach()
+    plan = handle.plan()
+    small = cut(model, plan)
+    kept = graph.kept(plan)
+    facts["widths"] = {g.name: [len(g), int(k)] for g, k in zip(graph.groups, kept, strict=True)}
+    facts["steps"] = handle.steps
+    images, _ = next(iter(setting.data.loader("train", 64)))
+    facts["difference"] = check(model, small, plan, images)
+    return small, facts
+
+
+def make_handle(
+    setting: Setting, model: nn.Module, graph: ChannelGraph, optimizer: torch.optim.Optimizer, seed: int
+) -> Gentle:
+    """What the prune section describes, attached to the optimizer."""
+    section = setting.recipe.prune
+    given = {"budget": section.make_budget(), "strategy": section.strategy, **section.options}
+    if section.method == "spp":
+        given["seed"] = seed
+    return GENTLE[section.method](model, graph, optimizer, **given)
 
 
 def _rotate(

@@ -4,4 +4,7 @@ from secateur.train.increg import IncReg
 from secateur.train.sdprun import SDPrun
 from secateur.train.spp import SPP
 
-__all__ = ["SPP", "IncReg", "SDPrun"]
+GENTLE = {"increg": IncReg, "spp": SPP}
+"""By name: the methods that prune a trained network while it trains on."""
+
+__all__ = ["GENTLE", "SPP", "IncReg", "SDPrun"]

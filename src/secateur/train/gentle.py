@@ -46,6 +46,7 @@ class Gentle(ABC):
             stay zero by a mask; they make no plan.
         increment: the rank rule, a name in :data:`secateur.train.increment.INCREMENTS`.
         every: steps from one update to the next.
+        strategy: how the budget is shared among the groups, see :func:`secateur.allocate`.
 
     Attributes:
         steps: how often :meth:`step` was called.
@@ -56,6 +57,7 @@ class Gentle(ABC):
     def __init__(
         self, model: nn.Module, graph: ChannelGraph, optimizer: Optimizer, *, budget: Budget | None,
         keep: float | Mapping[str, float] | None, exclude: Sequence[str], unit: str, increment: str, every: int,
+        strategy: str = "global",
     ) -> None:  # fmt: skip
         if unit not in UNITS:
             raise unknown("unit", unit, UNITS)
@@ -66,7 +68,9 @@ class Gentle(ABC):
         self.graph, self.unit = graph, unit
         self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if unit == "channel":
-            self.units = channel_units(model, graph, targets(model, graph, budget, keep, exclude=exclude))
+            self.units = channel_units(
+                model, graph, targets(model, graph, budget, keep, exclude=exclude, strategy=strategy)
+            )
         else:
             self.units = column_units(model, _columns(model, budget, keep, exclude))
         held = {p for group in self.optimizer.param_groups for p in group["params"]}
@@ -126,6 +130,16 @@ class Gentle(ABC):
             self.gone |= chosen
             self.units.clear(chosen, self.optimizer)
 
+    @abstractmethod
+    def updates_for(self, count: int, wanted: int) -> int:
+        """How many updates a group needs at least until so many of its units are out."""
+
+    def steps_needed(self) -> int:
+        """How many steps it takes until everything is out, if the ranks stay as they are now; often it takes longer."""
+        counts = torch.bincount(self.units.group, minlength=len(self.units.names)).tolist()
+        pairs = set(zip(counts, self.units.wanted.tolist(), strict=True))
+        return self.every * max(self.updates_for(count, wanted) for count, wanted in pairs)
+
     def left(self) -> dict[str, int]:
         """The groups that are not through -> how many units are still to go."""
         return {n: int(k) for n, k in zip(self.units.names, self.needed().tolist(), strict=True) if k > 0}
@@ -140,12 +154,15 @@ class Gentle(ABC):
             raise SecateurError("columns are zero by a mask (see gone and units); only channels make a plan")
         if self.left():
             missing = ", ".join(f"{name} ({count})" for name, count in self.left().items())
-            raise SecateurError(f"after {self.steps} steps these channels are still to go: {missing}; {self.advice()}")
+            raise SecateurError(
+                f"after {self.steps} steps these channels are still to go: {missing}; even if no rank ever changed it "
+                f"took {self.steps_needed()} steps: train longer, or {self.advice()}"
+            )
         return make_plan(self.graph, self.units.by_group(self.gone))
 
     @abstractmethod
     def advice(self) -> str:
-        """What to change where groups do not reach their targets."""
+        """What to change where groups do not reach their targets, beside training longer."""
 
     def detach(self) -> None:
         """Take the hook off the optimizer; pruned weights are no longer held at zero."""

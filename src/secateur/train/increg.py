@@ -13,6 +13,7 @@ that is chosen at once (GReg-1), or once a penalty on all has told channels apar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from secateur.allocate import Budget
 from secateur.errors import SecateurError, unknown
 from secateur.trace import ChannelGraph
 from secateur.train.gentle import Gentle
+from secateur.train.increment import updates_needed
 
 RULES = ("increg", "greg1", "greg2")
 
@@ -47,6 +49,7 @@ class IncReg(Gentle):
         unit: see :class:`secateur.train.gentle.Gentle`.
         increment: the rank rule, ``"centre_symmetric"`` or ``"piecewise_linear"``.
         every: steps from one update to the next.
+        strategy: how the budget is shared among the groups, see :func:`secateur.allocate`.
 
     Raises:
         SecateurError: unknown names, a budget or fractions that leave nothing to do, an optimizer that lacks the
@@ -57,7 +60,7 @@ class IncReg(Gentle):
         self, model: nn.Module, graph: ChannelGraph, optimizer: Optimizer, *, budget: Budget | None = None,
         keep: float | Mapping[str, float] | None = None, rule: str = "increg", rate: float = 2.5e-4, limit: float = 2.5,
         pick: float = 1e-2, settle: int = 0, exclude: Sequence[str] = (), unit: str = "channel",
-        increment: str = "centre_symmetric", every: int = 1,
+        increment: str = "centre_symmetric", every: int = 1, strategy: str = "global",
     ) -> None:  # fmt: skip
         if rule not in RULES:
             raise unknown("rule", rule, RULES)
@@ -72,7 +75,7 @@ class IncReg(Gentle):
             _check_stable(group, self.limit, f"limit={limit:g}")
         super().__init__(
             model, graph, optimizer, budget=budget, keep=keep, exclude=exclude, unit=unit, increment=increment,
-            every=every,
+            every=every, strategy=strategy,
         )  # fmt: skip
         device = self.gone.device
         self.penalty = torch.zeros(len(self.units), dtype=torch.float64, device=device)
@@ -124,13 +127,16 @@ class IncReg(Gentle):
             self.penalty[~self.chosen] = -min(self.rate, decay) if self.rule == "greg2" else 0.0
         self.penalty[self.chosen] = (self.penalty[self.chosen] + self.rate).clamp(max=self.limit)
 
+    def updates_for(self, count: int, wanted: int) -> int:
+        """How many updates a group needs at least until so many of its units are out."""
+        if self.rule == "increg":
+            return updates_needed(count, wanted, self.increment, self.rate, self.limit)
+        first = 10 * self.pick / self.rate if self.rule == "greg2" else 0.0
+        return math.ceil(first - 1e-9) + math.ceil(self.limit / self.rate - 1e-9)
+
     def advice(self) -> str:
-        """What to change where groups do not reach their targets."""
-        fastest = self.every * self.limit / self.rate
-        return (
-            f"the least important channel is out after limit / rate updates, {fastest:.0f} steps, others later: train "
-            "longer, or give a larger rate or a lower limit"
-        )
+        """What to change where groups do not reach their targets, beside training longer."""
+        return f"give a larger rate than {self.rate:g} or a lower limit than {self.limit:g}"
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, tensors and numbers."""

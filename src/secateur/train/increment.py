@@ -43,3 +43,28 @@ def piecewise_linear(rank: Tensor, wanted: Tensor, left: Tensor) -> Tensor:
 
 
 INCREMENTS: dict[str, Increment] = {"centre_symmetric": centre_symmetric, "piecewise_linear": piecewise_linear}
+
+
+def updates_needed(count: int, wanted: int, increment: Increment, rate: float, limit: float) -> int:
+    """How many updates it takes until so many units of a group are out, if ranks stay as they are.
+
+    Of many small updates several are taken at once, so the answer is good to about one in 200.
+
+    Args:
+        count: units of the group.
+        wanted: how many shall go.
+        increment: the rank rule.
+        rate: ``A``.
+        limit: the penalty at which a unit is out.
+    """
+    at_once = max(1, int(limit / rate) // 200)
+    penalty = torch.zeros(count, dtype=torch.float64)  # by rank; the first ones go first
+    updates = gone = 0
+    while gone < wanted:
+        left = penalty[gone:]
+        rank = torch.arange(len(left), dtype=torch.float64)
+        numbers = (torch.full_like(rank, wanted - gone), torch.full_like(rank, len(left)))
+        penalty[gone:] = (left + at_once * rate * increment(rank, *numbers)).clamp(min=0)
+        gone += min(int((penalty[gone:] >= limit * (1 - 1e-9)).sum()), wanted - gone)
+        updates += at_once
+    return updates

@@ -23,6 +23,7 @@ from secateur.allocate import Budget
 from secateur.errors import SecateurError
 from secateur.trace import ChannelGraph
 from secateur.train.gentle import Gentle
+from secateur.train.increment import updates_needed
 
 
 class SPP(Gentle):
@@ -42,6 +43,7 @@ class SPP(Gentle):
         exclude: groups that shall stay whole.
         unit: see :class:`secateur.train.gentle.Gentle`.
         increment: the rank rule, ``"centre_symmetric"`` or ``"piecewise_linear"``.
+        strategy: how the budget is shared among the groups, see :func:`secateur.allocate`.
         seed: of the masks, which have a generator of their own.
 
     Raises:
@@ -52,13 +54,14 @@ class SPP(Gentle):
     def __init__(
         self, model: nn.Module, graph: ChannelGraph, optimizer: Optimizer, *, budget: Budget | None = None,
         keep: float | Mapping[str, float] | None = None, rate: float = 0.05, every: int = 180,
-        exclude: Sequence[str] = (), unit: str = "channel", increment: str = "centre_symmetric", seed: int = 0,
+        exclude: Sequence[str] = (), unit: str = "channel", increment: str = "centre_symmetric",
+        strategy: str = "global", seed: int = 0,
     ) -> None:  # fmt: skip
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise SecateurError(f"rate={rate!r}: a number in (0, 1] is expected, usually 0.05")
         super().__init__(
             model, graph, optimizer, budget=budget, keep=keep, exclude=exclude, unit=unit, increment=increment,
-            every=every,
+            every=every, strategy=strategy,
         )  # fmt: skip
         self.rate = float(rate)
         self.probability = torch.zeros(len(self.units), dtype=torch.float64, device=self.gone.device)
@@ -115,12 +118,13 @@ class SPP(Gentle):
                 self._kept.append(p.detach().clone())
                 p.masked_fill_(hidden, 0)
 
+    def updates_for(self, count: int, wanted: int) -> int:
+        """How many updates a group needs at least until so many of its units are out."""
+        return updates_needed(count, wanted, self.increment, self.rate, 1.0)
+
     def advice(self) -> str:
-        """What to change where groups do not reach their targets."""
-        return (
-            f"the least important channel is out after 1 / rate updates, {self.every / self.rate:.0f} steps, others "
-            "later: train longer, or give a larger rate or a smaller every"
-        )
+        """What to change where groups do not reach their targets, beside training longer."""
+        return f"give a larger rate than {self.rate:g} or a smaller every than {self.every}"
 
     def detach(self) -> None:
         """Take the hook off the optimizer, and the mask off the weights."""
