@@ -158,7 +158,9 @@ def valley() -> None:
     for row in rows:
         if "plane" in row:
             seen = {key: value for key, value in row["plane"].items() if key != "trainings"}
-            drawn = draw_plane(Plane(**seen, axes=({}, {}, {})), paths=row["plane"]["trainings"])
+            drawn = draw_plane(
+                Plane(**seen, axes=({}, {}, {})), ends=("SGD", "SDPrun"), paths=row["plane"]["trainings"]
+            )
             drawn.savefig(FIGURES / "valley_plane.png", dpi=130, metadata={"Software": None})
             found = row["eigenvalues"]
             drawn = draw_spectrum(torch.tensor(found["values"]), steep=found["steep"])
@@ -202,7 +204,10 @@ def directional() -> None:
                 if any("refused" in r for r in here) or not here:
                     cells.append("-")
                     continue
-                values = [100 * r.get("test_recalibrated", r["test"]) for r in here]
+                # refit sets the norms' statistics itself; for all others they are re-estimated
+                values = [
+                    100 * (r["test"] if "refit" in method else r.get("test_recalibrated", r["test"])) for r in here
+                ]
                 cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(here) > 1 else 0:.1f}")
             print(f"| {method} | " + " | ".join(cells) + " |")
 

@@ -2,7 +2,8 @@
 
 Strengths ``c`` and exponents ``mu`` by seeds, and SGD (``c = 0``) with the same seed, schedule and order in the same
 run. The paper's own are not public; the grid is that of gRDA's experiments (arXiv 2006.09358) times the root of a
-channel's size. One piece of work takes at most ``--minutes``, then everything is in checkpoints under ``--work``, and
+channel's size; what is best is to be chosen by the held-out training images. One piece of work takes at most
+``--minutes``, then everything is in checkpoints under ``--work``, and
 the same command goes on::
 
     python bench/headline.py --minutes 9                              # VGG-16, the whole grid: give it a GPU
@@ -28,7 +29,7 @@ from secateur.train.loop import fit
 
 RESULTS = Path(__file__).parent / "results" / "headline.json"
 BATCH = 128
-KEYS = ("network", "epochs", "c", "mu", "seed")
+KEYS = ("network", "epochs", "lr", "c", "mu", "seed")
 
 
 class PauseError(Exception):
@@ -47,15 +48,15 @@ class Clock:
             raise PauseError
 
 
-def train(row: dict[str, Any], lr: float, work: Path, clock: Clock, device: torch.device) -> dict[str, Any]:
+def train(row: dict[str, Any], work: Path, clock: Clock, device: torch.device) -> dict[str, Any]:
     """One training from scratch, its cut, and what both cost and reach."""
-    data = load("cifar10")
+    data = load("cifar10", validation=0.1)
     torch.manual_seed(row["seed"])
     inputs = torch.zeros(example_input(row["network"]))
     model = build(row["network"])
     graph = sc.trace(model, inputs)
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = sc.SDPrun(model, graph, lr=lr, c=row["c"], mu=row["mu"] or 0.6, weights="sqrt")
+    optimizer = sc.SDPrun(model, graph, lr=row["lr"], c=row["c"], mu=row["mu"] or 0.6, weights="sqrt")
     batches = data.loader("train", BATCH, shuffle=True, augment=True, seed=row["seed"])
     fit(
         model, optimizer, batches, epochs=row["epochs"], schedule="grda",
@@ -65,11 +66,13 @@ def train(row: dict[str, Any], lr: float, work: Path, clock: Clock, device: torc
     model.eval()
     plan = sc.dead_channels(model, graph)
     small = sc.cut(model, plan)
-    test = data.loader("test", 500)
+    held_out, test = data.loader("validation", 500), data.loader("test", 500)
+    images = next(iter(test))[0].to(device)
     return row | {
-        "difference": sc.check(model, small, plan, inputs.to(device)),
+        "difference": sc.check(model, small, plan, images),
         "macs": graph.macs(plan) / graph.macs(), "params": graph.params(plan) / graph.params(),
-        "kept": graph.kept(plan).tolist(), "test": accuracy(small, test), "device": str(device),
+        "kept": graph.kept(plan).tolist(), 
+        "validation": accuracy(small, held_out), "test": accuracy(small, test), "device": str(device),
     }  # fmt: skip
 
 
@@ -81,10 +84,10 @@ def report(rows: list[dict[str, Any]]) -> None:
     for key in sorted({tuple(row[k] for k in KEYS[:-1]) for row in rows}):
         own = [row for row in rows if tuple(row[k] for k in KEYS[:-1]) == key]
         cells = []
-        for name in ("macs", "params", "test"):
+        for name in ("macs", "params", "validation", "test"):
             values = [100 * row[name] for row in own]
             cells.append(f"{statistics.mean(values):8.2f} ± {statistics.stdev(values) if len(own) > 1 else 0:4.2f}")
-        print(f"{key[0]:10} {key[1]:6} {key[2]:7g} {key[3]:6g} {len(own):5} " + " ".join(cells))
+        print(f"{key[0]:10} {key[1]:6} {key[2]:5g} {key[3]:7g} {key[4]:6g} {len(own):5} " + " ".join(cells))
 
 
 def main() -> None:
@@ -104,7 +107,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     wanted = [
-        dict(zip(KEYS, (given.network, given.epochs, c, mu, seed), strict=True))
+        dict(zip(KEYS, (given.network, given.epochs, given.lr, c, mu, seed), strict=True))
         for seed in given.seeds
         for c in given.c
         for mu in (given.mu if c else [0.0])  # without c there is no mu
@@ -112,7 +115,7 @@ def main() -> None:
     try:
         for row in wanted:
             if not any(all(r[k] == row[k] for k in KEYS) for r in rows):
-                rows.append(train(row, given.lr, given.work, clock, device))
+                rows.append(train(row, given.work, clock, device))
                 given.out.parent.mkdir(parents=True, exist_ok=True)
                 text = json.dumps({"batch_size": BATCH, "note": "CIFAR-10 is stored as JPEG", "rows": rows}, indent=1)
                 given.out.with_suffix(".tmp").write_text(text)

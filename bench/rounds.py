@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     given = parser.parse_args()
     rows = [row for folder in given.folders for row in rows_of(folder)]
+    if not rows:
+        parser.error("no seed of these runs is finished")
     RESULTS.write_text(json.dumps({"note": "CIFAR-10 is stored as JPEG", "rows": rows}, indent=1))
     for row in rows:
         shares = f"{row['params']:7.1%} {row['macs']:7.1%}"

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import secateur as sc
@@ -64,12 +65,14 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def one(name: str, seed: int, work: Path) -> dict[str, Any]:
     """Both trainings of one seed, and what lies between them."""
-    data, inputs = load("mnist", validation=0.1), torch.zeros(example_input(name))
+    data = load("mnist", validation=0.1)
     train, test = data.loader("train", 500), list(data.loader("test", 500))
-    ways: dict[str, list[Mapping[str, Tensor]]] = {"SGD": [], "SDPrun": []}
 
-    def watch(method: str, model: nn.Module) -> None:
-        ways[method].append(weights_of(model))
+    def watch(method: str, model: nn.Module) -> None:  # kept in files: a run that was stopped has seen a part alone
+        if (name, seed) == DRAWN:
+            path = work / method
+            path.mkdir(parents=True, exist_ok=True)
+            save_file(weights_of(model), path / f"{len(list(path.iterdir())):03}.safetensors")
 
     start, _ = trained(name, 0, seed, data, work, partial(watch, "SGD"))
     end, graph = trained(name, SETTINGS[name]["c"], seed, data, work, partial(watch, "SDPrun"))
@@ -77,7 +80,7 @@ def one(name: str, seed: int, work: Path) -> dict[str, Any]:
     row: dict[str, Any] = {
         "network": name, "seed": seed,
         "macs": graph.macs(plan) / graph.macs(), "params": graph.params(plan) / graph.params(),
-        "difference": sc.check(end, sc.cut(end, plan), plan, inputs),
+        "difference": sc.check(end, sc.cut(end, plan), plan, test[0][0]),
         "test": {"SGD": accuracy(start, test), "SDPrun": accuracy(sc.cut(end, plan), test)},
     }  # fmt: skip
     curves = {"line": connect(start, end, train, epochs=0, progress=False)}
@@ -94,10 +97,13 @@ def one(name: str, seed: int, work: Path) -> dict[str, Any]:
     row["steep_share"] = steep_share(start, end, flat)
     row["steep_by_chance"] = (flat.count / len(flat.vectors)) ** 0.5
     row["eigenvalues"] = {"steep": flat.count, "values": flat.values.tolist()}
-    if (name, seed) == DRAWN and all(len(way) == SETTINGS[name]["epochs"] + 1 for way in ways.values()):
+    if (name, seed) == DRAWN:
         seen = plane(start, curves["curve"], some, progress=False)
         row["plane"] = {"x": seen.x, "y": seen.y, "loss": seen.loss, "points": seen.points, "path": seen.path}
-        row["plane"]["trainings"] = {method: [seen.project(w) for w in way] for method, way in ways.items()}
+        row["plane"]["trainings"] = {
+            method: [seen.project(load_file(path)) for path in sorted((work / method).iterdir())]
+            for method in ("SGD", "SDPrun")
+        }
     return row
 
 

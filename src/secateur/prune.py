@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,6 +127,8 @@ def prune(
     _check(method, budget, strategy, options)
     if data is None and (recalibrate or refit):
         raise SecateurError(f"prune({'recalibrate' if recalibrate else 'refit'}=True) needs data= (batches)")
+    if (recalibrate or refit) and isinstance(data, Iterator):
+        raise SecateurError("prune(data=...): an iterator ends after one pass; give a list or a loader")
     if compensate and method not in FACTORED:
         raise SecateurError(
             f"prune(compensate=True): the methods {', '.join(FACTORED)} have factors, {method!r} has none"

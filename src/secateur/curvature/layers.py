@@ -119,8 +119,8 @@ def spread(total: int, wanted: int) -> Tensor:
 
     Multiples of the golden ratio modulo 1 keep no step with the rows of an image, which even distances do.
     """
-    if wanted >= total:
-        return torch.arange(total)
+    if 3 * wanted > total:  # too dense for the former to be different, and for the latter to skip much
+        return torch.arange(min(wanted, total)) * total // min(wanted, total)
     golden = (math.sqrt(5) - 1) / 2
     return (torch.arange(wanted, dtype=torch.float64).add(0.5).mul(golden).remainder(1) * total).long().sort().values
 

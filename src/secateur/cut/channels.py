@@ -190,7 +190,7 @@ def recalibrate(model: nn.Module, data: Any, *, batches: int | None = None) -> N
             for batch in data:
                 if batches is not None and seen >= batches:
                     break
-                call_model(model, _inputs_of(batch))
+                call_model(model, inputs_of(batch, seen))
                 seen += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -201,5 +201,20 @@ def recalibrate(model: nn.Module, data: Any, *, batches: int | None = None) -> N
         raise SecateurError("recalibrate(data): no batches were given, and the statistics are reset; give some data")
 
 
-def _inputs_of(batch: Any) -> Inputs:
-    return batch if isinstance(batch, (Tensor, Mapping)) else (batch[0],)
+def inputs_of(batch: Any, number: int) -> Inputs:
+    """What a model takes of a batch: the batch if it is a tensor or a mapping, else its first entry.
+
+    A first entry that is a tuple holds several inputs.
+
+    Raises:
+        SecateurError: the batch is something else.
+    """
+    found = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+    if isinstance(found, Mapping):
+        return dict(found)
+    if not isinstance(found, (Tensor, tuple, list)):
+        raise SecateurError(
+            f"data: batches of tensors are expected, alone, as (inputs, ...) or by keyword; batch {number} is a "
+            f"{type(batch).__name__}" + (f" of {type(found).__name__}" if found is not batch else "")
+        )
+    return found if isinstance(found, Tensor) else tuple(found)

@@ -123,8 +123,9 @@ def connect(
                 bent, torch.optim.SGD(bent.control.parameters(), lr=lr, momentum=momentum), data, epochs=epochs,
                 loss_fn=loss_fn, schedule=schedule, checkpoint_dir=checkpoint_dir, progress=progress, **options,
             )  # fmt: skip
-    control = {name: p.detach().clone() for name, p in zip(bent.names, bent.control, strict=True)}
-    return Curve(_weights(start), control, _weights(end))
+    ends = _weights(start), _weights(end)
+    control = {name: p.detach().to(ends[0][name], copy=True) for name, p in zip(bent.names, bent.control, strict=True)}
+    return Curve(ends[0], control, ends[1])
 
 
 def along(
@@ -154,6 +155,7 @@ def along(
     """
     if isinstance(points, bool) or not isinstance(points, int) or points < 2:
         raise SecateurError(f"along(points={points!r}): a whole number from 2 on is expected, usually 61")
+    _check_curve(model, curve)
     rows: list[Row] = []
     before, length = curve.at(0), 0.0
     for number in track(range(points), "along the curve", disable=not progress):
@@ -167,6 +169,8 @@ def along(
 
 def barrier(rows: Sequence[Mapping[str, float]], key: str = "train_loss") -> float:
     """By how much the highest point of a curve is above the higher of its ends; 0 if an end is the highest."""
+    if len(rows) < 2:
+        raise SecateurError(f"barrier: {len(rows)} points given, a curve has two or more; see along")
     values = [row[key] for row in rows]
     return max(values) - max(values[0], values[-1])
 
@@ -222,6 +226,11 @@ def plane(
     Raises:
         SecateurError: both ends are the same point.
     """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+        raise SecateurError(f"plane(steps={steps!r}): a whole number from 2 on is expected, usually 21")
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
+        raise SecateurError(f"plane(margin={margin!r}): a number from 0 on is expected")
+    _check_curve(model, curve)
     start, across = curve.start, _difference(curve.end, curve.start)
     width = _norm(across)
     if not width > 0:
@@ -281,6 +290,12 @@ def _check_ends(start: nn.Module, end: nn.Module) -> None:
         )
 
 
+def _check_curve(model: nn.Module, curve: Curve) -> None:
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    if shapes != {name: t.shape for name, t in curve.start.items()}:
+        raise SecateurError("the curve is of another network: give the one that it was trained between")
+
+
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -309,7 +324,7 @@ def _measured(
     loss_fn: Callable[[Tensor, Tensor], Tensor],
 ) -> Row:
     """Loss and error of the network with these weights, its batch norms re-estimated."""
-    here = copy.deepcopy(model)
+    here = copy.deepcopy(model).eval()
     with torch.no_grad():
         for name, p in here.named_parameters():
             p.copy_(weights[name])
@@ -319,5 +334,9 @@ def _measured(
     for side, data in (("train", train), ("test", test)):
         if data is not None:
             value, right = loss_and_accuracy(here, data, loss_fn)
+            if not math.isfinite(value):
+                raise SecateurError(
+                    f"the {side} loss is {value} at a point of the curve or plane: there is no valley there"
+                )
             row |= {f"{side}_loss": value, f"{side}_error": 1 - right}
     return row

@@ -5,6 +5,7 @@ Every function returns a ``matplotlib.figure.Figure`` that nothing else refers t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from secateur.measure.valley import Plane
 
-ENDS = ("SGD", "SDPrun")
+ENDS = ("start", "end")
 COLOURS = ("#0b5fa5", "#b5410a", "#2f7d32", "#777777")
 
 
@@ -83,7 +84,7 @@ def draw_plane(
     filled = axes.contourf(plane.x, plane.y, height, levels=levels, cmap="YlGnBu_r")
     axes.contour(plane.x, plane.y, height, levels=levels, colors="white", linewidths=0.4)
     figure.colorbar(filled, ax=axes, label="log10 of the training loss")
-    for colour, (name, points) in zip(COLOURS[1:], (paths or {}).items(), strict=False):
+    for colour, (name, points) in zip(itertools.cycle(COLOURS[1:]), (paths or {}).items(), strict=False):
         axes.plot(*zip(*points, strict=True), ".-", color=colour, linewidth=0.9, markersize=3, label=name)
     axes.plot(*zip(*plane.path, strict=True), "--", color="black", linewidth=1.2, label="curve")
     for name, at in zip((ends[0], "control point", ends[1]), plane.points.values(), strict=True):

@@ -294,8 +294,8 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, checkpoints: 
     ):  # masked and cut compute the same: shown, not assumed
         images, _ = next(iter(data.loader("train", 64)))
         facts["difference"] = check(model, result.model, result.plan, images)
-        if section.method == DEAD:
-            facts["dead"] = len(result.plan)
+    if section.method == DEAD:
+        facts["dead"] = len(result.plan)
     return result.model, facts
 
 
