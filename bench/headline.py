@@ -71,16 +71,15 @@ def train(row: dict[str, Any], work: Path, clock: Clock, device: torch.device) -
     return row | {
         "difference": sc.check(model, small, plan, images),
         "macs": graph.macs(plan) / graph.macs(), "params": graph.params(plan) / graph.params(),
-        "kept": graph.kept(plan).tolist(), 
+        "kept": graph.kept(plan).tolist(),
         "validation": accuracy(small, held_out), "test": accuracy(small, test), "device": str(device),
     }  # fmt: skip
 
 
 def report(rows: list[dict[str, Any]]) -> None:
     """The table, mean and standard deviation over seeds."""
-    print(
-        f"{'network':10} {'epochs':>6} {'c':>7} {'mu':>6} {'seeds':>5} {'MACs %':>15} {'params %':>15} {'test %':>15}"
-    )
+    heads = "".join(f"{name:>16}" for name in ("MACs %", "params %", "held out %", "test %"))
+    print(f"{'network':10} {'epochs':>6} {'lr':>5} {'c':>7} {'mu':>6} {'seeds':>5}{heads}")
     for key in sorted({tuple(row[k] for k in KEYS[:-1]) for row in rows}):
         own = [row for row in rows if tuple(row[k] for k in KEYS[:-1]) == key]
         cells = []
