@@ -17,6 +17,7 @@ import secateur as sc
 from secateur import data, recipe
 from secateur.models import build
 from secateur.run import folder, run, table
+from secateur.train.gentle import Gentle
 
 ALL_STAGES = {
     "name": "all stages",
@@ -265,6 +266,59 @@ def test_rounds_reach_the_budget_in_equal_factors(tmp_path: Path, prune: dict[st
         assert sum(p.numel() for p in small.parameters()) == seed[column]["params"]
     if prune["method"] == "eigendamage":
         assert [next(iter(step)) for step in sc.record(small)] == ["eigendamage"] * rounds + ["separate"]
+
+
+GENTLE = {
+    "increg": {"rate": 0.2, "limit": 1.0},
+    "spp": {"rate": 0.2, "every": 1},
+}
+
+
+def gently(method: str, **changes: Any) -> dict[str, Any]:
+    train = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "schedule": "constant"}
+    return {"method": method, "budget": {"macs": 0.6}, "options": GENTLE[method], "train": train, **changes}
+
+
+@pytest.mark.parametrize("method", GENTLE)
+def test_gentle_methods_run_load_and_end_the_same_when_stopped_in_between(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = made(TAYLOR, prune=gently(method), finetune={"epochs": 1, "lr": 0.01})
+    whole = run(recipe, tmp_path / "whole", progress=False)
+    seed = whole["seeds"]["0"]
+    assert seed["after"]["macs"] <= 0.6 * seed["before"]["macs"]
+    assert seed["stages"]["pruned"]["difference"] < 1e-5
+    assert seed["stages"]["pruned"]["steps"] <= 2 * 23
+    after = Gentle.step
+    calls = []
+
+    def stop(self: Any) -> None:
+        calls.append(0)
+        if len(calls) == 30:  # in the second epoch; the first has left a checkpoint
+            raise KeyboardInterrupt
+        after(self)
+
+    monkeypatch.setattr(Gentle, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "again", progress=False)
+    assert list((tmp_path / "again" / "seed-0" / "pruned-checkpoints").iterdir())
+    assert timeless(run(recipe, tmp_path / "again", progress=False)) == timeless(whole)
+    assert weights(tmp_path / "again") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        (gently("increg", options={"rate": 0.01, "limit": 1.0}), "are 46 steps, and increg takes [0-9]+ at least"),
+        (gently("spp", options={"rate": 0.05, "every": 180}), "or a smaller every than 180"),
+        (gently("increg", options={"rate": 0.2, "limit": 100.0}), "must stay below 3.8"),
+        (gently("spp", options={"exclude": ["conv9"]}), "conv9"),
+    ],
+)
+def test_what_gentle_methods_cannot_do_is_told_before_any_work(tmp_path: Path, prune: dict, message: str) -> None:
+    with pytest.raises(sc.SecateurError, match=message):
+        run(made(TAYLOR, prune=prune), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_rounds_that_were_interrupted_end_the_same(tmp_path: Path) -> None:
