@@ -99,6 +99,7 @@ def run(
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("networks", nargs="*", default=list(settings))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(methods), choices=list(methods), metavar="METHOD")
     parser.add_argument("--out", type=Path, default=results)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -107,7 +108,7 @@ def run(
     for name in given.networks:
         for seed in given.seeds:
             done = {(r["network"], r["seed"], r["method"], r["unit"], r["fraction"]) for r in rows}
-            for row in one(name, seed, settings[name], methods, makers, done):
+            for row in one(name, seed, settings[name], given.methods, makers, done):
                 rows.append(row)
                 whole = {"settings": of, **facts, "note": "CIFAR-10 is stored as JPEG", "rows": rows}
                 given.out.parent.mkdir(parents=True, exist_ok=True)
