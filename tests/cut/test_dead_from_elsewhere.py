@@ -18,7 +18,7 @@ def trained(after_step):
     """A small network; ``after_step(number, convolution, norm)`` is the other tool."""
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(1, 16, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(16)
-    model = nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    model = nn.Sequential(conv, norm, nn.Tanh(), nn.Flatten(), nn.Linear(256, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     number = 0
     for _ in range(8):
@@ -36,7 +36,7 @@ def group_lasso(_, conv, norm):
     """All that writes a channel shrinks as one group."""
     writers = [conv.weight, norm.weight, norm.bias]
     size = sum(w.flatten(1).square().sum(1) if w.ndim > 1 else w.square() for w in writers).sqrt()
-    share = (1 - 0.02 / size.clamp(min=1e-12)).clamp(min=0)
+    share = (1 - 0.05 / size.clamp(min=1e-12)).clamp(min=0)
     for w in writers:
         w.mul_(share.view(-1, *[1] * (w.ndim - 1)))
 
@@ -67,7 +67,7 @@ def test_filters_alone_leave_a_constant_that_the_next_layer_takes_up():
     assert len(sc.dead_channels(model, graph)) == 0
     empty = {"0": [i for i, f in enumerate(model[0].weight) if not f.any()]}
     assert len(empty["0"]) == 6
-    assert any(model[1].bias[i].item() > 0.01 for i in empty["0"])  # it would be missing
+    assert any(abs(model[1].bias[i].item()) > 0.05 for i in empty["0"])  # it would be missing
     plan = sc.make_plan(graph, empty)
     small = sc.cut(model, plan)
     before = (small(X[1400:]) - model(X[1400:])).norm()
