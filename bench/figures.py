@@ -137,7 +137,7 @@ def valley() -> None:
                     values = [factor * point[key] for point in points]
                     panels[i][j].plot(way, values, line, color=BLUE, alpha=0.7, linewidth=1.2, label=label)
         panels[0][j].set(title=TITLES[name], ylabel="training loss", yscale="log")
-        panels[1][j].set(ylabel="test error (%)", yscale="log")
+        panels[1][j].set(ylabel="test error (%)")
         for axes in panels[:, j]:
             axes.set_xticks([0, 1], ["SGD", "SDPrun"])
             axes.spines[["top", "right"]].set_visible(False)
@@ -212,9 +212,24 @@ def directional() -> None:
             print(f"| {method} | " + " | ".join(cells) + " |")
 
 
+def flat() -> None:
+    """The table of the projectors: rank correlations with the exact ones, least to largest of the seeds."""
+    rows = json.loads((HERE / "results" / "flat.json").read_text())["rank"]
+    names = list(dict.fromkeys(key.split(":")[0] for key in rows[0] if ":" in key))
+    print("\n| network | loss | against | " + " | ".join(names) + " |\n|---|---|---|" + "---|" * len(names))
+    for network, length in dict.fromkeys((row["network"], row["length"]) for row in rows):
+        own = [row for row in rows if (row["network"], row["length"]) == (network, length)]
+        loss = f"{min(row['loss'] for row in own):.3f} to {max(row['loss'] for row in own):.3f}"
+        for matrix in ("gauss_newton", "hessian"):
+            values = [[row[f"{name}: {matrix}"] for row in own] for name in names]
+            cells = " | ".join(f"{min(v):.2f} to {max(v):.2f}" for v in values)
+            print(f"| {network} | {loss} | {matrix} | {cells} |")
+
+
 if __name__ == "__main__":
     sdprun_mnist()
     damage()
     directional()
     rounds()
     valley()
+    flat()
