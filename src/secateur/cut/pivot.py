@@ -1,0 +1,216 @@
+r"""Matrix pivoting: dense panels that hold as much of a weight's energy as can be (after arXiv 1712.01084).
+
+A weight's *energy* is a table ``E >= 0`` of rows and columns (of a convolution: filters and input channels). A pattern
+is a list of panels, each some rows and some columns, every row in one panel; what lies outside all panels goes::
+
+    captured = sum over panels of E[rows, columns]          density = B r c / (m n)       B panels of r rows, c columns
+
+Three ways to find panels, from rigid to free:
+
+``diagonal``    every column in one panel too: after permuting rows and columns the matrix is block-diagonal.
+``growth``      complete pivoting: a panel grows from the largest entry left, row by row and column by column.
+``bundles``     every bundle of rows has its own list of columns.
+
+``diagonal`` and ``bundles`` alternate: given the panels' columns, rows are assigned to panels (an assignment problem);
+given the rows, columns are chosen. Both steps are optimal, so the captured energy never falls. Only the abstract of the
+paper is public: all of this is a reconstruction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from secateur.errors import SecateurError, unknown
+
+LAYOUTS = ("diagonal", "growth", "bundles")
+AT_ONCE = 1024
+"""So many rows or columns are assigned at once, at most; of more, random parts in turn."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Dense panels of a matrix.
+
+    Attributes:
+        shape: rows and columns of the matrix, (m, n).
+        rows: [panels, r], each number below m once; ``m`` stands for a ghost row, where panels do not divide m.
+        columns: [panels, c]; ``n`` stands for a ghost column.
+        layout: how it was found.
+    """
+
+    shape: tuple[int, int]
+    rows: np.ndarray
+    columns: np.ndarray
+    layout: str
+
+    def mask(self) -> np.ndarray:
+        """What stays, bool [m, n]."""
+        m, n = self.shape
+        whole = np.zeros((m + 1, n + 1), dtype=bool)
+        whole[self.rows[:, :, None], self.columns[:, None, :]] = True
+        return whole[:m, :n]
+
+    @property
+    def density(self) -> float:
+        """The part of the coefficients that a packed layer computes, ghosts among them."""
+        return self.rows.size * self.columns.shape[1] / (self.shape[0] * self.shape[1])
+
+    def captured(self, energy: np.ndarray) -> float:
+        """The part of the energy that is inside."""
+        total = float(energy.sum())
+        return float(energy[self.mask()].sum()) / total if total > 0 else 1.0
+
+
+def pivot(
+    energy: np.ndarray,
+    keep: float,
+    *,
+    layout: str = "bundles",
+    panels: int | None = None,
+    rounds: int = 20,
+    restarts: int = 2,
+    seed: int = 0,
+) -> Pattern:
+    """Panels that capture as much energy as can be found.
+
+    Args:
+        energy: [m, n], not negative.
+        keep: the part of the coefficients that stays, in (0, 1].
+        layout: ``"diagonal"``, ``"growth"`` or ``"bundles"``.
+        panels: how many; for ``"diagonal"`` there are always ``1 / keep``, rounded up.
+        rounds: alternations, at most.
+        restarts: beginnings, of which the best end counts.
+        seed: of beginnings, and of the parts in which large problems are taken.
+
+    Raises:
+        SecateurError: energy that is no table of numbers from 0 on, keep outside (0, 1], fewer rows than panels.
+    """
+    energy = _checked(energy)
+    if layout not in LAYOUTS:
+        raise unknown("layout", layout, LAYOUTS)
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
+        raise SecateurError(f"keep={keep!r}: a fraction in (0, 1] is expected")
+    m, n = energy.shape
+    count = _panels(layout, keep, panels, m, n)
+    rows, columns = -(-m // count), -(-n // count) if layout == "diagonal" else max(1, int(keep * n + 1e-9))
+    rng = np.random.default_rng(seed)
+    padded = np.pad(energy, ((0, count * rows - m), (0, count * columns - n if layout == "diagonal" else 0)))
+    best: tuple[float, np.ndarray, np.ndarray] | None = None
+    for number in range(1 if layout == "growth" else restarts):
+        if layout == "growth" or number == 0:
+            found = _grown(padded, count, rows, columns, reuse=layout != "diagonal")
+        else:
+            found = rng.permutation(len(padded)).reshape(count, rows), np.empty((count, 0), dtype=np.int64)
+        if layout != "growth":
+            found = _alternated(padded, *found, columns, layout, rounds, rng)
+        value = sum(float(padded[np.ix_(r, c)].sum()) for r, c in zip(*found, strict=True))
+        if best is None or value > best[0]:
+            best = (value, *found)
+    assert best is not None
+    return Pattern((m, n), np.minimum(best[1], m), np.minimum(best[2], n), layout)
+
+
+def _checked(energy: np.ndarray) -> np.ndarray:
+    energy = np.asarray(energy, dtype=np.float64)
+    if energy.ndim != 2 or not energy.size or not np.isfinite(energy).all() or (energy < 0).any():
+        raise SecateurError(f"energy of shape {list(energy.shape)}: a table of finite numbers from 0 on is expected")
+    return energy
+
+
+def _panels(layout: str, keep: float, panels: int | None, m: int, n: int) -> int:
+    if panels is not None and (isinstance(panels, bool) or not isinstance(panels, int) or panels < 1):
+        raise SecateurError(f"panels={panels!r}: a whole number from 1 on is expected")
+    if layout == "diagonal":
+        count = int(np.ceil(1 / keep - 1e-9))
+        if panels is not None and panels != count:
+            raise SecateurError(f"panels={panels}: with layout='diagonal' and keep={keep:g} there are {count}")
+        if count > min(m, n):
+            raise SecateurError(
+                f"keep={keep:g} leaves less than one block of a {m} x {n} matrix: give keep of 1/{min(m, n)} or more, "
+                "or another layout"
+            )
+        return count
+    count = panels if panels is not None else max(1, min(m, 8, m // 16))
+    if count > m:
+        raise SecateurError(f"panels={count}: the matrix has {m} rows; give at most so many")
+    return count
+
+
+def _grown(energy: np.ndarray, count: int, rows: int, columns: int, *, reuse: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Complete pivoting: each panel grows from the largest entry left by the row or column with most to add."""
+    open_rows, open_columns = (np.ones(size, dtype=bool) for size in energy.shape)
+    found_rows, found_columns = [], []
+    for _ in range(count):
+        left = np.where(open_rows[:, None] & open_columns[None, :], energy, -1.0)
+        i, j = np.unravel_index(int(left.argmax()), left.shape)
+        taken_rows, taken_columns = [int(i)], [int(j)]
+        by_row, by_column = energy[:, j].copy(), energy[i].copy()  # what a row or column would add
+        by_row[~open_rows] = by_column[~open_columns] = -np.inf
+        by_row[i] = by_column[j] = -np.inf
+        while len(taken_rows) < rows or len(taken_columns) < columns:
+            best_row = by_row.max(initial=-np.inf) / len(taken_columns) if len(taken_rows) < rows else -np.inf
+            best_column = by_column.max(initial=-np.inf) / len(taken_rows) if len(taken_columns) < columns else -np.inf
+            if best_row >= best_column:
+                k = int(by_row.argmax())
+                taken_rows.append(k)
+                by_row[k] = -np.inf
+                by_column += np.where(np.isfinite(by_column), energy[k], 0)
+            else:
+                k = int(by_column.argmax())
+                taken_columns.append(k)
+                by_column[k] = -np.inf
+                by_row += np.where(np.isfinite(by_row), energy[:, k], 0)
+        found_rows.append(taken_rows)
+        found_columns.append(taken_columns)
+        open_rows[taken_rows] = False
+        if not reuse:
+            open_columns[taken_columns] = False
+    return np.array(found_rows), np.array(found_columns)
+
+
+def _alternated(
+    energy: np.ndarray, rows: np.ndarray, columns: np.ndarray, width: int, layout: str, rounds: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Columns given rows, rows given columns, until nothing is gained."""
+    before = -np.inf
+    for _ in range(rounds):
+        by_panel = np.stack([energy[r].sum(0) for r in rows])  # [panels, columns]
+        if layout == "bundles":
+            columns = np.sort(np.argsort(-by_panel, axis=1, kind="stable")[:, :width], axis=1)
+        else:
+            start = columns if columns.shape[1] else rng.permutation(energy.shape[1]).reshape(len(rows), width)
+            columns = _assigned(by_panel.T, start, rng)
+        rows = _assigned(np.stack([energy[:, c].sum(1) for c in columns], 1), rows, rng)
+        value = sum(float(energy[np.ix_(r, c)].sum()) for r, c in zip(rows, columns, strict=True))
+        if value <= before * (1 + 1e-9):
+            break
+        before = value
+    return rows, columns
+
+
+def _assigned(gain: np.ndarray, start: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Items to panels of equal size, for the largest total gain; of many items, random parts keep their places.
+
+    Args:
+        gain: [items, panels].
+        start: [panels, size], what is where now.
+        rng: draws the parts.
+    """
+    panels, size = start.shape
+    items, slots = start.flatten(), np.repeat(np.arange(panels), size)
+    parts = [np.arange(len(items))]
+    if len(items) > AT_ONCE:
+        parts = [
+            part for _ in range(2) for part in np.array_split(rng.permutation(len(items)), -(-len(items) // AT_ONCE))
+        ]
+    for part in parts:
+        own = items[part]
+        chosen, where = linear_sum_assignment(gain[own][:, slots[part]], maximize=True)
+        new = np.empty_like(own)
+        new[where] = own[chosen]
+        items[part] = new
+    return np.sort(items.reshape(panels, size), axis=1)

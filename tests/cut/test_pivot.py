@@ -1,0 +1,128 @@
+"""Pivoting: permutations, density, energy between its bounds, planted blocks found again."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import numpy as np
+import pytest
+
+from secateur.cut.pivot import LAYOUTS, _alternated, _assigned, pivot
+from secateur.errors import SecateurError
+
+KEEPS = (1 / 2, 1 / 4, 1 / 8)
+
+
+def energy(m, n, seed=0):
+    return np.random.default_rng(seed).normal(size=(m, n)) ** 2 * np.random.default_rng(seed + 1).exponential(
+        size=(m, 1)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(32, 32), (48, 16), (16, 64), (37, 29)])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_every_row_is_in_one_panel_and_no_more_than_the_budget_stays(layout, shape, keep):
+    pattern = pivot(energy(*shape), keep, layout=layout, panels=None if layout == "diagonal" else 4)
+    real = pattern.rows[pattern.rows < shape[0]]
+    assert sorted(real) == list(range(shape[0]))
+    mask = pattern.mask()
+    if layout == "diagonal":
+        assert sorted(pattern.columns[pattern.columns < shape[1]]) == list(range(shape[1]))
+        assert mask.sum(0).max() <= pattern.rows.shape[1]
+    assert mask.sum(1).max() <= pattern.columns.shape[1]
+    assert all(len(set(c[c < shape[1]])) == (c < shape[1]).sum() for c in pattern.columns)
+    if shape[0] % 8 == shape[1] % 8 == 0:
+        assert mask.mean() == pytest.approx(keep)
+        assert pattern.density == pytest.approx(keep)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keep", KEEPS)
+def test_it_captures_more_than_chance_and_no_more_than_single_entries_could(layout, keep):
+    table = energy(64, 64)
+    found = pivot(table, keep, layout=layout, panels=None if layout == "diagonal" else 8).captured(table)
+    size = int(64 * keep)
+    rng = np.random.default_rng(1)
+    chance = []
+    for p, q in [(np.arange(64), np.arange(64))] + [(rng.permutation(64), rng.permutation(64)) for _ in range(20)]:
+        shuffled = table[p][:, q]
+        chance.append(sum(shuffled[i : i + size, i : i + size].sum() for i in range(0, 64, size)) / table.sum())
+    single = np.sort(table.flatten())[::-1][: int(keep * table.size)].sum() / table.sum()
+    assert max(chance) < found < single
+
+
+def test_freer_layouts_capture_more():
+    table = energy(64, 64)
+    by = {
+        layout: pivot(table, 0.25, layout=layout, panels=None if layout == "diagonal" else 16).captured(table)
+        for layout in LAYOUTS
+    }
+    assert by["bundles"] > by["growth"]
+    assert by["bundles"] > by["diagonal"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("blocks", [2, 4])
+@pytest.mark.parametrize("noise", [0, 1e-3])
+def test_planted_blocks_are_found_again(layout, blocks, noise):
+    rng = np.random.default_rng(blocks)
+    weight = np.kron(np.eye(blocks), np.ones((16, 12))) * rng.normal(size=(16 * blocks, 12 * blocks))
+    weight = weight[rng.permutation(16 * blocks)][:, rng.permutation(12 * blocks)]
+    weight += noise * rng.normal(size=weight.shape)
+    found = pivot(weight**2, 1 / blocks, layout=layout, panels=blocks, restarts=3).captured(weight**2)
+    assert found == pytest.approx(1, abs=1e-12) if noise == 0 else found > 0.99
+
+
+@pytest.mark.parametrize("layout", ["diagonal", "bundles"])
+def test_alternating_never_loses_energy(layout):
+    table = energy(24, 24)
+    rows = np.arange(24).reshape(4, 6)
+    values = []
+    for rounds in range(1, 8):
+        r, c = _alternated(table, rows, np.arange(24).reshape(4, 6), 6, layout, rounds, np.random.default_rng(0))
+        values.append(sum(table[np.ix_(a, b)].sum() for a, b in zip(r, c, strict=True)))
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(values))
+
+
+def test_the_assignment_is_the_best_one_and_of_parts_never_worse(monkeypatch):
+    rng = np.random.default_rng(0)
+    gain, start = rng.random((6, 3)), np.arange(6).reshape(3, 2)
+    best = max(sum(gain[i, k // 2] for k, i in enumerate(order)) for order in itertools.permutations(range(6)))
+    found = _assigned(gain, start, rng)
+    assert sum(gain[i, k] for k in range(3) for i in found[k]) == pytest.approx(best)
+    monkeypatch.setattr(importlib.import_module("secateur.cut.pivot"), "AT_ONCE", 3)
+    gain, start = rng.random((20, 4)), np.arange(20).reshape(4, 5)
+    value = lambda where: sum(gain[i, k] for k in range(4) for i in where[k])  # noqa: E731
+    assert value(_assigned(gain, start, rng)) > value(start)
+
+
+def test_the_same_seed_gives_the_same_pattern():
+    one, other = (pivot(energy(40, 40), 0.25, seed=3) for _ in range(2))
+    assert (one.rows == other.rows).all()
+    assert (one.columns == other.columns).all()
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        (energy(4, 4), {"keep": 0.1, "layout": "diagonal"}, "less than one block"),
+        (energy(4, 4), {"keep": 0.0}, r"keep=0.0: a fraction in \(0, 1\]"),
+        (energy(4, 4), {"keep": 1.5}, r"a fraction in \(0, 1\]"),
+        (energy(4, 4), {"keep": 0.5, "layout": "diagnal"}, "did you mean 'diagonal'"),
+        (energy(4, 4), {"keep": 0.5, "panels": 9}, "4 rows"),
+        (energy(4, 4), {"keep": 0.5, "panels": 3, "layout": "diagonal"}, "there are 2"),
+        (-energy(4, 4), {"keep": 0.5}, "from 0 on"),
+        (np.full((2, 2), np.nan), {"keep": 0.5}, "finite"),
+    ],
+)
+def test_bad_input_is_told(table, options, message):
+    with pytest.raises(SecateurError, match=message):
+        pivot(table, **options)
+
+
+def test_one_row_and_whole_layers_are_fine():
+    assert pivot(energy(1, 8), 0.5).mask().sum() == 4
+    assert pivot(energy(8, 8), 1.0, layout="diagonal").mask().all()
+    assert pivot(np.zeros((8, 8)), 0.5).captured(np.zeros((8, 8))) == 1
