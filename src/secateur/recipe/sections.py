@@ -222,7 +222,7 @@ class Prune(_Section):
             raise SecateurError(
                 f"method 'eigendamage' removes no channels, but {' and '.join(sorted(wrong))} is given: leave it out"
             )
-        wrong = given & {"inexact", "recalibrate", "refit", "compensate", "batches", "rounds"}
+        wrong = given & {"inexact", "refit", "compensate", "batches", "rounds"}
         if self.method in GENTLE and (wrong or self.train is None):
             what = f"{' and '.join(sorted(wrong))} is given: leave it out" if wrong else "it has no train section"
             raise SecateurError(

@@ -122,6 +122,7 @@ def check_setting(setting: Setting) -> None:
     if section.method in GENTLE:
         assert section.train is not None
         handle = make_handle(setting, model, graph, make_optimizer(setting, model, section.train), 0)
+        handle.detach()
         batches = len(setting.data.loader("train", setting.recipe.data.batch_size))
         if section.train.epochs * batches < handle.steps_needed():
             raise SecateurError(
@@ -315,6 +316,8 @@ def _prune_gently(setting: Setting, model: nn.Module, seed: int, checkpoints: Pa
     facts["steps"] = handle.steps
     images, _ = next(iter(setting.data.loader("train", 64)))
     facts["difference"] = check(model, small, plan, images)
+    if section.recalibrate:  # masks distort the statistics of norms
+        recalibrate(small, setting.data.loader("train", setting.recipe.data.batch_size, shuffle=True, seed=seed))
     return small, facts
 
 

@@ -9,7 +9,8 @@
         reg.step()
         if reg.done:
             break
-    small = cut(model, reg.plan(), optimizer=optimizer)         # and train on with it
+    small = cut(model, reg.plan(), optimizer=optimizer)
+    reg.detach()                                                # and train on with the smaller model
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +29,10 @@ from secateur.errors import SecateurError, unknown
 from secateur.plan import Plan, make_plan
 from secateur.trace import ChannelGraph
 from secateur.train.increment import INCREMENTS
-from secateur.train.units import channel_units, column_units, targets
+from secateur.train.units import channel_units, check_share, column_units, targets
 
 UNITS = ("channel", "column")
+_ATTACHED: WeakSet[Gentle] = WeakSet()
 
 
 class Gentle(ABC):
@@ -73,20 +76,41 @@ class Gentle(ABC):
             )
         else:
             self.units = column_units(model, _columns(model, budget, keep, exclude))
+        if any(group.get("maximize") for group in self.optimizer.param_groups):
+            raise SecateurError("the optimizer maximises, and a penalty would make channels grow; turn the loss's sign")
         held = {p for group in self.optimizer.param_groups for p in group["params"]}
         names = {p: name for name, p in model.named_parameters()}
         strange = [names[p] for p, _ in self.units.parts if p not in held]
         if strange:
             raise SecateurError(f"the optimizer does not hold {strange[0]}: build it from model.parameters()")
+        own = {id(p) for p, _ in self.units.parts}
+        if any(id(p) in own for other in _ATTACHED for p, _ in other.units.parts):
+            raise SecateurError("another handle prunes this model already: detach() it first")
         self.increment, self.every = INCREMENTS[increment], every
         self.steps, self.done = 0, False
         self.gone = torch.zeros(len(self.units), dtype=torch.bool, device=self.units.group.device)
-        self._hook = self.optimizer.register_step_pre_hook(lambda *_: self.before())
+        self._acted = self._detached = False
+        self._hook = self.optimizer.register_step_pre_hook(self._on_step)
+        _ATTACHED.add(self)
+
+    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if any(callable(a) and not isinstance(a, Optimizer) for a in (*args, *kwargs.values())):
+            raise SecateurError(
+                f"{type(self).__name__}: optimizer.step(closure) computes gradients after the handle has changed them; "
+                "call the loss's backward before, and step() without a closure"
+            )
+        self.before()
 
     @torch.no_grad()
     def before(self) -> None:
         """What happens right before the optimizer's step; it is called by a hook."""
-        if self.unit == "column" or not self.done:
+        self._acted = True
+        here = next((p.device for p, _ in self.units.parts), self.gone.device)
+        if here != self.gone.device:
+            raise SecateurError(
+                f"the model was moved to {here} after the handle was made on {self.gone.device}: move it first"
+            )
+        if not self.done:
             self._before()
         for p, gone in self.units.each(self.gone):
             if p.grad is not None:
@@ -94,9 +118,12 @@ class Gentle(ABC):
 
     @torch.no_grad()
     def step(self) -> None:
-        """To be called after the optimizer's step."""
-        if self.done:
+        """To be called after the optimizer's step; where that was left out (an overflow), nothing happens."""
+        if self._detached:
+            raise SecateurError("this handle is detached from its optimizer; make a new one")
+        if self.done or not self._acted:
             return
+        self._acted = False
         self.steps += 1
         self._after()
 
@@ -167,18 +194,33 @@ class Gentle(ABC):
     def detach(self) -> None:
         """Take the hook off the optimizer; pruned weights are no longer held at zero."""
         self._hook.remove()
+        self._detached = True
+        _ATTACHED.discard(self)
+
+    @property
+    def kind(self) -> str:
+        """What a state must be of, to be loaded."""
+        return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, tensors and numbers."""
-        return {"steps": self.steps, "done": self.done, "gone": self.gone.clone()}
+        return {
+            "kind": self.kind, "names": list(self.units.names), "wanted": self.units.wanted.tolist(),
+            "steps": self.steps, "done": self.done, "gone": self.gone.clone(),
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        if len(state["gone"]) != len(self.units):
-            raise SecateurError(
-                f"the state is of {len(state['gone'])} units, this handle has {len(self.units)}: the budget or the "
-                "model is another one"
-            )
+        """Go on where :meth:`state_dict` was taken, by a handle of the same kind and targets.
+
+        Raises:
+            SecateurError: the state of another kind of handle, or of other targets; nothing is changed.
+        """
+        own = {"kind": self.kind, "names": list(self.units.names), "wanted": self.units.wanted.tolist()}
+        for name, value in own.items():
+            if state.get(name) != value:
+                raise SecateurError(
+                    f"the state has {name} {state.get(name)}, this handle {value}: method, budget or model differ"
+                )
         self.steps, self.done = int(state["steps"]), bool(state["done"])
         self.gone = state["gone"].to(self.gone)
 
@@ -188,9 +230,16 @@ def _columns(
 ) -> dict[str, float]:
     if budget is not None or keep is None:
         raise SecateurError("unit='column': columns have no budget; give keep=, a fraction of every convolution")
-    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
-    shares = dict(keep) if isinstance(keep, Mapping) else {name: keep for name in names if name not in exclude}
+    convolutions = {
+        n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and m.groups == 1
+    }
+    for name in (*exclude, *(keep if isinstance(keep, Mapping) else ())):
+        if name not in convolutions:
+            raise unknown("convolution of one group", name, convolutions)
+    shares = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(convolutions, keep)
     for name, share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise SecateurError(f"keep={share!r} of {name!r}: a fraction in (0, 1] is expected")
-    return {name: 1 - share for name, share in shares.items()}
+        check_share(share, name)
+    found = {name: 1 - share for name, share in shares.items() if share < 1 and name not in exclude}
+    if not found:
+        raise SecateurError(f"keep={keep!r} leaves every convolution whole; there is nothing to prune")
+    return found

@@ -70,13 +70,17 @@ class IncReg(Gentle):
         if isinstance(settle, bool) or not isinstance(settle, int) or settle < 0:
             raise SecateurError(f"settle={settle!r}: a whole number of steps from 0 on is expected")
         self.rule, self.rate, self.limit, self.pick, self.settle = rule, float(rate), float(limit), float(pick), settle
-        inner = getattr(optimizer, "optimizer", optimizer)
-        for group in inner.param_groups:
-            _check_stable(group, self.limit, f"limit={limit:g}")
+        if rule == "greg2" and pick >= limit:
+            raise SecateurError(f"pick={pick:g}: greg2 chooses its set below its limit={limit:g}; give less")
         super().__init__(
             model, graph, optimizer, budget=budget, keep=keep, exclude=exclude, unit=unit, increment=increment,
             every=every, strategy=strategy,
         )  # fmt: skip
+        try:
+            self._check_stable(self.limit, f"limit={limit:g}")
+        except SecateurError:
+            self.detach()
+            raise
         device = self.gone.device
         self.penalty = torch.zeros(len(self.units), dtype=torch.float64, device=device)
         self.rank = torch.zeros(len(self.units), dtype=torch.float64, device=device)
@@ -85,11 +89,9 @@ class IncReg(Gentle):
 
     def _before(self) -> None:
         largest = float(self.penalty.max())
-        for group in self.optimizer.param_groups:
-            _check_stable(group, largest, f"penalties up to {largest:g}")
-        scale = getattr(
-            self.optimizer, "grad_scale", None
-        )  # fused optimizers under mixed precision unscale by themselves
+        self._check_stable(largest, f"penalties up to {largest:g}")
+        # fused optimizers under mixed precision unscale by themselves
+        scale = getattr(self.optimizer, "grad_scale", None)
         for p, penalty in self.units.each(self.penalty):
             if p.grad is not None:
                 value = penalty.to(p.dtype)
@@ -99,7 +101,8 @@ class IncReg(Gentle):
         if self.steps % self.every == 0:
             self.updates += 1
             {"increg": self._increg, "greg1": self._greg, "greg2": self._greg}[self.rule]()
-        if not self.left() or (self.rule != "increg" and bool((self.penalty >= self.limit).any())):
+        through = bool((self.penalty[self.chosen] >= self.limit * (1 - 1e-9)).any())
+        if through if self.rule != "increg" else not self.left():
             self.settled += 1
             if self.settled > self.settle:
                 self.take_out(self.chosen & ~self.gone)
@@ -112,7 +115,7 @@ class IncReg(Gentle):
         position = self.units.ranks(self.rank, self.gone)
         self.penalty = (self.penalty + self.rate * self.change(position)).clamp_(min=0)
         needed = self.needed()[self.units.group]
-        self.take_out((self.penalty >= self.limit) & (position < needed) & ~self.gone)
+        self.take_out((self.penalty >= self.limit * (1 - 1e-9)) & (position < needed) & ~self.gone)
         self.penalty.masked_fill_(self.gone | (self.needed()[self.units.group] <= 0), 0)
 
     def _greg(self) -> None:
@@ -131,8 +134,18 @@ class IncReg(Gentle):
         """How many updates a group needs at least until so many of its units are out."""
         if self.rule == "increg":
             return updates_needed(count, wanted, self.increment, self.rate, self.limit)
-        first = 10 * self.pick / self.rate if self.rule == "greg2" else 0.0
-        return math.ceil(first - 1e-9) + math.ceil(self.limit / self.rate - 1e-9)
+        if self.rule == "greg1":
+            return math.ceil(self.limit / self.rate - 1e-9)
+        return math.ceil(10 * self.pick / self.rate - 1e-9) + math.ceil((self.limit - self.pick) / self.rate - 1e-9)
+
+    def steps_needed(self) -> int:
+        """How many steps it takes until everything is out, if the ranks stay as they are now; often it takes longer."""
+        return super().steps_needed() + (self.settle if self.rule != "increg" else 0)
+
+    @property
+    def kind(self) -> str:
+        """What a state must be of, to be loaded."""
+        return f"{self.rule}, rate {self.rate:g}, limit {self.limit:g}, every {self.every}"
 
     def advice(self) -> str:
         """What to change where groups do not reach their targets, beside training longer."""
@@ -152,15 +165,21 @@ class IncReg(Gentle):
             setattr(self, name, state[name].to(getattr(self, name)))
         self.updates, self.settled = int(state["updates"]), int(state["settled"])
 
+    def _check_stable(self, penalty: float, what: str) -> None:
+        """Gradient descent overshoots on a quadratic from ``lr * curvature = 2 (1 + m)`` on, Nesterov's earlier.
 
-def _check_stable(group: Mapping[str, Any], penalty: float, what: str) -> None:
-    """Plain gradient descent on a quadratic overshoots from ``lr * curvature = 2 (1 + momentum)`` on."""
-    if "momentum" not in group:  # adaptive optimizers scale gradients
-        return
-    bound = 2 * (1 + float(group["momentum"]))
-    lr, decay = float(group["lr"]), float(group.get("weight_decay", 0))
-    if lr * (decay + penalty) >= bound:
-        raise SecateurError(
-            f"lr={lr:g}, weight_decay={decay:g} and {what} are unstable together: lr * (weight decay + penalty) must "
-            f"stay below {bound:g} with momentum={group['momentum']:g}; lower the learning rate, or limit and rate"
-        )
+        Adaptive optimizers scale gradients and are not judged.
+        """
+        pruned = {p for p, _ in self.units.parts}
+        for group in self.optimizer.param_groups:
+            if "dampening" not in group or not pruned & set(group["params"]):
+                continue
+            momentum = float(group["momentum"])
+            bound = 2 * (1 + momentum) / (1 + 2 * momentum if group["nesterov"] else 1)
+            lr, decay = float(group["lr"]), float(group["weight_decay"])
+            if lr * (decay + penalty) >= bound:
+                raise SecateurError(
+                    f"lr={lr:g}, weight_decay={decay:g} and {what} are unstable together: lr * (weight decay + "
+                    f"penalty) must stay below {bound:.3g} with momentum={momentum:g}; lower the learning rate, or "
+                    "limit and rate"
+                )

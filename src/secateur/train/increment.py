@@ -48,7 +48,7 @@ INCREMENTS: dict[str, Increment] = {"centre_symmetric": centre_symmetric, "piece
 def updates_needed(count: int, wanted: int, increment: Increment, rate: float, limit: float) -> int:
     """How many updates it takes until so many units of a group are out, if ranks stay as they are.
 
-    Of many small updates several are taken at once, so the answer is good to about one in 200.
+    Of many small updates several are taken at once, so the answer is up to one in 200 too low.
 
     Args:
         count: units of the group.
@@ -67,4 +67,4 @@ def updates_needed(count: int, wanted: int, increment: Increment, rate: float, l
         penalty[gone:] = (left + at_once * rate * increment(rank, *numbers)).clamp(min=0)
         gone += min(int((penalty[gone:] >= limit * (1 - 1e-9)).sum()), wanted - gone)
         updates += at_once
-    return updates
+    return updates - at_once + 1 if updates else 0

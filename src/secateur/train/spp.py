@@ -25,6 +25,9 @@ from secateur.trace import ChannelGraph
 from secateur.train.gentle import Gentle
 from secateur.train.increment import updates_needed
 
+MOMENTA = ("momentum_buffer", "exp_avg")
+"""What optimizers call the history that a masked channel has no part in; other state is left alone."""
+
 
 class SPP(Gentle):
     """Structured probabilistic pruning.
@@ -59,6 +62,8 @@ class SPP(Gentle):
     ) -> None:  # fmt: skip
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise SecateurError(f"rate={rate!r}: a number in (0, 1] is expected, usually 0.05")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise SecateurError(f"seed={seed!r}: a whole number is expected")
         super().__init__(
             model, graph, optimizer, budget=budget, keep=keep, exclude=exclude, unit=unit, increment=increment,
             every=every, strategy=strategy,
@@ -77,17 +82,16 @@ class SPP(Gentle):
         self._kept = []
 
     def _before(self) -> None:
-        masked = bool(self._kept)
+        masked = bool(self.hidden.any())
         self.reveal()
         for p, hidden in self.units.each(self.hidden) if masked else ():
             if p.grad is not None:
                 p.grad.masked_fill_(hidden, 0)
-            for value in self.optimizer.state.get(p, {}).values():
-                if isinstance(value, Tensor) and value.shape == p.shape:
+            for name, value in self.optimizer.state.get(p, {}).items():
+                if name in MOMENTA and value is not None:
                     value.masked_fill_(hidden, 0)
 
     def _after(self) -> None:
-        self.reveal()  # where the optimizer's step was left out
         if self.steps % self.every == 0:
             position = self.units.ranks(self.units.sizes(), self.gone)
             self.probability = (self.probability + self.rate * self.change(position)).clamp_(0, 1)
@@ -126,6 +130,11 @@ class SPP(Gentle):
         """What to change where groups do not reach their targets, beside training longer."""
         return f"give a larger rate than {self.rate:g} or a smaller every than {self.every}"
 
+    @property
+    def kind(self) -> str:
+        """What a state must be of, to be loaded."""
+        return f"SPP, rate {self.rate:g}, every {self.every}"
+
     def detach(self) -> None:
         """Take the hook off the optimizer, and the mask off the weights."""
         self.reveal()
@@ -141,6 +150,7 @@ class SPP(Gentle):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, with the model as it was then."""
         super().load_state_dict(state)
+        self._kept = []  # the model is loaded too, with the mask of then
         self.probability = state["probability"].to(self.probability)
         self.hidden = state["hidden"].to(self.hidden)
         self.generator.set_state(state["generator"].cpu())

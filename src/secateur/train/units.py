@@ -153,6 +153,12 @@ def column_units(model: nn.Module, wanted: Mapping[str, float]) -> Units:
     return Units(parts, [], torch.tensor(group, device=device), list(wanted), torch.tensor(counts, device=device))
 
 
+def check_share(share: object, name: str) -> None:
+    """Raise if it is no fraction of a group to keep."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise SecateurError(f"keep={share!r} of {name!r}: a fraction in (0, 1] is expected")
+
+
 def targets(
     model: nn.Module,
     graph: ChannelGraph,
@@ -176,6 +182,12 @@ def targets(
         SecateurError: both or none of budget and keep, fractions outside (0, 1], a budget that is met already or
             cannot be met.
     """
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    strange = [a.name for group in graph.groups for a in group.producers if a.name not in own]
+    if strange:
+        raise SecateurError(
+            f"the graph names {strange[0]}, which the model lacks: give the traced model, not a wrapper"
+        )
     for name in (*exclude, *(keep if isinstance(keep, Mapping) else ())):
         graph.group(name)
     if (budget is None) == (keep is None):
@@ -189,10 +201,9 @@ def targets(
     shares = keep if isinstance(keep, Mapping) else {g.name: keep for g in graph.groups if g.exact}
     found = {}
     for name, share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise SecateurError(f"keep={share!r} of {name!r}: a fraction in (0, 1] is expected")
+        check_share(share, name)
         group = graph.group(name)
-        count = min(math.ceil((1 - share) * len(group) - 1e-9), len(group) - group.least)
+        count = min(math.ceil((1 - float(share or 0)) * len(group) - 1e-9), len(group) - group.least)
         if count > 0 and name not in exclude:
             found[name] = count
     if not found:
