@@ -86,7 +86,7 @@ def one(name: str, method: str, macs: float, seed: int, work: Path) -> dict[str,
 
 
 def cost(steps: int = 20) -> dict[str, Any]:
-    """Seconds of a training step with an update in it, ResNet-20, batch 128; medians of steps in turn, in changing order.
+    """Seconds of a training step with an update in it, ResNet-20, batch 128; medians of steps in changing order.
 
     Ten steps go before, so that SPP masks up to half of the channels that shall go.
     """
