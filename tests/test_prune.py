@@ -156,8 +156,11 @@ def test_the_smaller_model_is_fitted_if_asked_for(model: nn.Module) -> None:
     assert better.facts == {"not refitted": {}}
     with pytest.raises(sc.SecateurError, match=r"prune\(refit=True\) needs data"):
         sc.prune(model, IMAGE, refit=True, **given)
+    assert sc.prune(model, IMAGE, refit=True, data=iter(batches()), **given).facts == {"not refitted": {}}
     with pytest.raises(sc.SecateurError, match="an iterator ends after one pass"):
-        sc.prune(model, IMAGE, refit=True, data=iter(batches()), **given)
+        sc.prune(
+            model, IMAGE, refit=True, data=iter(batches()), loss_fn="cross_entropy", **given | {"method": "taylor"}
+        )
 
 
 @pytest.mark.parametrize("mode", ["valley", "radial"])

@@ -116,6 +116,7 @@ BAD = {
     "prune={method: increg, budget: {macs: 0.5}}": "but it has no train section",
     "prune={method: spp, budget: {macs: 0.5}, refit: true, train: {epochs: 1, lr: 1}}": "but refit is given",
     "prune={method: spp, train: {epochs: 1, lr: 0.1}}": "method 'spp' needs a budget",
+    "prune={method: increg, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {pick: 0.1}}": "of 'greg2'",
     "prune.train={epochs: 1, lr: 0.1}": "method 'taylor' does not train",
     "prune={method: increg, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {rule: gregg1}}": "greg1",
     "prune={method: increg, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {limit: 0}}": "above 0",

@@ -49,6 +49,11 @@ def check_options(method: str, options: Mapping[str, Any], budget: Budget | None
         for name in options:
             if name not in _OF_BASIS[basis] and any(name in own for own in _OF_BASIS.values()):
                 raise SecateurError(f"{name}: basis {basis!r} has no such option; it takes {_listed(_OF_BASIS[basis])}")
+    rule = options.get("rule", "increg")
+    if method == "increg":
+        for name, of in (("increment", ("increg",)), ("pick", ("greg2",))):
+            if name in options and rule not in of:
+                raise SecateurError(f"{name}: rule {rule!r} has no such option; it is of {of[0]!r}")
     Pass(**{name: options[name] for name in _PASS if name in options})
     if method == EIGENDAMAGE and set(options) & {"rule", "limit"}:
         check_rule(options.get("rule", "lagrangian"), options.get("limit", 0.95), budget)

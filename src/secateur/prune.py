@@ -30,6 +30,8 @@ DIRECTIONAL = "directional"
 """The method that also moves what stays (:func:`secateur.cut.directed`)."""
 DEAD = "dead"
 """The method that reads the plan off the weights: what training has driven to exact zero goes."""
+WITHOUT_DATA = ("magnitude", "bn_scale", "random", DEAD)
+"""The methods that never look at data."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ def prune(
     _check(method, budget, strategy, options)
     if data is None and (recalibrate or refit):
         raise SecateurError(f"prune({'recalibrate' if recalibrate else 'refit'}=True) needs data= (batches)")
-    if (recalibrate or refit) and isinstance(data, Iterator):
-        raise SecateurError("prune(data=...): an iterator ends after one pass; give a list or a loader")
+    passes = (method not in WITHOUT_DATA) + recalibrate + refit
+    if passes > 1 and isinstance(data, Iterator):
+        raise SecateurError("prune(data=...): an iterator ends after one pass, and more are needed: give a list")
     if compensate and method not in FACTORED:
         raise SecateurError(
             f"prune(compensate=True): the methods {', '.join(FACTORED)} have factors, {method!r} has none"

@@ -255,8 +255,10 @@ def _computes(layer: Layer, x: Tensor, y: Tensor) -> bool:
         return False
     expected = samples.double() @ layer.table().double().squeeze(2).mT
     size = float(expected.norm())
-    # what is not finite is told where it is fitted; reduced precision is off by less than a hundredth
-    return not math.isfinite(size) or float((outputs - expected).norm()) <= 0.05 * size
+    # single precision on a GPU may be reduced inside; reduced precision is off by less than a hundredth
+    exact = y.dtype == torch.float64 or (y.dtype == torch.float32 and y.is_cpu)
+    allowed = 1e-3 if exact else 0.02
+    return not math.isfinite(size) or float((outputs - expected).norm()) <= allowed * size  # not finite: told later
 
 
 def _moments(x: Tensor) -> Tensor:

@@ -92,9 +92,16 @@ class IncReg(Gentle):
         self._check_stable(largest, f"penalties up to {largest:g}")
         # fused optimizers under mixed precision unscale by themselves
         scale = getattr(self.optimizer, "grad_scale", None)
+        # GReg-2 lets the others grow by taking their weight decay off, never more; AdamW's is no part of the gradient
+        decoupled = isinstance(self.optimizer, torch.optim.AdamW)
+        decay = {
+            p: 0.0 if decoupled else float(group.get("weight_decay", 0))
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
         for p, penalty in self.units.each(self.penalty):
             if p.grad is not None:
-                value = penalty.to(p.dtype)
+                value = penalty.to(p.dtype).clamp(min=-decay[p])
                 p.grad.addcmul_(p, value if scale is None else value * scale.to(value))
 
     def _after(self) -> None:
@@ -125,9 +132,7 @@ class IncReg(Gentle):
                 return
             rank = self.units.ranks(self.units.sizes(), self.gone)
             self.chosen = rank < self.units.wanted[self.units.group]
-            # GReg-2 lets the others grow by taking their weight decay off, never more
-            decay = min(float(group.get("weight_decay", 0)) for group in self.optimizer.param_groups)
-            self.penalty[~self.chosen] = -min(self.rate, decay) if self.rule == "greg2" else 0.0
+            self.penalty[~self.chosen] = -self.rate if self.rule == "greg2" else 0.0
         self.penalty[self.chosen] = (self.penalty[self.chosen] + self.rate).clamp(max=self.limit)
 
     def updates_for(self, count: int, wanted: int) -> int:

@@ -72,14 +72,19 @@ class SPP(Gentle):
         self.probability = torch.zeros(len(self.units), dtype=torch.float64, device=self.gone.device)
         self.hidden = torch.zeros_like(self.gone)
         self.generator = torch.Generator().manual_seed(seed)
-        self._kept: list[Tensor] = []  # the weights as they are without the mask, while there is one
+        self._kept: list[Tensor] = []  # weights and statistics as they are without the mask, while there is one
 
     @torch.no_grad()
     def reveal(self) -> None:
-        """Put back the weights of channels that are masked now; the next step masks anew."""
-        for (p, hidden), kept in zip(self.units.each(self.hidden), self._kept, strict=False):
-            p.copy_(torch.where(hidden, kept, p))
+        """Put back the weights and running statistics of channels that are masked now; the next step masks anew."""
+        for (tensor, hidden), kept in zip(self._masked(), self._kept, strict=False):
+            tensor.copy_(torch.where(hidden, kept, tensor))
         self._kept = []
+
+    def _masked(self) -> list[tuple[Tensor, Tensor]]:
+        """What a mask changes, with where it is: weights, and the statistics that a forward takes of zeros."""
+        hidden = torch.cat([self.hidden, self.hidden.new_zeros(1)])
+        return [(tensor, hidden[number]) for tensor, number in (*self.units.parts, *self.units.carried)]
 
     def _before(self) -> None:
         masked = bool(self.hidden.any())
@@ -118,8 +123,8 @@ class SPP(Gentle):
         draws = torch.rand(len(self.units), dtype=torch.float64, generator=self.generator).to(self.probability.device)
         self.hidden = draws < self.probability
         if bool(self.hidden.any()):
+            self._kept = [tensor.detach().clone() for tensor, _ in self._masked()]
             for p, hidden in self.units.each(self.hidden):
-                self._kept.append(p.detach().clone())
                 p.masked_fill_(hidden, 0)
 
     def updates_for(self, count: int, wanted: int) -> int:
@@ -154,4 +159,4 @@ class SPP(Gentle):
         self.probability = state["probability"].to(self.probability)
         self.hidden = state["hidden"].to(self.hidden)
         self.generator.set_state(state["generator"].cpu())
-        self._kept = [t.to(p) for t, (p, _) in zip(state["kept"], self.units.parts, strict=False)]
+        self._kept = [t.to(own) for t, (own, _) in zip(state["kept"], self._masked(), strict=False)]

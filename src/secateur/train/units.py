@@ -8,8 +8,9 @@ stands for what belongs to none. A group of units is ranked for itself: channels
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from secateur.allocate import Budget, allocate
 from secateur.errors import SecateurError, unknown
 from secateur.rows import along, producer_axes
 from secateur.score.magnitude import magnitude
-from secateur.trace import ChannelGraph
+from secateur.trace import Axis, ChannelGraph
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Units:
     Attributes:
         parts: parameters, each with the numbers of the units its elements belong to, in a shape that broadcasts.
         readers: likewise, the parameters that read the units (channels only; a column is read by nothing else).
+        carried: likewise, the buffers that follow the units (running statistics).
         group: the group of each unit, int64 [units].
         names: the groups' names.
         wanted: how many units of each group shall go, int64 [groups].
@@ -36,6 +38,7 @@ class Units:
 
     parts: list[tuple[nn.Parameter, Tensor]]
     readers: list[tuple[nn.Parameter, Tensor]]
+    carried: list[tuple[Tensor, Tensor]]
     group: Tensor
     names: Sequence[str]
     wanted: Tensor
@@ -116,14 +119,19 @@ def channel_units(model: nn.Module, graph: ChannelGraph, wanted: Mapping[str, in
     number[0] = sum(sizes)
     device = next(model.parameters()).device
     parts = [(p, along(number[ids], dim, p)) for p, (dim, ids) in axes.items() if (number[ids] < sum(sizes)).any()]
-    readers = [
-        (parameters[a.name], along(number[torch.from_numpy(a.channels)], a.dim, parameters[a.name]))
-        for a in {(a.name, a.dim): a for group in groups for a in group.consumers}.values()
-        if a.name in parameters
-    ]
+
+    def numbered(axes: Iterable[Axis], tensors: Mapping[str, Tensor]) -> list[tuple[Any, Tensor]]:
+        return [
+            (tensors[a.name], along(number[torch.from_numpy(a.channels)], a.dim, tensors[a.name]))
+            for a in {(a.name, a.dim): a for a in axes}.values()
+            if a.name in tensors
+        ]
+
+    readers = numbered((a for group in groups for a in group.consumers), parameters)
+    carried = numbered((a for group in groups for a in group.carried), dict(model.named_buffers()))
     group_of = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(sizes, dtype=torch.int64)).to(device)
     names = [g.name for g in groups]
-    return Units(parts, readers, group_of, names, torch.tensor([wanted[n] for n in names], device=device))
+    return Units(parts, readers, carried, group_of, names, torch.tensor([wanted[n] for n in names], device=device))
 
 
 def column_units(model: nn.Module, wanted: Mapping[str, float]) -> Units:
@@ -150,7 +158,7 @@ def column_units(model: nn.Module, wanted: Mapping[str, float]) -> Units:
         counts.append(min(math.ceil(fraction * columns - 1e-9), columns - 1))
         start += columns
     device = next(model.parameters()).device
-    return Units(parts, [], torch.tensor(group, device=device), list(wanted), torch.tensor(counts, device=device))
+    return Units(parts, [], [], torch.tensor(group, device=device), list(wanted), torch.tensor(counts, device=device))
 
 
 def check_share(share: object, name: str) -> None:
