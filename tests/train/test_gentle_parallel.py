@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,15 +41,9 @@ def pruned(rank, ranks):
     return found
 
 
-def test_two_processes_prune_as_one_does(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    done = subprocess.run(
-        [*command, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, str(tmp_path)],
-        check=False, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_two_processes_prune_as_one_does(in_two_processes):
+    ranks = in_two_processes(__file__)
     one = pruned(0, 1)
-    ranks = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
     assert ranks[0].keys() == ranks[1].keys() == one.keys()
     for name, tensor in one.items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name
