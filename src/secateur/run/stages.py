@@ -284,6 +284,9 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, checkpoints: 
         **section.options,
         **({"seed": seed} if section.method in SEEDED else {}),
     )
+    left = result.facts.get("not refitted")
+    if left:
+        setting.say("refit: as they were stay " + "; ".join(f"{name} ({why})" for name, why in left.items()))
     kept = result.graph.kept(result.plan)
     facts: Facts = {
         "widths": {g.name: [len(g), int(k)] for g, k in zip(result.graph.groups, kept, strict=True)},
@@ -316,7 +319,7 @@ def _prune_gently(setting: Setting, model: nn.Module, seed: int, checkpoints: Pa
     facts["steps"] = handle.steps
     images, _ = next(iter(setting.data.loader("train", 64)))
     facts["difference"] = check(model, small, plan, images)
-    if section.recalibrate:  # masks distort the statistics of norms
+    if section.recalibrate:  # the norms behind masked channels have seen a masked network
         recalibrate(small, setting.data.loader("train", setting.recipe.data.batch_size, shuffle=True, seed=seed))
     return small, facts
 
