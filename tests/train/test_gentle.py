@@ -382,6 +382,14 @@ def test_one_handle_at_a_time():
     IncReg(model, graph, optimizer, keep=0.5)
 
 
+def test_a_handle_is_not_copied_since_a_copy_would_prune_nothing():
+    model, graph, optimizer, *_ = case()
+    handle = IncReg(model, graph, optimizer, keep=0.5)
+    with pytest.raises(SecateurError, match=r"state_dict\(\)"):
+        copy.deepcopy(handle)
+    copy.deepcopy(model), copy.deepcopy(optimizer)  # these are the user's, and free
+
+
 def test_wrappers_and_maximisers_are_refused():
     model, graph, optimizer, *_ = case()
     for options in ({"keep": 0.5}, {"budget": sc.Budget(macs=0.5)}):

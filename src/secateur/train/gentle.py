@@ -191,6 +191,13 @@ class Gentle(ABC):
     def advice(self) -> str:
         """What to change where groups do not reach their targets, beside training longer."""
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Neither copied nor pickled: a copy would have no hook on an optimizer, and prune nothing."""
+        raise SecateurError(
+            f"{type(self).__name__} cannot be copied: keep its state_dict(), and load it into a handle that was made for "
+            "the other model and its optimizer"
+        )
+
     def detach(self) -> None:
         """Take the hook off the optimizer; pruned weights are no longer held at zero."""
         self._hook.remove()
