@@ -1,7 +1,8 @@
 """Gentle pruning against one-shot pruning at equal MACs and an equal number of epochs, and what a step of it costs.
 
-``accuracy``: every method starts from the same trained network and has as many epochs: one-shot magnitude fine-tunes
-in all of them; IncReg, GReg-1 and SPP prune in the first half at a constant learning rate, and fine-tune in the second.
+``accuracy``: every method starts from the same trained network, ends with the same widths (the same share of every
+group, which meets the budget) and has as many epochs: one-shot magnitude fine-tunes in all of them; IncReg, GReg-1
+and SPP prune in the first half at a constant learning rate, and fine-tune in the second.
 ``cost``: a training step of a ResNet-20 with the handle over one without, in turn in one run. Rows that are there are
 not run again; a training that was stopped goes on from its checkpoints (``--work``)::
 
@@ -32,9 +33,11 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gentle.json"
 BATCH = 128
 SETTINGS: dict[str, dict[str, Any]] = {
-    "lenet5": {"data": "mnist", "epochs": 6, "lr": 0.01, "augment": False, "every": 4},
+    "lenet5": {"data": "mnist", "epochs": 6, "lr": 0.01, "augment": False, "every": 2},
+    "resnet8": {"data": "cifar10", "epochs": 8, "lr": 0.02, "augment": True, "every": 4},
     "resnet20": {"data": "cifar10", "epochs": 30, "lr": 0.02, "augment": True, "every": 10},
 }
+STRATEGY = "uniform"  # as in the papers; by magnitude, "global" leaves blocks of a ResNet with a single channel
 MACS = (0.5, 0.25)
 HANDLES: dict[str, Any] = {
     "increg": lambda *a, every, seed, **k: sc.IncReg(*a, rate=0.02, limit=1.0, every=every, **k),
@@ -64,14 +67,23 @@ def one(name: str, method: str, macs: float, seed: int, work: Path) -> dict[str,
     model, inputs = build(name), torch.zeros(example_input(name))
     model.load_state_dict(load_file(HERE / "checkpoints" / f"{name}_{setting['data']}_seed{seed}.safetensors"))
     graph, budget, epochs = sc.trace(model, inputs), sc.Budget(macs=macs), setting["epochs"]
-    row: dict[str, Any] = {"network": name, "method": method, "macs": macs, "seed": seed, **setting}
+    row: dict[str, Any] = {
+        "network": name,
+        "method": method,
+        "macs": macs,
+        "seed": seed,
+        **setting,
+        "strategy": STRATEGY,
+    }
     if method == "magnitude":
-        plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), budget)
+        plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), budget, strategy=STRATEGY)
     else:
         make = HANDLES[method]
         (handle,) = train(
             name, model, epochs // 2, "constant", seed, work / "prune",
-            lambda optimizer: make(model, graph, optimizer, budget=budget, every=setting["every"], seed=seed),
+            lambda optimizer: make(
+                model, graph, optimizer, budget=budget, every=setting["every"], seed=seed, strategy=STRATEGY
+            ),
         )  # fmt: skip
         row["steps"] = handle.steps
         handle.detach()
@@ -156,7 +168,7 @@ def main() -> None:
                 for macs in MACS:
                     for method in METHODS:
                         key = {"network": name, "method": method, "macs": macs, "seed": seed}
-                        key |= SETTINGS[name]
+                        key |= SETTINGS[name] | {"strategy": STRATEGY}
                         if any(all(r[k] == v for k, v in key.items()) for r in kept["rows"]):
                             continue
                         work = given.work / f"{name}-{method}-{macs:g}-{seed}"

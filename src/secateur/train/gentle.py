@@ -194,8 +194,8 @@ class Gentle(ABC):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Neither copied nor pickled: a copy would have no hook on an optimizer, and prune nothing."""
         raise SecateurError(
-            f"{type(self).__name__} cannot be copied: keep its state_dict(), and load it into a handle that was made for "
-            "the other model and its optimizer"
+            f"{type(self).__name__} cannot be copied: keep its state_dict(), and load it into a handle that was made "
+            "for the other model and its optimizer"
         )
 
     def detach(self) -> None:
