@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from secateur.cut import bottleneck, cut, record, separable
+from secateur.cut import bottleneck, cut, packing, pivots, record, separable
 from secateur.errors import SecateurError, unknown
 from secateur.plan import Plan
 from secateur.trace import fingerprint
@@ -39,6 +39,8 @@ REPLAY: dict[str, Replay] = {
     "eigendamage": bottleneck.replay,
     "merge_bases": lambda model, _: bottleneck.merge_bases(model),
     separable.SEPARATE: separable.replay,
+    pivots.PIVOT: pivots.replay,
+    packing.PACK: packing.replay,
 }
 """How each kind of step in a record is done again: ``(model, JSON text) -> the next model``.
 

@@ -7,6 +7,8 @@ from secateur.cut.channels import check, cut, masked, recalibrate
 from secateur.cut.compensation import compensated
 from secateur.cut.dead import dead_channels
 from secateur.cut.directional import directed
+from secateur.cut.packing import pack
+from secateur.cut.pivots import pivot
 from secateur.cut.record import record
 from secateur.cut.refit import refit
 from secateur.cut.separable import separate
@@ -20,6 +22,8 @@ __all__ = [
     "directed",
     "masked",
     "merge_bases",
+    "pack",
+    "pivot",
     "recalibrate",
     "record",
     "refit",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 
 import numpy as np
 import pytest
 
-from secateur.cut.pivot import LAYOUTS, _alternated, _assigned, pivot
+from secateur.cut.pattern import LAYOUTS, Pattern, _alternated, _assigned, find_pattern
 from secateur.errors import SecateurError
 
 KEEPS = (1 / 2, 1 / 4, 1 / 8)
@@ -23,8 +24,8 @@ def energy(m, n, seed=0):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(32, 32), (48, 16), (16, 64), (37, 29)])
 @pytest.mark.parametrize("keep", KEEPS)
-def test_every_row_is_in_one_panel_and_no_more_than_the_budget_stays(layout, shape, keep):
-    pattern = pivot(energy(*shape), keep, layout=layout, panels=None if layout == "diagonal" else 4)
+def test_every_row_is_in_one_block_and_no_more_than_the_budget_stays(layout, shape, keep):
+    pattern = find_pattern(energy(*shape), keep, layout=layout, blocks=None if layout == "diagonal" else 4)
     real = pattern.rows[pattern.rows < shape[0]]
     assert sorted(real) == list(range(shape[0]))
     mask = pattern.mask()
@@ -42,7 +43,7 @@ def test_every_row_is_in_one_panel_and_no_more_than_the_budget_stays(layout, sha
 @pytest.mark.parametrize("keep", KEEPS)
 def test_it_captures_more_than_chance_and_no_more_than_single_entries_could(layout, keep):
     table = energy(64, 64)
-    found = pivot(table, keep, layout=layout, panels=None if layout == "diagonal" else 8).captured(table)
+    found = find_pattern(table, keep, layout=layout, blocks=None if layout == "diagonal" else 8).captured(table)
     size = int(64 * keep)
     rng = np.random.default_rng(1)
     chance = []
@@ -56,7 +57,7 @@ def test_it_captures_more_than_chance_and_no_more_than_single_entries_could(layo
 def test_freer_layouts_capture_more():
     table = energy(64, 64)
     by = {
-        layout: pivot(table, 0.25, layout=layout, panels=None if layout == "diagonal" else 16).captured(table)
+        layout: find_pattern(table, 0.25, layout=layout, blocks=None if layout == "diagonal" else 16).captured(table)
         for layout in LAYOUTS
     }
     assert by["bundles"] > by["growth"]
@@ -71,7 +72,7 @@ def test_planted_blocks_are_found_again(layout, blocks, noise):
     weight = np.kron(np.eye(blocks), np.ones((16, 12))) * rng.normal(size=(16 * blocks, 12 * blocks))
     weight = weight[rng.permutation(16 * blocks)][:, rng.permutation(12 * blocks)]
     weight += noise * rng.normal(size=weight.shape)
-    found = pivot(weight**2, 1 / blocks, layout=layout, panels=blocks, restarts=3).captured(weight**2)
+    found = find_pattern(weight**2, 1 / blocks, layout=layout, blocks=blocks, restarts=3).captured(weight**2)
     assert found == pytest.approx(1, abs=1e-12) if noise == 0 else found > 0.99
 
 
@@ -92,14 +93,14 @@ def test_the_assignment_is_the_best_one_and_of_parts_never_worse(monkeypatch):
     best = max(sum(gain[i, k // 2] for k, i in enumerate(order)) for order in itertools.permutations(range(6)))
     found = _assigned(gain, start, rng)
     assert sum(gain[i, k] for k in range(3) for i in found[k]) == pytest.approx(best)
-    monkeypatch.setattr(importlib.import_module("secateur.cut.pivot"), "AT_ONCE", 3)
+    monkeypatch.setattr(importlib.import_module("secateur.cut.pattern"), "AT_ONCE", 3)
     gain, start = rng.random((20, 4)), np.arange(20).reshape(4, 5)
     value = lambda where: sum(gain[i, k] for k in range(4) for i in where[k])  # noqa: E731
     assert value(_assigned(gain, start, rng)) > value(start)
 
 
 def test_the_same_seed_gives_the_same_pattern():
-    one, other = (pivot(energy(40, 40), 0.25, seed=3) for _ in range(2))
+    one, other = (find_pattern(energy(40, 40), 0.25, seed=3) for _ in range(2))
     assert (one.rows == other.rows).all()
     assert (one.columns == other.columns).all()
 
@@ -111,18 +112,28 @@ def test_the_same_seed_gives_the_same_pattern():
         (energy(4, 4), {"keep": 0.0}, r"keep=0.0: a fraction in \(0, 1\]"),
         (energy(4, 4), {"keep": 1.5}, r"a fraction in \(0, 1\]"),
         (energy(4, 4), {"keep": 0.5, "layout": "diagnal"}, "did you mean 'diagonal'"),
-        (energy(4, 4), {"keep": 0.5, "panels": 9}, "4 rows"),
-        (energy(4, 4), {"keep": 0.5, "panels": 3, "layout": "diagonal"}, "there are 2"),
+        (energy(4, 4), {"keep": 0.5, "blocks": 9}, "4 rows"),
+        (energy(4, 4), {"keep": 0.5, "blocks": 3, "layout": "diagonal"}, "there are 2"),
         (-energy(4, 4), {"keep": 0.5}, "from 0 on"),
         (np.full((2, 2), np.nan), {"keep": 0.5}, "finite"),
     ],
 )
 def test_bad_input_is_told(table, options, message):
     with pytest.raises(SecateurError, match=message):
-        pivot(table, **options)
+        find_pattern(table, **options)
 
 
 def test_one_row_and_whole_layers_are_fine():
-    assert pivot(energy(1, 8), 0.5).mask().sum() == 4
-    assert pivot(energy(8, 8), 1.0, layout="diagonal").mask().all()
-    assert pivot(np.zeros((8, 8)), 0.5).captured(np.zeros((8, 8))) == 1
+    assert find_pattern(energy(1, 8), 0.5).mask().sum() == 4
+    assert find_pattern(energy(8, 8), 1.0, layout="diagonal").mask().all()
+    assert find_pattern(np.zeros((8, 8)), 0.5).captured(np.zeros((8, 8))) == 1
+
+
+def test_as_data_it_is_the_same():
+    pattern = find_pattern(energy(10, 12), 0.5, blocks=3)
+    again = Pattern.from_dict(json.loads(json.dumps(pattern.to_dict())))
+    assert (again.mask() == pattern.mask()).all()
+    assert again.layout == pattern.layout
+    for damage in ({"shape": [9, 12]}, {"layout": "round"}, {"rows": [[0]]}, {"columns": None}):
+        with pytest.raises(SecateurError, match="the pattern is damaged"):
+            Pattern.from_dict(pattern.to_dict() | damage)

@@ -1,24 +1,26 @@
-r"""Matrix pivoting: dense panels that hold as much of a weight's energy as can be (after arXiv 1712.01084).
+r"""Matrix pivoting: dense blocks that hold as much of a weight's energy as can be (after arXiv 1712.01084).
 
 A weight's *energy* is a table ``E >= 0`` of rows and columns (of a convolution: filters and input channels). A pattern
-is a list of panels, each some rows and some columns, every row in one panel; what lies outside all panels goes::
+is a list of blocks, each some rows and some columns, every row in one block; what lies outside all blocks goes::
 
-    captured = sum over panels of E[rows, columns]          density = B r c / (m n)       B panels of r rows, c columns
+    captured = sum over blocks of E[rows, columns]          density = B r c / (m n)       B blocks of r rows, c columns
 
-Three ways to find panels, from rigid to free:
+Three ways to find blocks, from rigid to free:
 
-``diagonal``    every column in one panel too: after permuting rows and columns the matrix is block-diagonal.
-``growth``      complete pivoting: a panel grows from the largest entry left, row by row and column by column.
+``diagonal``    every column in one block too: after permuting rows and columns the matrix is block-diagonal.
+``growth``      complete pivoting: a block grows from the largest entry left, row by row and column by column.
 ``bundles``     every bundle of rows has its own list of columns.
 
-``diagonal`` and ``bundles`` alternate: given the panels' columns, rows are assigned to panels (an assignment problem);
+``diagonal`` and ``bundles`` alternate: given the blocks' columns, rows are assigned to blocks (an assignment problem);
 given the rows, columns are chosen. Both steps are optimal, so the captured energy never falls. Only the abstract of the
 paper is public: all of this is a reconstruction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -32,12 +34,12 @@ AT_ONCE = 1024
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Dense panels of a matrix.
+    """Dense blocks of a matrix.
 
     Attributes:
         shape: rows and columns of the matrix, (m, n).
-        rows: [panels, r], each number below m once; ``m`` stands for a ghost row, where panels do not divide m.
-        columns: [panels, c]; ``n`` stands for a ghost column.
+        rows: [blocks, r], each number below m once; ``m`` stands for a ghost row, where blocks do not divide m.
+        columns: [blocks, c]; ``n`` stands for a ghost column.
         layout: how it was found.
     """
 
@@ -63,30 +65,61 @@ class Pattern:
         total = float(energy.sum())
         return float(energy[self.mask()].sum()) / total if total > 0 else 1.0
 
+    def to_dict(self) -> dict[str, Any]:
+        """As what JSON can hold."""
+        return {
+            "shape": list(self.shape), "layout": self.layout, "rows": self.rows.tolist(),
+            "columns": self.columns.tolist(),
+        }  # fmt: skip
 
-def pivot(
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Pattern:
+        """What :meth:`to_dict` gave.
+
+        Raises:
+            SecateurError: damaged data.
+        """
+        try:
+            m, n = (int(size) for size in data["shape"])
+            rows, columns = (np.array(data[key], dtype=np.int64) for key in ("rows", "columns"))
+            sound = (
+                rows.ndim == columns.ndim == 2
+                and len(rows) == len(columns)
+                and sorted(rows[rows < m].tolist()) == list(range(m))
+                and min(rows.min(), columns.min()) >= 0
+                and (rows.max() <= m and columns.max() <= n)
+                and data["layout"] in LAYOUTS
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise SecateurError(f"the pattern is damaged ({type(error).__name__}: {error})") from error
+        if not sound:
+            raise SecateurError("the pattern is damaged: its blocks do not fit its shape")
+        return Pattern((m, n), rows, columns, str(data["layout"]))
+
+
+def find_pattern(
     energy: np.ndarray,
     keep: float,
     *,
     layout: str = "bundles",
-    panels: int | None = None,
+    blocks: int | None = None,
     rounds: int = 20,
     restarts: int = 2,
     seed: int = 0,
 ) -> Pattern:
-    """Panels that capture as much energy as can be found.
+    """Blocks that capture as much energy as can be found.
 
     Args:
         energy: [m, n], not negative.
         keep: the part of the coefficients that stays, in (0, 1].
         layout: ``"diagonal"``, ``"growth"`` or ``"bundles"``.
-        panels: how many; for ``"diagonal"`` there are always ``1 / keep``, rounded up.
+        blocks: how many; for ``"diagonal"`` there are always ``1 / keep``, rounded up.
         rounds: alternations, at most.
         restarts: beginnings, of which the best end counts.
         seed: of beginnings, and of the parts in which large problems are taken.
 
     Raises:
-        SecateurError: energy that is no table of numbers from 0 on, keep outside (0, 1], fewer rows than panels.
+        SecateurError: energy that is no table of numbers from 0 on, keep outside (0, 1], fewer rows than blocks.
     """
     energy = _checked(energy)
     if layout not in LAYOUTS:
@@ -94,7 +127,7 @@ def pivot(
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
         raise SecateurError(f"keep={keep!r}: a fraction in (0, 1] is expected")
     m, n = energy.shape
-    count = _panels(layout, keep, panels, m, n)
+    count = _blocks(layout, keep, blocks, m, n)
     rows, columns = -(-m // count), -(-n // count) if layout == "diagonal" else max(1, int(keep * n + 1e-9))
     rng = np.random.default_rng(seed)
     padded = np.pad(energy, ((0, count * rows - m), (0, count * columns - n if layout == "diagonal" else 0)))
@@ -120,27 +153,27 @@ def _checked(energy: np.ndarray) -> np.ndarray:
     return energy
 
 
-def _panels(layout: str, keep: float, panels: int | None, m: int, n: int) -> int:
-    if panels is not None and (isinstance(panels, bool) or not isinstance(panels, int) or panels < 1):
-        raise SecateurError(f"panels={panels!r}: a whole number from 1 on is expected")
+def _blocks(layout: str, keep: float, blocks: int | None, m: int, n: int) -> int:
+    if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
+        raise SecateurError(f"blocks={blocks!r}: a whole number from 1 on is expected")
     if layout == "diagonal":
         count = int(np.ceil(1 / keep - 1e-9))
-        if panels is not None and panels != count:
-            raise SecateurError(f"panels={panels}: with layout='diagonal' and keep={keep:g} there are {count}")
+        if blocks is not None and blocks != count:
+            raise SecateurError(f"blocks={blocks}: with layout='diagonal' and keep={keep:g} there are {count}")
         if count > min(m, n):
             raise SecateurError(
                 f"keep={keep:g} leaves less than one block of a {m} x {n} matrix: give keep of 1/{min(m, n)} or more, "
                 "or another layout"
             )
         return count
-    count = panels if panels is not None else max(1, min(m, 8, m // 16))
+    count = blocks if blocks is not None else max(1, min(m, 8, m // 16))
     if count > m:
-        raise SecateurError(f"panels={count}: the matrix has {m} rows; give at most so many")
+        raise SecateurError(f"blocks={count}: the matrix has {m} rows; give at most so many")
     return count
 
 
 def _grown(energy: np.ndarray, count: int, rows: int, columns: int, *, reuse: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Complete pivoting: each panel grows from the largest entry left by the row or column with most to add."""
+    """Complete pivoting: each block grows from the largest entry left by the row or column with most to add."""
     open_rows, open_columns = (np.ones(size, dtype=bool) for size in energy.shape)
     found_rows, found_columns = [], []
     for _ in range(count):
@@ -178,12 +211,12 @@ def _alternated(
     """Columns given rows, rows given columns, until nothing is gained."""
     before = -np.inf
     for _ in range(rounds):
-        by_panel = np.stack([energy[r].sum(0) for r in rows])  # [panels, columns]
+        by_block = np.stack([energy[r].sum(0) for r in rows])  # [blocks, columns]
         if layout == "bundles":
-            columns = np.sort(np.argsort(-by_panel, axis=1, kind="stable")[:, :width], axis=1)
+            columns = np.sort(np.argsort(-by_block, axis=1, kind="stable")[:, :width], axis=1)
         else:
             start = columns if columns.shape[1] else rng.permutation(energy.shape[1]).reshape(len(rows), width)
-            columns = _assigned(by_panel.T, start, rng)
+            columns = _assigned(by_block.T, start, rng)
         rows = _assigned(np.stack([energy[:, c].sum(1) for c in columns], 1), rows, rng)
         value = sum(float(energy[np.ix_(r, c)].sum()) for r, c in zip(rows, columns, strict=True))
         if value <= before * (1 + 1e-9):
@@ -193,15 +226,15 @@ def _alternated(
 
 
 def _assigned(gain: np.ndarray, start: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Items to panels of equal size, for the largest total gain; of many items, random parts keep their places.
+    """Items to blocks of equal size, for the largest total gain; of many items, random parts keep their places.
 
     Args:
-        gain: [items, panels].
-        start: [panels, size], what is where now.
+        gain: [items, blocks].
+        start: [blocks, size], what is where now.
         rng: draws the parts.
     """
-    panels, size = start.shape
-    items, slots = start.flatten(), np.repeat(np.arange(panels), size)
+    blocks, size = start.shape
+    items, slots = start.flatten(), np.repeat(np.arange(blocks), size)
     parts = [np.arange(len(items))]
     if len(items) > AT_ONCE:
         parts = [
@@ -213,4 +246,4 @@ def _assigned(gain: np.ndarray, start: np.ndarray, rng: np.random.Generator) -> 
         new = np.empty_like(own)
         new[where] = own[chosen]
         items[part] = new
-    return np.sort(items.reshape(panels, size), axis=1)
+    return np.sort(items.reshape(blocks, size), axis=1)

@@ -1,0 +1,280 @@
+r"""Packing: a pivoted model as packed layers, as few gathers as can be, and no layer slower than it was.
+
+Globally, the order of the channels between two layers is free (:mod:`secateur.cut.relabel`). In a group's order, a layer
+that writes it wants the rows of each of its blocks side by side, and then needs no index afterwards; a layer that reads
+it wants the same of its columns, and then gathers nothing. The order that spares most is taken. What remains is at most
+one index where a layer reads, and one where several layers write one residual stream in different orders.
+
+Locally, a layer is timed on what it sees in the model, dense, block by block and with all blocks at once; the fastest
+stays, and packed layers must win by a margin.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from secateur.cut.blocks import Layout, Packed, hollow
+from secateur.cut.bottleneck import put
+from secateur.cut.pattern import Pattern
+from secateur.cut.pivots import apply, check_patterns, inputs_of, remembered
+from secateur.cut.record import add_to_record
+from secateur.cut.relabel import moves, relabelled
+from secateur.errors import SecateurError, unknown
+from secateur.measure.accuracy import evaluating
+from secateur.trace import ChannelGraph, call_model, fingerprint, trace
+from secateur.trace.tracer import Inputs, tensors_in
+
+PACK = "pack"
+WAYS = ("fastest", "blocks", "at_once")
+MARGIN = 0.95
+"""A packed layer must take less than this part of the dense layer's time."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What became of each layer with a pattern, as data.
+
+    Attributes:
+        fingerprint: of the model before.
+        layers: the packed ones.
+        dense: the ones that were faster dense.
+        milliseconds: of each layer that was timed, by way.
+    """
+
+    fingerprint: str
+    layers: Mapping[str, Layout]
+    dense: Sequence[str]
+    milliseconds: Mapping[str, Mapping[str, float]]
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        layers = {name: layout.to_dict() for name, layout in self.layers.items()}
+        return json.dumps(
+            {"fingerprint": self.fingerprint, "layers": layers, "dense": list(self.dense), "ms": self.milliseconds}
+        )
+
+
+# ------------------------------------------------------------------------------------------- the order of the channels
+
+
+def side_by_side(places: np.ndarray, ghost: int) -> bool:
+    """Whether each block's places [blocks, size] follow each other, those of zeros aside."""
+    low = np.where(places == ghost, ghost, places).min(1)
+    high = np.where(places == ghost, -1, places).max(1)
+    return bool((high - low + 1 == (places != ghost).sum(1)).all())
+
+
+def orders_of(graph: ChannelGraph, patterns: Mapping[str, Pattern]) -> dict[str, list[int]]:
+    """For each group, the order of its channels that makes most indices needless: old positions, for ``moves``."""
+    axes = {(axis.name, axis.dim): axis.channels for axis in graph.axes}
+    found = {}
+    for group in graph.groups:
+        if not group.exact:
+            continue
+        place = {int(channel): i for i, channel in enumerate(group.channels)}
+        wishes: list[np.ndarray] = []  # positions in the group, [blocks, size], the group's size for zeros
+        for name, pattern in patterns.items():
+            for dim, blocks in enumerate((pattern.rows, pattern.columns)):
+                ids = axes.get((f"{name}.weight", dim), np.zeros(0, dtype=np.int64))
+                if len(ids) == len(group) and set(ids.tolist()) == set(place):
+                    table = np.array([*(place[int(i)] for i in ids), len(group)])
+                    wishes.append(table[blocks])
+        candidates = []
+        for blocks in wishes:
+            in_turn = blocks[np.argsort((blocks == len(group)).sum(1), kind="stable")].flatten()
+            in_turn = in_turn[in_turn < len(group)]
+            if len(set(in_turn.tolist())) == len(in_turn) == len(group):
+                candidates.append(in_turn)
+        if candidates:
+
+            def spared(order: np.ndarray, wishes: Sequence[np.ndarray] = wishes) -> int:
+                rank = np.append(np.argsort(order), len(order))
+                return sum(side_by_side(rank[blocks], len(order)) for blocks in wishes)
+
+            found[group.name] = max(candidates, key=spared).tolist()
+    return found
+
+
+def moved(name: str, pattern: Pattern, graph: ChannelGraph | None, orders: Mapping[str, Sequence[int]]) -> Pattern:
+    """A pattern after the channels have got another order, its blocks in the order of their rows or columns."""
+    rows, columns = pattern.rows, pattern.columns
+    index = moves(graph, orders).get(f"{name}.weight", {}) if graph is not None else {}
+    (m, n), table = pattern.shape, {}
+    for dim, size in enumerate((m, n)):
+        table[dim] = np.append(np.argsort(index[dim]) if dim in index else np.arange(size), size)
+    rows, columns = np.sort(table[0][rows], axis=1), np.sort(table[1][columns], axis=1)
+    first = rows[:, 0] if side_by_side(rows, m) else columns[:, 0]
+    turn = np.lexsort((first, (rows == m).sum(1)))
+    return replace(pattern, rows=rows[turn], columns=columns[turn])
+
+
+def layout_of(pattern: Pattern, *, at_once: bool) -> Layout:
+    """What a packed layer with this pattern is made of."""
+    (m, n), flat = pattern.shape, pattern.rows.flatten()
+    beside = side_by_side(pattern.columns, n) and bool((pattern.columns < n).all())
+    return Layout(
+        len(pattern.rows), pattern.rows.shape[1], pattern.columns.shape[1], at_once,
+        tuple(pattern.columns[:, 0].tolist()) if beside else None, bool((flat[:m] == np.arange(m)).all()),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def packed(layer: Any, pattern: Pattern, *, at_once: bool) -> Packed:
+    """A linear or a convolution as the blocks of a pattern, which follow each other as they are there."""
+    made = hollow(layer, layout_of(pattern, at_once=at_once))
+    (m, n), device = pattern.shape, layer.weight.device
+    rows, columns = (torch.from_numpy(blocks).to(device) for blocks in (pattern.rows, pattern.columns))
+    whole = layer.weight.new_zeros((m + 1, n + 1, *layer.weight.shape[2:]))
+    whole[:m, :n] = layer.weight
+    weight = whole[rows[:, :, None], columns[:, None, :]]  # [blocks, rows, columns, *kernel]
+    if isinstance(layer, nn.Linear):
+        made.weight.copy_(weight.mT if at_once else weight)
+    else:
+        made.weight.copy_(weight.flatten(0, 1))
+    if made.bias is not None:
+        made.bias.copy_(torch.cat([layer.bias, layer.bias.new_zeros(1)])[rows.flatten()])
+    if made.index is not None:
+        made.index.copy_(torch.where(columns < n, columns, 0))  # where the weights are zero any column will do
+    if made.order is not None:
+        flat = rows.flatten()
+        made.order.copy_(torch.argsort(flat, stable=True)[:m])
+    return made
+
+
+# ----------------------------------------------------------------------------------------------------- what is fastest
+
+
+def milliseconds(layers: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, repeats: int = 15) -> dict[str, float]:
+    """The least time of each layer on an input, in turn, so that what else the machine does strikes all alike."""
+    times: dict[str, list[float]] = {name: [] for name in layers}
+    with torch.no_grad():
+        for turn in range(repeats + 2):
+            for name, layer in layers.items():
+                _wait(x)
+                start = time.perf_counter()
+                layer(x)
+                _wait(x)
+                if turn >= 2:
+                    times[name].append(1000 * (time.perf_counter() - start))
+    return {name: min(values) for name, values in times.items()}
+
+
+def _wait(x: Tensor) -> None:
+    if x.device.type != "cpu":
+        getattr(torch, x.device.type).synchronize(x.device)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole models
+
+
+def pack(
+    model: nn.Module, example_inputs: Inputs, patterns: Mapping[str, Pattern] | None = None, *, way: str = "fastest"
+) -> nn.Module:
+    """A copy in which layers with patterns are packed, where that is faster; it computes what the masked model computes.
+
+    Args:
+        model: a model from :func:`pivot`, or any one with ``patterns``; it is left untouched.
+        example_inputs: what its forward takes; layers are timed on what they see then, so give the batch size, the device
+            and the number of threads that the model will run with.
+        patterns: by layer; default: those that :func:`pivot` left.
+        way: ``"fastest"``: whatever is, measured here and now; ``"blocks"`` or ``"at_once"``: this way, for all layers.
+
+    Returns:
+        A new module, which remembers what became of each layer and what was measured (:func:`secateur.record`).
+
+    Raises:
+        SecateurError: no patterns, patterns of another model, an unknown way, a packed model that computes something else.
+    """
+    if way not in WAYS:
+        raise unknown("way", way, WAYS)
+    if patterns is None:
+        patterns, _ = remembered(model)
+    check_patterns(model, patterns)
+    whole = copy.deepcopy(model)
+    apply(whole, patterns)
+    graph, orders = _orders(whole, example_inputs, patterns)
+    new = relabelled(whole, graph, orders) if graph is not None else whole
+    seen = inputs_of(new, example_inputs, list(patterns))
+    layouts: dict[str, Layout] = {}
+    times: dict[str, dict[str, float]] = {}
+    for name, pattern in patterns.items():
+        if name not in seen:
+            continue
+        dense: Any = new.get_submodule(name)
+        own = moved(name, pattern, graph, orders)
+        ways = {key: packed(dense, own, at_once=key == "at_once") for key in WAYS[1:]}
+        best = way
+        if way == "fastest":
+            times[name] = milliseconds({"dense": dense, **ways}, seen[name])
+            best = min(ways, key=times[name].__getitem__)
+            if times[name][best] >= MARGIN * times[name]["dense"]:
+                continue
+        layouts[name] = ways[best].layout
+        new = put(new, name, ways[best])
+    _check_same(whole, new, example_inputs)
+    left = [name for name in patterns if name not in layouts]
+    return add_to_record(new, model, {PACK: Packing(fingerprint(model), layouts, left, times)})
+
+
+def _orders(
+    model: nn.Module, example_inputs: Inputs, patterns: Mapping[str, Pattern]
+) -> tuple[ChannelGraph | None, dict[str, list[int]]]:
+    try:
+        graph = trace(model, example_inputs)
+    except SecateurError as error:
+        if "no removable channel" not in str(error):
+            raise
+        return None, {}  # a single layer between input and output: nothing can change its order
+    return graph, orders_of(graph, patterns)
+
+
+def _check_same(model: nn.Module, new: nn.Module, example_inputs: Inputs) -> None:
+    def outputs(of: nn.Module) -> list[Tensor]:
+        with evaluating(of):
+            inputs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example_inputs)
+            return list(tensors_in(call_model(of, inputs)))
+
+    for a, b in zip(outputs(model), outputs(new), strict=True):
+        gap = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30)) if a.numel() else 0
+        if not gap <= TOLERANCE.get(a.dtype, 1e-2):
+            raise SecateurError(
+                f"pack: the packed model computes something else (relative difference {gap:.1e}); does its forward depend "
+                "on the order of its channels, or on anything but its inputs?"
+            )
+
+
+def replay(model: nn.Module, text: str) -> nn.Module:
+    """Do it again on a fresh model; the numbers come later.
+
+    Raises:
+        SecateurError: damaged data, or another model's.
+    """
+    try:
+        data = json.loads(text)
+        given = str(data["fingerprint"])
+        layouts = {str(name): Layout.from_dict(layout) for name, layout in data["layers"].items()}
+        packing = Packing(given, layouts, [str(name) for name in data["dense"]], dict(data["ms"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SecateurError(f"the packing is damaged ({type(error).__name__}: {error})") from error
+    if given != fingerprint(model):
+        raise SecateurError(
+            f"the packing was made for another model (fingerprint {given}, this one has {fingerprint(model)})"
+        )
+    new = copy.deepcopy(model)
+    for name, layout in layouts.items():
+        layer = dict(new.named_modules()).get(name)
+        if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            raise SecateurError(f"the packing is damaged: the model has no linear or convolution {name!r}")
+        new = put(new, name, hollow(layer, layout))
+    return add_to_record(new, model, {PACK: packing})
