@@ -1,9 +1,9 @@
 r"""Packing: a pivoted model as packed layers, as few gathers as can be, and no layer slower than it was.
 
-Globally, the order of the channels between two layers is free (:mod:`secateur.cut.relabel`). In a group's order, a layer
-that writes it wants the rows of each of its blocks side by side, and then needs no index afterwards; a layer that reads
-it wants the same of its columns, and then gathers nothing. The order that spares most is taken. What remains is at most
-one index where a layer reads, and one where several layers write one residual stream in different orders.
+Globally, the order of the channels between two layers is free (:mod:`secateur.cut.relabel`). A layer that writes them
+wants the rows of each of its blocks side by side, and then needs no index afterwards; a layer that reads them wants the
+same of its columns, and then gathers nothing. The order that spares most is taken. What remains is at most one index
+where a layer reads, and one where several layers write one residual stream in different orders.
 
 Locally, a layer is timed on what it sees in the model, dense, block by block and with all blocks at once; the fastest
 stays, and packed layers must win by a margin.
@@ -175,18 +175,18 @@ def _wait(x: Tensor) -> None:
         getattr(torch, x.device.type).synchronize(x.device)
 
 
-# ---------------------------------------------------------------------------------------------------------- whole models
+# --------------------------------------------------------------------------------------------------------- whole models
 
 
 def pack(
     model: nn.Module, example_inputs: Inputs, patterns: Mapping[str, Pattern] | None = None, *, way: str = "fastest"
 ) -> nn.Module:
-    """A copy in which layers with patterns are packed, where that is faster; it computes what the masked model computes.
+    """A copy in which layers with patterns are packed, where that is faster; it computes what the masked one computes.
 
     Args:
         model: a model from :func:`pivot`, or any one with ``patterns``; it is left untouched.
-        example_inputs: what its forward takes; layers are timed on what they see then, so give the batch size, the device
-            and the number of threads that the model will run with.
+        example_inputs: what its forward takes; layers are timed on what they see then, so give the batch size, the
+            device and the number of threads that the model will run with.
         patterns: by layer; default: those that :func:`pivot` left.
         way: ``"fastest"``: whatever is, measured here and now; ``"blocks"`` or ``"at_once"``: this way, for all layers.
 
@@ -194,7 +194,7 @@ def pack(
         A new module, which remembers what became of each layer and what was measured (:func:`secateur.record`).
 
     Raises:
-        SecateurError: no patterns, patterns of another model, an unknown way, a packed model that computes something else.
+        SecateurError: no patterns, those of another model, an unknown way, a result that computes something else.
     """
     if way not in WAYS:
         raise unknown("way", way, WAYS)
@@ -249,8 +249,8 @@ def _check_same(model: nn.Module, new: nn.Module, example_inputs: Inputs) -> Non
         gap = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30)) if a.numel() else 0
         if not gap <= TOLERANCE.get(a.dtype, 1e-2):
             raise SecateurError(
-                f"pack: the packed model computes something else (relative difference {gap:.1e}); does its forward depend "
-                "on the order of its channels, or on anything but its inputs?"
+                f"pack: the packed model computes something else (relative difference {gap:.1e}); does its forward "
+                "depend on the order of its channels, or on anything but its inputs?"
             )
 
 

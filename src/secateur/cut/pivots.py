@@ -1,4 +1,4 @@
-r"""Pivoting a model: for every layer, blocks that hold most of its energy; what is outside goes (after arXiv 1712.01084).
+r"""Pivoting a model: blocks that hold most of every layer's energy; what is outside goes (after arXiv 1712.01084).
 
 The energy of row ``i`` and column ``j`` (a filter and an input channel, summed over the taps of the kernel)::
 
@@ -137,12 +137,12 @@ def pivot(
 
     Args:
         model: the model; it is left untouched.
-        example_inputs: what its forward takes, as for :func:`secateur.trace`; layers that it does not use stay whole.
+        example_inputs: what its forward takes, as for :func:`secateur.trace`; layers it does not use stay whole.
         keep: the part of each layer's coefficients that stays, in (0, 1].
         layout: ``"bundles"``: every bundle of rows has its own columns; ``"diagonal"``: block-diagonal after permuting
             rows and columns, with ``1 / keep`` blocks, rounded up; ``"growth"``: by complete pivoting.
-        blocks: how many blocks a layer has, at most; fewer are faster, more keep more of the energy. Default: one for 16 rows,
-            up to 8. Not for ``"diagonal"``.
+        blocks: how many blocks a layer has, at most; fewer are faster, more keep more of the energy. Default: one for
+            16 rows, up to 8. Not for ``"diagonal"``.
         factors: of :func:`secateur.kronecker_factors` in channel form, for the Fisher's energy instead of magnitude.
         exclude: layers that shall stay whole.
         seed: of the search.
@@ -161,9 +161,8 @@ def pivot(
         del patterns[name]
         skipped[name] = "is not used on these inputs"
     if not patterns:
-        raise SecateurError(
-            "pivot: no layer can have blocks: " + ("; ".join(f"{n} {why}" for n, why in skipped.items()) or "none is there")
-        )
+        why = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
+        raise SecateurError(f"pivot: no layer can have blocks: {why or 'there is no linear and no convolution'}")
     return pivoted(model, patterns, skipped)
 
 

@@ -1,0 +1,330 @@
+"""Packing: what the masked model computes, as few gathers as can be, no layer slower, ordinary modules."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.cut.blocks import Packed
+from secateur.cut.pattern import LAYOUTS, Pattern
+from secateur.cut.pivots import energy, patterns_of
+from secateur.errors import SecateurError
+
+packing = importlib.import_module("secateur.cut.packing")
+
+
+class Residual(nn.Module):
+    """Two blocks on one stream, the second through a depthwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.up, self.back = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 16, 3, padding=1)
+        self.wide, self.deep = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.narrow, self.head = nn.Conv2d(32, 16, 1), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        x = x + self.back(self.up(x).relu())
+        x = x + self.narrow(self.deep(self.wide(x)).relu())
+        return self.head(x.relu().mean((2, 3)))
+
+
+def perceptron():
+    return nn.Sequential(
+        nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 30), nn.ReLU(),
+        nn.Linear(30, 21),
+    )  # fmt: skip
+
+
+def chain():
+    return nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, bias=False),
+        nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 16),
+    )  # fmt: skip
+
+
+def lines():
+    return nn.Sequential(nn.Conv1d(16, 22, 3, padding="same"), nn.ReLU(), nn.Conv1d(22, 18, 5, dilation=2))
+
+
+CASES = {
+    "perceptron": (perceptron, (5, 24)),
+    "sequence": (perceptron, (2, 3, 24)),
+    "chain": (chain, (3, 8, 6, 6)),
+    "residual": (Residual, (2, 3, 6, 6)),
+    "lines": (lines, (2, 16, 20)),
+    "single": (lambda: nn.Linear(16, 16), (4, 16)),
+}
+
+
+def case(name, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    make, shape = CASES[name]
+    model = make().to(dtype).eval()
+    if name == "sequence":
+        model = nn.Sequential(*(m for m in model if not isinstance(m, nn.BatchNorm1d))).eval()
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):  # statistics that tell channels apart
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+    return model, torch.randn(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keep", [1 / 2, 1 / 4])
+@pytest.mark.parametrize("way", ["blocks", "at_once", "fastest"])
+def test_packed_is_masked(name, layout, keep, way):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        model, x = case(name, dtype)
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        pivoted = sc.pivot(model, x, keep, layout=layout, exclude=["head"] if name == "residual" else [])
+        packed = sc.pack(pivoted, x, way=way)
+        with torch.no_grad():
+            wanted, given = pivoted(x), packed(x)
+            other = pivoted(-x[:1]), packed(-x[:1])
+        for a, b in ((wanted, given), other):
+            assert float((a - b).abs().max()) <= tolerance * float(a.abs().max())
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        if way != "fastest":
+            assert any(isinstance(m, Packed) for m in packed.modules())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(13, 11), (17, 8), (8, 19), (33, 33)])
+def test_blocks_that_do_not_divide_a_layer_are_padded(layout, shape):
+    torch.manual_seed(0)
+    model = nn.Linear(shape[1], shape[0]).double()
+    x = torch.randn(4, shape[1], dtype=torch.float64)
+    pivoted = sc.pivot(model, x, 0.5, layout=layout, **({} if layout == "diagonal" else {"blocks": 3}))
+    for way in ("blocks", "at_once"):
+        assert torch.allclose(sc.pack(pivoted, x, way=way)(x), pivoted(x), rtol=0, atol=1e-12)
+
+
+def indices(model):
+    """How many operations gather or put in order."""
+    layers = [m for m in model.modules() if isinstance(m, Packed)]
+    return sum(m.index is not None for m in layers), sum(m.order is not None for m in layers)
+
+
+@pytest.mark.parametrize("way", ["blocks", "at_once"])
+def test_planted_structures_that_fit_need_no_gather_at_all(way):
+    """Block-diagonal layers one after the other, shuffled between: the channels' order takes up the shuffles."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    rng = np.random.default_rng(0)
+    inner = [
+        np.arange(32),
+        rng.permutation(32),
+        rng.permutation(32),
+        np.arange(32),
+    ]  # at input and output there is none
+    for i, layer in enumerate(model[::2]):
+        whole = torch.from_numpy(np.kron(np.eye(4), np.ones((8, 8)))).float() * torch.randn(32, 32)
+        layer.weight.data = whole[np.argsort(inner[i + 1])][:, np.argsort(inner[i])]
+    x = torch.randn(3, 32)
+    pivoted = sc.pivot(model, x, 0.25, layout="diagonal")
+    assert all(torch.equal(a, b) for a, b in zip(pivoted.parameters(), model.parameters(), strict=True))
+    packed = sc.pack(pivoted, x, way=way)
+    assert indices(packed) == (0, 0)
+    assert torch.allclose(packed(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["perceptron", "chain"])
+def test_in_a_chain_only_the_ends_need_an_index_after_the_rows(name, layout):
+    model, x = case(name)
+    packed = sc.pack(sc.pivot(model, x, 0.25, layout=layout), x, way="blocks")
+    layers = [m for m in packed.modules() if isinstance(m, Packed)]
+    assert all(layer.order is None for layer in layers[:-1])  # the last writes the output, whose order is the user's
+    assert len(layers) >= 2
+
+
+def test_in_a_residual_stream_one_of_those_that_write_it_needs_no_index():
+    model, x = case("residual")
+    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4, exclude=["head"]), x, way="blocks")
+    assert packed.up.order is None
+    assert packed.wide.order is None
+    assert [packed.back.order is None, packed.narrow.order is None].count(True) == 1
+
+
+@pytest.mark.parametrize("way", ["blocks", "at_once"])
+def test_training_goes_on_with_the_gradients_of_the_masked_model(way):
+    model, x = case("perceptron")
+    pivoted = sc.pivot(model, x, 0.5)
+    packed = sc.pack(pivoted, x, way=way)
+    for each in (pivoted, packed):
+        each.train()
+        each(x).square().sum().backward()
+    wanted = sum(float((m.weight.grad * (m.weight != 0)).square().sum()) for m in pivoted if isinstance(m, nn.Linear))
+    given = sum(float(m.weight.grad.square().sum()) for m in packed if isinstance(m, (nn.Linear, Packed)))
+    assert given == pytest.approx(wanted, rel=1e-9)
+
+
+def test_what_is_slower_stays_dense(monkeypatch):
+    model, x = case("perceptron")
+    pivoted = sc.pivot(model, x, 0.25)
+    for dense, expected in ((1.0, 4), (0.51, 0)):
+        monkeypatch.setattr(
+            packing, "milliseconds", lambda ways, _, dense=dense: {n: dense if n == "dense" else 0.5 for n in ways}
+        )
+        packed = sc.pack(pivoted, x)
+        assert sum(isinstance(m, Packed) for m in packed.modules()) == expected
+        facts = json.loads(sc.record(packed)[-1]["pack"])
+        assert (len(facts["layers"]), len(facts["dense"]), len(facts["ms"])) == (expected, 4 - expected, 4)
+        with torch.no_grad():
+            assert torch.allclose(packed(x), pivoted(x), atol=1e-10)
+
+
+@pytest.mark.parametrize("way", ["blocks", "at_once"])
+@pytest.mark.parametrize("name", ["chain", "residual", "lines"])
+def test_saved_and_loaded_it_is_the_same(tmp_path, name, way):
+    model, x = case(name, torch.float32)
+    packed = sc.pack(sc.pivot(model, x, 0.5), x, way=way)
+    sc.save(packed, tmp_path)
+    again = sc.load(tmp_path, lambda: case(name, torch.float32, seed=1)[0])
+    assert torch.equal(again(x), packed(x))
+    assert sc.record(again) == sc.record(packed)
+    assert torch.equal(copy.deepcopy(packed)(x), packed(x))
+    fresh = sc.pack(sc.pivot(model, x, 0.5), x, way=way)
+    fresh.load_state_dict(packed.state_dict())
+
+
+def test_a_damaged_record_is_told(tmp_path):
+    model, x = case("chain", torch.float32)
+    sc.save(sc.pack(sc.pivot(model, x, 0.5), x, way="blocks"), tmp_path)
+    text = (tmp_path / "secateur.json").read_text()
+    for old, new in (
+        ('\\"blocks\\": 1', '\\"blocks\\": 0'),
+        ('\\"starts\\"', '\\"stars\\"'),
+        ('\\"rows\\"', '\\"row\\"'),
+    ):
+        assert old in text
+        (tmp_path / "secateur.json").write_text(text.replace(old, new))
+        with pytest.raises(SecateurError, match="damaged"):
+            sc.load(tmp_path, lambda: case("chain", torch.float32)[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporters themselves
+@pytest.mark.parametrize("way", ["blocks", "at_once"])
+@pytest.mark.parametrize("name", ["chain", "residual", "perceptron"])
+def test_it_can_be_exported_and_compiled(name, way):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    evaluator = importlib.import_module("onnx.reference").ReferenceEvaluator
+    model, x = case(name, torch.float32)
+    packed = sc.pack(sc.pivot(model, x, 0.5), x, way=way)
+    with torch.no_grad():
+        wanted = packed(x)
+        assert torch.allclose(torch.export.export(packed, (x,)).module()(x), wanted, atol=1e-5)
+        assert torch.allclose(torch.compile(packed, backend="eager", fullgraph=True)(x), wanted, atol=1e-5)
+        program = torch.onnx.export(packed, (x,), dynamo=True, verbose=False)
+    onnx.checker.check_model(program.model_proto)
+    runner = evaluator(program.model_proto)
+    (given,) = runner.run(None, {runner.input_names[0]: x.numpy()})
+    assert np.abs(given - wanted.numpy()).max() < 1e-4 * wanted.abs().max()
+
+
+def test_the_energy_is_that_of_magnitude_or_of_the_fisher():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5)).double()
+    data = [(torch.randn(8, 3, 4, 4, dtype=torch.float64), torch.randint(0, 5, (8,)))]
+    assert np.allclose(energy(model[0]), model[0].weight.detach().square().sum((2, 3)))
+    factors = sc.kronecker_factors(model, data, fisher="exact")
+    for name in ("0", "2"):
+        a, g = factors[name].a[0].diagonal(), factors[name].g[0].diagonal()
+        n = model[int(name)].weight.shape[1]
+        squared = model[int(name)].weight.detach().square().reshape(*model[int(name)].weight.shape[:2], -1).sum(2)
+        wanted = (squared * g[:, None] * a[:n]).numpy()
+        assert np.allclose(energy(model[int(name)], factors[name]), wanted)
+    full = sc.kronecker_factors(model, data, form="full")
+    with pytest.raises(SecateurError, match="form='channel'"):
+        energy(model[0], full["0"])
+    assert set(sc.record(sc.pivot(model, data[0][0], 1.0, factors=factors))[-1]) == {"pivot"}
+
+
+def test_with_the_fishers_energy_what_inputs_never_show_goes_first():
+    torch.manual_seed(0)
+    model = nn.Linear(16, 8)
+    x = torch.randn(64, 16) * (torch.arange(16) < 8)  # half of the inputs are always zero
+    factors = sc.kronecker_factors(model, [(x, torch.zeros(64, 8))], "mse")
+    pivoted = sc.pivot(model, x, 0.5, factors=factors, blocks=1)
+    assert torch.allclose(pivoted(x), model(x), atol=1e-6)
+    assert not torch.allclose(sc.pivot(model, x, 0.5, blocks=1)(x), model(x), atol=1e-2)
+
+
+def test_layers_that_cannot_have_blocks_stay_whole_and_say_why():
+    shared = nn.Linear(16, 16)
+    model = nn.ModuleDict(
+        {
+            "one": nn.Linear(16, 16), "tied": shared, "row": nn.Linear(16, 1), "few": nn.Linear(3, 16),
+            "grouped": nn.Conv2d(16, 16, 3, groups=4), "circular": nn.Conv2d(16, 16, 3, padding_mode="circular"),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), "out": nn.Linear(16, 16),
+        }
+    )  # fmt: skip
+    model["again"] = nn.Linear(16, 16)
+    model["again"].weight = shared.weight
+    found, skipped = patterns_of(model, 0.5, exclude=["out"])
+    assert set(found) == {"one"}
+    for name, why in {
+        "tied": "shares", "again": "shares", "row": "16 leaves", "few": "fewer than 4", "grouped": "grouped",
+        "circular": "circular", "normed": "plain weight", "out": "excluded",
+    }.items():  # fmt: skip
+        assert why in skipped[name], name
+
+
+def test_layers_that_are_not_used_stay_whole():
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Half()
+    pivoted = sc.pivot(model, torch.zeros(1, 16), 0.5)
+    assert torch.equal(pivoted.idle.weight, model.idle.weight)
+    assert "not used" in json.loads(sc.record(pivoted)[-1]["pivot"])["skipped"]["idle"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0}, r"keep=0: a fraction of the coefficients in \(0, 1\]"),
+        ({"keep": 1.5}, r"in \(0, 1\]"),
+        ({"keep": True}, r"in \(0, 1\]"),
+        ({"keep": 0.5, "layout": "bundle"}, "did you mean 'bundles'"),
+        ({"keep": 0.5, "blocks": 0}, "from 1 on"),
+        ({"keep": 0.5, "blocks": 2, "layout": "diagonal"}, "leave it out"),
+        ({"keep": 0.5, "exclude": ["nothing"]}, "layer"),
+        ({"keep": 0.01}, "no layer can have blocks"),
+    ],
+)
+def test_bad_input_is_told(options, message):
+    model, x = case("perceptron")
+    with pytest.raises(SecateurError, match=message):
+        sc.pivot(model, x, **options)
+
+
+def test_patterns_of_another_model_and_none_at_all_are_told():
+    model, x = case("perceptron")
+    with pytest.raises(SecateurError, match="make some with"):
+        sc.pack(model, x)
+    found, _ = patterns_of(model, 0.5)
+    with pytest.raises(SecateurError, match="is 32 x 24, the pattern 32 x 32"):
+        sc.pack(model, x, {"0": found["2"]})
+    with pytest.raises(SecateurError, match="layer"):
+        sc.pack(model, x, {"9": found["2"]})
+    with pytest.raises(SecateurError, match="way"):
+        sc.pack(model, x, found, way="quick")
+    wrong = Pattern((32, 24), found["0"].rows, found["0"].columns, "bundles")
+    assert isinstance(sc.pack(model, x, {"0": wrong}, way="blocks")[0], Packed)
