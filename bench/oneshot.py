@@ -17,7 +17,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.data import load
-from secateur.measure import accuracy
+from secateur.measure import accuracy, counted
 from secateur.models import build, example_input
 
 HERE = Path(__file__).parent
@@ -45,13 +45,6 @@ class Setting:
     fractions: dict[str, tuple[float, ...]]
 
 
-def counts(model: nn.Module, inputs: torch.Tensor) -> dict[str, int]:
-    """MACs and parameters, as PyTorch counts them."""
-    with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        model(inputs)
-    return {"macs": counter.get_total_flops() // 2, "params": sum(p.numel() for p in model.parameters())}
-
-
 def one(
     name: str, seed: int, setting: Setting, methods: Sequence[str], makers: Makers, done: set[tuple[Any, ...]]
 ) -> Iterator[Row]:
@@ -60,7 +53,7 @@ def one(
     model, inputs = build(name), torch.zeros(example_input(name))
     model.load_state_dict(load_file(HERE / "checkpoints" / f"{name}_{setting.data}_seed{seed}.safetensors"))
     model.eval()
-    full = counts(model, inputs)
+    full = counted(model, inputs)
     images = data.loader("train", BATCH, shuffle=True, seed=seed)
     test = list(islice(data.loader("test", 500), setting.tested // 500))
     norms = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
@@ -84,7 +77,7 @@ def one(
                 yield {**row, "refused": str(error).split(":")[0]}
                 continue
             row["seconds"] = round(time.perf_counter() - start, 3)
-            row |= {u: n / full[u] for u, n in counts(small, inputs).items()}
+            row |= {u: n / full[u] for u, n in counted(small, inputs).items()}
             row["test"] = accuracy(small, test)
             if norms:
                 sc.recalibrate(small, images, batches=setting.batches)

@@ -1,3 +1,4 @@
+import importlib
 import json
 import multiprocessing
 import random
@@ -18,6 +19,7 @@ from secateur import data, recipe
 from secateur.models import build
 from secateur.run import folder, run, table
 from secateur.train.gentle import Gentle
+from secateur.train.pivoting import Pivoting
 
 ALL_STAGES = {
     "name": "all stages",
@@ -277,6 +279,53 @@ GENTLE = {
 def gently(method: str, **changes: Any) -> dict[str, Any]:
     train = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "schedule": "constant"}
     return {"method": method, "budget": {"macs": 0.6}, "options": GENTLE[method], "train": train, **changes}
+
+
+@pytest.mark.parametrize("gradual", [True, False])
+def test_pivoting_runs_packs_loads_and_ends_the_same_when_stopped_in_between(
+    tmp_path: Path, gradual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def milliseconds(ways: Any, _: Any) -> dict[str, float]:  # what is fastest must not change from run to run
+        return {name: 1.0 if name == "dense" else 0.1 for name in ways}
+
+    monkeypatch.setattr(importlib.import_module("secateur.cut.packing"), "milliseconds", milliseconds)
+    prune: dict[str, Any] = {"method": "pivot", "options": {"keep": 0.25}}
+    if gradual:
+        prune["options"] |= {"every": 5, "times": 8}
+        prune["train"] = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "schedule": "constant"}
+    recipe = made(TAYLOR, model={"name": "digits_cnn"}, prune=prune, finetune={"epochs": 2, "lr": 0.01})
+    whole = run(recipe, tmp_path / "whole", progress=False)
+    seed = whole["seeds"]["0"]
+    assert seed["after"]["macs"] < 0.35 * seed["before"]["macs"]
+    assert seed["stages"]["packed"]["packed"]
+    assert set(seed["stages"]["pruned"]["skipped"]) == {"conv1"}
+    packed = sc.load(tmp_path / "whole" / "seed-0" / "packed")
+    assert [next(iter(step)) for step in sc.record(packed)] == ["pivot", "pack"]
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.allclose(packed(images), sc.load(tmp_path / "whole" / "seed-0" / "tuned")(images), atol=1e-4)
+    after = Pivoting.step
+    calls = []
+
+    def stop(self: Any) -> None:
+        calls.append(0)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        after(self)
+
+    monkeypatch.setattr(Pivoting, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "again", progress=False)
+    assert timeless(run(recipe, tmp_path / "again", progress=False)) == timeless(whole)
+    assert weights(tmp_path / "again") == weights(tmp_path / "whole")
+
+
+def test_pivoting_that_the_training_is_too_short_for_is_told_before_any_work(tmp_path: Path) -> None:
+    train = {"epochs": 2, "lr": 0.05, "momentum": 0.9}
+    for options, message in (({"keep": 0.25}, "are 46 steps; pivoting"), ({"keep": 0.001}, "no layer can have")):
+        prune = {"method": "pivot", "options": options, "train": train}
+        with pytest.raises(sc.SecateurError, match=message):
+            run(made(TAYLOR, prune=prune), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", GENTLE)

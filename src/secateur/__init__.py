@@ -26,7 +26,7 @@ from secateur.prune import Result, prune
 from secateur.score import directional_scores, score
 from secateur.store import load, save
 from secateur.trace import ChannelGraph, ChannelGroup, trace
-from secateur.train import SPP, IncReg, SDPrun
+from secateur.train import SPP, IncReg, Pivoting, SDPrun
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ __all__ = [
     "ChannelGraph",
     "ChannelGroup",
     "IncReg",
+    "Pivoting",
     "Plan",
     "Result",
     "SDPrun",

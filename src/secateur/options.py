@@ -12,6 +12,8 @@ from secateur.curvature.layers import FORMS
 from secateur.curvature.losses import Pass
 from secateur.curvature.products import MATRICES
 from secateur.cut.directional import check_mode, check_shift
+from secateur.cut.pattern import LAYOUTS
+from secateur.cut.pivots import PIVOT, check_pivot
 from secateur.cut.separable import check_how
 from secateur.eigendamage import EIGENDAMAGE, check_rule
 from secateur.errors import SecateurError, unknown
@@ -28,6 +30,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "directional": (*_PASS, "basis", "share", "soft", "ekfac", "form", "k", "matrix", "mode", "shift", "damping"),
     "increg": ("rule", "rate", "limit", "pick", "settle", "exclude", "increment", "every"),
     "spp": ("rate", "exclude", "increment", "every"),
+    PIVOT: ("keep", "layout", "blocks", "exclude", "every", "times"),
     EIGENDAMAGE: (*_PASS, "rule", "limit", "ekfac", "layers", "train_rotations", "separable"),
 }
 """The names of each method's options."""
@@ -54,6 +57,8 @@ def check_options(method: str, options: Mapping[str, Any], budget: Budget | None
         for name, of in (("increment", ("increg",)), ("pick", ("greg2",))):
             if name in options and rule not in of:
                 raise SecateurError(f"{name}: rule {rule!r} has no such option; it is of {of[0]!r}")
+    if method == PIVOT and "keep" in options:
+        check_pivot(options["keep"], options.get("layout", LAYOUTS[2]), options.get("blocks"))
     Pass(**{name: options[name] for name in _PASS if name in options})
     if method == EIGENDAMAGE and set(options) & {"rule", "limit"}:
         check_rule(options.get("rule", "lagrangian"), options.get("limit", 0.95), budget)
@@ -125,6 +130,8 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "positions": _count,
     "layers": _names("layers' paths"),
     "exclude": _names("groups' names"),
+    "exclude_of_pivot": _names("layers' paths"),
+    "times": _count,
     "rule_of_increg": _one_of(RULES),
     "increment": _one_of(tuple(INCREMENTS)),
     "rate": _positive,

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from secateur.allocate import STRATEGIES, Budget, budget_from
 from secateur.allocate.budget import check_rounds
+from secateur.cut.pivots import PIVOT
 from secateur.data import DATA
 from secateur.eigendamage import EIGENDAMAGE
 from secateur.errors import SecateurError, unknown
@@ -20,7 +21,7 @@ from secateur.train import GENTLE
 from secateur.train.schedule import SCHEDULES
 from secateur.train.sdprun import WEIGHTS
 
-METHODS = (*CRITERIA, EIGENDAMAGE, *GENTLE, DEAD, "none")
+METHODS = (*CRITERIA, EIGENDAMAGE, *GENTLE, PIVOT, DEAD, "none")
 OPTIMIZERS = {  # the settings each takes beside the learning rate
     "sgd": ("momentum", "nesterov", "weight_decay"),
     "adam": ("weight_decay",),
@@ -170,8 +171,8 @@ class Prune(_Section):
     """What goes.
 
     Attributes:
-        method: a criterion; ``eigendamage``; ``increg`` or ``spp``, which prune while the network trains on; ``dead``
-            for what sdprun has driven to zero; ``none``.
+        method: a criterion; ``eigendamage``; ``increg`` or ``spp``, which prune while the network trains on; ``pivot``
+            for dense blocks, at once or while it trains on; ``dead`` for what sdprun has driven to zero; ``none``.
         budget: what may remain, as the arguments of :class:`secateur.Budget`.
         strategy: how the budget is shared among the groups.
         inexact: also cut groups whose removal changes more than the removed channels.
@@ -179,7 +180,7 @@ class Prune(_Section):
         batches: batches of training images for scores and recalibration; ``None`` for all.
         compensate: what stays makes up for what goes (``obs``, ``kron_obd``, ``kron_obs``).
         refit: fit the smaller model's layers to what the original computes, and re-estimate batch-norm statistics.
-        train: the training during which ``increg`` and ``spp`` prune, as a ``finetune`` section.
+        train: the training during which ``increg``, ``spp`` and ``pivot`` prune, as a ``finetune`` section.
         rounds: reach the budget in so many rounds, each with a fine-tune, in equal factors.
         options: the method's own, see :data:`secateur.options.OPTIONS`.
     """
@@ -229,7 +230,20 @@ class Prune(_Section):
                 f"method {self.method!r} prunes while the network trains on, and the cut is exact, but {what}"
                 + ("" if wrong else ", such as train: {epochs: 2, lr: 0.01, momentum: 0.9}")
             )
-        if self.method not in GENTLE and self.train is not None:
+        wrong = given & {"budget", "strategy", "rounds", "inexact", "refit", "compensate", "batches"}
+        if self.method == PIVOT and (wrong or "keep" not in self.options):
+            raise SecateurError(
+                "method 'pivot' leaves dense blocks of every layer, "
+                + (
+                    f"but {' and '.join(sorted(wrong))} is given: leave it out"
+                    if wrong
+                    else "but how much stays is not "
+                )
+                + ("" if wrong else "given, for instance options: {keep: 0.25}")
+            )
+        if self.method == PIVOT and self.train is None and {"every", "times"} & set(self.options):
+            raise SecateurError("method 'pivot' without a train section prunes at once: leave every and times out")
+        if self.method not in {*GENTLE, PIVOT} and self.train is not None:
             raise SecateurError(
                 f"method {self.method!r} does not train: leave prune.train out; finetune comes after it"
             )

@@ -25,12 +25,14 @@ from secateur import store
 from secateur.allocate import Budget
 from secateur.allocate.budget import budget_from, in_round
 from secateur.curvature.layers import CONVOLUTIONS
-from secateur.cut import Bottleneck, check, cut, recalibrate, record, separate
+from secateur.cut import Bottleneck, check, cut, pack, pivot, recalibrate, record, separate
+from secateur.cut.pivots import PIVOT, energy, pivoted, remembered
 from secateur.cut.separable import separable
 from secateur.data import Dataset
 from secateur.eigendamage import CUTTING, EIGENDAMAGE, check_budget, measure_damage
 from secateur.errors import SecateurError
-from secateur.measure import accuracy, file_size, latency
+from secateur.measure import accuracy, counted, file_size, latency
+from secateur.measure.latency import threads_set
 from secateur.models import build
 from secateur.prune import DEAD, DIRECTIONAL, check_feasible, counts, prune
 from secateur.recipe import OPTIMIZERS, Recipe, Train, Tune
@@ -39,6 +41,7 @@ from secateur.trace import ChannelGraph, trace
 from secateur.train import GENTLE
 from secateur.train.gentle import Gentle
 from secateur.train.loop import fit
+from secateur.train.pivoting import Pivoting
 from secateur.train.sdprun import SDPrun
 
 Facts = dict[str, Any]
@@ -130,6 +133,21 @@ def check_setting(setting: Setting) -> None:
                 f"{section.method} takes {handle.steps_needed()} at least until everything is out: train longer, or "
                 f"{handle.advice()}"
             )
+    if section.method == PIVOT:
+        _try_pivoting(setting, model)
+
+
+def _try_pivoting(setting: Setting, model: nn.Module) -> None:
+    """Raise if no layer can have blocks, or the training ends before the last update."""
+    section = setting.recipe.prune
+    gradual = Pivoting(model, **section.options)
+    if section.train is not None:
+        steps = section.train.epochs * len(setting.data.loader("train", setting.recipe.data.batch_size))
+        if steps < gradual.steps_needed:
+            raise SecateurError(
+                f"prune.train.epochs={section.train.epochs} are {steps} steps; pivoting takes every={gradual.every} "
+                f"times {gradual.times}: train longer, or give less of one"
+            )
 
 
 def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
@@ -164,6 +182,8 @@ def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
         if recipe.finetune is not None:
             last = kept(f"tuned{mark}", partial(_tune, setting, last, recipe.finetune, seed))
         columns["after" if number == rounds else f"round {number}"] = last
+    if recipe.prune.method == PIVOT:
+        columns["after"] = last = kept("packed", partial(_pack, setting, last))
     if last != before:  # sdprun beside its baseline, even where nothing is pruned
         columns["after"] = last
     return {**_measured(setting, folder, columns), "stages": stages}
@@ -235,7 +255,11 @@ def _fit(
 
 
 def _tune(setting: Setting, source: Path, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
-    return _train(setting, _load(setting, source), section, seed, checkpoints)
+    model = _load(setting, source)
+    if setting.recipe.prune.method != PIVOT:
+        return _train(setting, model, section, seed, checkpoints)
+    blocks = Pivoting(model, patterns=remembered(model)[0])
+    return model, _fit(setting, model, make_optimizer(setting, model, section), section, seed, checkpoints, blocks)
 
 
 def make_optimizer(setting: Setting, model: nn.Module, section: Tune) -> torch.optim.Optimizer:
@@ -266,6 +290,8 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, checkpoints: 
     batches = loader if section.batches is None else list(itertools.islice(loader, section.batches))
     if section.method in GENTLE:
         return _prune_gently(setting, model, seed, checkpoints)
+    if section.method == PIVOT:
+        return _pivot(setting, model, seed, checkpoints)
     if section.method == EIGENDAMAGE:
         assert budget is not None
         return _rotate(setting, model, budget, batches, seed, last=number == section.rounds)
@@ -324,6 +350,39 @@ def _prune_gently(setting: Setting, model: nn.Module, seed: int, checkpoints: Pa
     return small, facts
 
 
+def _pivot(setting: Setting, model: nn.Module, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
+    """Zeros outside of dense blocks, at once or bit by bit while the network trains on; packed later."""
+    section = setting.recipe.prune
+    facts: Facts = {}
+    if section.train is None:
+        found = pivot(model, setting.inputs, **section.options)
+        facts["captured"] = {
+            name: pattern.captured(energy(model.get_submodule(name))) for name, pattern in remembered(found)[0].items()
+        }
+    else:
+        gradual = Pivoting(model, **section.options)
+        facts = _fit(
+            setting, model, make_optimizer(setting, model, section.train), section.train, seed, checkpoints, gradual
+        )
+        found = pivoted(model, gradual.patterns, gradual.skipped)
+    patterns, facts["skipped"] = remembered(found)
+    facts["blocks"] = {
+        name: [*(int(size) for size in pattern.rows.shape), int(pattern.columns.shape[1])]
+        for name, pattern in patterns.items()
+    }
+    return found, facts
+
+
+def _pack(setting: Setting, source: Path, _: Path) -> tuple[nn.Module, Facts]:
+    """Packed layers where they are faster, for the first of the batch sizes that are measured."""
+    how = setting.recipe.measure
+    images = torch.zeros(how.batch_sizes[0], *setting.data.image)
+    with threads_set(how.threads):
+        small = pack(_load(setting, source), images)
+    done = json.loads(record(small)[-1]["pack"])
+    return small, {"packed": sorted(done["layers"]), "dense": done["dense"], "ms": done["ms"]}
+
+
 def make_handle(
     setting: Setting, model: nn.Module, graph: ChannelGraph, optimizer: torch.optim.Optimizer, seed: int
 ) -> Gentle:
@@ -375,10 +434,8 @@ def metrics(setting: Setting, model: nn.Module) -> Facts:
     """Accuracies, counts, bytes of the file, and latencies on the CPU, of a model on the CPU."""
     how, data = setting.recipe.measure, setting.data
     image = torch.zeros(1, *data.image)
-    graph = trace(model, image)
     found: Facts = {
-        "macs": graph.macs(),
-        "params": graph.params(),
+        **counted(model, image),
         "file_bytes": file_size(model),
         "latency": {
             str(size): latency(
