@@ -1,9 +1,9 @@
 """Accuracy with dense blocks, between single weights (more freedom) and whole channels (less), each fine-tuned alike.
 
 All methods start from the same trained network and have as many epochs, on the same batches. Blocks and single weights
-leave ``keep`` of every layer but the first convolution and the head, at once, by magnitude; ``gradual`` finds its blocks bit
-by bit in the first half of the epochs. ``channels`` removes channels by magnitude, the same share of every group, down
-to the MACs that the packed network has. Rows that are there are not run again::
+leave ``keep`` of every layer but the first convolution and the head, at once, by magnitude; ``gradual`` finds its
+blocks bit by bit in the first half of the epochs. ``channels`` removes channels by magnitude, the same share of every
+group, down to the MACs that the packed network has. Rows that are there are not run again::
 
     python bench/pivoting.py lenet_300_100 lenet5 --seeds 0 1 2
 """
@@ -116,7 +116,8 @@ def report(rows: list[dict[str, Any]]) -> None:
                 spread = statistics.stdev(test) if len(test) > 1 else 0.0
                 macs = statistics.mean(r["macs"] for r in own)
                 print(
-                    f"{name:14} {keep:g} {method:16} {len(own)} seeds {statistics.mean(test):.2f} ± {spread:.2f}, {macs:.1%} of the MACs"
+                    f"{name:14} {keep:g} {method:16} {len(own)} seeds {statistics.mean(test):.2f} ± {spread:.2f}, "
+                    f"{macs:.1%} of the MACs"
                 )
 
 

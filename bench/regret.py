@@ -1,0 +1,106 @@
+"""Regret of the factored bandit on additive problems: against others, in time, in the number and sizes of factors.
+
+Rewards are the sum of every factor's part, evenly spaced from 0 to 1 over the number of factors, and Gaussian noise of
+standard deviation 0.3; all players are told a spread of 0.5. ``players``: four factors of four atoms, 100,000 rounds,
+with the theory's radius and the tuned one (the least that never erred on other seeds, ``tuning``). ``sizes``: more
+factors, more atoms. Chunks of repetitions that are there are not run again::
+
+    python bench/regret.py tuning players sizes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateur.allocate.bandit import FactoredBandit, FactorUCB, JointUCB, Player, SuccessiveElimination, Uniform
+
+RESULTS = Path(__file__).parent / "results" / "regret.json"
+NOISE, SPREAD, CHUNK = 0.3, 0.5, 10
+MARKS = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+RADII = (12, 4, 1, 0.5, 0.25, 0.1)
+TUNED = 1
+PLAYERS: dict[str, Callable[[Any, int], Player]] = {
+    **{
+        f"radius {r:g}": lambda sizes, seed, r=r: FactoredBandit(sizes, radius=r, spread=SPREAD, seed=seed)
+        for r in RADII
+    },
+    "duels": lambda sizes, seed: FactoredBandit(sizes, radius=TUNED, spread=SPREAD, dueling=True, seed=seed),
+    "factor UCB1": lambda sizes, seed: FactorUCB(sizes, spread=SPREAD),
+    "joint UCB1": lambda sizes, seed: JointUCB(sizes, spread=SPREAD),
+    "joint UCB1, tuned": lambda sizes, seed: JointUCB(sizes, spread=SPREAD * (TUNED / 12) ** 0.5),
+    "joint elimination": lambda sizes, seed: SuccessiveElimination(sizes, spread=SPREAD, seed=seed),
+    "uniform": lambda sizes, seed: Uniform(sizes, seed=seed),
+}
+FOUR = (4, 4, 4, 4)
+SIZES = [(4,) * count for count in (1, 2, 3, 4, 6, 8)] + [(size,) * 4 for size in (2, 8, 16)]
+
+
+def one(player: Player, rounds: int, seed: int) -> tuple[list[float], bool]:
+    """Cumulative pseudo-regret at the marks (the mean of both in a duel), and whether the best was found."""
+    rng = np.random.default_rng(seed)
+    parts = [rng.permutation(np.linspace(0, 1, size)) / len(player.sizes) for size in player.sizes]
+    marks = [mark for mark in MARKS if mark <= rounds]
+    found, total = [], 0.0
+    while player.rounds < rounds:
+        before, asked = player.rounds, player.ask(1000)
+        true = sum(part[asked[..., factor]] for factor, part in enumerate(parts))
+        noise = NOISE * rng.standard_normal(true.shape)
+        rewards = true + noise
+        player.tell(rewards if rewards.ndim == 1 else rewards[:, 0] - rewards[:, 1])
+        lost = np.cumsum(1 - (true if true.ndim == 1 else true.mean(1)))
+        while len(found) < len(marks) and marks[len(found)] <= player.rounds:
+            found.append(total + float(lost[marks[len(found)] - before - 1]))
+        total += float(lost[-1])
+    return found, bool(all(part[atom] == part.max() for part, atom in zip(parts, player.best(), strict=True)))
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Medians over repetitions, and how often the answer was wrong."""
+    for what in ("tuning", "players", "sizes"):
+        own = [r for r in rows if r["what"] == what]
+        for name, sizes in dict.fromkeys((r["player"], tuple(r["sizes"])) for r in own):
+            chunks = [r for r in own if r["player"] == name and tuple(r["sizes"]) == sizes]
+            regret = np.array([x for r in chunks for x in r["regret"]])
+            wrong = 1 - np.mean([x for r in chunks for x in r["right"]])
+            low, middle, high = np.percentile(regret[:, -1], (10, 50, 90))
+            print(
+                f"{what:8} {'x'.join(map(str, sizes)):24} {name:18} {len(regret):3} repetitions, regret at "
+                f"{chunks[0]['rounds']:,}: {middle:.0f} ({low:.0f} to {high:.0f}), wrong {wrong:.0%}"
+            )
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", default=["tuning", "players", "sizes"])
+    parser.add_argument("--repetitions", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    theory_and_tuned = (f"radius {RADII[0]}", f"radius {TUNED:g}")
+    others = [name for name in PLAYERS if not name.startswith("radius")]
+    cases = [("tuning", f"radius {r:g}", FOUR, 30_000, 1000) for r in RADII]
+    cases += [("players", name, FOUR, 100_000, 0) for name in (*theory_and_tuned, *others)]
+    cases += [("sizes", theory_and_tuned[1], sizes, 100_000, 0) for sizes in SIZES]
+    for first in range(0, given.repetitions, CHUNK):
+        for what, name, sizes, rounds, base in cases:
+            key = {"what": what, "player": name, "sizes": list(sizes), "rounds": rounds, "first": base + first}
+            if what not in given.what or any(all(r[k] == v for k, v in key.items()) for r in rows):
+                continue
+            runs = [one(PLAYERS[name](sizes, seed), rounds, seed) for seed in range(base + first, base + first + CHUNK)]
+            rows.append(key | {"regret": [found for found, _ in runs], "right": [right for _, right in runs]})
+            whole = {"noise": NOISE, "spread": SPREAD, "marks": MARKS, "tuned": TUNED, "rows": rows}
+            given.out.with_suffix(".tmp").write_text(json.dumps(whole))
+            given.out.with_suffix(".tmp").replace(given.out)
+            print(key, [round(found[-1]) for found, _ in runs], flush=True)
+    report(rows)
+
+
+if __name__ == "__main__":
+    main()
