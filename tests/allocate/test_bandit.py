@@ -218,6 +218,27 @@ def test_the_table_tells_what_was_learned():
     assert json.loads(json.dumps(bandit.table())) == bandit.table()
 
 
+def test_what_is_known_of_rewards_need_not_be_learned_and_may_change():
+    parts = additive((4, 3), seed=1)
+    costs = np.array([[0.0, 0.3, 0.1, 0.2], [0.2, 0.0, 0.4, 9.9]])  # the last is no atom
+    told, known = FactoredBandit((4, 3), radius=1e9, seed=3), FactoredBandit((4, 3), radius=1e9, seed=4)
+    known.known = -costs
+    for _ in range(1500):
+        asked = told.ask()
+        told.tell(mean_of(parts, asked) - costs[0][asked[:, 0]] - costs[1][asked[:, 1]])
+        known.tell(mean_of(parts, known.ask()))
+    assert np.allclose(told.gaps(), known.gaps(), atol=0.03, equal_nan=True)
+    total = [part - cost[: len(part)] for part, cost in zip(parts, costs, strict=True)]
+    assert known.best().tolist() == told.best().tolist() == [part.argmax() for part in total]
+    for bandit, settled in ((known, [part.argmax() for part in total]), (known, [part.argmax() for part in parts])):
+        bandit.radius = 0.5
+        assert bandit._active_at(bandit.rounds).argmax(1).tolist() == settled
+        bandit.known = np.zeros((2, 4))
+    known.active = known._active_at(known.rounds)
+    assert known.best().tolist() == [part.argmax() for part in parts]
+    assert known.means()[0, parts[0].argmax()][parts[0].argmin()] == pytest.approx(np.ptp(parts[0]), abs=0.05)
+
+
 @pytest.mark.parametrize("make", [FactorUCB, JointUCB, SuccessiveElimination])
 def test_the_others_learn_too(make):
     parts = additive((3, 3), seed=2)

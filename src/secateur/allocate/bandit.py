@@ -119,6 +119,8 @@ class FactoredBandit(Player):
         seed: of the orders.
 
     Attributes:
+        known: a part of every atom's reward that is known and not in what :meth:`tell` is told (what it costs, say),
+            float64 [factors, atoms]; it may be set to other values at any time, what was learned stays right.
         difference: ``D``, float64 [factors, atoms, atoms].
         matches: ``N``, likewise.
         plays: how often each atom was played, int64 [factors, atoms].
@@ -140,6 +142,7 @@ class FactoredBandit(Player):
         count, most = len(self.sizes), int(self.sizes.max())
         self.difference, self.matches = np.zeros((count, most, most)), np.zeros((count, most, most))
         self.plays = np.zeros((count, most), dtype=np.int64)
+        self.known = np.zeros((count, most))
         self._real = np.arange(most) < self.sizes[:, None]
         self._pairs = self._real[:, :, None] & self._real[:, None, :] & ~np.eye(most, dtype=bool)
         self.active = self._real.copy()
@@ -148,16 +151,23 @@ class FactoredBandit(Player):
         """Which atoms are active if these are the statistics after so many rounds."""
         level = self.radius * self.spread**2 * (np.log(2 * self.sizes) + log_f(rounds))[:, None, None]
         # D / N > sqrt(level / N), without a division by zero
-        beats = self._pairs & (self.difference > 0) & (self.difference**2 > level * self.matches)
+        total = self.difference + self.matches * self._known_differences()
+        beats = self._pairs & (total > 0) & (total**2 > level * self.matches)
         unknown = (self._pairs & (self.matches == 0)).any((1, 2))
         active = self._real & (~beats.any(1) | unknown[:, None])
         return np.where(active.any(1, keepdims=True), active, self._real)
 
+    def _known_differences(self) -> np.ndarray:
+        return self.known[:, :, None] - self.known[:, None, :]
+
+    def means(self) -> np.ndarray:
+        """Of what was told, how much better each atom looks than each other, [factors, atoms, atoms]; NaN: not known."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(self.matches > 0, self.difference / self.matches, np.nan)
+
     def gaps(self) -> np.ndarray:
         """By how much each atom looks worse than its factor's best-looking one, [factors, atoms]; NaN: not known."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            mean = np.where(self.matches > 0, self.difference / self.matches, np.nan)
-        best = self.best()
+        mean, best = self.means() + self._known_differences(), self.best()
         found = np.where(self._real, np.take_along_axis(mean, best[:, None, None], 1)[:, 0], np.nan)
         found[np.arange(len(best)), best] = 0
         return found
@@ -166,6 +176,7 @@ class FactoredBandit(Player):
         """The mean difference to the other active atoms, [factors, atoms]; minus infinity for those that are not."""
         both = self._pairs & self.active[:, :, None] & self.active[:, None, :] & (self.matches > 0)
         mean = np.divide(self.difference, self.matches, out=np.zeros_like(self.difference), where=both)
+        mean += self._known_differences() * both
         return np.where(self.active, mean.sum(2) / np.maximum(both.sum(2), 1), -np.inf)
 
     def best(self) -> np.ndarray:
@@ -236,7 +247,7 @@ class FactoredBandit(Player):
             {
                 "sizes": self.sizes.tolist(), "radius": self.radius, "spread": self.spread, "bounds": self.bounds,
                 "dueling": self.dueling, "rounds": self.rounds, "difference": self.difference.tolist(),
-                "matches": self.matches.tolist(), "plays": self.plays.tolist(), "active": self.active.tolist(),
+                "known": self.known.tolist(), "matches": self.matches.tolist(), "plays": self.plays.tolist(), "active": self.active.tolist(),
                 "asked": None if self._asked is None else self._asked.tolist(),
                 "rng": self.rng.bit_generator.state,
             }
@@ -255,7 +266,7 @@ class FactoredBandit(Player):
             made = FactoredBandit(
                 data["sizes"], radius=data["radius"], spread=data["spread"], bounds=bounds, dueling=data["dueling"]
             )
-            for name in ("difference", "matches", "plays", "active"):
+            for name in ("known", "difference", "matches", "plays", "active"):
                 value = np.array(data[name], dtype=getattr(made, name).dtype)
                 if value.shape != getattr(made, name).shape:
                     raise SecateurError(f"the bandit's state is damaged: {name} has shape {list(value.shape)}")
