@@ -29,6 +29,8 @@ from secateur.errors import SecateurError
 RADIUS = 12.0
 """Twice the variance proxy of a matched difference: noise of variance 1 on both sides, and the partners' effects."""
 
+_ARRAYS = ("known", "difference", "matches", "plays", "active")
+
 
 def log_f(rounds: int) -> float:
     """``log f(t)``, at least 1."""
@@ -161,7 +163,7 @@ class FactoredBandit(Player):
         return self.known[:, :, None] - self.known[:, None, :]
 
     def means(self) -> np.ndarray:
-        """Of what was told, how much better each atom looks than each other, [factors, atoms, atoms]; NaN: not known."""
+        """Of what was told, how much better each atom looks than each other, [factors, atoms, atoms], or NaN."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(self.matches > 0, self.difference / self.matches, np.nan)
 
@@ -243,15 +245,10 @@ class FactoredBandit(Player):
 
     def to_json(self) -> str:
         """Everything, as JSON text; a bandit made of it goes on bit for bit."""
-        return json.dumps(
-            {
-                "sizes": self.sizes.tolist(), "radius": self.radius, "spread": self.spread, "bounds": self.bounds,
-                "dueling": self.dueling, "rounds": self.rounds, "difference": self.difference.tolist(),
-                "known": self.known.tolist(), "matches": self.matches.tolist(), "plays": self.plays.tolist(), "active": self.active.tolist(),
-                "asked": None if self._asked is None else self._asked.tolist(),
-                "rng": self.rng.bit_generator.state,
-            }
-        )  # fmt: skip
+        arrays = {name: getattr(self, name).tolist() for name in (*_ARRAYS, "sizes")}
+        settings = {name: getattr(self, name) for name in ("radius", "spread", "bounds", "dueling", "rounds")}
+        asked = None if self._asked is None else self._asked.tolist()
+        return json.dumps({**arrays, **settings, "asked": asked, "rng": self.rng.bit_generator.state})
 
     @staticmethod
     def from_json(text: str) -> FactoredBandit:
@@ -266,7 +263,7 @@ class FactoredBandit(Player):
             made = FactoredBandit(
                 data["sizes"], radius=data["radius"], spread=data["spread"], bounds=bounds, dueling=data["dueling"]
             )
-            for name in ("known", "difference", "matches", "plays", "active"):
+            for name in _ARRAYS:
                 value = np.array(data[name], dtype=getattr(made, name).dtype)
                 if value.shape != getattr(made, name).shape:
                     raise SecateurError(f"the bandit's state is damaged: {name} has shape {list(value.shape)}")

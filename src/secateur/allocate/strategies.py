@@ -7,7 +7,7 @@ many each group keeps. Channels go in *items*: single channels, or blocks that k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class Problem:
         rank: position of every item in its group's order of removal.
         size: channels in every item.
         score: summed score of every item.
+        orders: by index of a group, the positions of its channels in the order of their removal.
     """
 
     meter: Meter
@@ -42,6 +43,7 @@ class Problem:
     rank: np.ndarray
     size: np.ndarray
     score: np.ndarray
+    orders: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = np.bincount(self.group, minlength=len(self.start))
@@ -248,4 +250,4 @@ def _problem(
             total[-1] = values[orders[i]][begins[-1] : ends[-1]].sum()
         columns.append((np.full(len(ends), i), np.arange(len(ends)), ends - begins, total))
     stacked = [np.concatenate(c) for c in zip(*columns, strict=True)] if columns else [np.zeros(0, dtype=np.int64)] * 4
-    return Problem(meter, graph.widths, stacked[0], stacked[1], stacked[2], stacked[3]), orders
+    return Problem(meter, graph.widths, stacked[0], stacked[1], stacked[2], stacked[3], orders), orders
