@@ -24,7 +24,7 @@ from torch import nn
 import secateur as sc
 from secateur.cut.packing import MARGIN, milliseconds, moved, orders_of, packed
 from secateur.cut.pattern import Pattern
-from secateur.cut.relabel import relabelled
+from secateur.cut.relabel import moves, relabelled
 from secateur.measure import counted
 from secateur.models import build, example_input
 
@@ -62,7 +62,7 @@ def layer(kind: str, width: int, size: int, keep: float, layout: str, batch: int
     graph = sc.trace(model, x[:1])
     orders = orders_of(graph, patterns)
     model = relabelled(model, graph, orders)
-    own = moved("0", patterns["0"], graph, orders)
+    own = moved("0", patterns["0"], moves(graph, orders))
     ways = {"blocks": packed(model[0], own, at_once=False), "at_once": packed(model[0], own, at_once=True)}
     assert all(made.order is None for made in ways.values())
     return judged(milliseconds({"dense": model[0], **ways}, x, repeats), 1 / keep)
@@ -87,7 +87,7 @@ def network(name: str, keep: float, layout: str, batch: int, repeats: int) -> di
     times = milliseconds({"dense": model, "packed": small}, x, repeats)
     macs = {key: counted(m, x[:1])["macs"] for key, m in (("dense", model), ("packed", all_packed))}
     done = json.loads(sc.record(small)[-1]["pack"])
-    row = {"ms": times, "chosen": "packed", "packed": len(done["layers"]), "dense": len(done["dense"])}
+    row = {"ms": times, "chosen": "packed", "packed": len(done["layers"]), "dense": len(done["patterns"])}
     speedup, reduction = times["dense"] / times["packed"], macs["dense"] / macs["packed"]
     return row | {"speedup": speedup, "reduction": reduction, "ratio": speedup / reduction}
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.cut.pivots import energy, patterns_of, pivoted
+from secateur.cut.pivots import eligible, energy, patterns_of, pivoted
 from secateur.data import load
 from secateur.measure import accuracy, counted
 from secateur.models import build, example_input
@@ -75,7 +75,8 @@ def one(name: str, method: str, keep: float, seed: int) -> dict[str, Any]:
             batch for _, batch in zip(range(50), data.loader("train", BATCH, shuffle=True, seed=seed), strict=False)
         ]
         factors = sc.kronecker_factors(model, some)
-    patterns, _ = patterns_of(model, keep, layout=layout, factors=factors, exclude=setting["whole"])
+    names, _ = eligible(model, keep, layout, setting["whole"])
+    patterns = patterns_of(model, names, keep, layout=layout, factors=factors)
     blocks = pivoted(model, patterns, {})
     macs = counted(sc.pack(blocks, inputs, way="at_once"), inputs)["macs"] / counted(model, inputs)["macs"]
     handle: Any = None

@@ -14,8 +14,9 @@ from torch import nn
 import secateur as sc
 from secateur.cut.blocks import Packed
 from secateur.cut.pattern import LAYOUTS, Pattern
-from secateur.cut.pivots import energy, patterns_of
+from secateur.cut.pivots import eligible, energy, patterns_of, remembered
 from secateur.errors import SecateurError
+from secateur.measure import counted
 
 packing = importlib.import_module("secateur.cut.packing")
 
@@ -87,7 +88,9 @@ def test_packed_is_masked(name, layout, keep, way):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         model, x = case(name, dtype)
         before = {n: t.clone() for n, t in model.state_dict().items()}
-        pivoted = sc.pivot(model, x, keep, layout=layout, exclude=["head"] if name == "residual" else [])
+        given = {"layout": layout, "exclude": ["head"] if name == "residual" else []}
+        given |= {} if layout == "diagonal" else {"blocks": 4}
+        pivoted = sc.pivot(model, x, keep, **given)
         packed = sc.pack(pivoted, x, way=way)
         with torch.no_grad():
             wanted, given = pivoted(x), packed(x)
@@ -100,14 +103,26 @@ def test_packed_is_masked(name, layout, keep, way):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(13, 11), (17, 8), (8, 19), (33, 33)])
-def test_blocks_that_do_not_divide_a_layer_are_padded(layout, shape):
+@pytest.mark.parametrize("shape", [(13, 11), (17, 8), (8, 19), (33, 33), (33, 18)])
+@pytest.mark.parametrize("way", ["blocks", "at_once"])
+def test_blocks_that_do_not_divide_a_layer_change_nothing_and_train_on_like_the_masked_one(layout, shape, way):
     torch.manual_seed(0)
-    model = nn.Linear(shape[1], shape[0]).double()
+    model = nn.Sequential(nn.Linear(shape[1], shape[0]), nn.Tanh(), nn.Linear(shape[0], 2)).double()
     x = torch.randn(4, shape[1], dtype=torch.float64)
-    pivoted = sc.pivot(model, x, 0.5, layout=layout, **({} if layout == "diagonal" else {"blocks": 3}))
-    for way in ("blocks", "at_once"):
-        assert torch.allclose(sc.pack(pivoted, x, way=way)(x), pivoted(x), rtol=0, atol=1e-12)
+    given = {"layout": layout, "exclude": ["2"]} | ({} if layout == "diagonal" else {"blocks": 3})
+    pivoted = sc.pivot(model, x, 0.5, **given)
+    packed = sc.pack(pivoted, x, way=way)
+    assert isinstance(packed[0], Packed)
+    assert packed[0].order is None
+    handle = sc.Pivoting(pivoted, patterns=remembered(pivoted))
+    for each, hold in ((pivoted, handle.step), (packed, lambda: None)):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(5):
+            optimizer.zero_grad()
+            each(x).square().sum().backward()
+            optimizer.step()
+            hold()
+    assert torch.allclose(packed(x), pivoted(x), rtol=0, atol=1e-10)
 
 
 def indices(model):
@@ -180,9 +195,147 @@ def test_what_is_slower_stays_dense(monkeypatch):
         packed = sc.pack(pivoted, x)
         assert sum(isinstance(m, Packed) for m in packed.modules()) == expected
         facts = json.loads(sc.record(packed)[-1]["pack"])
-        assert (len(facts["layers"]), len(facts["dense"]), len(facts["ms"])) == (expected, 4 - expected, 4)
+        assert (len(facts["layers"]), len(facts["patterns"]), len(facts["ms"])) == (expected, 4 - expected, 4)
         with torch.no_grad():
             assert torch.allclose(packed(x), pivoted(x), atol=1e-10)
+
+
+def test_packing_again_for_another_batch_uses_the_channels_as_they_lie_now(monkeypatch):
+    model, x = case("perceptron")
+    pivoted = sc.pivot(model, x, 0.5, blocks=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "milliseconds", lambda ways, _: {n: 0.1 if n == "dense" else 1.0 for n in ways})
+        dense = sc.pack(pivoted, x)
+    assert not any(isinstance(m, Packed) for m in dense.modules())
+    again = sc.pack(dense, x, way="blocks")
+    assert sum(isinstance(m, Packed) for m in again.modules()) == 4
+    with torch.no_grad():
+        assert torch.allclose(again(x), pivoted(x), atol=1e-10)
+    with pytest.raises(SecateurError, match="packed already"):
+        sc.pack(again, x)
+    handle = sc.Pivoting(dense, patterns=remembered(dense))
+    handle.step()
+    with torch.no_grad():
+        assert torch.allclose(dense(x), pivoted(x), atol=1e-10)
+
+
+def test_weights_that_changed_outside_of_the_blocks_are_told():
+    model, x = case("perceptron")
+    pivoted = sc.pivot(model, x, 0.5, blocks=4)
+    with torch.no_grad():
+        pivoted[2].weight += 1
+    with pytest.raises(SecateurError, match="'2' have changed outside of its blocks"):
+        sc.pack(pivoted, x)
+
+
+def test_a_model_that_is_not_the_sum_of_its_layers_is_told():
+    class Doubled(nn.Linear):
+        pass
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return nn.functional.linear(self.a(x), self.b.weight * 2) + self.b(x)
+
+    x = torch.randn(3, 16)
+    with pytest.raises(SecateurError, match="does a module read the weights of another"):
+        sc.pack(sc.pivot(Reads(), x, 0.5), x, way="blocks")
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), Doubled(16, 16))
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    model[1].forward = lambda x: 2 * nn.Linear.forward(model[1], x)
+    with pytest.raises(SecateurError, match=r"0 has hooks.*1 has hooks.*2 computes its weight"):
+        sc.pivot(model, x, 0.5)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    with pytest.raises(SecateurError, match="fused forward"):
+        sc.pivot(layer, torch.randn(2, 3, 16), 0.5)
+
+
+def test_a_layer_under_two_names_and_one_called_by_keyword_are_packed():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 16)
+            self.layers = nn.ModuleList([self.first, self.second])
+
+        def forward(self, x):
+            return self.layers[1](input=self.first(x).relu()) + self.second(self.layers[0](x))
+
+    torch.manual_seed(0)
+    model, x = Two().double(), torch.randn(3, 16, dtype=torch.float64)
+    pivoted = sc.pivot(model, x, 0.5, blocks=4)
+    packed = sc.pack(pivoted, x, way="at_once")
+    assert packed.first is packed.layers[0]
+    assert sum(p.numel() for p in packed.parameters()) < 0.6 * sum(p.numel() for p in model.parameters())
+    assert torch.allclose(packed(x), pivoted(x), atol=1e-12)
+
+
+def test_the_users_model_random_state_and_inputs_stay_as_they_were():
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.back = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.back(self.layer(x.mul_(2)).relu() + torch.randn_like(x))
+
+    model, x = Counts().train(), torch.randn(3, 16)
+    before, given = torch.get_rng_state(), x.clone()
+    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4), x, way="blocks")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(x, given)
+    assert model.calls == packed.calls == 0
+    assert model.training
+
+
+def test_outputs_that_are_not_finite_or_rough_are_no_reason_to_refuse():
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()).masked_fill(torch.arange(16) < 3, -torch.inf)
+
+    x = torch.randn(3, 16)
+    assert isinstance(sc.pack(sc.pivot(Masks(), x, 0.5), x, way="blocks").a, Packed)
+    torch.manual_seed(0)
+    deep = nn.Sequential(*(m for _ in range(11) for m in (nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)))).bfloat16()
+    x = torch.randn(32, 64, dtype=torch.bfloat16)
+    assert isinstance(sc.pack(sc.pivot(deep, x, 0.5, blocks=4), x, way="blocks")[0], Packed)
+
+
+def test_packing_never_brings_gathers():
+    """What fits as it is stays as it is; of random patterns there are never more indices than without a new order."""
+    rng = np.random.default_rng(0)
+    model, x = case("perceptron")
+    for seed in range(20):
+        layout = ("growth", "bundles", "diagonal")[seed % 3]
+        patterns = {}
+        for name in ("0", "2", "5", "7"):
+            m, n = model[int(name)].weight.shape
+            rows, columns = rng.permutation(m) if seed > 5 else np.arange(m), rng.permutation(n)
+            rows, count = np.r_[rows, np.full(-m % 4, m)].reshape(4, -1), n // 4
+            own = columns[: 4 * count].reshape(4, count) if seed > 5 else np.arange(4 * count).reshape(4, count)
+            patterns[name] = Pattern((m, n), np.sort(rows), np.sort(own), layout)
+        plain = [packing.layout_of(pattern, at_once=False) for pattern in patterns.values()]
+        before = sum(layout.starts is None for layout in plain), sum(not layout.ordered for layout in plain)
+        after = indices(sc.pack(model, x, patterns, way="blocks"))
+        assert after[0] <= before[0]
+        assert after[1] <= before[1]
+        assert seed > 5 or after == (0, 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keep", [1 / 2, 1 / 4])
+def test_macs_are_the_part_that_stays(layout, keep):
+    model, x = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 3)), torch.randn(1, 16, 8, 8)
+    packed = sc.pack(sc.pivot(model, x, keep, layout=layout), x, way="at_once")
+    assert counted(packed, x)["macs"] == keep * counted(model, x)["macs"]
 
 
 @pytest.mark.parametrize("way", ["blocks", "at_once"])
@@ -272,11 +425,11 @@ def test_layers_that_cannot_have_blocks_stay_whole_and_say_why():
     )  # fmt: skip
     model["again"] = nn.Linear(16, 16)
     model["again"].weight = shared.weight
-    found, skipped = patterns_of(model, 0.5, exclude=["out"])
-    assert set(found) == {"one"}
+    found, skipped = eligible(model, 0.5, "bundles", ["out"])
+    assert found == ["one"]
     for name, why in {
         "tied": "shares", "again": "shares", "row": "16 leaves", "few": "fewer than 4", "grouped": "grouped",
-        "circular": "circular", "normed": "plain weight", "out": "excluded",
+        "circular": "circular", "normed": "computes its weight", "out": "excluded",
     }.items():  # fmt: skip
         assert why in skipped[name], name
 
@@ -307,6 +460,9 @@ def test_layers_that_are_not_used_stay_whole():
         ({"keep": 0.5, "blocks": 2, "layout": "diagonal"}, "leave it out"),
         ({"keep": 0.5, "exclude": ["nothing"]}, "layer"),
         ({"keep": 0.01}, "no layer can have blocks"),
+        ({"keep": 0.4, "layout": "diagonal"}, "a half, a third, a quarter"),
+        ({"keep": 0.5, "seed": -1}, "seed=-1: a whole number from 0 on"),
+        ({"keep": 0.5, "factors": {"0": 1}}, "kronecker_factors"),
     ],
 )
 def test_bad_input_is_told(options, message):
@@ -319,11 +475,25 @@ def test_patterns_of_another_model_and_none_at_all_are_told():
     model, x = case("perceptron")
     with pytest.raises(SecateurError, match="make some with"):
         sc.pack(model, x)
-    found, _ = patterns_of(model, 0.5)
+    found = patterns_of(model, eligible(model, 0.5, "bundles")[0], 0.5)
     with pytest.raises(SecateurError, match="is 32 x 24, the pattern 32 x 32"):
         sc.pack(model, x, {"0": found["2"]})
     with pytest.raises(SecateurError, match="layer"):
         sc.pack(model, x, {"9": found["2"]})
+    for patterns, message in (
+        ({}, "there is none"),
+        ({"0": "x"}, "a pattern for each layer"),
+        ((found, {}), "a pattern for"),
+    ):
+        with pytest.raises(SecateurError, match=message):
+            sc.pack(model, x, patterns)
+    for inputs in ([x], None, "a"):
+        with pytest.raises(SecateurError, match=r"pivot\(example_inputs\): a tensor"):
+            sc.pivot(model, inputs, 0.5)
+    with pytest.raises(SecateurError, match="fails on these example inputs"):
+        sc.pivot(model, x[:, :3], 0.5)
+    with pytest.raises(SecateurError, match=r"a torch\.nn\.Module is expected"):
+        sc.pivot("model", x, 0.5)
     with pytest.raises(SecateurError, match="way"):
         sc.pack(model, x, found, way="quick")
     wrong = Pattern((32, 24), found["0"].rows, found["0"].columns, "bundles")

@@ -30,10 +30,14 @@ def test_every_row_is_in_one_block_and_no_more_than_the_budget_stays(layout, sha
     assert sorted(real) == list(range(shape[0]))
     mask = pattern.mask()
     if layout == "diagonal":
-        assert sorted(pattern.columns[pattern.columns < shape[1]]) == list(range(shape[1]))
+        assert len(set(pattern.columns.flatten())) == pattern.columns.size
         assert mask.sum(0).max() <= pattern.rows.shape[1]
-    assert mask.sum(1).max() <= pattern.columns.shape[1]
-    assert all(len(set(c[c < shape[1]])) == (c < shape[1]).sum() for c in pattern.columns)
+    assert (mask.sum(1) == pattern.columns.shape[1]).all()
+    assert mask.mean() <= keep + 1e-9
+    ghosts = (pattern.rows == shape[0]).sum(1)
+    assert not ghosts[:-1].any()
+    assert ghosts[-1] < pattern.rows.shape[1]
+    assert Pattern.from_dict(pattern.to_dict()).to_dict() == pattern.to_dict()
     if shape[0] % 8 == shape[1] % 8 == 0:
         assert mask.mean() == pytest.approx(keep)
         assert pattern.density == pytest.approx(keep)
@@ -77,26 +81,33 @@ def test_planted_blocks_are_found_again(layout, blocks, noise):
 
 
 @pytest.mark.parametrize("layout", ["diagonal", "bundles"])
-def test_alternating_never_loses_energy(layout):
-    table = energy(24, 24)
-    rows = np.arange(24).reshape(4, 6)
+@pytest.mark.parametrize("size", [24, 26])
+def test_alternating_never_loses_energy(layout, size):
+    table = energy(size, size)
+    of_row = np.repeat(np.arange(4), 7)[:size]
+    of_column = np.r_[np.repeat(np.arange(4), 6), np.full(size - 24, -1)]
     values = []
     for rounds in range(1, 8):
-        r, c = _alternated(table, rows, np.arange(24).reshape(4, 6), 6, layout, rounds, np.random.default_rng(0))
-        values.append(sum(table[np.ix_(a, b)].sum() for a, b in zip(r, c, strict=True)))
+        start = np.arange(size), of_row, np.arange(24).reshape(4, 6), of_column
+        rows, columns = _alternated(table, *start, layout, rounds, np.random.default_rng(0))
+        values.append(sum(table[np.ix_(rows[of_row == b], columns[b])].sum() for b in range(4)))
     assert all(a <= b + 1e-9 for a, b in itertools.pairwise(values))
+    assert values[-1] > values[0] or layout == "bundles"
 
 
 def test_the_assignment_is_the_best_one_and_of_parts_never_worse(monkeypatch):
     rng = np.random.default_rng(0)
-    gain, start = rng.random((6, 3)), np.arange(6).reshape(3, 2)
-    best = max(sum(gain[i, k // 2] for k, i in enumerate(order)) for order in itertools.permutations(range(6)))
-    found = _assigned(gain, start, rng)
-    assert sum(gain[i, k] for k in range(3) for i in found[k]) == pytest.approx(best)
+    gain, blocks = rng.random((6, 3)), np.array([0, 0, 1, 1, 2, -1])  # one place is outside of all blocks
+    worth = lambda items, gain, blocks: sum(gain[i, b] for i, b in zip(items, blocks, strict=True) if b >= 0)  # noqa: E731
+    best = max(worth(order, gain, blocks) for order in itertools.permutations(range(6)))
+    found = _assigned(gain, np.arange(6), blocks, rng)
+    assert sorted(found) == list(range(6))
+    assert worth(found, gain, blocks) == pytest.approx(best)
     monkeypatch.setattr(importlib.import_module("secateur.cut.pattern"), "AT_ONCE", 3)
-    gain, start = rng.random((20, 4)), np.arange(20).reshape(4, 5)
-    value = lambda where: sum(gain[i, k] for k in range(4) for i in where[k])  # noqa: E731
-    assert value(_assigned(gain, start, rng)) > value(start)
+    gain, blocks = rng.random((20, 4)), np.repeat(np.arange(4), 5)
+    found = _assigned(gain, np.arange(20), blocks, rng)
+    assert sorted(found) == list(range(20))
+    assert worth(found, gain, blocks) > worth(np.arange(20), gain, blocks)
 
 
 def test_the_same_seed_gives_the_same_pattern():
@@ -134,6 +145,12 @@ def test_as_data_it_is_the_same():
     again = Pattern.from_dict(json.loads(json.dumps(pattern.to_dict())))
     assert (again.mask() == pattern.mask()).all()
     assert again.layout == pattern.layout
-    for damage in ({"shape": [9, 12]}, {"layout": "round"}, {"rows": [[0]]}, {"columns": None}):
+    twice = pattern.columns.copy()
+    twice[0, 1] = twice[0, 0]
+    for damage in (
+        {"shape": [9, 12]}, {"layout": "round"}, {"rows": [[0]]}, {"columns": None}, {"columns": twice.tolist()},
+        {"columns": (pattern.columns + 0.5).tolist()}, {"rows": [*pattern.rows.tolist(), [10, 10, 10, 10]]},
+        {"layout": "diagonal"},
+    ):  # fmt: skip
         with pytest.raises(SecateurError, match="the pattern is damaged"):
             Pattern.from_dict(pattern.to_dict() | damage)

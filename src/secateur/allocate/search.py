@@ -7,8 +7,8 @@ much of the loss is kept, and what a width costs is known and need not be learne
     reward = -tanh((L(masked, batch) - L(whole, batch)) / scale)          known_la = -price * cost_la
     price    the least at which the best-looking combination meets the budget, found anew as estimates move
 
-The loss of the whole network on the same batch takes away what makes a batch hard or easy; a duel does so by playing two
-combinations on one batch. The bandit asks that a group's best width is best whatever the other groups do
+The loss of the whole network on the same batch takes away what makes a batch hard or easy; a duel does so by playing
+two combinations on one batch. The bandit asks that a group's best width is best whatever the other groups do
 (uniform identifiability); :attr:`Search.doubts` tells where what was seen speaks against it.
 """
 

@@ -30,7 +30,7 @@ class Layout:
 
     Attributes:
         blocks: how many.
-        rows: of a block, those of zeros at the end of the last ones among them.
+        rows: of a block, those of zeros at the end of the last one among them.
         columns: of a block.
         at_once: whether all blocks are computed by one operation.
         starts: where in the input each block's columns begin, if they lie side by side; otherwise they are gathered.
@@ -63,7 +63,9 @@ class Layout:
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise SecateurError(f"the layout is damaged ({type(error).__name__}: {error})") from error
-        if min(found.blocks, found.rows, found.columns) < 1 or (starts is not None and len(starts) != found.blocks):
+        if min(found.blocks, found.rows, found.columns) < 1 or (
+            starts is not None and (len(starts) != found.blocks or min(starts) < 0)
+        ):
             raise SecateurError("the layout is damaged: its sizes do not fit")
         return found
 
@@ -91,8 +93,11 @@ class Packed(nn.Module):
         shape, device = (layout.blocks, layout.columns), weight.device
         self.register_buffer("index", torch.zeros(shape, dtype=torch.int64, device=device) if gathers else None)
         self.register_buffer("order", None if layout.ordered else torch.zeros(out, dtype=torch.int64, device=device))
-        if layout.starts is not None and max(layout.starts) + layout.columns > columns:
-            raise SecateurError("the layout is damaged: a block's columns end beyond the input")
+        beyond = layout.columns > columns or (
+            layout.starts is not None and max(layout.starts) + layout.columns > columns
+        )
+        if beyond or not 0 <= layout.blocks * layout.rows - out < layout.rows:
+            raise SecateurError("the layout is damaged: its blocks do not fit the layer")
 
     def parts(self, x: Tensor, dim: int) -> list[Tensor]:
         """What each block reads."""
@@ -133,8 +138,9 @@ class PackedLinear(Packed):
         super().__init__(out_features, in_features, layout, weight, torch.zeros(b * r, **plain) if bias else None)
         self.in_features, self.out_features = in_features, out_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
+        x = input
         b, r, c = self.layout.blocks, self.layout.rows, self.layout.columns
         if not self.layout.at_once:
             biases = [None] * b if self.bias is None else self.bias.view(b, r).unbind()
@@ -158,8 +164,9 @@ class PackedConvolution(Packed):
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.stride, self.padding, self.dilation = stride, padding, dilation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[n, in_channels, *space] or [in_channels, *space], and likewise with out_channels."""
+        x = input
         layout, dim = self.layout, -1 - len(self.kernel_size)
         convolve = CONVOLVE[len(self.kernel_size)]
         geometry = (self.stride, self.padding, self.dilation)
@@ -182,6 +189,8 @@ def hollow(layer: Any, layout: Layout) -> Packed:
     else:
         geometry = {k: getattr(layer, k) for k in ("kernel_size", "stride", "padding", "dilation")}
         made = PackedConvolution(layer.in_channels, layer.out_channels, layout, bias=bias, **geometry, **plain)
+    if layer.weight.ndim == 4 and layer.weight.is_contiguous(memory_format=torch.channels_last):
+        made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, p in made.named_parameters():
         p.requires_grad_(getattr(layer, name).requires_grad)
     return made.train(layer.training)

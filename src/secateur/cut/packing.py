@@ -21,24 +21,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from secateur.cut.blocks import Layout, Packed, hollow
 from secateur.cut.bottleneck import put
 from secateur.cut.pattern import Pattern
-from secateur.cut.pivots import apply, check_patterns, inputs_of, remembered
+from secateur.cut.pivots import PACK, apply, check_patterns, outputs, remembered, used_by
 from secateur.cut.record import add_to_record
-from secateur.cut.relabel import moves, relabelled
+from secateur.cut.relabel import Index, moves, relabelled
 from secateur.errors import SecateurError, unknown
-from secateur.measure.accuracy import evaluating
-from secateur.trace import ChannelGraph, call_model, fingerprint, trace
-from secateur.trace.tracer import Inputs, tensors_in
+from secateur.trace import ChannelGraph, fingerprint, trace
+from secateur.trace.api import check_traceable
+from secateur.trace.tracer import Inputs
 
-PACK = "pack"
 WAYS = ("fastest", "blocks", "at_once")
 MARGIN = 0.95
 """A packed layer must take less than this part of the dense layer's time."""
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+}  # of others a tenth: they round, and are compared to catch faults
+ON_GPU = 1e-2  # float32 products have ten bits there, if PyTorch is told so
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,27 @@ class Packing:
     Attributes:
         fingerprint: of the model before.
         layers: the packed ones.
-        dense: the ones that were faster dense.
+        patterns: of the ones that were faster dense, as their channels lie now.
+        unused: layers that the forward does not use.
         milliseconds: of each layer that was timed, by way.
     """
 
     fingerprint: str
     layers: Mapping[str, Layout]
-    dense: Sequence[str]
+    patterns: Mapping[str, Pattern]
+    unused: Sequence[str]
     milliseconds: Mapping[str, Mapping[str, float]]
 
     def to_json(self) -> str:
         """As JSON text."""
-        layers = {name: layout.to_dict() for name, layout in self.layers.items()}
         return json.dumps(
-            {"fingerprint": self.fingerprint, "layers": layers, "dense": list(self.dense), "ms": self.milliseconds}
+            {
+                "fingerprint": self.fingerprint,
+                "layers": {name: layout.to_dict() for name, layout in self.layers.items()},
+                "patterns": {name: pattern.to_dict() for name, pattern in self.patterns.items()},
+                "unused": list(self.unused),
+                "ms": self.milliseconds,
+            }
         )
 
 
@@ -69,10 +78,9 @@ class Packing:
 
 
 def side_by_side(places: np.ndarray, ghost: int) -> bool:
-    """Whether each block's places [blocks, size] follow each other, those of zeros aside."""
-    low = np.where(places == ghost, ghost, places).min(1)
+    """Whether each block's places [blocks, size] follow each other, those of zeros (``ghost``) aside."""
     high = np.where(places == ghost, -1, places).max(1)
-    return bool((high - low + 1 == (places != ghost).sum(1)).all())
+    return bool((high - places.min(1) + 1 == (places != ghost).sum(1)).all())
 
 
 def orders_of(graph: ChannelGraph, patterns: Mapping[str, Pattern]) -> dict[str, list[int]]:
@@ -90,13 +98,13 @@ def orders_of(graph: ChannelGraph, patterns: Mapping[str, Pattern]) -> dict[str,
                 if len(ids) == len(group) and set(ids.tolist()) == set(place):
                     table = np.array([*(place[int(i)] for i in ids), len(group)])
                     wishes.append(table[blocks])
-        candidates = []
+        candidates = [np.arange(len(group))]  # as they are, if nothing is better
         for blocks in wishes:
-            in_turn = blocks[np.argsort((blocks == len(group)).sum(1), kind="stable")].flatten()
+            in_turn = blocks.flatten()
             in_turn = in_turn[in_turn < len(group)]
-            if len(set(in_turn.tolist())) == len(in_turn) == len(group):
-                candidates.append(in_turn)
-        if candidates:
+            if len(set(in_turn.tolist())) == len(in_turn):  # what no block reads comes last
+                candidates.append(np.r_[in_turn, np.setdiff1d(np.arange(len(group)), in_turn)])
+        if len(candidates) > 1:
 
             def spared(order: np.ndarray, wishes: Sequence[np.ndarray] = wishes) -> int:
                 rank = np.append(np.argsort(order), len(order))
@@ -106,23 +114,22 @@ def orders_of(graph: ChannelGraph, patterns: Mapping[str, Pattern]) -> dict[str,
     return found
 
 
-def moved(name: str, pattern: Pattern, graph: ChannelGraph | None, orders: Mapping[str, Sequence[int]]) -> Pattern:
-    """A pattern after the channels have got another order, its blocks in the order of their rows or columns."""
-    rows, columns = pattern.rows, pattern.columns
-    index = moves(graph, orders).get(f"{name}.weight", {}) if graph is not None else {}
-    (m, n), table = pattern.shape, {}
-    for dim, size in enumerate((m, n)):
-        table[dim] = np.append(np.argsort(index[dim]) if dim in index else np.arange(size), size)
-    rows, columns = np.sort(table[0][rows], axis=1), np.sort(table[1][columns], axis=1)
+def moved(name: str, pattern: Pattern, index: Index) -> Pattern:
+    """A pattern after the channels were put in another order, its blocks in the order of their rows or columns."""
+    own, (m, n) = index.get(f"{name}.weight", {}), pattern.shape
+    places = [
+        np.append(np.argsort(own[dim]) if dim in own else np.arange(size), size) for dim, size in enumerate((m, n))
+    ]
+    rows, columns = np.sort(places[0][pattern.rows], axis=1), np.sort(places[1][pattern.columns], axis=1)
     first = rows[:, 0] if side_by_side(rows, m) else columns[:, 0]
-    turn = np.lexsort((first, (rows == m).sum(1)))
+    turn = np.lexsort((first, rows[:, -1] == m))  # the block that is filled up with zeros stays the last
     return replace(pattern, rows=rows[turn], columns=columns[turn])
 
 
 def layout_of(pattern: Pattern, *, at_once: bool) -> Layout:
     """What a packed layer with this pattern is made of."""
     (m, n), flat = pattern.shape, pattern.rows.flatten()
-    beside = side_by_side(pattern.columns, n) and bool((pattern.columns < n).all())
+    beside = side_by_side(pattern.columns, n)
     return Layout(
         len(pattern.rows), pattern.rows.shape[1], pattern.columns.shape[1], at_once,
         tuple(pattern.columns[:, 0].tolist()) if beside else None, bool((flat[:m] == np.arange(m)).all()),
@@ -133,10 +140,9 @@ def layout_of(pattern: Pattern, *, at_once: bool) -> Layout:
 def packed(layer: Any, pattern: Pattern, *, at_once: bool) -> Packed:
     """A linear or a convolution as the blocks of a pattern, which follow each other as they are there."""
     made = hollow(layer, layout_of(pattern, at_once=at_once))
-    (m, n), device = pattern.shape, layer.weight.device
+    m, device = pattern.shape[0], layer.weight.device
     rows, columns = (torch.from_numpy(blocks).to(device) for blocks in (pattern.rows, pattern.columns))
-    whole = layer.weight.new_zeros((m + 1, n + 1, *layer.weight.shape[2:]))
-    whole[:m, :n] = layer.weight
+    whole = torch.cat([layer.weight, layer.weight.new_zeros((1, *layer.weight.shape[1:]))])
     weight = whole[rows[:, :, None], columns[:, None, :]]  # [blocks, rows, columns, *kernel]
     if isinstance(layer, nn.Linear):
         made.weight.copy_(weight.mT if at_once else weight)
@@ -145,7 +151,7 @@ def packed(layer: Any, pattern: Pattern, *, at_once: bool) -> Packed:
     if made.bias is not None:
         made.bias.copy_(torch.cat([layer.bias, layer.bias.new_zeros(1)])[rows.flatten()])
     if made.index is not None:
-        made.index.copy_(torch.where(columns < n, columns, 0))  # where the weights are zero any column will do
+        made.index.copy_(columns)
     if made.order is not None:
         flat = rows.flatten()
         made.order.copy_(torch.argsort(flat, stable=True)[:m])
@@ -187,67 +193,84 @@ def pack(
         model: a model from :func:`pivot`, or any one with ``patterns``; it is left untouched.
         example_inputs: what its forward takes; layers are timed on what they see then, so give the batch size, the
             device and the number of threads that the model will run with.
-        patterns: by layer; default: those that :func:`pivot` left.
+        patterns: by layer, weights outside of which become zero; default: those that :func:`pivot` or an earlier
+            packing left, outside of which weights must be zero.
         way: ``"fastest"``: whatever is, measured here and now; ``"blocks"`` or ``"at_once"``: this way, for all layers.
 
     Returns:
         A new module, which remembers what became of each layer and what was measured (:func:`secateur.record`).
 
     Raises:
-        SecateurError: no patterns, those of another model, an unknown way, a result that computes something else.
+        SecateurError: no patterns, those of another model, an unknown way, inputs on which the model does not run, a
+            result that computes something else.
     """
+    check_traceable(model, example_inputs, "pack")
     if way not in WAYS:
         raise unknown("way", way, WAYS)
     if patterns is None:
-        patterns, _ = remembered(model)
+        patterns = remembered(model)
     check_patterns(model, patterns)
+    used = used_by(model, example_inputs, list(patterns))
+    unused = [name for name in patterns if name not in used]
+    patterns = {name: pattern for name, pattern in patterns.items() if name in used}
     whole = copy.deepcopy(model)
     apply(whole, patterns)
-    graph, orders = _orders(whole, example_inputs, patterns)
+    wanted = outputs(whole, example_inputs)
+    graph = _graph(whole, example_inputs)
+    orders = orders_of(graph, patterns) if graph is not None else {}
+    index = moves(graph, orders) if graph is not None else {}
     new = relabelled(whole, graph, orders) if graph is not None else whole
-    seen = inputs_of(new, example_inputs, list(patterns))
+    seen = used_by(new, example_inputs, list(patterns)) if way == "fastest" else {}
     layouts: dict[str, Layout] = {}
+    left: dict[str, Pattern] = {}
     times: dict[str, dict[str, float]] = {}
     for name, pattern in patterns.items():
-        if name not in seen:
-            continue
         dense: Any = new.get_submodule(name)
-        own = moved(name, pattern, graph, orders)
-        ways = {key: packed(dense, own, at_once=key == "at_once") for key in WAYS[1:]}
+        own = moved(name, pattern, index)
+        ways = {key: packed(dense, own, at_once=key == "at_once") for key in WAYS[1:] if way in ("fastest", key)}
         best = way
         if way == "fastest":
-            times[name] = milliseconds({"dense": dense, **ways}, seen[name])
+            times[name] = milliseconds({"dense": dense, **ways}, seen.pop(name))
             best = min(ways, key=times[name].__getitem__)
             if times[name][best] >= MARGIN * times[name]["dense"]:
+                left[name] = own
                 continue
         layouts[name] = ways[best].layout
-        new = put(new, name, ways[best])
-    _check_same(whole, new, example_inputs)
-    left = [name for name in patterns if name not in layouts]
-    return add_to_record(new, model, {PACK: Packing(fingerprint(model), layouts, left, times)})
+        new = exchanged(new, dense, ways[best])
+    _check_same(wanted, new, example_inputs)
+    return add_to_record(new, model, {PACK: Packing(fingerprint(model), layouts, left, unused, times)})
 
 
-def _orders(
-    model: nn.Module, example_inputs: Inputs, patterns: Mapping[str, Pattern]
-) -> tuple[ChannelGraph | None, dict[str, list[int]]]:
+def exchanged(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """The model with another part wherever it holds the old one."""
+    for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is old]:
+        model = put(model, path, new)
+    return model
+
+
+def _graph(model: nn.Module, example_inputs: Inputs) -> ChannelGraph | None:
     try:
-        graph = trace(model, example_inputs)
+        return trace(model, example_inputs)
     except SecateurError as error:
         if "no removable channel" not in str(error):
             raise
-        return None, {}  # a single layer between input and output: nothing can change its order
-    return graph, orders_of(graph, patterns)
+        return None  # a single layer between input and output, say: nothing can change its order
 
 
-def _check_same(model: nn.Module, new: nn.Module, example_inputs: Inputs) -> None:
-    def outputs(of: nn.Module) -> list[Tensor]:
-        with evaluating(of):
-            inputs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example_inputs)
-            return list(tensors_in(call_model(of, inputs)))
-
-    for a, b in zip(outputs(model), outputs(new), strict=True):
-        gap = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30)) if a.numel() else 0
-        if not gap <= TOLERANCE.get(a.dtype, 1e-2):
+def _check_same(wanted: Sequence[Tensor], new: nn.Module, example_inputs: Inputs) -> None:
+    try:
+        given = outputs(new, example_inputs)
+    except SecateurError as error:
+        raise SecateurError(
+            f"pack: {error}: does a module read the weights of another? leave that one out by pivot(exclude=...)"
+        ) from error
+    for a, b in zip(wanted, given, strict=True):
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        whole, small, sound = a.detach().to(wide), b.detach().to(wide), a.isfinite()
+        scale = whole[sound].abs().max().clamp_min(1e-30) if bool(sound.any()) else 1.0
+        gap = float((whole - small)[sound].abs().max() / scale) if bool(sound.any()) else 0.0
+        allowed = TOLERANCE.get(a.dtype, 0.1) if a.device.type == "cpu" else ON_GPU
+        if not gap <= allowed or not torch.equal(sound, b.isfinite()):
             raise SecateurError(
                 f"pack: the packed model computes something else (relative difference {gap:.1e}); does its forward "
                 "depend on the order of its channels, or on anything but its inputs?"
@@ -264,7 +287,8 @@ def replay(model: nn.Module, text: str) -> nn.Module:
         data = json.loads(text)
         given = str(data["fingerprint"])
         layouts = {str(name): Layout.from_dict(layout) for name, layout in data["layers"].items()}
-        packing = Packing(given, layouts, [str(name) for name in data["dense"]], dict(data["ms"]))
+        left = {str(name): Pattern.from_dict(pattern) for name, pattern in data["patterns"].items()}
+        packing = Packing(given, layouts, left, [str(name) for name in data["unused"]], dict(data["ms"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"the packing is damaged ({type(error).__name__}: {error})") from error
     if given != fingerprint(model):
@@ -276,5 +300,5 @@ def replay(model: nn.Module, text: str) -> nn.Module:
         layer = dict(new.named_modules()).get(name)
         if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             raise SecateurError(f"the packing is damaged: the model has no linear or convolution {name!r}")
-        new = put(new, name, hollow(layer, layout))
+        new = exchanged(new, layer, hollow(layer, layout))
     return add_to_record(new, model, {PACK: packing})

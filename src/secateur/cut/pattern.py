@@ -7,13 +7,13 @@ is a list of blocks, each some rows and some columns, every row in one block; wh
 
 Three ways to find blocks, from rigid to free:
 
-``diagonal``    every column in one block too: after permuting rows and columns the matrix is block-diagonal.
+``diagonal``    no column in two blocks: after permuting rows and columns the matrix is block-diagonal.
 ``growth``      complete pivoting: a block grows from the largest entry left, row by row and column by column.
 ``bundles``     every bundle of rows has its own list of columns.
 
 ``diagonal`` and ``bundles`` alternate: given the blocks' columns, rows are assigned to blocks (an assignment problem);
-given the rows, columns are chosen. Both steps are optimal, so the captured energy never falls. Only the abstract of the
-paper is public: all of this is a reconstruction.
+given the rows, columns are chosen. Both steps are optimal (of more than 1,024 rows or columns, for random parts of them
+in turn), so the captured energy never falls. Only the abstract of the paper is public: this is a reconstruction.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Pattern:
 
     Attributes:
         shape: rows and columns of the matrix, (m, n).
-        rows: [blocks, r], each number below m once; ``m`` stands for a ghost row, where blocks do not divide m.
-        columns: [blocks, c]; ``n`` stands for a ghost column.
+        rows: [blocks, r], each number below m once, ascending in each block; where blocks do not divide m, the last one
+            is filled up with ``m``, a row of zeros.
+        columns: [blocks, c], ascending in each block.
         layout: how it was found.
     """
 
@@ -51,13 +52,13 @@ class Pattern:
     def mask(self) -> np.ndarray:
         """What stays, bool [m, n]."""
         m, n = self.shape
-        whole = np.zeros((m + 1, n + 1), dtype=bool)
+        whole = np.zeros((m + 1, n), dtype=bool)
         whole[self.rows[:, :, None], self.columns[:, None, :]] = True
-        return whole[:m, :n]
+        return whole[:m]
 
     @property
     def density(self) -> float:
-        """The part of the coefficients that a packed layer computes, ghosts among them."""
+        """The part of the coefficients that a packed layer computes, rows of zeros among them."""
         return self.rows.size * self.columns.shape[1] / (self.shape[0] * self.shape[1])
 
     def captured(self, energy: np.ndarray) -> float:
@@ -80,18 +81,24 @@ class Pattern:
             SecateurError: damaged data.
         """
         try:
-            m, n = (int(size) for size in data["shape"])
-            rows, columns = (np.array(data[key], dtype=np.int64) for key in ("rows", "columns"))
-            sound = (
-                rows.ndim == columns.ndim == 2
-                and len(rows) == len(columns)
-                and sorted(rows[rows < m].tolist()) == list(range(m))
-                and min(rows.min(), columns.min()) >= 0
-                and (rows.max() <= m and columns.max() <= n)
-                and data["layout"] in LAYOUTS
-            )
+            m, n = data["shape"]
+            rows, columns = np.array(data["rows"]), np.array(data["columns"])
+            layout = data["layout"]
         except (KeyError, TypeError, ValueError) as error:
             raise SecateurError(f"the pattern is damaged ({type(error).__name__}: {error})") from error
+        tables = all(t.ndim == 2 and t.size and np.issubdtype(t.dtype, np.integer) for t in (rows, columns))
+        if not tables or layout not in LAYOUTS or not all(isinstance(size, int) and size > 0 for size in (m, n)):
+            raise SecateurError("the pattern is damaged: a shape, a layout, rows and columns of blocks are expected")
+        own = columns.flatten() if layout == "diagonal" else columns
+        sound = (
+            len(rows) == len(columns)
+            and sorted(rows[rows != m].tolist()) == list(range(m))
+            and rows.size - m < rows.shape[1]
+            and columns.min() >= 0
+            and columns.max() < n
+            and bool((np.diff(np.sort(own)) > 0).all())
+            and bool((np.diff(rows) >= 0).all() and (np.diff(columns) > 0).all())
+        )
         if not sound:
             raise SecateurError("the pattern is damaged: its blocks do not fit its shape")
         return Pattern((m, n), rows, columns, str(data["layout"]))
@@ -104,7 +111,7 @@ def find_pattern(
     layout: str = "bundles",
     blocks: int | None = None,
     rounds: int = 20,
-    restarts: int = 2,
+    restarts: int = 1,
     seed: int = 0,
 ) -> Pattern:
     """Blocks that capture as much energy as can be found.
@@ -113,8 +120,8 @@ def find_pattern(
         energy: [m, n], not negative.
         keep: the part of the coefficients that stays, in (0, 1].
         layout: ``"diagonal"``, ``"growth"`` or ``"bundles"``.
-        blocks: how many; for ``"diagonal"`` there are always ``1 / keep``, rounded up.
-        rounds: alternations, at most.
+        blocks: how many, at most; for ``"diagonal"`` there are always ``1 / keep``, rounded up.
+        rounds: alternations, at most; they end when they gain less than a part in 10,000.
         restarts: beginnings, of which the best end counts.
         seed: of beginnings, and of the parts in which large problems are taken.
 
@@ -127,23 +134,25 @@ def find_pattern(
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
         raise SecateurError(f"keep={keep!r}: a fraction in (0, 1] is expected")
     m, n = energy.shape
-    count = _blocks(layout, keep, blocks, m, n)
-    rows, columns = -(-m // count), -(-n // count) if layout == "diagonal" else max(1, int(keep * n + 1e-9))
+    height = -(-m // _blocks(layout, keep, blocks, m, n))
+    count, width = -(-m // height), max(1, int(keep * n + 1e-9))
+    of_row = np.repeat(np.arange(count), height)[:m]  # the last block may have fewer rows
+    of_column = np.r_[np.repeat(np.arange(count), width), np.full(max(0, n - count * width), -1)]
     rng = np.random.default_rng(seed)
-    padded = np.pad(energy, ((0, count * rows - m), (0, count * columns - n if layout == "diagonal" else 0)))
     best: tuple[float, np.ndarray, np.ndarray] | None = None
     for number in range(1 if layout == "growth" else restarts):
         if layout == "growth" or number == 0:
-            found = _grown(padded, count, rows, columns, reuse=layout != "diagonal")
+            rows, columns = _grown(energy, of_row, width, reuse=layout != "diagonal")
         else:
-            found = rng.permutation(len(padded)).reshape(count, rows), np.empty((count, 0), dtype=np.int64)
+            rows, columns = rng.permutation(m), rng.permutation(n)[: count * width].reshape(count, width)
         if layout != "growth":
-            found = _alternated(padded, *found, columns, layout, rounds, rng)
-        value = sum(float(padded[np.ix_(r, c)].sum()) for r, c in zip(*found, strict=True))
+            rows, columns = _alternated(energy, rows, of_row, columns, of_column, layout, rounds, rng)
+        value = _inside(energy, rows, of_row, columns)
         if best is None or value > best[0]:
-            best = (value, *found)
+            best = (value, rows, columns)
     assert best is not None
-    return Pattern((m, n), np.minimum(best[1], m), np.minimum(best[2], n), layout)
+    padded = np.r_[best[1], np.full(count * height - m, m)].reshape(count, height)
+    return Pattern((m, n), np.sort(padded, axis=1), np.sort(best[2], axis=1), layout)
 
 
 def _checked(energy: np.ndarray) -> np.ndarray:
@@ -172,20 +181,40 @@ def _blocks(layout: str, keep: float, blocks: int | None, m: int, n: int) -> int
     return count
 
 
-def _grown(energy: np.ndarray, count: int, rows: int, columns: int, *, reuse: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Complete pivoting: each block grows from the largest entry left by the row or column with most to add."""
+def _by_block(energy: np.ndarray, rows: np.ndarray, of_row: np.ndarray) -> np.ndarray:
+    """The energy of every column in the rows of every block, [blocks, columns]."""
+    return np.add.reduceat(energy[rows], np.flatnonzero(np.diff(of_row, prepend=-1)), axis=0)
+
+
+def _inside(energy: np.ndarray, rows: np.ndarray, of_row: np.ndarray, columns: np.ndarray) -> float:
+    return float(np.take_along_axis(_by_block(energy, rows, of_row), columns, 1).sum())
+
+
+def _grown(energy: np.ndarray, of_row: np.ndarray, width: int, *, reuse: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Complete pivoting: each block grows from the largest entry left by the row or column with most to add.
+
+    Args:
+        energy: the table.
+        of_row: the block of each place for a row.
+        width: columns of a block.
+        reuse: whether blocks may share columns.
+
+    Returns:
+        The rows, block by block, and the columns of each block.
+    """
     open_rows, open_columns = (np.ones(size, dtype=bool) for size in energy.shape)
-    found_rows, found_columns = [], []
-    for _ in range(count):
+    found_rows: list[int] = []
+    found_columns = []
+    for height in np.bincount(of_row).tolist():
         left = np.where(open_rows[:, None] & open_columns[None, :], energy, -1.0)
         i, j = np.unravel_index(int(left.argmax()), left.shape)
         taken_rows, taken_columns = [int(i)], [int(j)]
         by_row, by_column = energy[:, j].copy(), energy[i].copy()  # what a row or column would add
         by_row[~open_rows] = by_column[~open_columns] = -np.inf
         by_row[i] = by_column[j] = -np.inf
-        while len(taken_rows) < rows or len(taken_columns) < columns:
-            best_row = by_row.max(initial=-np.inf) / len(taken_columns) if len(taken_rows) < rows else -np.inf
-            best_column = by_column.max(initial=-np.inf) / len(taken_rows) if len(taken_columns) < columns else -np.inf
+        while len(taken_rows) < height or len(taken_columns) < width:
+            best_row = by_row.max(initial=-np.inf) / len(taken_columns) if len(taken_rows) < height else -np.inf
+            best_column = by_column.max(initial=-np.inf) / len(taken_rows) if len(taken_columns) < width else -np.inf
             if best_row >= best_column:
                 k = int(by_row.argmax())
                 taken_rows.append(k)
@@ -196,7 +225,7 @@ def _grown(energy: np.ndarray, count: int, rows: int, columns: int, *, reuse: bo
                 taken_columns.append(k)
                 by_column[k] = -np.inf
                 by_row += np.where(np.isfinite(by_row), energy[:, k], 0)
-        found_rows.append(taken_rows)
+        found_rows += taken_rows
         found_columns.append(taken_columns)
         open_rows[taken_rows] = False
         if not reuse:
@@ -205,36 +234,40 @@ def _grown(energy: np.ndarray, count: int, rows: int, columns: int, *, reuse: bo
 
 
 def _alternated(
-    energy: np.ndarray, rows: np.ndarray, columns: np.ndarray, width: int, layout: str, rounds: int,
-    rng: np.random.Generator,
+    energy: np.ndarray, rows: np.ndarray, of_row: np.ndarray, columns: np.ndarray, of_column: np.ndarray, layout: str,
+    rounds: int, rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Columns given rows, rows given columns, until nothing is gained."""
-    before = -np.inf
+    """Columns given rows, rows given columns, until next to nothing is gained."""
+    before, width = -np.inf, columns.shape[1]
     for _ in range(rounds):
-        by_block = np.stack([energy[r].sum(0) for r in rows])  # [blocks, columns]
+        by_block = _by_block(energy, rows, of_row)
         if layout == "bundles":
-            columns = np.sort(np.argsort(-by_block, axis=1, kind="stable")[:, :width], axis=1)
+            columns = np.argsort(-by_block, axis=1, kind="stable")[:, :width]
         else:
-            start = columns if columns.shape[1] else rng.permutation(energy.shape[1]).reshape(len(rows), width)
-            columns = _assigned(by_block.T, start, rng)
-        rows = _assigned(np.stack([energy[:, c].sum(1) for c in columns], 1), rows, rng)
-        value = sum(float(energy[np.ix_(r, c)].sum()) for r, c in zip(rows, columns, strict=True))
-        if value <= before * (1 + 1e-9):
+            inside = columns.flatten()
+            start = np.r_[inside, np.setdiff1d(np.arange(energy.shape[1]), inside)]
+            columns = _assigned(by_block.T, start, of_column, rng)[of_column >= 0].reshape(columns.shape)
+        rows = _assigned(np.stack([energy[:, c].sum(1) for c in columns], 1), rows, of_row, rng)
+        value = _inside(energy, rows, of_row, columns)
+        if value <= before * (1 + 1e-4):
             break
         before = value
     return rows, columns
 
 
-def _assigned(gain: np.ndarray, start: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Items to blocks of equal size, for the largest total gain; of many items, random parts keep their places.
+def _assigned(gain: np.ndarray, items: np.ndarray, blocks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Items to places, for the largest total gain; of many items, random parts keep the places they have together.
 
     Args:
-        gain: [items, blocks].
-        start: [blocks, size], what is where now.
+        gain: [items, blocks], what an item brings in a block.
+        items: the item in each place now.
+        blocks: the block of each place, -1 for places outside of all, where an item brings nothing.
         rng: draws the parts.
+
+    Returns:
+        The item in each place.
     """
-    blocks, size = start.shape
-    items, slots = start.flatten(), np.repeat(np.arange(blocks), size)
+    items, padded = items.copy(), np.c_[gain, np.zeros(len(gain))]  # block -1 is the last column
     parts = [np.arange(len(items))]
     if len(items) > AT_ONCE:
         parts = [
@@ -242,8 +275,8 @@ def _assigned(gain: np.ndarray, start: np.ndarray, rng: np.random.Generator) -> 
         ]
     for part in parts:
         own = items[part]
-        chosen, where = linear_sum_assignment(gain[own][:, slots[part]], maximize=True)
+        chosen, where = linear_sum_assignment(padded[own][:, blocks[part]], maximize=True)
         new = np.empty_like(own)
         new[where] = own[chosen]
         items[part] = new
-    return np.sort(items.reshape(blocks, size), axis=1)
+    return items

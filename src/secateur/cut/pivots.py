@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +24,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.curvature import Curvature
+from secateur.curvature.kronecker import Factors
 from secateur.curvature.layers import CONVOLUTIONS, Layer, measurable
 from secateur.cut.pattern import LAYOUTS, Pattern, find_pattern
 from secateur.cut.record import add_to_record, record
 from secateur.errors import SecateurError, unknown
 from secateur.measure.accuracy import evaluating
 from secateur.trace import call_model, fingerprint
-from secateur.trace.tracer import Inputs
+from secateur.trace.api import check_traceable
+from secateur.trace.tracer import Inputs, tensors_in
 
-PIVOT = "pivot"
+PIVOT, PACK = "pivot", "pack"
+FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 LEAST = 4
 """Blocks of fewer rows or columns than this are no gain for any hardware."""
 
@@ -40,13 +46,13 @@ class Pivots:
     """What stays of each layer, as data."""
 
     fingerprint: str
-    layers: Mapping[str, Pattern]
+    patterns: Mapping[str, Pattern]
     skipped: Mapping[str, str]
 
     def to_json(self) -> str:
         """As JSON text."""
-        layers = {name: pattern.to_dict() for name, pattern in self.layers.items()}
-        return json.dumps({"fingerprint": self.fingerprint, "layers": layers, "skipped": dict(self.skipped)})
+        patterns = {name: pattern.to_dict() for name, pattern in self.patterns.items()}
+        return json.dumps({"fingerprint": self.fingerprint, "patterns": patterns, "skipped": dict(self.skipped)})
 
 
 def energy(layer: nn.Module, factors: Any = None) -> np.ndarray:
@@ -58,6 +64,8 @@ def energy(layer: nn.Module, factors: Any = None) -> np.ndarray:
     """
     # a whole column of the table is gone or stays at all taps; without the bias
     squared = Layer("", layer, biased=False).table().double().square().sum((0, 2))
+    if not bool(squared.isfinite().all()):
+        raise SecateurError("the weight holds NaN or infinite numbers")
     if factors is not None:
         if factors.layer.form != "channel" and squared.shape[1] * factors.layer.taps != factors.a.shape[-1]:
             raise SecateurError("factors in full form: give kronecker_factors(..., form='channel')")
@@ -68,23 +76,24 @@ def energy(layer: nn.Module, factors: Any = None) -> np.ndarray:
 
 def why_not(model: nn.Module) -> dict[str, str]:
     """The linears and convolutions that cannot have blocks, and why."""
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                users[id(p)] = users.get(id(p), 0) + 1
+    weights = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    fused = {id(m) for encoder in model.modules() if isinstance(encoder, FUSED) for m in encoder.modules()}
     found = {}
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             continue
         if type(module) not in (nn.Linear, *CONVOLUTIONS) or not measurable(module):
-            found[name] = f"{type(module).__name__} does not hold a plain weight"
+            found[name] = "computes its weight, or is not a plain linear or convolution"
         elif getattr(module, "groups", 1) > 1:
             found[name] = "is a grouped convolution, which has blocks already"
         elif getattr(module, "padding_mode", "zeros") != "zeros":
             found[name] = f"pads with {module.padding_mode!r}"
-        elif users[id(module.weight)] > 1:
+        elif weights[id(module.weight)] > 1:
             found[name] = "shares its weight with another layer"
+        elif id(module) in fused:
+            found[name] = "is read by the fused forward of a transformer layer"
+        elif "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in HOOKS):
+            found[name] = "has hooks, or a forward of its own"
     return found
 
 
@@ -96,22 +105,29 @@ def check_pivot(keep: object, layout: str, blocks: object) -> None:
         raise unknown("layout", layout, LAYOUTS)
     if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
         raise SecateurError(f"blocks={blocks!r}: a whole number from 1 on is expected")
-    if blocks is not None and layout == "diagonal":
+    if layout == "diagonal" and blocks is not None:
         raise SecateurError("blocks: with layout='diagonal' there are 1 / keep of them; leave it out")
+    if layout == "diagonal" and abs(1 / keep - round(1 / keep)) > 1e-6:
+        raise SecateurError(
+            f"keep={keep:g}: block-diagonal layers keep a half, a third, a quarter, ...; give one of these"
+        )
 
 
-def patterns_of(
-    model: nn.Module, keep: float, *, layout: str = "bundles", blocks: int | None = None,
-    factors: Curvature | None = None, exclude: Sequence[str] = (), seed: int = 0,
-) -> tuple[dict[str, Pattern], dict[str, str]]:  # fmt: skip
-    """The pattern of every layer that can have one, and why others have none; see :func:`pivot`."""
-    check_pivot(keep, layout, blocks)
+def eligible(
+    model: nn.Module, keep: float, layout: str, exclude: Sequence[str] = (), factors: Curvature | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """The layers that can have blocks, and why others cannot.
+
+    Raises:
+        SecateurError: an unknown layer.
+    """
+    if factors is not None and not all(isinstance(f, Factors) for f in _values(factors)):
+        raise SecateurError("factors: what secateur.kronecker_factors gives is expected")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS))}
     for name in exclude:
         if name not in layers:
             raise unknown("layer", name, layers)
     skipped = why_not(model)
-    found = {}
     for name, layer in layers.items():
         if name in skipped:
             continue
@@ -120,13 +136,32 @@ def patterns_of(
             skipped[name] = "is excluded"
         elif factors is not None and name not in factors:
             skipped[name] = f"has no factors: {factors.skipped.get(name, 'it was not measured')}"
-        elif keep * n < LEAST or m < LEAST or (layout == "diagonal" and keep * m < LEAST):
+        elif int(keep * n + 1e-9) < LEAST or (m * keep if layout == "diagonal" else m) < LEAST:
             skipped[name] = f"keep={keep:g} of {m} x {n} leaves blocks of fewer than {LEAST} rows or columns"
-        else:
-            count = None if blocks is None else min(blocks, m // LEAST)
-            of = factors[name].of(model) if factors is not None else None
-            found[name] = find_pattern(energy(layer, of), keep, layout=layout, blocks=count, seed=seed)
-    return found, skipped
+    return [name for name in layers if name not in skipped], skipped
+
+
+def _values(factors: Any) -> list[Any]:
+    return list(factors.values()) if isinstance(factors, Mapping) else [None]
+
+
+def patterns_of(
+    model: nn.Module, names: Sequence[str], keep: float, *, layout: str = "bundles", blocks: int | None = None,
+    factors: Curvature | None = None, seed: int = 0,
+) -> dict[str, Pattern]:  # fmt: skip
+    """The pattern of each of these layers; see :func:`pivot`. Of block-diagonal ones the next that keep no more."""
+    if layout == "diagonal":
+        keep = 1 / math.ceil(1 / keep - 1e-6)
+    found = {}
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        count = None if blocks is None else min(blocks, layer.weight.shape[0] // LEAST)
+        try:
+            table = energy(layer, factors[name].of(model) if factors is not None else None)
+        except SecateurError as error:
+            raise SecateurError(f"layer {name!r}: {error}") from error
+        found[name] = find_pattern(table, keep, layout=layout, blocks=count, seed=seed)
+    return found
 
 
 def pivot(
@@ -138,9 +173,9 @@ def pivot(
     Args:
         model: the model; it is left untouched.
         example_inputs: what its forward takes, as for :func:`secateur.trace`; layers it does not use stay whole.
-        keep: the part of each layer's coefficients that stays, in (0, 1].
+        keep: the part of each layer's coefficients that stays, in (0, 1]; for ``"diagonal"`` a half, a third, ...
         layout: ``"bundles"``: every bundle of rows has its own columns; ``"diagonal"``: block-diagonal after permuting
-            rows and columns, with ``1 / keep`` blocks, rounded up; ``"growth"``: by complete pivoting.
+            rows and columns, with ``1 / keep`` blocks; ``"growth"``: by complete pivoting.
         blocks: how many blocks a layer has, at most; fewer are faster, more keep more of the energy. Default: one for
             16 rows, up to 8. Not for ``"diagonal"``.
         factors: of :func:`secateur.kronecker_factors` in channel form, for the Fisher's energy instead of magnitude.
@@ -149,39 +184,78 @@ def pivot(
 
     Returns:
         A new module of the same shape, which remembers its patterns (:func:`secateur.record`, with the layers that
-        stayed whole and why). Where blocks do not divide a layer they are padded with rows and columns of zeros.
+        stayed whole and why). Where blocks do not divide the rows of a layer, the last one is filled up with zeros; a
+        block has ``keep`` of the columns, rounded down.
 
     Raises:
-        SecateurError: bad values, an unknown layer, no layer that can have blocks.
+        SecateurError: bad values, an unknown layer, inputs on which the model does not run, no layer that can have
+            blocks.
     """
-    patterns, skipped = patterns_of(
-        model, keep, layout=layout, blocks=blocks, factors=factors, exclude=exclude, seed=seed
-    )
-    for name in set(patterns) - set(inputs_of(model, example_inputs, list(patterns))):
-        del patterns[name]
-        skipped[name] = "is not used on these inputs"
-    if not patterns:
-        why = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
-        raise SecateurError(f"pivot: no layer can have blocks: {why or 'there is no linear and no convolution'}")
+    check_traceable(model, example_inputs, "pivot")
+    check_pivot(keep, layout, blocks)
+    check_seed(seed)
+    names, skipped = eligible(model, keep, layout, exclude, factors)
+    used = used_by(model, example_inputs, names)
+    skipped |= {name: "is not used on these inputs" for name in names if name not in used}
+    names = [name for name in names if name in used]
+    check_some(names, skipped, "pivot")
+    patterns = patterns_of(model, names, keep, layout=layout, blocks=blocks, factors=factors, seed=seed)
     return pivoted(model, patterns, skipped)
 
 
-def inputs_of(model: nn.Module, example_inputs: Inputs, names: Sequence[str]) -> dict[str, Tensor]:
-    """What the named layers see first in a forward in eval mode."""
+def check_seed(seed: object) -> None:
+    """Raise if it is no seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise SecateurError(f"seed={seed!r}: a whole number from 0 on is expected")
+
+
+def check_some(names: Sequence[str], skipped: Mapping[str, str], who: str) -> None:
+    """Raise if no layer can have blocks."""
+    if not names:
+        why = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
+        raise SecateurError(f"{who}: no layer can have blocks: {why or 'there is no linear and no convolution'}")
+
+
+def used_by(model: nn.Module, example_inputs: Inputs, names: Sequence[str]) -> dict[str, Tensor]:
+    """What the named layers see first in a forward in eval mode, of a copy, the random state aside.
+
+    Raises:
+        SecateurError: the forward fails.
+    """
+    copied = copy.deepcopy(model)
     seen: dict[str, Tensor] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: seen.update({name: seen.get(name, args[0].detach())})
-        )
-        for name in names
-    ]
-    try:
-        with evaluating(model):
-            call_model(model, pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example_inputs))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for name in names:
+
+        def watch(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            seen.setdefault(name, (args[0] if args else next(iter(kwargs.values()))).detach())
+
+        copied.get_submodule(name).register_forward_pre_hook(watch, with_kwargs=True)
+    _run(copied, example_inputs)
     return seen
+
+
+def outputs(model: nn.Module, example_inputs: Inputs) -> list[Tensor]:
+    """All tensors that a copy of the model gives in eval mode, from a fixed random state that is put back.
+
+    Raises:
+        SecateurError: the forward fails.
+    """
+    return _run(copy.deepcopy(model), example_inputs)
+
+
+def _run(model: nn.Module, example_inputs: Inputs) -> list[Tensor]:
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)), evaluating(model):
+        torch.manual_seed(0)
+        try:
+            inputs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example_inputs)
+            return list(tensors_in(call_model(model, inputs)))
+        except SecateurError:
+            raise
+        except Exception as error:
+            raise SecateurError(
+                f"the forward of {type(model).__name__} fails on these example inputs ({type(error).__name__}: {error})"
+            ) from error
 
 
 def pivoted(model: nn.Module, patterns: Mapping[str, Pattern], skipped: Mapping[str, str]) -> nn.Module:
@@ -197,7 +271,7 @@ def apply(model: nn.Module, patterns: Mapping[str, Pattern]) -> None:
     for name, pattern in patterns.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        weight.mul_(mask_of(pattern, weight))
+        weight.masked_fill_(mask_of(pattern, weight) == 0, 0)
 
 
 def mask_of(pattern: Pattern, weight: Tensor) -> Tensor:
@@ -206,17 +280,26 @@ def mask_of(pattern: Pattern, weight: Tensor) -> Tensor:
     return mask.reshape(*mask.shape, *[1] * (weight.ndim - 2))
 
 
-def remembered(model: nn.Module) -> tuple[dict[str, Pattern], dict[str, str]]:
-    """The patterns that the last pivoting of a model left, and the layers it skipped.
+def remembered(model: nn.Module) -> dict[str, Pattern]:
+    """The patterns that the last pivoting or packing of a model left, of the layers that are not packed.
 
     Raises:
-        SecateurError: there was none.
+        SecateurError: there are none, or the weights have changed outside of them.
     """
-    for step in reversed(record(model)):
-        if PIVOT in step:
-            data = json.loads(step[PIVOT])
-            return {n: Pattern.from_dict(p) for n, p in data["layers"].items()}, dict(data["skipped"])
-    raise SecateurError("the model has no patterns: make some with secateur.pivot(model, keep=0.25), or give them")
+    steps = [json.loads(text) for step in record(model) for kind, text in step.items() if kind in (PIVOT, PACK)]
+    if not steps:
+        raise SecateurError("the model has no patterns: make some with secateur.pivot(model, inputs, keep=0.25)")
+    patterns = {name: Pattern.from_dict(p) for name, p in steps[-1]["patterns"].items()}
+    if not patterns:
+        raise SecateurError("all layers with patterns are packed already")
+    for name, pattern in patterns.items():
+        weight: Any = model.get_submodule(name).weight
+        if bool((weight.detach() * (1 - mask_of(pattern, weight)) != 0).any()):
+            raise SecateurError(
+                f"the weights of {name!r} have changed outside of its blocks: hold them in training by "
+                "Pivoting(model, patterns=...), or give the patterns that are to hold"
+            )
+    return patterns
 
 
 def replay(model: nn.Module, text: str) -> nn.Module:
@@ -228,7 +311,7 @@ def replay(model: nn.Module, text: str) -> nn.Module:
     try:
         data = json.loads(text)
         given = str(data["fingerprint"])
-        patterns = {str(name): Pattern.from_dict(p) for name, p in data["layers"].items()}
+        patterns = {str(name): Pattern.from_dict(p) for name, p in data["patterns"].items()}
         skipped = {str(name): str(why) for name, why in data["skipped"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"the patterns are damaged ({type(error).__name__}: {error})") from error
@@ -238,6 +321,10 @@ def replay(model: nn.Module, text: str) -> nn.Module:
 
 def check_patterns(model: nn.Module, patterns: Mapping[str, Pattern], given: str | None = None) -> None:
     """Raise if patterns are not of this model (``given``: the fingerprint they came with)."""
+    if not isinstance(patterns, Mapping) or not all(isinstance(p, Pattern) for p in patterns.values()):
+        raise SecateurError("patterns: a pattern for each layer is expected, {path: Pattern}")
+    if not patterns:
+        raise SecateurError("patterns: there is none; Pivoting has none before its first update")
     if given is not None and given != fingerprint(model):
         raise SecateurError(
             f"the patterns were made for another model (fingerprint {given}, this one has {fingerprint(model)})"

@@ -258,7 +258,7 @@ def _tune(setting: Setting, source: Path, section: Tune, seed: int, checkpoints:
     model = _load(setting, source)
     if setting.recipe.prune.method != PIVOT:
         return _train(setting, model, section, seed, checkpoints)
-    blocks = Pivoting(model, patterns=remembered(model)[0])
+    blocks = Pivoting(model, patterns=remembered(model))
     return model, _fit(setting, model, make_optimizer(setting, model, section), section, seed, checkpoints, blocks)
 
 
@@ -357,7 +357,7 @@ def _pivot(setting: Setting, model: nn.Module, seed: int, checkpoints: Path) -> 
     if section.train is None:
         found = pivot(model, setting.inputs, **section.options)
         facts["captured"] = {
-            name: pattern.captured(energy(model.get_submodule(name))) for name, pattern in remembered(found)[0].items()
+            name: pattern.captured(energy(model.get_submodule(name))) for name, pattern in remembered(found).items()
         }
     else:
         gradual = Pivoting(model, **section.options)
@@ -365,7 +365,7 @@ def _pivot(setting: Setting, model: nn.Module, seed: int, checkpoints: Path) -> 
             setting, model, make_optimizer(setting, model, section.train), section.train, seed, checkpoints, gradual
         )
         found = pivoted(model, gradual.patterns, gradual.skipped)
-    patterns, facts["skipped"] = remembered(found)
+    patterns, facts["skipped"] = remembered(found), json.loads(record(found)[-1][PIVOT])["skipped"]
     facts["blocks"] = {
         name: [*(int(size) for size in pattern.rows.shape), int(pattern.columns.shape[1])]
         for name, pattern in patterns.items()
@@ -376,11 +376,11 @@ def _pivot(setting: Setting, model: nn.Module, seed: int, checkpoints: Path) -> 
 def _pack(setting: Setting, source: Path, _: Path) -> tuple[nn.Module, Facts]:
     """Packed layers where they are faster, for the first of the batch sizes that are measured."""
     how = setting.recipe.measure
-    images = torch.zeros(how.batch_sizes[0], *setting.data.image)
+    images = torch.rand((how.batch_sizes[0], *setting.data.image), generator=torch.Generator().manual_seed(0))
     with threads_set(how.threads):
         small = pack(_load(setting, source), images)
     done = json.loads(record(small)[-1]["pack"])
-    return small, {"packed": sorted(done["layers"]), "dense": done["dense"], "ms": done["ms"]}
+    return small, {"packed": sorted(done["layers"]), "dense": sorted(done["patterns"]), "ms": done["ms"]}
 
 
 def make_handle(

@@ -38,7 +38,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
     Raises:
         SecateurError: nothing is removable, the forward fails on the example inputs, they are on another device.
     """
-    _check(model, example_inputs)
+    check_traceable(model, example_inputs)
     with no_collection():
         return _trace(model, example_inputs)
 
@@ -131,9 +131,10 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _check(model: nn.Module, inputs: Inputs) -> None:
+def check_traceable(model: nn.Module, inputs: Inputs, who: str = "trace") -> None:
+    """Raise if these are no model and example inputs."""
     if not isinstance(model, nn.Module):
-        raise SecateurError(f"trace(model): a torch.nn.Module is expected, {type(model).__name__} was given")
+        raise SecateurError(f"{who}(model): a torch.nn.Module is expected, {type(model).__name__} was given")
     tensors = [*model.parameters(), *model.buffers()]
     if not any(isinstance(t, nn.Parameter) for t in tensors):
         raise SecateurError(f"{type(model).__name__} has no parameters: there is nothing to prune")
@@ -141,7 +142,7 @@ def _check(model: nn.Module, inputs: Inputs) -> None:
         raise SecateurError(f"{type(model).__name__} has lazy parameters without a shape: run one forward first")
     if isinstance(inputs, list) or not isinstance(inputs, (Tensor, tuple, Mapping)):
         raise SecateurError(
-            f"trace(example_inputs): a tensor, a tuple or a dict is expected, {type(inputs).__name__} was given"
+            f"{who}(example_inputs): a tensor, a tuple or a dict is expected, {type(inputs).__name__} was given"
         )
     given = {t.device for t in tensors_in(inputs)}
     own = {t.device for t in tensors}

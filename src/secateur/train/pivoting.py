@@ -4,7 +4,8 @@ At update ``t`` of ``T`` (the cubic schedule of arXiv 1710.01878)::
 
     keep_t = keep + (1 - keep) (1 - t / T)^3        the blocks of keep_t are found, and all outside becomes zero
 
-Between updates all weights train, so what was outside may grow and come back; after the last the masks are fixed.
+Between updates all weights train, so what was outside may grow and come back; after the last the masks are fixed. What
+is block-diagonal keeps a half, a third, a quarter, ...: the next of these that is no more than ``keep_t``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,20 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur.cut.pattern import Pattern
-from secateur.cut.pivots import apply, check_patterns, mask_of, patterns_of
+from secateur.cut.pivots import (
+    apply,
+    check_patterns,
+    check_pivot,
+    check_seed,
+    check_some,
+    eligible,
+    mask_of,
+    patterns_of,
+)
 from secateur.errors import SecateurError
 
 
@@ -58,19 +69,19 @@ class Pivoting:
         self.steps = self.updates = 0
         self.patterns: dict[str, Pattern] = {}
         self.skipped: dict[str, str] = {}
-        self._settings: dict[str, Any] = {"layout": layout, "blocks": blocks, "exclude": list(exclude), "seed": seed}
+        self._settings: dict[str, Any] = {"layout": layout, "blocks": blocks, "seed": seed}
         self._masks: list[tuple[Tensor, Tensor]] = []
+        self._names: list[str] = []
         self.keep = 1.0 if keep is None else keep
         if patterns is not None:
             check_patterns(model, patterns)
             self.patterns, self.updates = dict(patterns), times
             apply(model, self.patterns)
         else:
-            last, self.skipped = patterns_of(model, self.keep, **self._settings)
-            if not last:
-                why = "; ".join(f"{name} {reason}" for name, reason in self.skipped.items())
-                raise SecateurError(f"Pivoting: no layer can have blocks: {why or 'there is none'}")
-            self._settings["exclude"] = list(self.skipped)
+            check_pivot(keep, layout, blocks)
+            check_seed(seed)
+            self._names, self.skipped = eligible(model, self.keep, layout, exclude)
+            check_some(self._names, self.skipped, "Pivoting")
 
     @property
     def done(self) -> bool:
@@ -91,20 +102,21 @@ class Pivoting:
         self.steps += 1
         if not self.done and self.steps % self.every == 0:
             self.updates += 1
-            self.patterns, _ = patterns_of(self.model, self.keep_at(self.updates), **self._settings)
+            self.patterns = patterns_of(self.model, self._names, self.keep_at(self.updates), **self._settings)
             self._masks = []
             apply(self.model, self.patterns)
         elif self.done:
             self._hold()
 
+    @torch.no_grad()
     def _hold(self) -> None:
-        weights = [self.model.get_submodule(name).weight for name in self.patterns]
-        if [id(w) for w in weights] != [id(w) for w, _ in self._masks] or any(
-            mask.device != w.device for w, mask in self._masks
-        ):
-            self._masks = [(w, mask_of(pattern, w)) for w, pattern in zip(weights, self.patterns.values(), strict=True)]  # type: ignore[misc, arg-type]
-        for weight, mask in self._masks:
-            weight.data.mul_(mask)
+        weights: list[Any] = [self.model.get_submodule(name).weight for name in self.patterns]
+        known = zip(weights, self._masks, strict=False)
+        if len(self._masks) != len(weights) or any(w is not p or w.device != out.device for w, (p, out) in known):
+            pairs = zip(weights, self.patterns.values(), strict=True)
+            self._masks = [(weight, mask_of(pattern, weight) == 0) for weight, pattern in pairs]
+        for weight, outside in self._masks:
+            weight.masked_fill_(outside, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
@@ -119,10 +131,16 @@ class Pivoting:
         """
         if state.get("settings") != self._own():
             raise SecateurError(f"the state is of pivoting with {state.get('settings')}, this handle has {self._own()}")
-        patterns = {name: Pattern.from_dict(p) for name, p in json.loads(state["patterns"]).items()}
-        check_patterns(self.model, patterns)
+        try:
+            patterns = {name: Pattern.from_dict(p) for name, p in json.loads(state["patterns"]).items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SecateurError(f"the state of pivoting is damaged ({type(error).__name__}: {error})") from error
+        if patterns:
+            check_patterns(self.model, patterns)
         self.steps, self.updates, self.patterns = int(state["steps"]), int(state["updates"]), patterns
         self._masks = []
 
     def _own(self) -> str:
-        return json.dumps({"keep": self.keep, "every": self.every, "times": self.times, **self._settings})
+        return json.dumps(
+            {"keep": self.keep, "every": self.every, "times": self.times, "layers": self._names, **self._settings}
+        )
