@@ -236,7 +236,7 @@ class FactoredBandit(Player):
         active, gaps = self._active_at(self.rounds), self.gaps()
         return [
             {
-                "factor": factor, "atom": atom, "gap": None if np.isnan(gaps[factor, atom]) else gaps[factor, atom],
+                "factor": factor, "atom": atom, "gap": None if math.isnan(gap := float(gaps[factor, atom])) else gap,
                 "plays": int(self.plays[factor, atom]), "active": bool(active[factor, atom]),
             }
             for factor, size in enumerate(self.sizes)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from secateur.allocate.bandit import FactoredBandit
-from secateur.allocate.strategies import STRATEGIES, Problem
+from secateur.allocate.strategies import STRATEGIES, Problem, fill
 from secateur.errors import SecateurError, unknown
 from secateur.measure.accuracy import evaluating
 from secateur.score.taylor import MEANS, Loss
@@ -39,6 +39,8 @@ from secateur.train.checkpoint import write_atomically
 
 RATIOS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 """Atoms: how much wider than at the start."""
+EVERY = 10.0
+"""Seconds from one checkpoint to the next."""
 SAMPLED = 16
 """How many combinations set the scale of the rewards."""
 
@@ -64,16 +66,19 @@ class Search:
         table: after a search, what was learned, a row an atom: ``group``, ``width``, ``gap``, ``plays``, ``active``.
         price: of the budget, in the end.
         doubts: groups whose best width depends on what the others do, with the two widths.
+        losses: what the loss rises by on all batches, of the start and of what was found; the lower one is the answer.
         seconds: how long the forwards took, and everything else (``"evaluations"``, ``"bandit"``).
     """
 
     def __init__(
         self, model: nn.Module, data: Iterable[Any], loss_fn: Loss | str = "cross_entropy", *, evaluations: int = 2000,
-        minutes: float | None = None, start: str = "global", ratios: Sequence[float] = RATIOS, radius: float = 0.1,
+        minutes: float | None = None, start: str = "uniform", ratios: Sequence[float] = RATIOS, radius: float = 0.1,
         dueling: bool = False, seed: int = 0, progress: bool = True, checkpoint: str | Path | None = None,
     ) -> None:  # fmt: skip
         if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < SAMPLED:
             raise SecateurError(f"evaluations={evaluations!r}: a whole number from {SAMPLED} on is expected")
+        if minutes is not None and (isinstance(minutes, bool) or not 0 < minutes < math.inf):
+            raise SecateurError(f"minutes={minutes!r}: a number above 0 is expected")
         if start not in STRATEGIES:
             raise unknown("start", start, STRATEGIES)
         if 1.0 not in ratios or any(not 0 < ratio < math.inf for ratio in ratios):
@@ -88,6 +93,7 @@ class Search:
         self.table: list[dict[str, Any]] = []
         self.doubts: dict[str, tuple[int, int]] = {}
         self.price = 0.0
+        self.losses = (0.0, 0.0)
         self.seconds = {"evaluations": 0.0, "bandit": 0.0}
 
     def __call__(self, problem: Problem) -> np.ndarray:
@@ -121,7 +127,7 @@ class Search:
                 now = time.monotonic()
                 if self.minutes is not None and now - begun > 60 * self.minutes:
                     break
-                if self.checkpoint is not None and now - saved > 10:
+                if self.checkpoint is not None and now - saved > EVERY:
                     self._save(factors, bandit, scale, log, done)
                     saved = now
                 before, started = evaluate.seconds, now
@@ -143,7 +149,9 @@ class Search:
         self.table, self.doubts = factors.named(bandit), factors.doubts(log) if not self.dueling else {}
         if self.checkpoint is not None:
             self._save(factors, bandit, scale, log, done)
-        return factors.taken(factors.best(bandit, self.price))
+        answers = [fill(problem, taken) for taken in (factors.base, factors.taken(factors.best(bandit, self.price)))]
+        self.losses = (evaluate.everywhere(answers[0]), evaluate.everywhere(answers[1]))
+        return answers[int(self.losses[1] < self.losses[0])]
 
     def _key(self, factors: Factors) -> str:
         own = [
@@ -335,6 +343,23 @@ class Evaluator:
         """Loss with these items gone minus that of the whole network, on the batch that belongs to a play's number."""
         begun = time.monotonic()
         batch = int(np.random.default_rng([self.seed, number]).integers(len(self.batches)))
+        if batch not in self.whole:
+            self.whole[batch] = self._loss({}, batch)
+        value = self._loss(self.without(taken), batch) - self.whole[batch]
+        self.seconds += time.monotonic() - begun
+        return value
+
+    def everywhere(self, taken: np.ndarray) -> float:
+        """The mean over all batches of the loss with these items gone minus that of the whole network."""
+        weights, total = self.without(taken), 0.0
+        for batch in range(len(self.batches)):
+            if batch not in self.whole:
+                self.whole[batch] = self._loss({}, batch)
+            total += self._loss(weights, batch) - self.whole[batch]
+        return total / len(self.batches)
+
+    def without(self, taken: np.ndarray) -> dict[str, Tensor]:
+        """The parameters that write channels, zero where they write those that go."""
         keep = self.keep.clone()
         gone = self.problem.start - self.problem.widths(taken)
         for group, channels in self.channels.items():
@@ -344,11 +369,7 @@ class Evaluator:
             shape = [-1 if d == dim else 1 for d in range(parameter.ndim)]
             mask = keep[ids].to(parameter).view(shape)
             weights[name] = weights.get(name, parameter.detach()) * mask
-        if batch not in self.whole:
-            self.whole[batch] = self._loss({}, batch)
-        value = self._loss(weights, batch) - self.whole[batch]
-        self.seconds += time.monotonic() - begun
-        return value
+        return weights
 
     def _loss(self, weights: dict[str, Tensor], batch: int) -> float:
         inputs, targets = _moved(self.batches[batch], self.device)

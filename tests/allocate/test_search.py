@@ -1,0 +1,196 @@
+"""Search of widths: the budget is met, the evaluation is that of the masked network, interrupted it ends the same."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import secateur as sc
+from secateur.allocate.search import Evaluator, Factors, Search
+from secateur.allocate.strategies import STRATEGIES
+from secateur.errors import SecateurError
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 5),
+    ).eval()  # fmt: skip
+
+
+def case(seed=0):
+    model = network(seed)
+    data = [(torch.randn(8, 3, 6, 6), torch.randint(0, 5, (8,))) for _ in range(4)]
+    graph = sc.trace(model, data[0][0])
+    return model, graph, sc.score(model, graph, "magnitude"), data
+
+
+class Caught(Exception):
+    """With what a strategy was given."""
+
+
+def problem_of(graph, scores, budget):
+    found = []
+
+    def catch(problem):
+        found.append(problem)
+        return STRATEGIES["global"](problem)
+
+    sc.allocate(graph, scores, budget, strategy=catch)
+    return found[0]
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+@pytest.mark.parametrize(
+    "budget", [sc.Budget(macs=0.5), sc.Budget(params=0.4, macs=0.7), sc.Budget(macs=0.6, round_to=4)]
+)
+def test_the_budget_is_met_and_used_and_the_model_stays_as_it_was(budget, dueling):
+    model, graph, scores, data = case()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    search = Search(model, data, evaluations=100, dueling=dueling, progress=False)
+    plan = sc.allocate(graph, scores, budget, strategy=search)
+    for unit, fraction in budget.limits.items():
+        assert getattr(graph, unit)(plan) <= fraction * getattr(graph, unit)()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert sc.cut(model, plan)(data[0][0]).shape == (8, 5)
+    assert search.losses[0] >= min(search.losses)
+    names = {row["group"] for row in search.table}
+    assert names <= {group.name for group in graph.groups}
+    again = sc.allocate(
+        graph, scores, budget, strategy=Search(model, data, evaluations=100, dueling=dueling, progress=False)
+    )
+    assert again.removed == plan.removed
+
+
+def test_an_evaluation_is_the_loss_of_the_masked_network():
+    model, graph, scores, data = case()
+    problem = problem_of(graph, scores, sc.Budget(macs=0.5))
+    evaluate = Evaluator(model, problem, data, F.cross_entropy, seed=0)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        taken = rng.integers(0, problem.count + 1)
+        gone = problem.start - problem.widths(taken)
+        removed = {
+            g.name: sorted(problem.orders[i][: gone[i]].tolist()) for i, g in enumerate(graph.groups) if gone[i] > 0
+        }
+        masked = sc.masked(model, sc.make_plan(graph, removed))
+        with torch.no_grad():
+            expected = np.mean([float(F.cross_entropy(masked(x), y) - F.cross_entropy(model(x), y)) for x, y in data])
+        assert evaluate.everywhere(taken) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_group_that_nothing_needs_becomes_narrow():
+    """Two branches of equal shape, one of which the head does not look at."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(8, 16), nn.Linear(8, 16)
+            self.head, self.other = nn.Linear(16, 4), nn.Linear(16, 4, bias=False)
+
+        def forward(self, x):
+            return self.head(self.used(x).tanh()) + 1e-3 * self.other(self.idle(x).tanh())
+
+    torch.manual_seed(0)
+    model, x = Branches(), torch.randn(256, 8)
+    with torch.no_grad():
+        model.head.weight.mul_(10)
+        labels = model(x).argmax(1)
+    graph = sc.trace(model, x)
+    scores = {group.name: torch.ones(len(group)) for group in graph.groups}  # which know nothing
+    search = Search(model, [(x, labels)], evaluations=400, start="uniform", progress=False)
+    kept = dict(
+        zip(
+            [g.name for g in graph.groups],
+            graph.kept(sc.allocate(graph, scores, sc.Budget(macs=0.6), strategy=search)),
+            strict=True,
+        )
+    )
+    assert kept["used"] > 2 * kept["idle"]
+    uniform = sc.cut(model, sc.allocate(graph, scores, sc.Budget(macs=0.6), strategy="uniform"))
+    with torch.no_grad():
+        rise = float(F.cross_entropy(uniform(x), labels) - F.cross_entropy(model(x), labels))
+    assert search.losses[0] == pytest.approx(rise, abs=1e-5)
+    assert search.losses[1] < rise
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+def test_an_interrupted_search_ends_with_the_same_answer(tmp_path, monkeypatch, dueling):
+    model, graph, scores, data = case()
+    budget, given = sc.Budget(macs=0.5), {"evaluations": 150, "progress": False, "dueling": dueling}
+    whole = Search(model, data, **given)
+    plan = sc.allocate(graph, scores, budget, strategy=whole)
+    monkeypatch.setattr(
+        importlib.import_module("secateur.allocate.search"), "EVERY", 0.0
+    )  # a checkpoint at every block
+    calls, after = [], Evaluator.__call__
+
+    def stop(self, *args):
+        calls.append(0)
+        if len(calls) == 90:
+            raise KeyboardInterrupt
+        return after(self, *args)
+
+    monkeypatch.setattr(Evaluator, "__call__", stop)
+    path = tmp_path / "search.json"
+    with pytest.raises(KeyboardInterrupt):
+        sc.allocate(graph, scores, budget, strategy=Search(model, data, checkpoint=path, **given))
+    resumed = Search(model, data, checkpoint=path, **given)
+    assert sc.allocate(graph, scores, budget, strategy=resumed).removed == plan.removed
+    assert resumed.table == whole.table
+    assert len(calls) < 90 + 2 * 150 - 60
+    with pytest.raises(SecateurError, match="of another search"):
+        sc.allocate(graph, scores, sc.Budget(macs=0.4), strategy=Search(model, data, checkpoint=path, **given))
+    path.write_text("{")
+    with pytest.raises(SecateurError, match="damaged"):
+        sc.allocate(graph, scores, budget, strategy=Search(model, data, checkpoint=path, **given))
+
+
+def test_doubts_are_told_where_a_best_width_depends_on_the_others():
+    _, graph, scores, _ = case()
+    problem = problem_of(graph, scores, sc.Budget(macs=0.5))
+    factors = Factors(problem, STRATEGIES["global"](problem), (0.5, 1.0, 2.0))
+    rng = np.random.default_rng(0)
+    plays = [[int(rng.integers(size)) for size in factors.sizes] for _ in range(600)]
+    plain = [[p, sum(p) / 10 + 0.02 * rng.standard_normal()] for p in plays]
+    assert factors.doubts(plain) == {}
+    # where the second is wide, the first should be narrow
+    turned = [[p, p[1] / 2 + 0.1 * (p[0] if p[1] == 0 else -p[0]) + 0.02 * rng.standard_normal()] for p in plays]
+    assert graph.groups[factors.groups[0]].name in factors.doubts(turned)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"evaluations": 3}, "evaluations=3: a whole number from 16 on"),
+        ({"start": "globl"}, "did you mean 'global'"),
+        ({"ratios": (0.5, 2)}, "1.0 among them"),
+        ({"ratios": (0.0, 1.0)}, "numbers above 0"),
+        ({"loss_fn": "entropy"}, "loss"),
+        ({"data": []}, "there is no batch"),
+        ({"data": [torch.zeros(1)]}, "batches .inputs, targets."),
+        ({"minutes": 0}, "minutes=0"),
+    ],
+)
+def test_bad_input_is_told(options, message):
+    model, _, _, data = case()
+    with pytest.raises(SecateurError, match=message):
+        Search(model, **({"data": data} | options))
+
+
+def test_a_budget_that_cannot_be_met_a_loss_that_is_not_finite_and_another_model_are_told():
+    model, graph, scores, data = case()
+    with pytest.raises(SecateurError, match="cannot be met"):
+        sc.allocate(graph, scores, sc.Budget(macs=0.001), strategy=Search(model, data, progress=False))
+    broken = [(torch.full_like(x, torch.nan), y) for x, y in data]
+    with pytest.raises(SecateurError, match="the loss is nan"):
+        sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(model, broken, progress=False))
+    with pytest.raises(SecateurError, match="of another model"):
+        sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(copy.deepcopy(model)[:4], data, progress=False))
