@@ -69,10 +69,18 @@ def test_the_budget_is_met_and_used_and_the_model_stays_as_it_was(budget, duelin
     assert again.removed == plan.removed
 
 
-def test_an_evaluation_is_the_loss_of_the_masked_network():
+@pytest.mark.parametrize("norms", ["batch", "running"])
+def test_an_evaluation_is_the_loss_of_the_masked_network(norms):
     model, graph, scores, data = case()
     problem = problem_of(graph, scores, sc.Budget(macs=0.5))
-    evaluate = Evaluator(model, problem, data, F.cross_entropy, seed=0)
+    evaluate = Evaluator(model, problem, data, F.cross_entropy, 0, norms)
+
+    def loss(network, x, y):
+        network = copy.deepcopy(network)
+        if norms == "batch":
+            network[1].train()
+        return float(F.cross_entropy(network(x), y))
+
     rng = np.random.default_rng(0)
     for _ in range(5):
         taken = rng.integers(0, problem.count + 1)
@@ -82,7 +90,7 @@ def test_an_evaluation_is_the_loss_of_the_masked_network():
         }
         masked = sc.masked(model, sc.make_plan(graph, removed))
         with torch.no_grad():
-            expected = np.mean([float(F.cross_entropy(masked(x), y) - F.cross_entropy(model(x), y)) for x, y in data])
+            expected = np.mean([loss(masked, x, y) - loss(model, x, y) for x, y in data])
         assert evaluate.everywhere(taken) == pytest.approx(expected, abs=1e-6)
 
 
@@ -177,6 +185,7 @@ def test_doubts_are_told_where_a_best_width_depends_on_the_others():
         ({"data": []}, "there is no batch"),
         ({"data": [torch.zeros(1)]}, "batches .inputs, targets."),
         ({"minutes": 0}, "minutes=0"),
+        ({"norms": "batches"}, "did you mean 'batch'"),
     ],
 )
 def test_bad_input_is_told(options, message):

@@ -33,10 +33,11 @@ from secateur.allocate.bandit import FactoredBandit
 from secateur.allocate.strategies import STRATEGIES, Problem, fill
 from secateur.errors import SecateurError, unknown
 from secateur.measure.accuracy import evaluating
-from secateur.score.taylor import MEANS, Loss
+from secateur.score.taylor import MEANS, Loss, batch_statistics
 from secateur.trace import ChannelGraph, fingerprint
 from secateur.train.checkpoint import write_atomically
 
+NORMS = ("batch", "running")
 RATIOS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 """Atoms: how much wider than at the start."""
 EVERY = 10.0
@@ -58,6 +59,8 @@ class Search:
         ratios: the atoms: widths as multiples of those at the start, 1 among them.
         radius: of the bandit's confidence intervals, see :class:`secateur.allocate.bandit.FactoredBandit`.
         dueling: play two combinations on the same mini-batch.
+        norms: ``"batch"``: batch norms use the mini-batch's statistics, as after :func:`secateur.recalibrate`;
+            ``"running"``: their running ones, of the whole network.
         seed: of the bandit and the batches.
         progress: show a bar with the time left.
         checkpoint: a file; a search that was interrupted goes on from there, and ends with the same answer.
@@ -73,7 +76,8 @@ class Search:
     def __init__(
         self, model: nn.Module, data: Iterable[Any], loss_fn: Loss | str = "cross_entropy", *, evaluations: int = 2000,
         minutes: float | None = None, start: str = "uniform", ratios: Sequence[float] = RATIOS, radius: float = 0.1,
-        dueling: bool = False, seed: int = 0, progress: bool = True, checkpoint: str | Path | None = None,
+        dueling: bool = False, norms: str = "batch", seed: int = 0, progress: bool = True,
+        checkpoint: str | Path | None = None,
     ) -> None:  # fmt: skip
         if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < SAMPLED:
             raise SecateurError(f"evaluations={evaluations!r}: a whole number from {SAMPLED} on is expected")
@@ -81,6 +85,8 @@ class Search:
             raise SecateurError(f"minutes={minutes!r}: a number above 0 is expected")
         if start not in STRATEGIES:
             raise unknown("start", start, STRATEGIES)
+        if norms not in NORMS:
+            raise unknown("norms", norms, NORMS)
         if 1.0 not in ratios or any(not 0 < ratio < math.inf for ratio in ratios):
             raise SecateurError(f"ratios={tuple(ratios)}: numbers above 0 are expected, 1.0 among them")
         if isinstance(loss_fn, str) and loss_fn not in MEANS:
@@ -88,7 +94,7 @@ class Search:
         self.model, self.loss_fn = model, MEANS[loss_fn] if isinstance(loss_fn, str) else loss_fn
         self.batches = _pairs(data)
         self.evaluations, self.minutes, self.start, self.ratios = evaluations, minutes, start, sorted(set(ratios))
-        self.radius, self.dueling, self.seed, self.progress = radius, dueling, seed, progress
+        self.radius, self.dueling, self.norms, self.seed, self.progress = radius, dueling, norms, seed, progress
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.table: list[dict[str, Any]] = []
         self.doubts: dict[str, tuple[int, int]] = {}
@@ -103,7 +109,7 @@ class Search:
         factors = Factors(problem, STRATEGIES[self.start](problem), self.ratios)
         if not factors.groups:
             return factors.base
-        evaluate = Evaluator(self.model, problem, self.batches, self.loss_fn, self.seed)
+        evaluate = Evaluator(self.model, problem, self.batches, self.loss_fn, self.seed, self.norms)
         bandit = FactoredBandit(
             factors.sizes, radius=self.radius, bounds=(-1.0, 1.0), dueling=self.dueling, seed=self.seed
         )
@@ -323,12 +329,20 @@ class Evaluator:
         batches: pairs.
         loss_fn: a mean over a batch.
         seed: of the choice of batches.
+        norms: see :class:`Search`.
     """
 
     def __init__(
-        self, model: nn.Module, problem: Problem, batches: Sequence[tuple[Any, Any]], loss_fn: Loss, seed: int
+        self,
+        model: nn.Module,
+        problem: Problem,
+        batches: Sequence[tuple[Any, Any]],
+        loss_fn: Loss,
+        seed: int,
+        norms: str = "batch",
     ) -> None:
         self.model, self.problem, self.batches, self.loss_fn, self.seed = model, problem, batches, loss_fn, seed
+        self.mode = batch_statistics if norms == "batch" else evaluating
         self.seconds = 0.0
         self.whole: dict[int, float] = {}
         graph: ChannelGraph = problem.meter.graph
@@ -373,7 +387,7 @@ class Evaluator:
 
     def _loss(self, weights: dict[str, Tensor], batch: int) -> float:
         inputs, targets = _moved(self.batches[batch], self.device)
-        with evaluating(self.model):
+        with torch.no_grad(), self.mode(self.model):
             args = inputs if isinstance(inputs, tuple) else (inputs,)
             loss = float(self.loss_fn(functional_call(self.model, weights, args), targets))
         if not math.isfinite(loss):

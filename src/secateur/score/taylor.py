@@ -53,7 +53,7 @@ def taylor(
     names = list(dict.fromkeys(a.name for a in axes))
     needed = [parameters[name] for name in names]
     total, seen = torch.zeros(()), 0
-    with _batch_statistics(model):
+    with batch_statistics(model):
         for batch in data:
             if batches is not None and seen >= batches:
                 break
@@ -100,7 +100,7 @@ def _gradients(model: nn.Module, needed: list[nn.Parameter], batch: Any, loss_fn
 
 
 @contextmanager
-def _batch_statistics(model: nn.Module) -> Iterator[None]:
+def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Eval mode with batch statistics in batch norms; mode, buffers and random state come back."""
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.clone()) for b in model.buffers()]
