@@ -319,6 +319,36 @@ def test_pivoting_runs_packs_loads_and_ends_the_same_when_stopped_in_between(
     assert weights(tmp_path / "again") == weights(tmp_path / "whole")
 
 
+def test_a_search_of_widths_runs_and_goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = {
+        "method": "magnitude", "budget": {"macs": 0.5}, "strategy": "bandit", "batches": 4, "recalibrate": True,
+        "search": {"evaluations": 80},
+    }  # fmt: skip
+    recipe = made(TAYLOR, prune=prune)
+    whole = run(recipe, tmp_path / "whole", progress=False)
+    seed = whole["seeds"]["0"]
+    assert seed["after"]["macs"] <= 0.5 * seed["before"]["macs"]
+    assert seed["stages"]["pruned"]["search"]["table"]
+    module = importlib.import_module("secateur.allocate.search")
+    monkeypatch.setattr(module, "EVERY", 0.0)
+    calls, after = [], module.Evaluator.__call__
+
+    def stop(*args: Any) -> float:
+        calls.append(0)
+        if len(calls) == 50:
+            raise KeyboardInterrupt
+        return after(*args)
+
+    monkeypatch.setattr(module.Evaluator, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "again", progress=False)
+    assert timeless(run(recipe, tmp_path / "again", progress=False)) == timeless(whole)
+    assert len(calls) < 50 + 45
+    assert weights(tmp_path / "again") == weights(tmp_path / "whole")
+
+
 def test_pivoting_that_the_training_is_too_short_for_is_told_before_any_work(tmp_path: Path) -> None:
     train = {"epochs": 2, "lr": 0.05, "momentum": 0.9}
     for options, message in (({"keep": 0.25}, "are 46 steps; pivoting"), ({"keep": 0.001}, "no layer can have")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from secateur.allocate import Budget, allocate
+from secateur.allocate.search import Search
 from secateur.curvature import flat_projector, kronecker_factors
 from secateur.cut import (
     check,
@@ -40,6 +41,7 @@ __all__ = [
     "Plan",
     "Result",
     "SDPrun",
+    "Search",
     "SecateurError",
     "allocate",
     "check",

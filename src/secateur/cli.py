@@ -104,7 +104,7 @@ def list_command(
 ) -> None:
     """List what there is: models, data, criteria, strategies, methods, optimizers, schedules, recipes."""
     with told("nothing was changed"):
-        from secateur.allocate import STRATEGIES
+        from secateur.allocate import BANDIT, STRATEGIES
         from secateur.data import DATA
         from secateur.models import MODELS
         from secateur.recipe import METHODS, OPTIMIZERS
@@ -115,7 +115,7 @@ def list_command(
             "models": list(MODELS),
             "data": list(DATA),
             "criteria": list(CRITERIA),
-            "strategies": list(STRATEGIES),
+            "strategies": [*STRATEGIES, BANDIT],
             "methods": list(METHODS),
             "optimizers": list(OPTIMIZERS),
             "schedules": list(SCHEDULES),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from secateur.allocate import STRATEGIES, Budget, Meter, allocate
+from secateur.allocate import BANDIT, STRATEGIES, Budget, Meter, allocate
+from secateur.allocate.search import Search
 from secateur.allocate.strategies import Strategy
 from secateur.curvature import Curvature, kronecker_factors
 from secateur.cut import cut, dead_channels, directed
@@ -102,6 +103,7 @@ def prune(
     recalibrate: bool = False,
     compensate: bool = False,
     refit: bool = False,
+    search: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Result:
     """Make a model smaller.
@@ -113,13 +115,15 @@ def prune(
         budget: what may remain; not for ``"dead"``, where the weights decide.
         data: batches, for criteria that need them, for ``recalibrate`` and for ``refit``.
         loss_fn: the loss, for criteria that need it: a callable, or ``"cross_entropy"``, ``"mse"``.
-        strategy: as for :func:`secateur.allocate`.
+        strategy: as for :func:`secateur.allocate`, or ``"bandit"``: widths that a :class:`secateur.Search` finds with
+            ``data`` and ``loss_fn``.
         inexact: also cut groups whose removal changes more than the removed channels.
         recalibrate: re-estimate the running statistics of the smaller model's batch norms on ``data``.
         compensate: for ``"obs"``, ``"kron_obd"`` and ``"kron_obs"``: what stays makes up for what goes, by the same
             factors.
         refit: fit the smaller model's layers to what the original computes on ``data``, in closed form, and
             re-estimate its batch norms (:func:`secateur.cut.refit`).
+        search: settings of ``"bandit"``, see :class:`secateur.Search`.
         **options: the criterion's own; of ``"directional"`` those of :func:`secateur.flat_projector` (or ``flat``) and
             ``mode``, ``shift``, ``damping`` of :func:`secateur.cut.directed`.
 
@@ -129,7 +133,11 @@ def prune(
     _check(method, budget, strategy, options)
     if data is None and (recalibrate or refit):
         raise SecateurError(f"prune({'recalibrate' if recalibrate else 'refit'}=True) needs data= (batches)")
-    passes = (method not in WITHOUT_DATA) + recalibrate + refit
+    if search is not None and strategy != BANDIT:
+        raise SecateurError(f"prune(search=...): strategy {strategy!r} searches nothing; give strategy='bandit'")
+    if strategy == BANDIT and (data is None or loss_fn is None):
+        raise SecateurError("prune(strategy='bandit') needs data= (batches of inputs and targets) and loss_fn=")
+    passes = (method not in WITHOUT_DATA) + recalibrate + refit + (strategy == BANDIT)
     if passes > 1 and isinstance(data, Iterator):
         raise SecateurError("prune(data=...): an iterator ends after one pass, and more are needed: give a list")
     if compensate and method not in FACTORED:
@@ -154,7 +162,13 @@ def prune(
         if moving and "flat" not in options:
             options = {"flat": projector(model, data, loss_fn, **options)}
         scores = score(model, graph, method, data=data, loss_fn=loss_fn, **options)
+        if strategy == BANDIT:
+            assert data is not None
+            assert loss_fn is not None
+            strategy = Search(model, data, loss_fn, **(search or {}))
         plan = allocate(graph, scores, budget, strategy=strategy, inexact=inexact)
+        if isinstance(strategy, Search):
+            facts["search"] = strategy.facts()
         if moving:
             source = directed(model, plan, options["flat"], **moves)
             facts["flat"] = dict(options["flat"].facts)
@@ -191,8 +205,8 @@ def check_feasible(graph: ChannelGraph, budget: Budget, *, inexact: bool = False
 def _check(method: Any, budget: Any, strategy: Any, options: Any) -> None:
     if isinstance(method, str) and method not in CRITERIA and method != DEAD:
         raise unknown("method", method, (*CRITERIA, DEAD))
-    if isinstance(strategy, str) and strategy not in STRATEGIES:
-        raise unknown("strategy", strategy, STRATEGIES)
+    if isinstance(strategy, str) and strategy not in (*STRATEGIES, BANDIT):
+        raise unknown("strategy", strategy, (*STRATEGIES, BANDIT))
     if method == DEAD:
         if budget is not None:
             raise SecateurError("prune(method='dead', budget=...): the weights decide what goes; leave the budget out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 
 import numpy as np
 import pytest
@@ -203,3 +204,23 @@ def test_a_budget_that_cannot_be_met_a_loss_that_is_not_finite_and_another_model
         sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(model, broken, progress=False))
     with pytest.raises(SecateurError, match="of another model"):
         sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(copy.deepcopy(model)[:4], data, progress=False))
+
+
+def test_prune_searches_by_name_and_says_what_it_found():
+    model, graph, _, data = case()
+    given = {"data": data, "loss_fn": "cross_entropy", "budget": sc.Budget(macs=0.5)}
+    result = sc.prune(model, data[0][0], strategy="bandit", search={"evaluations": 60, "progress": False}, **given)
+    assert result.after.macs <= 0.5 * result.before.macs
+    assert set(result.facts["search"]) == {"table", "doubts", "price", "losses"}
+    assert json.loads(json.dumps(result.facts["search"])) == result.facts["search"]
+    for options, message in (
+        ({"strategy": "bandit", "loss_fn": None, "method": "magnitude"}, "needs data= .* and loss_fn="),
+        ({"search": {"evaluations": 60}}, "searches nothing"),
+        ({"strategy": "bandit", "search": {"evaluations": 1}}, "from 16 on"),
+        ({"strategy": "bandit", "data": iter(data)}, "an iterator ends"),
+        ({"strategy": "bandi"}, "did you mean 'bandit'"),
+    ):
+        with pytest.raises(SecateurError, match=message):
+            sc.prune(model, data[0][0], **(given | options))
+    with pytest.raises(SecateurError, match="tries widths on the model"):
+        sc.allocate(graph, {}, sc.Budget(macs=0.5), strategy="bandit")

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from secateur.allocate.budget import Budget, Meter, budget_from
-from secateur.allocate.strategies import STRATEGIES, Problem, allocate
+from secateur.allocate.strategies import BANDIT, STRATEGIES, Problem, allocate
 
-__all__ = ["STRATEGIES", "Budget", "Meter", "Problem", "allocate", "budget_from"]
+__all__ = ["BANDIT", "STRATEGIES", "Budget", "Meter", "Problem", "allocate", "budget_from"]

@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,30 @@ EVERY = 10.0
 """Seconds from one checkpoint to the next."""
 SAMPLED = 16
 """How many combinations set the scale of the rewards."""
+
+
+def check_search(given: Mapping[str, Any]) -> None:
+    """Raise if these are no settings of a search."""
+    known = ("evaluations", "minutes", "start", "ratios", "radius", "dueling", "norms")
+    for name in given:
+        if name not in known:
+            raise unknown("setting of search", name, known)
+    evaluations, minutes = given.get("evaluations", SAMPLED), given.get("minutes")
+    if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < SAMPLED:
+        raise SecateurError(f"evaluations={evaluations!r}: a whole number from {SAMPLED} on is expected")
+    for name, value in (("minutes", minutes), ("radius", given.get("radius"))):
+        wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
+        if value is not None and wrong:
+            raise SecateurError(f"{name}={value!r}: a number above 0 is expected")
+    start, norms, ratios = given.get("start", "uniform"), given.get("norms", "batch"), given.get("ratios", RATIOS)
+    if start not in STRATEGIES:
+        raise unknown("start", start, STRATEGIES)
+    if norms not in NORMS:
+        raise unknown("norms", norms, NORMS)
+    if 1.0 not in ratios or any(not 0 < ratio < math.inf for ratio in ratios):
+        raise SecateurError(f"ratios={tuple(ratios)}: numbers above 0 are expected, 1.0 among them")
+    if not isinstance(given.get("dueling", False), bool):
+        raise SecateurError(f"dueling={given['dueling']!r}: true or false is expected")
 
 
 class Search:
@@ -79,16 +103,12 @@ class Search:
         dueling: bool = False, norms: str = "batch", seed: int = 0, progress: bool = True,
         checkpoint: str | Path | None = None,
     ) -> None:  # fmt: skip
-        if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < SAMPLED:
-            raise SecateurError(f"evaluations={evaluations!r}: a whole number from {SAMPLED} on is expected")
-        if minutes is not None and (isinstance(minutes, bool) or not 0 < minutes < math.inf):
-            raise SecateurError(f"minutes={minutes!r}: a number above 0 is expected")
-        if start not in STRATEGIES:
-            raise unknown("start", start, STRATEGIES)
-        if norms not in NORMS:
-            raise unknown("norms", norms, NORMS)
-        if 1.0 not in ratios or any(not 0 < ratio < math.inf for ratio in ratios):
-            raise SecateurError(f"ratios={tuple(ratios)}: numbers above 0 are expected, 1.0 among them")
+        check_search(
+            {
+                "evaluations": evaluations, "minutes": minutes, "start": start, "ratios": ratios, "radius": radius,
+                "norms": norms, "dueling": dueling,
+            }
+        )  # fmt: skip
         if isinstance(loss_fn, str) and loss_fn not in MEANS:
             raise unknown("loss", loss_fn, MEANS)
         self.model, self.loss_fn = model, MEANS[loss_fn] if isinstance(loss_fn, str) else loss_fn
@@ -158,6 +178,13 @@ class Search:
         answers = [fill(problem, taken) for taken in (factors.base, factors.taken(factors.best(bandit, self.price)))]
         self.losses = (evaluate.everywhere(answers[0]), evaluate.everywhere(answers[1]))
         return answers[int(self.losses[1] < self.losses[0])]
+
+    def facts(self) -> dict[str, Any]:
+        """What was learned, as what JSON can hold."""
+        return {
+            "table": self.table, "doubts": {name: list(widths) for name, widths in self.doubts.items()},
+            "price": self.price, "losses": list(self.losses),
+        }  # fmt: skip
 
     def _key(self, factors: Factors) -> str:
         own = [

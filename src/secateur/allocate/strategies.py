@@ -145,6 +145,8 @@ def fill(problem: Problem, taken: np.ndarray) -> np.ndarray:
             return taken
 
 
+BANDIT = "bandit"
+"""The strategy that looks at the model (:class:`secateur.allocate.search.Search`)."""
 STRATEGIES: dict[str, Strategy] = {"global": global_order, "threshold": threshold_order, "uniform": uniform_order}
 
 
@@ -164,7 +166,8 @@ def allocate(
         budget: what may remain.
         strategy: ``"global"`` (least score per unit of the budget that the channel frees), ``"threshold"`` (lowest
             score),
-            ``"uniform"`` (the same fraction everywhere), or a callable from :class:`Problem` to items taken per group.
+            ``"uniform"`` (the same fraction everywhere), or a callable from :class:`Problem` to items taken per group,
+            such as a :class:`secateur.Search`.
         inexact: also cut groups whose removal changes more than the removed channels.
 
     Returns:
@@ -173,6 +176,11 @@ def allocate(
     Raises:
         SecateurError: unknown strategy or group, scores of the wrong length or NaN, a budget that cannot be met.
     """
+    if strategy == BANDIT:
+        raise SecateurError(
+            "allocate(strategy='bandit') tries widths on the model: give strategy=secateur.Search(model, data, "
+            "loss_fn), or call secateur.prune(..., strategy='bandit')"
+        )
     if isinstance(strategy, str) and strategy not in STRATEGIES:
         raise unknown("strategy", strategy, STRATEGIES)
     if not isinstance(budget, Budget):

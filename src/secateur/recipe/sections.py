@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from secateur.allocate import STRATEGIES, Budget, budget_from
+from secateur.allocate import BANDIT, STRATEGIES, Budget, budget_from
 from secateur.allocate.budget import check_rounds
+from secateur.allocate.search import check_search
 from secateur.cut.pivots import PIVOT
 from secateur.data import DATA
 from secateur.eigendamage import EIGENDAMAGE
@@ -174,7 +175,8 @@ class Prune(_Section):
         method: a criterion; ``eigendamage``; ``increg`` or ``spp``, which prune while the network trains on; ``pivot``
             for dense blocks, at once or while it trains on; ``dead`` for what sdprun has driven to zero; ``none``.
         budget: what may remain, as the arguments of :class:`secateur.Budget`.
-        strategy: how the budget is shared among the groups.
+        strategy: how the budget is shared among the groups; ``bandit`` tries widths on the training images.
+        search: settings of ``bandit``: ``evaluations``, ``minutes``, ``start``, ``radius``, ``dueling``, ``norms``.
         inexact: also cut groups whose removal changes more than the removed channels.
         recalibrate: re-estimate batch-norm statistics after the cut.
         batches: batches of training images for scores and recalibration; ``None`` for all.
@@ -194,6 +196,7 @@ class Prune(_Section):
     compensate: bool = False
     refit: bool = False
     train: Tune | None = None
+    search: dict[str, Any] = Field(default_factory=dict)
     rounds: int = Field(default=1, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -205,7 +208,7 @@ class Prune(_Section):
     @field_validator("strategy")
     @classmethod
     def _known_strategy(cls, strategy: str) -> str:
-        return _one_of("strategy", strategy, STRATEGIES)
+        return _one_of("strategy", strategy, (*STRATEGIES, BANDIT))
 
     @model_validator(mode="after")
     def _fits(self) -> Prune:
@@ -247,6 +250,13 @@ class Prune(_Section):
             raise SecateurError(
                 f"method {self.method!r} does not train: leave prune.train out; finetune comes after it"
             )
+        if self.strategy == BANDIT and self.method not in CRITERIA:
+            raise SecateurError(
+                f"strategy 'bandit': the methods {', '.join(CRITERIA)} score channels, {self.method!r} does not"
+            )
+        if self.search and self.strategy != BANDIT:
+            raise SecateurError(f"search: strategy {self.strategy!r} searches nothing; leave it out")
+        check_search(self.search)
         if self.compensate and self.method not in FACTORED:
             raise SecateurError(f"compensate: the methods {', '.join(FACTORED)} have factors, {self.method!r} has none")
         check_options(self.method, self.options, self.make_budget())

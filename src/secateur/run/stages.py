@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur import store
-from secateur.allocate import Budget
+from secateur.allocate import BANDIT, Budget
 from secateur.allocate.budget import budget_from, in_round
 from secateur.curvature.layers import CONVOLUTIONS
 from secateur.cut import Bottleneck, check, cut, pack, pivot, recalibrate, record, separate
@@ -307,6 +307,14 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, checkpoints: 
         recalibrate=section.recalibrate,
         compensate=section.compensate,
         refit=section.refit,
+        search=None
+        if section.strategy != BANDIT
+        else {
+            **section.search,
+            "seed": seed,
+            "progress": setting.progress,
+            "checkpoint": _beside(checkpoints, "search.json"),
+        },
         **section.options,
         **({"seed": seed} if section.method in SEEDED else {}),
     )
@@ -327,6 +335,11 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, checkpoints: 
     if section.method == DEAD:
         facts["dead"] = len(result.plan)
     return result.model, facts
+
+
+def _beside(checkpoints: Path, name: str) -> Path:
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    return checkpoints / name
 
 
 def _prune_gently(setting: Setting, model: nn.Module, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
