@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import torch
+from safetensors.torch import load_file
 
+from secateur.cut.pattern import find_pattern
 from secateur.measure.valley import Plane
 from secateur.report import draw_plane, draw_spectrum
 
@@ -226,6 +229,54 @@ def flat() -> None:
             print(f"| {network} | {loss} | {matrix} | {cells} |")
 
 
+def pivoting() -> None:
+    """A trained layer, the blocks that hold most of its energy, and the same with rows and columns by block."""
+    weight = load_file(HERE / "checkpoints" / "lenet_300_100_mnist_seed0.safetensors")["fc2.weight"]
+    table = weight.double().square().numpy()
+    kinds = {"bundles": find_pattern(table, 0.25, layout="bundles", blocks=4)}
+    kinds["diagonal"] = find_pattern(table, 0.25, layout="diagonal")
+    size = table**0.25  # of the squares: the root of the size, so that small weights can be seen
+    figure, panels = plt.subplots(5, 1, figsize=(7.5, 9.5), layout="constrained")
+    drawn = [("100 x 300 weights of a trained layer (the root of their size)", size)]
+    for kind, pattern in kinds.items():
+        part = f"{kind}: a quarter of the weights, {pattern.captured(table):.0%} of their energy"
+        own = size[pattern.rows.flatten()]
+        mask = pattern.mask()[pattern.rows.flatten()]
+        order = np.argsort(np.argmax(mask[:: pattern.rows.shape[1]], 0) + len(mask) * ~mask.any(0), kind="stable")
+        drawn += [(part, size * pattern.mask()), ("the same, rows and columns by block", (own * mask)[:, order])]
+    for axes, (title, values) in zip(panels, drawn, strict=True):
+        axes.imshow(values, cmap="Blues", aspect="auto", interpolation="nearest", vmax=float(size.max()))
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set(xticks=[], yticks=[])
+    figure.savefig(FIGURES / "pivoting.png", dpi=110, metadata={"Software": None})
+
+
+def regret() -> None:
+    """Regret in time, and against the number of combinations."""
+    found = json.loads((HERE / "results" / "regret.json").read_text())
+    marks, rows = found["marks"], found["rows"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+    players = list(dict.fromkeys(row["player"] for row in rows if row["what"] == "players"))
+    for number, name in enumerate(players):
+        values = np.array([x for r in rows if (r["what"], r["player"]) == ("players", name) for x in r["regret"]])
+        low, middle, high = np.percentile(values, (10, 50, 90), axis=0)
+        title = {"radius 12": "factored, theory", f"radius {found['tuned']:g}": "factored, tuned"}.get(name, name)
+        left.plot(marks, middle, color=f"C{number}", label=title, linewidth=1.5)
+        left.fill_between(marks, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+    left.set(xscale="log", yscale="log", xlabel="rounds", ylabel="regret", title="four factors of four atoms")
+    left.legend(fontsize=7, frameon=False)
+    own = [row for row in rows if row["what"] == "sizes"]
+    for sizes in dict.fromkeys(tuple(row["sizes"]) for row in own):
+        values = [x[-1] for r in own if tuple(r["sizes"]) == sizes for x in r["regret"]]
+        right.plot(sum(sizes), np.median(values), "o", color=BLUE if sizes[0] == 4 else GREY)
+        right.annotate(f"{len(sizes)} x {sizes[0]}", (sum(sizes), float(np.median(values))), (4, 4), fontsize=7,
+                       textcoords="offset points")  # fmt: skip
+    right.set(xlabel="atoms in all", ylabel="regret after 100,000 rounds", title="more factors, more atoms", ylim=0)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(FIGURES / "regret.png", dpi=130, metadata={"Software": None})
+
+
 if __name__ == "__main__":
     sdprun_mnist()
     damage()
@@ -233,3 +284,6 @@ if __name__ == "__main__":
     rounds()
     valley()
     flat()
+    pivoting()
+    if (HERE / "results" / "regret.json").exists():
+        regret()
