@@ -89,6 +89,8 @@ class Gentle(ABC):
         self.increment, self.every = INCREMENTS[increment], every
         self.steps, self.done = 0, False
         self.gone = torch.zeros(len(self.units), dtype=torch.bool, device=self.units.group.device)
+        self.rank = torch.zeros(len(self.units), dtype=torch.float64, device=self.units.group.device)
+        self.updates = 0
         self._acted = self._detached = False
         self._hook = self.optimizer.register_step_pre_hook(self._on_step)
         _ATTACHED.add(self)
@@ -138,6 +140,17 @@ class Gentle(ABC):
     def needed(self) -> Tensor:
         """How many units of each group are still to go, int64 [groups]."""
         return self.units.wanted - self.units.count(self.gone)
+
+    def position(self) -> Tensor:
+        """The rank of each unit by its mean rank over all updates, this one included; int64 [units], -1 where gone.
+
+        Ranks of one moment change places from update to update, and whoever has just changed to a high one loses what
+        it has gathered: groups would never be through.
+        """
+        self.updates += 1
+        rank = self.units.ranks(self.units.sizes(), self.gone)
+        self.rank += (rank.double() - self.rank) / self.updates
+        return self.units.ranks(self.rank, self.gone)
 
     def change(self, position: Tensor) -> Tensor:
         """By the rank rule, the change of every unit's penalty in multiples of the rate; 0 where a group is through.
@@ -213,7 +226,8 @@ class Gentle(ABC):
         """Everything that a resumed run needs, tensors and numbers."""
         return {
             "kind": self.kind, "names": list(self.units.names), "wanted": self.units.wanted.tolist(),
-            "steps": self.steps, "done": self.done, "gone": self.gone.clone(),
+            "steps": self.steps, "done": self.done, "gone": self.gone.clone(), "rank": self.rank.clone(),
+            "updates": self.updates,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -229,7 +243,8 @@ class Gentle(ABC):
                     f"the state has {name} {state.get(name)}, this handle {value}: method, budget or model differ"
                 )
         self.steps, self.done = int(state["steps"]), bool(state["done"])
-        self.gone = state["gone"].to(self.gone)
+        self.gone, self.rank = state["gone"].to(self.gone), state["rank"].to(self.rank)
+        self.updates = int(state["updates"])
 
 
 def _columns(

@@ -83,9 +83,8 @@ class IncReg(Gentle):
             raise
         device = self.gone.device
         self.penalty = torch.zeros(len(self.units), dtype=torch.float64, device=device)
-        self.rank = torch.zeros(len(self.units), dtype=torch.float64, device=device)
         self.chosen = torch.zeros_like(self.gone)
-        self.updates, self.settled = 0, 0
+        self.settled = 0
 
     def _before(self) -> None:
         largest = float(self.penalty.max())
@@ -106,7 +105,6 @@ class IncReg(Gentle):
 
     def _after(self) -> None:
         if self.steps % self.every == 0:
-            self.updates += 1
             {"increg": self._increg, "greg1": self._greg, "greg2": self._greg}[self.rule]()
         through = bool((self.penalty[self.chosen] >= self.limit * (1 - 1e-9)).any())
         if through if self.rule != "increg" else not self.left():
@@ -117,9 +115,7 @@ class IncReg(Gentle):
                 self.done = True
 
     def _increg(self) -> None:
-        rank = self.units.ranks(self.units.sizes(), self.gone)
-        self.rank += (rank.double() - self.rank) / self.updates
-        position = self.units.ranks(self.rank, self.gone)
+        position = self.position()
         self.penalty = (self.penalty + self.rate * self.change(position)).clamp_(min=0)
         needed = self.needed()[self.units.group]
         self.take_out((self.penalty >= self.limit * (1 - 1e-9)) & (position < needed) & ~self.gone)
@@ -159,16 +155,15 @@ class IncReg(Gentle):
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, tensors and numbers."""
         return super().state_dict() | {
-            "penalty": self.penalty.clone(), "rank": self.rank.clone(), "chosen": self.chosen.clone(),
-            "updates": self.updates, "settled": self.settled,
+            "penalty": self.penalty.clone(), "chosen": self.chosen.clone(), "settled": self.settled,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         super().load_state_dict(state)
-        for name in ("penalty", "rank", "chosen"):
+        for name in ("penalty", "chosen"):
             setattr(self, name, state[name].to(getattr(self, name)))
-        self.updates, self.settled = int(state["updates"]), int(state["settled"])
+        self.settled = int(state["settled"])
 
     def _check_stable(self, penalty: float, what: str) -> None:
         """Gradient descent overshoots on a quadratic from ``lr * curvature = 2 (1 + m)`` on, Nesterov's earlier.

@@ -1,7 +1,7 @@
 r"""SPP: channels are left out by chance, the least important most often, until some always are (arXiv 1709.06994).
 
 Every channel has a probability ``P`` of being left out, 0 at first. With ``r`` its rank by size among the channels of
-its group that are left, and ``Delta`` the rank rule of :mod:`secateur.train.increment`::
+its group that are left, averaged over all updates, and ``Delta`` the rank rule of :mod:`secateur.train.increment`::
 
     each step       a channel is zero in the forward and backward with probability P; its weights come back unharmed
     each update     P <- clip(P + rate * Delta(r), 0, 1);  gone where P = 1
@@ -98,7 +98,7 @@ class SPP(Gentle):
 
     def _after(self) -> None:
         if self.steps % self.every == 0:
-            position = self.units.ranks(self.units.sizes(), self.gone)
+            position = self.position()
             self.probability = (self.probability + self.rate * self.change(position)).clamp_(0, 1)
             needed = self.needed()[self.units.group]
             self.take_out((self.probability >= 1 - 1e-9) & (position < needed) & ~self.gone)
