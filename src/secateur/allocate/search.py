@@ -140,12 +140,8 @@ class Search:
             losses = [evaluate(factors.taken(atoms), number) for number, atoms in enumerate(drawn)]
             scale, log, done = max(float(np.median(np.abs(losses))), 1e-6), [], SAMPLED
         else:
-            bandit, scale, log, done = (
-                FactoredBandit.from_json(state["bandit"]),
-                state["scale"],
-                state["log"],
-                state["done"],
-            )
+            bandit = FactoredBandit.from_json(state["bandit"])
+            scale, log, done = state["scale"], state["log"], state["done"]
         begun = saved = time.monotonic()
         with Progress(disable=not self.progress, transient=True) as bar:
             task = bar.add_task("search", total=self.evaluations, completed=done)
@@ -164,7 +160,7 @@ class Search:
                     sides = [evaluate(factors.taken(atoms), done) for atoms in (played if self.dueling else [played])]
                     value = math.tanh((sides[-1] - sides[0]) / scale) if self.dueling else -math.tanh(sides[0] / scale)
                     rewards.append(value)
-                    done += 1
+                    done += len(sides)
                 bandit.tell(rewards)
                 log += [[p.tolist(), r] for p, r in zip(asked, rewards, strict=True)]
                 self.seconds["evaluations"] += evaluate.seconds - before
@@ -187,15 +183,8 @@ class Search:
         }  # fmt: skip
 
     def _key(self, factors: Factors) -> str:
-        own = [
-            factors.atoms,
-            factors.base.tolist(),
-            self.radius,
-            self.dueling,
-            self.seed,
-            len(self.batches),
-            self.evaluations,
-        ]
+        settings = (self.radius, self.dueling, self.norms, self.seed, self.evaluations, len(self.batches))
+        own = [factors.atoms, factors.base.tolist(), *settings]
         return hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
 
     def _save(self, factors: Factors, bandit: FactoredBandit, scale: float, log: list[Any], done: int) -> None:
