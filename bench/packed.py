@@ -115,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", default=["layers", "networks"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -127,7 +128,7 @@ def main() -> None:
         cases += [{"kind": "network", "width": name} for name in NETWORKS]
     for threads in given.threads:
         torch.set_num_threads(threads)
-        for case, batch, keep, layout in product(cases, BATCHES, KEEPS, BLOCKS):
+        for case, batch, keep, layout in product(cases, given.batches, KEEPS, BLOCKS):
             key = {**case, "batch": batch, "keep": keep, "layout": layout, "threads": threads}
             if any(all(r.get(k) == v for k, v in key.items()) for r in rows):
                 continue
