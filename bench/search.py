@@ -1,0 +1,172 @@
+"""Widths by a factored bandit against other ways to share a budget, the same number of forwards for all that look.
+
+Channels within a group go by Taylor scores for all. ``uniform``, ``global`` and ``threshold`` do not look; ``bandit``
+and ``duels`` are the search; ``random`` draws combinations around the same start that meet the budget, tries each on one
+mini-batch and the ten best on all; ``sensitivity`` tries widths of every group alone, and takes greedily what costs the
+least loss for the budget that it frees. Forwards see training images, with the statistics of the mini-batch; measured
+is the test accuracy of the cut network, its norms re-estimated on the same images, nothing trained (``tuned``: after
+one epoch). Rows that are there are not run again::
+
+    python bench/search.py lenet5 resnet20 --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+import secateur as sc
+from secateur.allocate.search import RATIOS, Evaluator, Factors
+from secateur.allocate.strategies import STRATEGIES, Problem, fill
+from secateur.data import load
+from secateur.measure import accuracy
+from secateur.models import build, example_input
+from secateur.train.loop import fit
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "search.json"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lenet5": {"data": "mnist", "batch": 128, "batches": 50, "evaluations": 1000, "tuned": True},
+    "resnet20": {"data": "cifar10", "batch": 64, "batches": 50, "evaluations": 1500, "tuned": False},
+}
+MACS = (0.5, 0.3)
+METHODS = ("uniform", "global", "threshold", "random", "sensitivity", "bandit", "duels")
+
+
+class Random:
+    """Combinations at random around the uniform start that meet the budget, each on one mini-batch; ten on all."""
+
+    def __init__(self, model: Any, batches: list[Any], evaluations: int, seed: int) -> None:
+        self.model, self.batches, self.evaluations, self.seed = model, batches, evaluations, seed
+
+    def __call__(self, problem: Problem) -> np.ndarray:
+        """Items taken from every group."""
+        factors = Factors(problem, STRATEGIES["uniform"](problem), RATIOS)
+        evaluate = Evaluator(self.model, problem, self.batches, torch.nn.functional.cross_entropy, self.seed)
+        rng, found = np.random.default_rng(self.seed), []
+        while len(found) < self.evaluations - 10 * len(self.batches):
+            taken = factors.taken(rng.integers(0, factors.sizes))
+            if problem.meter.met(problem.widths(taken)):
+                found.append((evaluate(taken, len(found)), len(found), fill(problem, taken)))
+        best = [taken for _, _, taken in sorted(found)[:10]]
+        return min(best, key=evaluate.everywhere)
+
+
+class Sensitivity:
+    """Each group's widths alone, as many mini-batches each as there are forwards; then greedily the cheapest."""
+
+    def __init__(self, model: Any, batches: list[Any], evaluations: int, seed: int) -> None:
+        self.model, self.batches, self.evaluations, self.seed = model, batches, evaluations, seed
+
+    def __call__(self, problem: Problem) -> np.ndarray:
+        """Items taken from every group."""
+        shares = np.linspace(0, 1, 9)[1:]
+        atoms = {g: sorted({int(s * n) for s in shares} - {0}) for g, n in enumerate(problem.count) if n}
+        evaluate = Evaluator(self.model, problem, self.batches, torch.nn.functional.cross_entropy, self.seed)
+        often = max(1, self.evaluations // sum(len(own) for own in atoms.values()))
+        rise: dict[tuple[int, int], float] = {}
+        nothing = np.zeros(len(problem.count), dtype=np.int64)
+        for group, own in atoms.items():
+            for taken in own:
+                alone = nothing.copy()
+                alone[group] = taken
+                rise[group, taken] = float(np.mean([evaluate(alone, number) for number in range(often)]))
+        taken, at = nothing.copy(), dict.fromkeys(atoms, 0.0)
+        while not problem.meter.met(problem.widths(taken)):
+            widths = problem.widths(taken)
+            over = [unit for unit, n in problem.meter.excess(widths).items() if n > 0]
+            freed = problem.meter.freed(widths, over)
+            options = [(g, next(t for t in own if t > taken[g])) for g, own in atoms.items() if taken[g] < own[-1]]
+            prices = [(rise[g, t] - at[g]) / max((t - taken[g]) * freed[g], 1e-12) for g, t in options]
+            group, more = options[int(np.argmin(prices))]
+            taken[group], at[group] = more, rise[group, more]
+        return taken
+
+
+def one(name: str, method: str, macs: float, seed: int) -> dict[str, Any]:
+    """One method on one network."""
+    setting = SETTINGS[name]
+    data = load(setting["data"], validation=0.1)
+    model, inputs = build(name), torch.zeros(example_input(name))
+    model.load_state_dict(load_file(HERE / "checkpoints" / f"{name}_{setting['data']}_seed{seed}.safetensors"))
+    model.eval()
+    graph = sc.trace(model, inputs)
+    batches = list(islice(data.loader("train", setting["batch"], shuffle=True, seed=seed), setting["batches"]))
+    scores = sc.score(model, graph, "taylor", data=batches, loss_fn="cross_entropy")
+    given = {"evaluations": setting["evaluations"], "seed": seed}
+    looks = {
+        "random": lambda: Random(model, batches, **given), "sensitivity": lambda: Sensitivity(model, batches, **given),
+        "bandit": lambda: sc.Search(model, batches, progress=False, **given),
+        "duels": lambda: sc.Search(model, batches, progress=False, dueling=True, **given),
+    }  # fmt: skip
+    strategy: Any = looks[method]() if method in looks else method
+    start = time.perf_counter()
+    plan = sc.allocate(graph, scores, sc.Budget(macs=macs), strategy=strategy)
+    row: dict[str, Any] = {"network": name, "method": method, "macs": macs, "seed": seed, **setting}
+    row["seconds"] = time.perf_counter() - start
+    if isinstance(strategy, sc.Search):
+        row |= {"doubts": strategy.facts()["doubts"], "losses": list(strategy.losses), "spent": strategy.seconds}
+    small = sc.cut(model, plan)
+    sc.recalibrate(small, batches)
+    row |= {"remaining": graph.macs(plan) / graph.macs(), "widths": graph.kept(plan).tolist()}
+    row |= {split: accuracy(small, data.loader(split, 500)) for split in ("validation", "test")}
+    if setting["tuned"]:
+        optimizer = torch.optim.SGD(small.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        loader = data.loader("train", 128, shuffle=True, seed=seed)
+        fit(small, optimizer, loader, epochs=1, schedule="one_cycle", progress=False, channels_last=True)
+        row["test_tuned"] = accuracy(small.eval(), data.loader("test", 500))
+    return row
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Mean and standard deviation over seeds."""
+    for name, macs in dict.fromkeys((r["network"], r["macs"]) for r in rows):
+        for method in METHODS:
+            own = [r for r in rows if (r["network"], r["macs"], r["method"]) == (name, macs, method)]
+            for key in ("test", "test_tuned"):
+                values = [100 * r[key] for r in own if key in r]
+                title = f"{name:9} {macs:.0%} {method:12} {key:10}"
+                if values:
+                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                    print(f"{title} {statistics.mean(values):.2f} ± {spread:.2f}, {len(values)} seeds")
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("networks", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    for name in given.networks:
+        for seed in given.seeds:
+            for macs in MACS:
+                for method in given.methods:
+                    key = {"network": name, "method": method, "macs": macs, "seed": seed} | SETTINGS[name]
+                    if any(all(r[k] == v for k, v in key.items()) for r in rows):
+                        continue
+                    rows.append(one(name, method, macs, seed))
+                    given.out.with_suffix(".tmp").write_text(
+                        json.dumps({"note": "CIFAR-10 is stored as JPEG", "rows": rows}, indent=1)
+                    )
+                    given.out.with_suffix(".tmp").replace(given.out)
+                    print(
+                        {k: rows[-1][k] for k in ("network", "method", "macs", "seed", "test", "seconds")}, flush=True
+                    )
+    report(rows)
+
+
+if __name__ == "__main__":
+    main()
