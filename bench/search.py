@@ -3,9 +3,9 @@
 Channels within a group go by Taylor scores for all. ``uniform``, ``global`` and ``threshold`` do not look; ``bandit``
 and ``duels`` are the search; ``random`` draws combinations around the same start that meet the budget, tries each on
 one mini-batch and the ten best on all; ``sensitivity`` tries widths of every group alone, and takes greedily what costs
-the least loss for the budget that it frees. Forwards see training images, with the statistics of the mini-batch; measured
-is the test accuracy of the cut network, its norms re-estimated on the same images, nothing trained (``tuned``: after
-one epoch). Rows that are there are not run again::
+the least loss for the budget that it frees. Forwards see training images, with the statistics of the mini-batch;
+measured is the test accuracy of the cut network, its norms re-estimated on the same images, nothing trained
+(``tuned``: after one epoch). Rows that are there are not run again::
 
     python bench/search.py lenet5 resnet20 --seeds 0 1 2
 """
