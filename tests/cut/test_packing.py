@@ -195,9 +195,27 @@ def test_what_is_slower_stays_dense(monkeypatch):
         packed = sc.pack(pivoted, x)
         assert sum(isinstance(m, Packed) for m in packed.modules()) == expected
         facts = json.loads(sc.record(packed)[-1]["pack"])
-        assert (len(facts["layers"]), len(facts["patterns"]), len(facts["ms"])) == (expected, 4 - expected, 4)
+        assert (len(facts["layers"]), len(facts["patterns"])) == (expected, 4 - expected)
+        assert set(facts["ms"]) == {"0", "2", "5", "7"} | ({""} if expected else set())
         with torch.no_grad():
             assert torch.allclose(packed(x), pivoted(x), atol=1e-10)
+
+
+def test_a_model_that_is_no_faster_as_a_whole_stays_dense(monkeypatch):
+    model, x = case("perceptron")
+    pivoted, after = sc.pivot(model, x, 0.25), packing.milliseconds
+
+    def milliseconds(ways, x):
+        after(ways, x, 1)  # they run
+        return {n: 0.1 if n in ("blocks", "at_once") else 1.0 for n in ways}
+
+    monkeypatch.setattr(packing, "milliseconds", milliseconds)
+    packed = sc.pack(pivoted, x)
+    assert not any(isinstance(m, Packed) for m in packed.modules())
+    assert json.loads(sc.record(packed)[-1]["pack"])["layers"] == {}
+    assert torch.equal(packed(x), pivoted(x))
+    with torch.no_grad():
+        assert torch.allclose(sc.pack(packed, x, way="blocks")(x), pivoted(x), atol=1e-10)
 
 
 def test_packing_again_for_another_batch_uses_the_channels_as_they_lie_now(monkeypatch):

@@ -6,7 +6,7 @@ same of its columns, and then gathers nothing. The order that spares most is tak
 where a layer reads, and one where several layers write one residual stream in different orders.
 
 Locally, a layer is timed on what it sees in the model, dense, block by block and with all blocks at once; the fastest
-stays, and packed layers must win by a margin.
+stays, and packed layers must win by a margin. If the model as a whole is no faster so, it stays dense.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from secateur.cut.blocks import Layout, Packed, hollow
 from secateur.cut.bottleneck import put
@@ -29,11 +30,12 @@ from secateur.cut.pivots import PACK, apply, check_patterns, outputs, remembered
 from secateur.cut.record import add_to_record
 from secateur.cut.relabel import Index, moves, relabelled
 from secateur.errors import SecateurError, unknown
-from secateur.trace import ChannelGraph, fingerprint, trace
+from secateur.trace import ChannelGraph, call_model, fingerprint, trace
 from secateur.trace.api import check_traceable
-from secateur.trace.tracer import Inputs
+from secateur.trace.tracer import Inputs, tensors_in
 
 WAYS = ("fastest", "blocks", "at_once")
+WHOLE = ""  # the path of the whole model, among those of the layers that were timed
 MARGIN = 0.95
 """A packed layer must take less than this part of the dense layer's time."""
 TOLERANCE = {
@@ -219,7 +221,7 @@ def pack(
     graph = _graph(whole, example_inputs)
     orders = orders_of(graph, patterns) if graph is not None else {}
     index = moves(graph, orders) if graph is not None else {}
-    new = relabelled(whole, graph, orders) if graph is not None else whole
+    new = relabelled(whole, graph, orders) if graph is not None else copy.deepcopy(whole)
     seen = used_by(new, example_inputs, list(patterns)) if way == "fastest" else {}
     layouts: dict[str, Layout] = {}
     left: dict[str, Pattern] = {}
@@ -238,7 +240,25 @@ def pack(
         layouts[name] = ways[best].layout
         new = exchanged(new, dense, ways[best])
     _check_same(wanted, new, example_inputs)
+    if way == "fastest" and layouts:  # single calls may be faster and the whole not, where it is all overhead
+        times[WHOLE] = _whole(whole, new, example_inputs)
+        if times[WHOLE]["packed"] >= times[WHOLE]["dense"]:
+            new, layouts, left = whole, {}, dict(patterns)
     return add_to_record(new, model, {PACK: Packing(fingerprint(model), layouts, left, unused, times)})
+
+
+def _whole(dense: nn.Module, packed_one: nn.Module, example_inputs: Inputs) -> dict[str, float]:
+    """Least times of both models, in eval mode, the random state aside."""
+    given = tensors_in(example_inputs)
+    x = given[0] if given else torch.zeros(())
+    models = {"dense": copy.deepcopy(dense).eval(), "packed": copy.deepcopy(packed_one).eval()}
+    runs = {key: (lambda _, m=m: call_model(m, _cloned(example_inputs))) for key, m in models.items()}
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        return milliseconds(runs, x)
+
+
+def _cloned(inputs: Inputs) -> Any:
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
 
 
 def exchanged(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
