@@ -294,7 +294,9 @@ def test_pivoting_runs_packs_loads_and_ends_the_same_when_stopped_in_between(
         prune["options"] |= {"every": 5, "times": 8}
         prune["train"] = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "schedule": "constant"}
     recipe = made(TAYLOR, model={"name": "digits_cnn"}, prune=prune, finetune={"epochs": 2, "lr": 0.01})
-    whole = run(recipe, tmp_path / "whole", progress=False)
+    said: list[str] = []
+    whole = run(recipe, tmp_path / "whole", progress=False, say=said.append)
+    assert any(line.startswith("pivot: whole stay conv1 (keep=0.25 of 32 x 1") for line in said)
     seed = whole["seeds"]["0"]
     assert seed["after"]["macs"] < 0.35 * seed["before"]["macs"]
     assert seed["stages"]["packed"]["packed"]

@@ -12,7 +12,6 @@ from secateur.curvature.layers import FORMS
 from secateur.curvature.losses import Pass
 from secateur.curvature.products import MATRICES
 from secateur.cut.directional import check_mode, check_shift
-from secateur.cut.pattern import LAYOUTS
 from secateur.cut.pivots import PIVOT, check_pivot
 from secateur.cut.separable import check_how
 from secateur.eigendamage import EIGENDAMAGE, check_rule
@@ -58,7 +57,7 @@ def check_options(method: str, options: Mapping[str, Any], budget: Budget | None
             if name in options and rule not in of:
                 raise SecateurError(f"{name}: rule {rule!r} has no such option; it is of {of[0]!r}")
     if method == PIVOT and "keep" in options:
-        check_pivot(options["keep"], options.get("layout", LAYOUTS[2]), options.get("blocks"))
+        check_pivot(options["keep"], options.get("layout", "bundles"), options.get("blocks"))
     Pass(**{name: options[name] for name in _PASS if name in options})
     if method == EIGENDAMAGE and set(options) & {"rule", "limit"}:
         check_rule(options.get("rule", "lagrangian"), options.get("limit", 0.95), budget)

@@ -157,6 +157,9 @@ def test_an_interrupted_search_ends_with_the_same_answer(tmp_path, monkeypatch, 
     assert len(calls) < 90 + 2 * 150 - 60
     with pytest.raises(SecateurError, match="of another search"):
         sc.allocate(graph, scores, sc.Budget(macs=0.4), strategy=Search(model, data, checkpoint=path, **given))
+    path.write_text(json.dumps({"key": json.loads(path.read_text())["key"]}))
+    with pytest.raises(SecateurError, match="damaged"):
+        sc.allocate(graph, scores, budget, strategy=Search(model, data, checkpoint=path, **given))
     path.write_text("{")
     with pytest.raises(SecateurError, match="damaged"):
         sc.allocate(graph, scores, budget, strategy=Search(model, data, checkpoint=path, **given))
@@ -211,7 +214,7 @@ def test_prune_searches_by_name_and_says_what_it_found():
     given = {"data": data, "loss_fn": "cross_entropy", "budget": sc.Budget(macs=0.5)}
     result = sc.prune(model, data[0][0], strategy="bandit", search={"evaluations": 60, "progress": False}, **given)
     assert result.after.macs <= 0.5 * result.before.macs
-    assert set(result.facts["search"]) == {"table", "doubts", "price", "losses"}
+    assert set(result.facts["search"]) == {"table", "doubts", "price", "losses", "better", "forwards"}
     assert json.loads(json.dumps(result.facts["search"])) == result.facts["search"]
     for options, message in (
         ({"strategy": "bandit", "loss_fn": None, "method": "magnitude"}, "needs data= .* and loss_fn="),

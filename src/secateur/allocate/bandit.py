@@ -62,6 +62,17 @@ class Player(ABC):
         self.rng = np.random.default_rng(seed)
         self._asked: np.ndarray | None = None
 
+    def combinations(self, most: int) -> int:
+        """How many combinations there are, for players that have an arm for each.
+
+        Raises:
+            SecateurError: more than so many.
+        """
+        count = math.prod(int(size) for size in self.sizes)
+        if count > most:
+            raise SecateurError(f"{type(self).__name__}: {count:,} combinations are too many; {most:,} are allowed")
+        return count
+
     def ask(self, most: int | None = None) -> np.ndarray:
         """The next combinations, int64 [rounds, factors]; the same again until they are answered.
 
@@ -340,10 +351,7 @@ class JointUCB(Player):
 
     def __init__(self, sizes: Sequence[int], *, spread: float = 1.0, seed: int = 0) -> None:
         super().__init__(sizes, seed)
-        arms = math.prod(int(size) for size in self.sizes)
-        if arms > 10**6:
-            raise SecateurError(f"JointUCB: {arms:,} combinations are too many; a million are allowed")
-        self.arms = FactorUCB([arms], spread=spread)
+        self.arms = FactorUCB([self.combinations(10**6)], spread=spread)
 
     def _plan(self, most: int | None) -> np.ndarray:
         return np.stack(np.unravel_index(self.arms.ask()[:, 0], self.sizes), 1)
@@ -368,9 +376,7 @@ class SuccessiveElimination(Player):
 
     def __init__(self, sizes: Sequence[int], *, radius: float = RADIUS, spread: float = 1.0, seed: int = 0) -> None:
         super().__init__(sizes, seed)
-        arms = math.prod(int(size) for size in self.sizes)
-        if arms > 10**4:
-            raise SecateurError(f"SuccessiveElimination: {arms:,} combinations are too many; 10,000 are allowed")
+        arms = self.combinations(10**4)
         self.radius, self.spread = radius, spread
         self.left, self.total, self.blocks = np.arange(arms), np.zeros(arms), 0
 

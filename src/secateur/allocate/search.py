@@ -94,6 +94,7 @@ class Search:
         price: of the budget, in the end.
         doubts: groups whose best width depends on what the others do, with the two widths.
         losses: what the loss rises by on all batches, of the start and of what was found; the lower one is the answer.
+        done: how many forwards there were; fewer than ``evaluations`` if the minutes were up.
         seconds: how long the forwards took, and everything else (``"evaluations"``, ``"bandit"``).
     """
 
@@ -120,6 +121,7 @@ class Search:
         self.doubts: dict[str, tuple[int, int]] = {}
         self.price = 0.0
         self.losses = (0.0, 0.0)
+        self.done = 0
         self.seconds = {"evaluations": 0.0, "bandit": 0.0}
 
     def __call__(self, problem: Problem) -> np.ndarray:
@@ -166,7 +168,7 @@ class Search:
                 self.seconds["evaluations"] += evaluate.seconds - before
                 self.seconds["bandit"] += time.monotonic() - started - (evaluate.seconds - before)
                 bar.update(task, completed=min(done, self.evaluations))
-        self.price = factors.price(bandit)
+        self.price, self.done = factors.price(bandit), done
         bandit.known = -self.price * factors.cost
         self.table, self.doubts = factors.named(bandit), factors.doubts(log) if not self.dueling else {}
         if self.checkpoint is not None:
@@ -179,7 +181,8 @@ class Search:
         """What was learned, as what JSON can hold."""
         return {
             "table": self.table, "doubts": {name: list(widths) for name, widths in self.doubts.items()},
-            "price": self.price, "losses": list(self.losses),
+            "price": self.price, "losses": list(self.losses), "better": self.losses[1] < self.losses[0],
+            "forwards": self.done,
         }  # fmt: skip
 
     def _key(self, factors: Factors) -> str:
@@ -198,6 +201,7 @@ class Search:
         try:
             state = json.loads(self.checkpoint.read_text())
             known = state["key"] == self._key(factors)
+            state = {name: state[name] for name in ("bandit", "scale", "log", "done")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SecateurError(
                 f"checkpoint {self.checkpoint} is damaged ({error}): delete it to begin anew"

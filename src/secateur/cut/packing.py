@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from secateur.cut.blocks import Layout, Packed, hollow
 from secateur.cut.bottleneck import put
 from secateur.cut.pattern import Pattern
-from secateur.cut.pivots import PACK, apply, check_patterns, outputs, remembered, used_by
+from secateur.cut.pivots import PACK, apply, check_patterns, cloned, outputs, remembered, used_by
 from secateur.cut.record import add_to_record
 from secateur.cut.relabel import Index, moves, relabelled
 from secateur.errors import SecateurError, unknown
@@ -252,13 +251,9 @@ def _whole(dense: nn.Module, packed_one: nn.Module, example_inputs: Inputs) -> d
     given = tensors_in(example_inputs)
     x = given[0] if given else torch.zeros(())
     models = {"dense": copy.deepcopy(dense).eval(), "packed": copy.deepcopy(packed_one).eval()}
-    runs = {key: (lambda _, m=m: call_model(m, _cloned(example_inputs))) for key, m in models.items()}
+    runs = {key: (lambda _, m=m: call_model(m, cloned(example_inputs))) for key, m in models.items()}
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
         return milliseconds(runs, x)
-
-
-def _cloned(inputs: Inputs) -> Any:
-    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
 
 
 def exchanged(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

@@ -243,13 +243,17 @@ def outputs(model: nn.Module, example_inputs: Inputs) -> list[Tensor]:
     return _run(copy.deepcopy(model), example_inputs)
 
 
+def cloned(inputs: Inputs) -> Any:
+    """The same inputs in tensors of their own: a forward may change them in place."""
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+
+
 def _run(model: nn.Module, example_inputs: Inputs) -> list[Tensor]:
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
     with torch.random.fork_rng(list(devices)), evaluating(model):
         torch.manual_seed(0)
         try:
-            inputs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example_inputs)
-            return list(tensors_in(call_model(model, inputs)))
+            return list(tensors_in(call_model(model, cloned(example_inputs))))
         except SecateurError:
             raise
         except Exception as error:

@@ -321,6 +321,8 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, checkpoints: 
     left = result.facts.get("not refitted")
     if left:
         setting.say("refit: as they were stay " + "; ".join(f"{name} ({why})" for name, why in left.items()))
+    if section.strategy == BANDIT:
+        _tell_search(setting, result.facts["search"])
     kept = result.graph.kept(result.plan)
     facts: Facts = {
         "widths": {g.name: [len(g), int(k)] for g, k in zip(result.graph.groups, kept, strict=True)},
@@ -335,6 +337,20 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, checkpoints: 
     if section.method == DEAD:
         facts["dead"] = len(result.plan)
     return result.model, facts
+
+
+def _tell_search(setting: Setting, found: Mapping[str, Any]) -> None:
+    """What whoever reads the result should know of a search."""
+    if not found["table"]:
+        setting.say("search: no group has a choice of widths around the start, so the start is kept")
+        return
+    if not found["better"]:
+        setting.say("search: what was found is no better than the start on all batches, so the start is kept")
+    wanted = setting.recipe.prune.search.get("evaluations", found["forwards"])
+    if found["forwards"] < wanted:
+        setting.say(f"search: {found['forwards']} of {wanted} forwards were made: the minutes were up")
+    for name, (weak, strong) in found["doubts"].items():
+        setting.say(f"search: the best width of {name} is {weak} or {strong}, depending on what the other groups do")
 
 
 def _beside(checkpoints: Path, name: str) -> Path:
@@ -379,6 +395,8 @@ def _pivot(setting: Setting, model: nn.Module, seed: int, checkpoints: Path) -> 
         )
         found = pivoted(model, gradual.patterns, gradual.skipped)
     patterns, facts["skipped"] = remembered(found), json.loads(record(found)[-1][PIVOT])["skipped"]
+    if facts["skipped"]:
+        setting.say("pivot: whole stay " + "; ".join(f"{name} ({why})" for name, why in facts["skipped"].items()))
     facts["blocks"] = {
         name: [*(int(size) for size in pattern.rows.shape), int(pattern.columns.shape[1])]
         for name, pattern in patterns.items()
@@ -393,6 +411,8 @@ def _pack(setting: Setting, source: Path, _: Path) -> tuple[nn.Module, Facts]:
     with threads_set(how.threads):
         small = pack(_load(setting, source), images)
     done = json.loads(record(small)[-1]["pack"])
+    if done["patterns"]:
+        setting.say("pack: no slower dense, and left so: " + ", ".join(sorted(done["patterns"])))
     return small, {"packed": sorted(done["layers"]), "dense": sorted(done["patterns"]), "ms": done["ms"]}
 
 
