@@ -33,15 +33,14 @@ WIDTHS = (256, 512, 1024, 2048, 4096)
 MAPS = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels and size of the images, as in a VGG for 32 x 32 pixels
 BATCHES = (1, 32, 256)
 KEEPS = (0.5, 0.25, 0.125)
-BLOCKS = {"bundles": 8, "diagonal": None}
+LAYOUTS = ("bundles", "diagonal")
 NETWORKS = ("vgg16_bn", "resnet20")
 TARGETS = {"linear": 0.95, "convolution": 0.85, "network": 0.7}
 
 
-def drawn(m: int, n: int, keep: float, layout: str, blocks: int | None) -> Pattern:
-    """A pattern at random."""
-    rng = np.random.default_rng(0)
-    count = blocks if blocks is not None else round(1 / keep)
+def drawn(m: int, n: int, keep: float, layout: str) -> Pattern:
+    """A pattern at random, of as many blocks as there are by default."""
+    rng, count = np.random.default_rng(0), round(1 / keep)
     rows = rng.permutation(m).reshape(count, -1)
     if layout == "diagonal":
         columns = rng.permutation(n).reshape(count, -1)
@@ -58,7 +57,7 @@ def layer(kind: str, width: int, size: int, keep: float, layout: str, batch: int
     else:
         model = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 8, 1))
         x = torch.randn(batch, width, size, size)
-    patterns = {"0": drawn(width, width, keep, layout, BLOCKS[layout])}
+    patterns = {"0": drawn(width, width, keep, layout)}
     graph = sc.trace(model, x[:1])
     orders = orders_of(graph, patterns)
     model = relabelled(model, graph, orders)
@@ -99,7 +98,7 @@ def report(rows: list[dict[str, Any]]) -> None:
             own = [r for r in rows if r["kind"] == kind and r["threads"] == threads and r["keep"] > 0.2]
             if kind == "linear":
                 own = [r for r in own if r["width"] >= 1024]
-            for layout in BLOCKS:
+            for layout in LAYOUTS:
                 ratios = [r["ratio"] for r in own if r["layout"] == layout]
                 if ratios:
                     found = f"{statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})"
@@ -128,7 +127,7 @@ def main() -> None:
         cases += [{"kind": "network", "width": name} for name in NETWORKS]
     for threads in given.threads:
         torch.set_num_threads(threads)
-        for case, batch, keep, layout in product(cases, given.batches, KEEPS, BLOCKS):
+        for case, batch, keep, layout in product(cases, given.batches, KEEPS, LAYOUTS):
             key = {**case, "batch": batch, "keep": keep, "layout": layout, "threads": threads}
             if any(all(r.get(k) == v for k, v in key.items()) for r in rows):
                 continue
@@ -137,9 +136,7 @@ def main() -> None:
             else:
                 row = layer(case["kind"], case["width"], case["size"], keep, layout, batch, given.repeats)
             rows.append(key | row)
-            given.out.with_suffix(".tmp").write_text(
-                json.dumps({"blocks": BLOCKS, "margin": MARGIN, "rows": rows}, indent=1)
-            )
+            given.out.with_suffix(".tmp").write_text(json.dumps({"margin": MARGIN, "rows": rows}, indent=1))
             given.out.with_suffix(".tmp").replace(given.out)
             print(key, row["chosen"], f"{row['speedup']:.2f} of {row['reduction']:.1f}: {row['ratio']:.2f}", flush=True)
     report(rows)

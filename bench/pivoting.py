@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "resnet8": {"data": "cifar10", "epochs": 6, "lr": 0.05, "augment": True, "whole": ["conv", "head"]},
 }
 KEEPS = (0.25,)
-METHODS = ("weights", "bundles", "bundles, Fisher", "gradual", "diagonal", "growth", "channels")
+METHODS = ("weights", "8 bundles", "bundles", "bundles, Fisher", "gradual", "diagonal", "growth", "channels")
 
 
 class Weights:
@@ -76,7 +76,8 @@ def one(name: str, method: str, keep: float, seed: int) -> dict[str, Any]:
         ]
         factors = sc.kronecker_factors(model, some)
     names, _ = eligible(model, keep, layout, setting["whole"])
-    patterns = patterns_of(model, names, keep, layout=layout, factors=factors)
+    count = 8 if method.startswith("8") else None  # by default there are 1 / keep
+    patterns = patterns_of(model, names, keep, layout=layout, blocks=count, factors=factors)
     blocks = pivoted(model, patterns, {})
     macs = counted(sc.pack(blocks, inputs, way="at_once"), inputs)["macs"] / counted(model, inputs)["macs"]
     handle: Any = None

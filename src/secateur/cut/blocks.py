@@ -74,10 +74,10 @@ class Packed(nn.Module):
     """What packed linears and convolutions share.
 
     Attributes:
-        weight: of a linear [blocks, rows, columns], or at once [blocks, columns, rows]; of a convolution
-            [blocks * rows, columns, *kernel].
+        weight: of a linear [blocks, rows, columns], of a convolution [blocks * rows, columns, *kernel].
         bias: [blocks * rows], or ``None``.
         index: the column of the input that each block's columns are, int64 [blocks, columns], where they are gathered.
+        in_turn: whether the blocks' columns follow each other and are all there are.
         order: the computed row that each row of the output is, int64 [out], where they are put in their places.
     """
 
@@ -89,7 +89,8 @@ class Packed(nn.Module):
         self.out, self.layout = out, layout
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias)
-        gathers = layout.starts is None
+        gathers, each = layout.starts is None, layout.columns
+        self.in_turn = layout.starts == tuple(range(0, columns, each)) and layout.blocks * each == columns
         shape, device = (layout.blocks, layout.columns), weight.device
         self.register_buffer("index", torch.zeros(shape, dtype=torch.int64, device=device) if gathers else None)
         self.register_buffer("order", None if layout.ordered else torch.zeros(out, dtype=torch.int64, device=device))
@@ -111,10 +112,7 @@ class Packed(nn.Module):
         if self.index is not None:
             return x.index_select(dim, self.index.flatten())
         assert self.layout.starts is not None
-        in_turn = self.layout.starts == tuple(b * self.layout.columns for b in range(self.layout.blocks))
-        if in_turn and x.shape[dim] == self.layout.blocks * self.layout.columns:
-            return x
-        return torch.cat(self.parts(x, dim), dim)
+        return x if self.in_turn else torch.cat(self.parts(x, dim), dim)
 
     def placed(self, y: Tensor, dim: int) -> Tensor:
         """Every computed row in its place; rows of zeros are left out."""
@@ -134,21 +132,32 @@ class PackedLinear(Packed):
 
     def __init__(self, in_features: int, out_features: int, layout: Layout, *, bias: bool, **plain: Any) -> None:
         b, r, c = layout.blocks, layout.rows, layout.columns
-        weight = torch.zeros((b, c, r) if layout.at_once else (b, r, c), **plain)
+        weight = torch.zeros((b, r, c), **plain)
         super().__init__(out_features, in_features, layout, weight, torch.zeros(b * r, **plain) if bias else None)
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        x = input
-        b, r, c = self.layout.blocks, self.layout.rows, self.layout.columns
-        if not self.layout.at_once:
-            biases = [None] * b if self.bias is None else self.bias.view(b, r).unbind()
-            pairs = zip(self.parts(x, -1), self.weight.unbind(), biases, strict=True)
-            return self.placed(torch.cat([F.linear(part, weight, bias) for part, weight, bias in pairs], -1), -1)
-        rows = self.together(x, -1).reshape(-1, b, c).transpose(0, 1)
-        y = rows @ self.weight if self.bias is None else torch.baddbmm(self.bias.view(b, 1, r), rows, self.weight)
-        return self.placed(y.transpose(0, 1).reshape(*x.shape[:-1], b * r), -1)
+        shape, b, r, c = input.shape[:-1], self.layout.blocks, self.layout.rows, self.layout.columns
+        one = shape.numel() == 1  # a single vector, for which other products are fast than for many
+        if self.layout.at_once:
+            x = self.together(input, -1)
+            # one: [b, 1, c] [b, c, r]; many: [b, r, c] [b, c, many], weight times input being the faster way round
+            x = x.reshape(b, 1, c) if one else x.reshape(-1, b, c).permute(1, 2, 0)
+            left, right = (x, self.weight.mT) if one else (self.weight, x)
+            if self.bias is None:
+                y = left @ right
+            else:
+                y = torch.baddbmm(self.bias.view((b, 1, r) if one else (b, r, 1)), left, right)
+            return self.placed((y if one else y.permute(2, 0, 1)).reshape(*shape, b * r), -1)
+        parts = self.parts(input.reshape(-1) if one else input, -1)
+        if self.bias is None:
+            pieces = map(F.linear, parts, self.weight.unbind())
+        elif one:
+            pieces = map(torch.addmv, self.bias.view(b, r).unbind(), self.weight.unbind(), parts)
+        else:
+            pieces = map(F.linear, parts, self.weight.unbind(), self.bias.view(b, r).unbind())
+        return self.placed(torch.cat(list(pieces), -1), -1).reshape(*shape, self.out_features)
 
 
 class PackedConvolution(Packed):

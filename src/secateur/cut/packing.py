@@ -146,7 +146,7 @@ def packed(layer: Any, pattern: Pattern, *, at_once: bool) -> Packed:
     whole = torch.cat([layer.weight, layer.weight.new_zeros((1, *layer.weight.shape[1:]))])
     weight = whole[rows[:, :, None], columns[:, None, :]]  # [blocks, rows, columns, *kernel]
     if isinstance(layer, nn.Linear):
-        made.weight.copy_(weight.mT if at_once else weight)
+        made.weight.copy_(weight)
     else:
         made.weight.copy_(weight.flatten(0, 1))
     if made.bias is not None:

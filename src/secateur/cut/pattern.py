@@ -120,7 +120,8 @@ def find_pattern(
         energy: [m, n], not negative.
         keep: the part of the coefficients that stays, in (0, 1].
         layout: ``"diagonal"``, ``"growth"`` or ``"bundles"``.
-        blocks: how many, at most; for ``"diagonal"`` there are always ``1 / keep``, rounded up.
+        blocks: how many, at most; default: ``1 / keep``, so that no more is gathered than is there, but none of fewer
+            than 16 rows. For ``"diagonal"`` there are always ``1 / keep``, rounded up.
         rounds: alternations, at most; they end when they gain less than a part in 10,000.
         restarts: beginnings, of which the best end counts.
         seed: of beginnings, and of the parts in which large problems are taken.
@@ -155,6 +156,11 @@ def find_pattern(
     return Pattern((m, n), np.sort(padded, axis=1), np.sort(best[2], axis=1), layout)
 
 
+def blocks_for(keep: float, rows: int) -> int:
+    """How many blocks a matrix has if nobody says: ``1 / keep``, but none of fewer than 16 rows."""
+    return max(1, min(round(1 / keep), rows // 16))
+
+
 def _checked(energy: np.ndarray) -> np.ndarray:
     energy = np.asarray(energy, dtype=np.float64)
     if energy.ndim != 2 or not energy.size or not np.isfinite(energy).all() or (energy < 0).any():
@@ -175,7 +181,7 @@ def _blocks(layout: str, keep: float, blocks: int | None, m: int, n: int) -> int
                 "or another layout"
             )
         return count
-    count = blocks if blocks is not None else max(1, min(m, 8, m // 16))
+    count = blocks if blocks is not None else blocks_for(keep, m)
     if count > m:
         raise SecateurError(f"blocks={count}: the matrix has {m} rows; give at most so many")
     return count

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from secateur.curvature import Curvature
 from secateur.curvature.kronecker import Factors
 from secateur.curvature.layers import CONVOLUTIONS, Layer, measurable
-from secateur.cut.pattern import LAYOUTS, Pattern, find_pattern
+from secateur.cut.pattern import LAYOUTS, Pattern, blocks_for, find_pattern
 from secateur.cut.record import add_to_record, record
 from secateur.errors import SecateurError, unknown
 from secateur.measure.accuracy import evaluating
@@ -147,15 +147,20 @@ def _values(factors: Any) -> list[Any]:
 
 def patterns_of(
     model: nn.Module, names: Sequence[str], keep: float, *, layout: str = "bundles", blocks: int | None = None,
-    factors: Curvature | None = None, seed: int = 0,
+    factors: Curvature | None = None, seed: int = 0, final: float | None = None,
 ) -> dict[str, Pattern]:  # fmt: skip
-    """The pattern of each of these layers; see :func:`pivot`. Of block-diagonal ones the next that keep no more."""
+    """The pattern of each of these layers; see :func:`pivot`. Of block-diagonal ones the next that keep no more.
+
+    ``final`` is what stays in the end, if that is less: there are as many blocks as there will be then.
+    """
+    final = keep if final is None else final
     if layout == "diagonal":
         keep = 1 / math.ceil(1 / keep - 1e-6)
     found = {}
     for name in names:
         layer: Any = model.get_submodule(name)
-        count = None if blocks is None else min(blocks, layer.weight.shape[0] // LEAST)
+        rows = layer.weight.shape[0]
+        count = None if layout == "diagonal" else min(blocks, rows // LEAST) if blocks else blocks_for(final, rows)
         try:
             table = energy(layer, factors[name].of(model) if factors is not None else None)
         except SecateurError as error:
@@ -176,8 +181,8 @@ def pivot(
         keep: the part of each layer's coefficients that stays, in (0, 1]; for ``"diagonal"`` a half, a third, ...
         layout: ``"bundles"``: every bundle of rows has its own columns; ``"diagonal"``: block-diagonal after permuting
             rows and columns, with ``1 / keep`` blocks; ``"growth"``: by complete pivoting.
-        blocks: how many blocks a layer has, at most; fewer are faster, more keep more of the energy. Default: one for
-            16 rows, up to 8. Not for ``"diagonal"``.
+        blocks: how many blocks a layer has, at most; fewer are faster, more keep more of the energy. Default:
+            ``1 / keep``, but none of fewer than 16 rows. Not for ``"diagonal"``.
         factors: of :func:`secateur.kronecker_factors` in channel form, for the Fisher's energy instead of magnitude.
         exclude: layers that shall stay whole.
         seed: of the search.

@@ -102,7 +102,8 @@ class Pivoting:
         self.steps += 1
         if not self.done and self.steps % self.every == 0:
             self.updates += 1
-            self.patterns = patterns_of(self.model, self._names, self.keep_at(self.updates), **self._settings)
+            now = self.keep_at(self.updates)
+            self.patterns = patterns_of(self.model, self._names, now, final=self.keep, **self._settings)
             self._masks = []
             apply(self.model, self.patterns)
         elif self.done:
