@@ -23,7 +23,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.cut.packing import MARGIN, milliseconds, moved, orders_of, packed
-from secateur.cut.pattern import Pattern
+from secateur.cut.pattern import Pattern, blocks_for
 from secateur.cut.relabel import moves, relabelled
 from secateur.measure import counted
 from secateur.models import build, example_input
@@ -40,7 +40,7 @@ TARGETS = {"linear": 0.95, "convolution": 0.85, "network": 0.7}
 
 def drawn(m: int, n: int, keep: float, layout: str) -> Pattern:
     """A pattern at random, of as many blocks as there are by default."""
-    rng, count = np.random.default_rng(0), round(1 / keep)
+    rng, count = np.random.default_rng(0), blocks_for(keep, m) if layout == "bundles" else round(1 / keep)
     rows = rng.permutation(m).reshape(count, -1)
     if layout == "diagonal":
         columns = rng.permutation(n).reshape(count, -1)
@@ -86,8 +86,9 @@ def network(name: str, keep: float, layout: str, batch: int, repeats: int) -> di
     times = milliseconds({"dense": model, "packed": small}, x, repeats)
     macs = {key: counted(m, x[:1])["macs"] for key, m in (("dense", model), ("packed", all_packed))}
     done = json.loads(sc.record(small)[-1]["pack"])
-    row = {"ms": times, "chosen": "packed", "packed": len(done["layers"]), "dense": len(done["patterns"])}
-    speedup, reduction = times["dense"] / times["packed"], macs["dense"] / macs["packed"]
+    chosen = "packed" if done["layers"] else "dense"  # then both are the same, whatever their times say
+    row = {"ms": times, "chosen": chosen, "packed": len(done["layers"]), "dense": len(done["patterns"])}
+    speedup, reduction = times["dense"] / times[chosen], macs["dense"] / macs["packed"]
     return row | {"speedup": speedup, "reduction": reduction, "ratio": speedup / reduction}
 
 

@@ -112,7 +112,12 @@ class Packed(nn.Module):
         if self.index is not None:
             return x.index_select(dim, self.index.flatten())
         assert self.layout.starts is not None
-        return x if self.in_turn else torch.cat(self.parts(x, dim), dim)
+        return x if self.in_turn else self.joined(self.parts(x, dim), dim)
+
+    @staticmethod
+    def joined(parts: list[Tensor], dim: int) -> Tensor:
+        """What all blocks wrote, side by side."""
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def placed(self, y: Tensor, dim: int) -> Tensor:
         """Every computed row in its place; rows of zeros are left out."""
@@ -157,7 +162,7 @@ class PackedLinear(Packed):
             pieces = map(torch.addmv, self.bias.view(b, r).unbind(), self.weight.unbind(), parts)
         else:
             pieces = map(F.linear, parts, self.weight.unbind(), self.bias.view(b, r).unbind())
-        return self.placed(torch.cat(list(pieces), -1), -1).reshape(*shape, self.out_features)
+        return self.placed(self.joined(list(pieces), -1), -1).reshape(*shape, self.out_features)
 
 
 class PackedConvolution(Packed):
@@ -185,7 +190,7 @@ class PackedConvolution(Packed):
         biases = [None] * layout.blocks if self.bias is None else self.bias.split(layout.rows)
         pairs = zip(self.parts(x, dim), self.weight.split(layout.rows), biases, strict=True)
         parts = [convolve(part, weight, bias, *geometry) for part, weight, bias in pairs]
-        return self.placed(torch.cat(parts, dim), dim)
+        return self.placed(self.joined(parts, dim), dim)
 
 
 def hollow(layer: Any, layout: Layout) -> Packed:

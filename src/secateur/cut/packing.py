@@ -6,7 +6,7 @@ same of its columns, and then gathers nothing. The order that spares most is tak
 where a layer reads, and one where several layers write one residual stream in different orders.
 
 Locally, a layer is timed on what it sees in the model, dense, block by block and with all blocks at once; the fastest
-stays, and packed layers must win by a margin. If the model as a whole is no faster so, it stays dense.
+stays, and packed layers must win by a margin, as must the model as a whole, which stays dense otherwise.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from secateur.trace.tracer import Inputs, tensors_in
 WAYS = ("fastest", "blocks", "at_once")
 WHOLE = ""  # the path of the whole model, among those of the layers that were timed
 MARGIN = 0.95
-"""A packed layer must take less than this part of the dense layer's time."""
+"""A packed layer or model must take less than this part of the dense one's time."""
 TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,
@@ -241,7 +241,7 @@ def pack(
     _check_same(wanted, new, example_inputs)
     if way == "fastest" and layouts:  # single calls may be faster and the whole not, where it is all overhead
         times[WHOLE] = _whole(whole, new, example_inputs)
-        if times[WHOLE]["packed"] >= times[WHOLE]["dense"]:
+        if times[WHOLE]["packed"] >= MARGIN * times[WHOLE]["dense"]:
             new, layouts, left = whole, {}, dict(patterns)
     return add_to_record(new, model, {PACK: Packing(fingerprint(model), layouts, left, unused, times)})
 

@@ -32,6 +32,10 @@ AT_ONCE = 1024
 """So many rows or columns are assigned at once, at most; of more, random parts in turn."""
 
 
+TALL = 32
+"""Rows of a block, at least, if nobody says how many blocks; convolutions of fewer filters hardly get faster."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pattern:
     """Dense blocks of a matrix.
@@ -121,7 +125,7 @@ def find_pattern(
         keep: the part of the coefficients that stays, in (0, 1].
         layout: ``"diagonal"``, ``"growth"`` or ``"bundles"``.
         blocks: how many, at most; default: ``1 / keep``, so that no more is gathered than is there, but none of fewer
-            than 16 rows. For ``"diagonal"`` there are always ``1 / keep``, rounded up.
+            than 32 rows. For ``"diagonal"`` there are always ``1 / keep``, rounded up.
         rounds: alternations, at most; they end when they gain less than a part in 10,000.
         restarts: beginnings, of which the best end counts.
         seed: of beginnings, and of the parts in which large problems are taken.
@@ -157,8 +161,8 @@ def find_pattern(
 
 
 def blocks_for(keep: float, rows: int) -> int:
-    """How many blocks a matrix has if nobody says: ``1 / keep``, but none of fewer than 16 rows."""
-    return max(1, min(round(1 / keep), rows // 16))
+    """How many blocks a matrix has if nobody says: ``1 / keep``, but none of fewer than ``TALL`` rows."""
+    return max(1, min(round(1 / keep), rows // TALL))
 
 
 def _checked(energy: np.ndarray) -> np.ndarray:

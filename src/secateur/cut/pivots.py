@@ -182,7 +182,7 @@ def pivot(
         layout: ``"bundles"``: every bundle of rows has its own columns; ``"diagonal"``: block-diagonal after permuting
             rows and columns, with ``1 / keep`` blocks; ``"growth"``: by complete pivoting.
         blocks: how many blocks a layer has, at most; fewer are faster, more keep more of the energy. Default:
-            ``1 / keep``, but none of fewer than 16 rows. Not for ``"diagonal"``.
+            ``1 / keep``, but none of fewer than 32 rows. Not for ``"diagonal"``.
         factors: of :func:`secateur.kronecker_factors` in channel form, for the Fisher's energy instead of magnitude.
         exclude: layers that shall stay whole.
         seed: of the search.
