@@ -191,9 +191,16 @@ def _blocks(layout: str, keep: float, blocks: int | None, m: int, n: int) -> int
     return count
 
 
+def _members(items: np.ndarray, blocks: np.ndarray, size: int) -> np.ndarray:
+    """Which of ``size`` items are in which block, 1 or 0, [blocks, size]."""
+    table = np.zeros((int(blocks.max()) + 1, size))
+    table[blocks, items] = 1
+    return table
+
+
 def _by_block(energy: np.ndarray, rows: np.ndarray, of_row: np.ndarray) -> np.ndarray:
     """The energy of every column in the rows of every block, [blocks, columns]."""
-    return np.add.reduceat(energy[rows], np.flatnonzero(np.diff(of_row, prepend=-1)), axis=0)
+    return _members(rows, of_row, len(energy)) @ energy
 
 
 def _inside(energy: np.ndarray, rows: np.ndarray, of_row: np.ndarray, columns: np.ndarray) -> float:
@@ -257,7 +264,8 @@ def _alternated(
             inside = columns.flatten()
             start = np.r_[inside, np.setdiff1d(np.arange(energy.shape[1]), inside)]
             columns = _assigned(by_block.T, start, of_column, rng)[of_column >= 0].reshape(columns.shape)
-        rows = _assigned(np.stack([energy[:, c].sum(1) for c in columns], 1), rows, of_row, rng)
+        mine = _members(columns, np.arange(len(columns))[:, None], energy.shape[1])
+        rows = _assigned(energy @ mine.T, rows, of_row, rng)
         value = _inside(energy, rows, of_row, columns)
         if value <= before * (1 + 1e-4):
             break
