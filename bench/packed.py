@@ -3,8 +3,11 @@
 Layers are timed as they stand in a chain (what they read is gathered, what they write is not), whole networks as
 ``pack`` leaves them, always against the dense one in turn, so that what else the machine does strikes both. Where
 the dense layer is faster it stays, and the row says so: its speed-up is 1. Patterns of single layers are drawn at
-random: time does not depend on where the blocks are. Rows that are there are not run again::
+random: time does not depend on where the blocks are. By default, glibc gives large tensors back to the system and is
+given them anew, which costs dense and packed layers alike up to a third of their time; the environment variables below
+keep them, and rows say which it was. Rows that are there are not run again::
 
+    export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
     python bench/packed.py layers networks --threads 1 2
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from itertools import product
 from pathlib import Path
@@ -126,10 +130,12 @@ def main() -> None:
         cases += [{"kind": "convolution", "width": width, "size": size} for width, size in MAPS]
     if "networks" in given.what:
         cases += [{"kind": "network", "width": name} for name in NETWORKS]
+    keeps = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} <= set(os.environ)
     for threads in given.threads:
         torch.set_num_threads(threads)
         for case, batch, keep, layout in product(cases, given.batches, KEEPS, LAYOUTS):
             key = {**case, "batch": batch, "keep": keep, "layout": layout, "threads": threads}
+            key["memory"] = "kept" if keeps else "default"
             if any(all(r.get(k) == v for k, v in key.items()) for r in rows):
                 continue
             if case["kind"] == "network":

@@ -25,7 +25,9 @@ import torch
 from safetensors.torch import load_file
 
 import secateur as sc
-from secateur.allocate.search import RATIOS, Evaluator, Factors
+from secateur.allocate.evaluator import Evaluator
+from secateur.allocate.factors import Factors
+from secateur.allocate.search import RATIOS
 from secateur.allocate.strategies import STRATEGIES, Problem, fill
 from secateur.data import load
 from secateur.measure import accuracy
@@ -56,7 +58,7 @@ class Random:
         while len(found) < self.evaluations - 10 * len(self.batches):
             taken = factors.taken(rng.integers(0, factors.sizes))
             if problem.meter.met(problem.widths(taken)):
-                found.append((evaluate(taken, len(found)), len(found), fill(problem, taken)))
+                found.append((float(evaluate([(taken, len(found))])[0]), len(found), fill(problem, taken)))
         best = [taken for _, _, taken in sorted(found)[:10]]
         return min(best, key=evaluate.everywhere)
 
@@ -79,7 +81,7 @@ class Sensitivity:
             for taken in own:
                 alone = nothing.copy()
                 alone[group] = taken
-                rise[group, taken] = float(np.mean([evaluate(alone, number) for number in range(often)]))
+                rise[group, taken] = float(evaluate([(alone, number) for number in range(often)]).mean())
         taken, at = nothing.copy(), dict.fromkeys(atoms, 0.0)
         while not problem.meter.met(problem.widths(taken)):
             widths = problem.widths(taken)

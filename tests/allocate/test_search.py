@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import secateur as sc
-from secateur.allocate.search import Evaluator, Factors, Search
+from secateur.allocate.evaluator import Evaluator
+from secateur.allocate.factors import Factors
+from secateur.allocate.search import Search
 from secateur.allocate.strategies import STRATEGIES
 from secateur.errors import SecateurError
 
@@ -139,7 +141,7 @@ def test_an_interrupted_search_ends_with_the_same_answer(tmp_path, monkeypatch, 
     monkeypatch.setattr(
         importlib.import_module("secateur.allocate.search"), "EVERY", 0.0
     )  # a checkpoint at every block
-    calls, after = [], Evaluator.__call__
+    calls, after = [], Evaluator._rise
 
     def stop(self, *args):
         calls.append(0)
@@ -147,7 +149,7 @@ def test_an_interrupted_search_ends_with_the_same_answer(tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         return after(self, *args)
 
-    monkeypatch.setattr(Evaluator, "__call__", stop)
+    monkeypatch.setattr(Evaluator, "_rise", stop)
     path = tmp_path / "search.json"
     with pytest.raises(KeyboardInterrupt):
         sc.allocate(graph, scores, budget, strategy=Search(model, data, checkpoint=path, **given))

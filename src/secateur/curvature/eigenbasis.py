@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from secateur.curvature.kronecker import Factors, processes, wide
+from secateur.curvature.kronecker import Factors, wide
 from secateur.curvature.layers import Layer, input_samples, output_samples
 from secateur.curvature.losses import Loss, Pass, loss_of
 from secateur.curvature.watching import watch
 from secateur.errors import SecateurError
+from secateur.processes import processes
 
 NULL = 1e-10
 """Eigenvalues up to this fraction of the largest count as zero."""

@@ -23,6 +23,7 @@ from secateur.curvature.layers import MEASURED, Layer, input_products, layers_of
 from secateur.curvature.losses import Loss, Pass, loss_of
 from secateur.curvature.watching import watch
 from secateur.errors import SecateurError
+from secateur.processes import processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,11 +171,6 @@ def kronecker_factors(
 def wide(x: Tensor) -> Tensor:
     """In single precision at least."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def processes() -> int:
-    """How many share the data."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _gathered(first: Mapping[int, Layer], sums: Mapping[int, _Sums], examples: int) -> int:

@@ -19,10 +19,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from secateur.curvature.kronecker import processes
 from secateur.curvature.losses import Loss, loss_of
 from secateur.curvature.watching import at_rest, checked, examples_of, forward, split_batch
 from secateur.errors import SecateurError, unknown
+from secateur.processes import processes
 
 MATRICES = ("hessian", "gauss_newton")
 Vector = Mapping[str, Tensor]

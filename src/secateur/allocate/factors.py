@@ -1,0 +1,148 @@
+r"""What a search of widths chooses among: for each group a few widths, what they cost, and the price of the budget.
+
+A combination of atoms is worth what the bandit has seen of it less what it costs; the price is the least at which the
+best-looking combination meets the budget::
+
+    value(a) = sum_l mean_la - price * cost_la          cost_la = over / full, of all units of the budget
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from secateur.allocate.bandit import FactoredBandit
+from secateur.allocate.strategies import Problem
+from secateur.errors import SecateurError
+
+
+class Factors:
+    """The groups that have a choice, their atoms as items taken, and what each costs.
+
+    Args:
+        problem: groups, items and the budget.
+        base: items taken at the start, within the budget.
+        ratios: widths as multiples of those at the start.
+    """
+
+    def __init__(self, problem: Problem, base: np.ndarray, ratios: Sequence[float]) -> None:
+        self.problem, self.base = problem, base
+        self.groups: list[int] = []
+        self.atoms: list[list[int]] = []
+        for group, count in enumerate(problem.count):
+            widths = np.array([problem.widths(_with(base, group, taken))[group] for taken in range(count + 1)])
+            wanted = {int(np.abs(widths - ratio * widths[base[group]]).argmin()) for ratio in ratios}
+            if len(wanted) > 1:
+                self.groups.append(group)
+                self.atoms.append(sorted(wanted, reverse=True))  # from narrow to wide
+        self.sizes = [len(atoms) for atoms in self.atoms]
+        most = max(self.sizes, default=0)
+        meter = problem.meter
+        zero = self._used(base)
+        self.cost = np.zeros((len(self.groups), most))
+        for factor, (group, atoms) in enumerate(zip(self.groups, self.atoms, strict=True)):
+            for atom, taken in enumerate(atoms):
+                self.cost[factor, atom] = self._used(_with(base, group, taken)) - zero
+        self.meter = meter
+
+    def _used(self, taken: np.ndarray) -> float:
+        meter = self.problem.meter
+        return sum(over / meter.full[unit] for unit, over in meter.excess(self.problem.widths(taken)).items())
+
+    def taken(self, atoms: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The items that a combination takes from every group."""
+        taken = self.base.copy()
+        for group, own, atom in zip(self.groups, self.atoms, atoms, strict=True):
+            taken[group] = own[atom]
+        return taken
+
+    def best(self, bandit: FactoredBandit, price: float) -> np.ndarray:
+        """The combination that looks best at a price, of all atoms that were compared."""
+        mean = np.nan_to_num(bandit.means()).sum(2) / np.maximum((bandit.matches > 0).sum(2), 1)
+        real = np.arange(mean.shape[1]) < np.array(self.sizes)[:, None]
+        return np.where(real, mean - price * self.cost, -np.inf).argmax(1)
+
+    def price(self, bandit: FactoredBandit) -> float:
+        """The least price at which the best-looking combination meets the budget."""
+
+        def met(price: float) -> bool:
+            return self.problem.meter.met(self.problem.widths(self.taken(self.best(bandit, price))))
+
+        if met(0.0):
+            return 0.0
+        high = 0.01
+        while not met(high):
+            high *= 2
+            if high > 1e9:
+                raise SecateurError("no combination of these widths meets the budget; give ratios below 1")
+        low = high / 2 if high > 0.01 else 0.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (low, middle) if met(middle) else (middle, high)
+        return high
+
+    def named(self, bandit: FactoredBandit) -> list[dict[str, Any]]:
+        """The bandit's table with the names of groups and their widths."""
+        graph, rows = self.problem.meter.graph, []
+        for row in bandit.table():
+            group = self.groups[row["factor"]]
+            taken = self.atoms[row["factor"]][row["atom"]]
+            width = int(self.problem.widths(_with(self.base, group, taken))[group])
+            rows.append(
+                {"group": graph.groups[group].name, "width": width} | {k: row[k] for k in ("gap", "plays", "active")}
+            )
+        return rows
+
+    def doubts(self, log: Sequence[Any]) -> dict[str, tuple[int, int]]:
+        """Groups whose best width differs, beyond chance, between weak and strong combinations of the others."""
+        if len(log) < 20:
+            return {}
+        played = np.array([entry[0] for entry in log])
+        rewards = np.array([entry[1] for entry in log])
+        means = []
+        for factor, size in enumerate(self.sizes):
+            own = [rewards[played[:, factor] == atom] for atom in range(size)]
+            means.append(
+                np.array([values.mean() if len(values) else rewards.mean() for values in own]) - rewards.mean()
+            )
+        parts = np.stack([mean[played[:, factor]] for factor, mean in enumerate(means)], 1)
+        found = {}
+        for factor, size in enumerate(self.sizes):
+            others = parts.sum(1) - parts[:, factor]
+            halves = [_summary(rewards[side], played[side, factor], size) for side in _halves(others)]
+            (weak, weak_error), (strong, strong_error) = halves
+            a, b = int(np.nanargmax(weak)), int(np.nanargmax(strong))
+            ahead = [(weak[a] - weak[b]) / math.hypot(weak_error[a], weak_error[b])]
+            ahead += [(strong[b] - strong[a]) / math.hypot(strong_error[a], strong_error[b])]
+            if a != b and min(ahead) > 3:  # either half is sure, by three standard errors
+                group = self.groups[factor]
+                widths = [
+                    int(self.problem.widths(_with(self.base, group, self.atoms[factor][atom]))[group])
+                    for atom in (a, b)
+                ]
+                found[self.problem.meter.graph.groups[group].name] = (widths[0], widths[1])
+        return found
+
+
+def _halves(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(values, kind="stable")
+    return order[: len(order) // 2], order[len(order) // 2 :]
+
+
+def _summary(rewards: np.ndarray, atoms: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error by atom; NaN and infinity where there are fewer than three."""
+    mean, error = np.full(size, np.nan), np.full(size, np.inf)
+    for atom in range(size):
+        own = rewards[atoms == atom]
+        if len(own) >= 3:
+            mean[atom], error[atom] = own.mean(), own.std(ddof=1) / math.sqrt(len(own)) + 1e-12
+    return (mean if not np.isnan(mean).all() else np.zeros(size)), error
+
+
+def _with(taken: np.ndarray, group: int, value: int) -> np.ndarray:
+    changed = taken.copy()
+    changed[group] = value
+    return changed
