@@ -34,7 +34,7 @@ RESULTS = HERE / "results" / "gentle.json"
 BATCH = 128
 SETTINGS: dict[str, dict[str, Any]] = {
     "lenet5": {"data": "mnist", "epochs": 6, "lr": 0.01, "augment": False, "every": 2},
-    "resnet8": {"data": "cifar10", "epochs": 8, "lr": 0.02, "augment": True, "every": 4},
+    "resnet8": {"data": "cifar10", "epochs": 6, "lr": 0.02, "augment": True, "every": 2},
     "resnet20": {"data": "cifar10", "epochs": 30, "lr": 0.02, "augment": True, "every": 10},
 }
 STRATEGY = "uniform"  # as in the papers; by magnitude, "global" leaves blocks of a ResNet with a single channel
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["accuracy", "cost"])
     parser.add_argument("--networks", nargs="+", default=["lenet5"], choices=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--work", type=Path, default=Path("runs/gentle"))
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -166,7 +167,7 @@ def main() -> None:
         for name in given.networks:
             for seed in given.seeds:
                 for macs in MACS:
-                    for method in METHODS:
+                    for method in given.methods:
                         key = {"network": name, "method": method, "macs": macs, "seed": seed}
                         key |= SETTINGS[name] | {"strategy": STRATEGY}
                         if any(all(r[k] == v for k, v in key.items()) for r in kept["rows"]):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import secateur as sc
 from secateur.allocate.evaluator import Evaluator
-from secateur.allocate.factors import Factors
+from secateur.allocate.factors import Effects, Factors
 from secateur.allocate.search import Search
 from secateur.allocate.strategies import STRATEGIES
 from secateur.errors import SecateurError
@@ -216,7 +216,7 @@ def test_prune_searches_by_name_and_says_what_it_found():
     given = {"data": data, "loss_fn": "cross_entropy", "budget": sc.Budget(macs=0.5)}
     result = sc.prune(model, data[0][0], strategy="bandit", search={"evaluations": 60, "progress": False}, **given)
     assert result.after.macs <= 0.5 * result.before.macs
-    assert set(result.facts["search"]) == {"table", "doubts", "price", "losses", "better", "forwards"}
+    assert set(result.facts["search"]) == {"table", "doubts", "price", "explained", "losses", "better", "forwards"}
     assert json.loads(json.dumps(result.facts["search"])) == result.facts["search"]
     for options, message in (
         ({"strategy": "bandit", "loss_fn": None, "method": "magnitude"}, "needs data= .* and loss_fn="),
@@ -229,3 +229,34 @@ def test_prune_searches_by_name_and_says_what_it_found():
             sc.prune(model, data[0][0], **(given | options))
     with pytest.raises(SecateurError, match="tries widths on the model"):
         sc.allocate(graph, {}, sc.Budget(macs=0.5), strategy="bandit")
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+def test_effects_are_those_of_an_additive_problem_and_do_not_depend_on_how_many_plays_come_at_a_time(dueling):
+    rng, sizes = np.random.default_rng(0), [4, 3, 5]
+    parts = [rng.standard_normal(size) for size in sizes]
+    plays = rng.integers(0, sizes, (4000, 2, 3) if dueling else (4000, 3))
+    true = sum(part[plays[..., factor]] for factor, part in enumerate(parts))
+    rewards = (true[:, 0] - true[:, 1]) if dueling else true
+    whole, pieces = Effects(sizes), Effects(sizes)
+    whole.add(plays, rewards)
+    for start in range(0, 4000, 7):
+        pieces.add(plays[start : start + 7], rewards[start : start + 7])
+    worth = whole.table()
+    assert (worth == pieces.table()).all()
+    for own, part in zip(worth, parts, strict=True):
+        assert own[: len(part)] - own[0] == pytest.approx(part - part[0], abs=0.02)  # RIDGE plays of 4,000
+    assert whole.explained > 0.999
+    noisy = Effects(sizes)
+    noisy.add(plays, rewards + rewards.std() * rng.standard_normal(4000))
+    noisy.table()
+    assert 0.4 < noisy.explained < 0.6
+
+
+def test_effects_of_what_was_hardly_played_are_small_and_of_what_was_not_are_none():
+    effects = Effects([3, 2])
+    assert not effects.table().any()
+    effects.add(np.array([[0, 0], [0, 1], [1, 0], [1, 1]]), np.array([1.0, 0.0, 0.0, -1.0]))
+    worth = effects.table()
+    assert worth[0, 2] == worth[1, 2] == 0
+    assert 0 < worth[0, 0] < 0.5 and worth[0, 1] == pytest.approx(-worth[0, 0])

@@ -1,9 +1,10 @@
-r"""What a search of widths chooses among: for each group a few widths, what they cost, and the price of the budget.
+r"""What a search of widths chooses among: for each group a few widths, what they are worth and what they cost.
 
-A combination of atoms is worth what the bandit has seen of it less what it costs; the price is the least at which the
-best-looking combination meets the budget::
+What an atom is worth is fitted to all plays at once, so that what the other factors played is taken off, not averaged;
+the price of the budget is the least at which the best-looking combination meets it::
 
-    value(a) = sum_l mean_la - price * cost_la          cost_la = over / full, of all units of the budget
+    reward ~ c + sum_l worth_la          least squares, with ``RIDGE`` plays of worth zero for every atom
+    best     argmax over a of worth_la - price * cost_la, for each factor l          cost_la = over / full, of all units
 """
 
 from __future__ import annotations
@@ -17,6 +18,58 @@ import numpy as np
 from secateur.allocate.bandit import FactoredBandit
 from secateur.allocate.strategies import Problem
 from secateur.errors import SecateurError
+
+RIDGE = 1.0
+
+
+class Effects:
+    """What every atom is worth, fitted to plays.
+
+    Args:
+        sizes: atoms of each factor.
+
+    Attributes:
+        plays: how many there were.
+        explained: the part of the rewards' variance that the fit of the last :meth:`table` explains: 1 where what a
+            width is worth does not depend on the others, less with noise and where it does.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes, self.plays, self.explained = list(sizes), 0, 0.0
+        self.first = np.cumsum([0, *sizes[:-1]]).astype(np.int64)
+        count = sum(sizes) + 1  # the last is the constant
+        self.gram, self.moment = np.zeros((count, count)), np.zeros(count)
+        self.rewards = np.zeros(3)  # their number, sum and sum of squares
+
+    def add(self, played: np.ndarray, rewards: np.ndarray) -> None:
+        """Plays [n, factors] and rewards [n]; of duels [n, 2, factors], and by how much the first was better."""
+        rows = np.zeros((len(played), len(self.moment)))
+        each = np.arange(len(played))[:, None]
+        if played.ndim == 2:
+            rows[:, -1] = 1
+            rows[each, self.first + played] = 1
+        else:
+            rows[each, self.first + played[:, 0]] += 1
+            rows[each, self.first + played[:, 1]] -= 1
+        self.gram += rows.T @ rows  # whole numbers
+        for play, reward in zip(rows, rewards, strict=True):  # in their order, so that it does not matter how many come
+            self.moment += play * reward  # at a time
+            self.rewards += (1, reward, reward**2)
+        self.plays += len(played)
+
+    def table(self) -> np.ndarray:
+        """The worth of each atom, [factors, most atoms], zero where there is none."""
+        penalty = np.full(len(self.moment), RIDGE)
+        penalty[-1] = 1e-9
+        found = np.linalg.solve(self.gram + np.diag(penalty), self.moment)
+        count, total, squares = self.rewards
+        left = squares - 2 * found @ self.moment + found @ self.gram @ found
+        spread = squares - total**2 / max(count, 1)
+        self.explained = float(np.clip(1 - left / spread, 0, 1)) if spread > 0 else 0.0
+        worth = np.zeros((len(self.sizes), max(self.sizes, default=0)))
+        for row, first, size in zip(worth, self.first, self.sizes, strict=True):
+            row[:size] = found[first : first + size]
+        return worth
 
 
 class Factors:
@@ -59,17 +112,16 @@ class Factors:
             taken[group] = own[atom]
         return taken
 
-    def best(self, bandit: FactoredBandit, price: float) -> np.ndarray:
-        """The combination that looks best at a price, of all atoms that were compared."""
-        mean = np.nan_to_num(bandit.means()).sum(2) / np.maximum((bandit.matches > 0).sum(2), 1)
-        real = np.arange(mean.shape[1]) < np.array(self.sizes)[:, None]
-        return np.where(real, mean - price * self.cost, -np.inf).argmax(1)
+    def best(self, worth: np.ndarray, price: float) -> np.ndarray:
+        """The combination that looks best at a price."""
+        real = np.arange(worth.shape[1]) < np.array(self.sizes)[:, None]
+        return np.where(real, worth - price * self.cost, -np.inf).argmax(1)
 
-    def price(self, bandit: FactoredBandit) -> float:
+    def price(self, worth: np.ndarray) -> float:
         """The least price at which the best-looking combination meets the budget."""
 
         def met(price: float) -> bool:
-            return self.problem.meter.met(self.problem.widths(self.taken(self.best(bandit, price))))
+            return self.problem.meter.met(self.problem.widths(self.taken(self.best(worth, price))))
 
         if met(0.0):
             return 0.0

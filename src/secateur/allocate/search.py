@@ -5,7 +5,10 @@ whole network on one mini-batch, with the channels that go zero at their produce
 much of the loss is kept, and what a width costs is known and need not be learned::
 
     reward = -tanh((L(masked, batch) - L(whole, batch)) / scale)          known_la = -price * cost_la
-    price    the least at which the best-looking combination meets the budget, found anew as estimates move
+    price    the least at which the best-looking combination meets the budget, found anew as plays come in
+
+The bandit decides what is played; what its plays say of every width together is the answer
+(:class:`secateur.allocate.factors.Effects`).
 
 The loss of the whole network on the same batch takes away what makes a batch hard or easy; a duel does so by playing
 two combinations on one batch. The bandit asks that a group's best width is best whatever the other groups do
@@ -20,6 +23,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.allocate.bandit import FactoredBandit
 from secateur.allocate.evaluator import Evaluator
-from secateur.allocate.factors import Factors
+from secateur.allocate.factors import Effects, Factors
 from secateur.allocate.strategies import STRATEGIES, Problem, fill
 from secateur.errors import SecateurError, unknown
 from secateur.processes import rank, summed, told
@@ -44,6 +48,8 @@ RATIOS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 """Atoms: how much wider than at the start."""
 EVERY = 10.0
 """Seconds from one checkpoint to the next."""
+AGAIN = 1.05
+"""How many times more plays there are when what atoms are worth is fitted again."""
 SAMPLED = 16
 """How many combinations set the scale of the rewards."""
 
@@ -96,6 +102,8 @@ class Search:
     Attributes:
         table: after a search, what was learned, a row an atom: ``group``, ``width``, ``gap``, ``plays``, ``active``.
         price: of the budget, in the end.
+        explained: the part of the rewards' variance that the worth of single widths explains; noise and what widths
+            do together are the rest.
         doubts: groups whose best width depends on what the others do, with the two widths.
         losses: what the loss rises by on all batches, of the start and of what was found; the lower one is the answer.
         done: how many forwards there were; fewer than ``evaluations`` if the minutes were up.
@@ -124,6 +132,7 @@ class Search:
         self.table: list[dict[str, Any]] = []
         self.doubts: dict[str, tuple[int, int]] = {}
         self.price = 0.0
+        self.explained = 0.0
         self.losses = (0.0, 0.0)
         self.done = 0
         self.seconds = {"evaluations": 0.0, "bandit": 0.0}
@@ -136,51 +145,61 @@ class Search:
         if not factors.groups:
             return factors.base
         evaluate = Evaluator(self.model, problem, self.batches, self.loss_fn, self.seed, self.norms)
+        key = self._key(factors)
+        if summed(np.array([float(told(key, evaluate.device) != key)]), evaluate.device)[0]:
+            raise SecateurError("Search: the processes differ; give all the same model, data and settings")
+        course = self._resumed(key, factors, evaluate.device) or self._begun(factors, evaluate)
+        begun = saved = time.monotonic()
+        with Progress(disable=not self.progress or rank() > 0, transient=True) as bar:
+            task = bar.add_task("search", total=self.evaluations, completed=course.done)
+            while course.done < self.evaluations and not self._late(begun, evaluate.device):
+                started, before = time.monotonic(), evaluate.seconds
+                if started - saved > EVERY:
+                    self._save(key, course)
+                    saved = started
+                self._play(course, factors, evaluate)
+                self.seconds["evaluations"] += evaluate.seconds - before
+                self.seconds["bandit"] += time.monotonic() - started - (evaluate.seconds - before)
+                bar.update(task, completed=min(course.done, self.evaluations))
+        self._save(key, course)
+        return self._answer(course, factors, evaluate)
+
+    def _begun(self, factors: Factors, evaluate: Evaluator) -> Course:
+        """Some combinations at random set the scale of the rewards."""
+        rng = np.random.default_rng(self.seed)
+        drawn = [rng.integers(0, factors.sizes) for _ in range(SAMPLED)]
+        losses = evaluate([(factors.taken(atoms), number) for number, atoms in enumerate(drawn)])
         bandit = FactoredBandit(
             factors.sizes, radius=self.radius, bounds=(-1.0, 1.0), dueling=self.dueling, seed=self.seed
         )
-        key, device = self._key(factors), evaluate.device
-        if summed(np.array([float(told(key, device) != key)]), device)[0]:
-            raise SecateurError("Search: the processes differ; give all the same model, data and settings")
-        state = self._resumed(key, device)
-        if state is None:
-            rng = np.random.default_rng(self.seed)
-            drawn = [rng.integers(0, factors.sizes) for _ in range(SAMPLED)]
-            losses = evaluate([(factors.taken(atoms), number) for number, atoms in enumerate(drawn)])
-            scale, log, done = max(float(np.median(np.abs(losses))), 1e-6), [], SAMPLED
-        else:
-            bandit = FactoredBandit.from_json(state["bandit"])
-            scale, log, done = state["scale"], state["log"], state["done"]
-        begun = saved = time.monotonic()
-        with Progress(disable=not self.progress or rank() > 0, transient=True) as bar:
-            task = bar.add_task("search", total=self.evaluations, completed=done)
-            while done < self.evaluations and not self._late(begun, device):
-                started, before = time.monotonic(), evaluate.seconds
-                if self.checkpoint is not None and started - saved > EVERY:
-                    self._save(key, bandit, scale, log, done)
-                    saved = started
-                bandit.known = -factors.price(bandit) * factors.cost
-                asked = bandit.ask()
-                sides = 2 if self.dueling else 1  # of a duel, both on the same batch
-                numbers = done + sides * np.arange(len(asked)).repeat(sides)
-                combinations = asked.reshape(-1, len(factors.sizes))
-                rises = evaluate(
-                    [(factors.taken(atoms), int(n)) for atoms, n in zip(combinations, numbers, strict=True)]
-                )
-                rises = rises.reshape(-1, sides)
-                rewards = np.tanh((rises[:, 1] - rises[:, 0] if self.dueling else -rises[:, 0]) / scale)
-                done += rises.size
-                bandit.tell(rewards)
-                log += [[p.tolist(), r] for p, r in zip(asked, rewards.tolist(), strict=True)]
-                self.seconds["evaluations"] += evaluate.seconds - before
-                self.seconds["bandit"] += time.monotonic() - started - (evaluate.seconds - before)
-                bar.update(task, completed=min(done, self.evaluations))
-        self.price, self.done = factors.price(bandit), done
-        bandit.known = -self.price * factors.cost
-        self.table, self.doubts = factors.named(bandit), factors.doubts(log) if not self.dueling else {}
-        if self.checkpoint is not None:
-            self._save(key, bandit, scale, log, done)
-        answers = [fill(problem, taken) for taken in (factors.base, factors.taken(factors.best(bandit, self.price)))]
+        return Course(bandit, Effects(factors.sizes), max(float(np.median(np.abs(losses))), 1e-6), [], SAMPLED, 0)
+
+    def _play(self, course: Course, factors: Factors, evaluate: Evaluator) -> None:
+        """What the bandit asks for next."""
+        bandit, effects = course.bandit, course.effects
+        if effects.plays >= AGAIN * course.fitted:
+            course.fitted = effects.plays
+            bandit.known = -factors.price(effects.table()) * factors.cost
+        asked = bandit.ask()
+        sides = 2 if self.dueling else 1  # of a duel, both on the same batch
+        numbers = course.done + sides * np.arange(len(asked)).repeat(sides)
+        combinations = [factors.taken(atoms) for atoms in asked.reshape(-1, len(factors.sizes))]
+        rises = evaluate(list(zip(combinations, numbers.tolist(), strict=True))).reshape(-1, sides)
+        rewards = np.tanh((rises[:, 1] - rises[:, 0] if self.dueling else -rises[:, 0]) / course.scale)
+        bandit.tell(rewards)
+        effects.add(asked, rewards)
+        course.done += rises.size
+        course.log += [[played.tolist(), reward] for played, reward in zip(asked, rewards.tolist(), strict=True)]
+
+    def _answer(self, course: Course, factors: Factors, evaluate: Evaluator) -> np.ndarray:
+        """The better of the start and of what looks best."""
+        worth = course.effects.table()
+        self.price, self.done, self.explained = factors.price(worth), course.done, course.effects.explained
+        course.bandit.known = -self.price * factors.cost
+        self.table = factors.named(course.bandit)
+        self.doubts = factors.doubts(course.log) if not self.dueling else {}
+        found = factors.taken(factors.best(worth, self.price))
+        answers = [fill(factors.problem, taken) for taken in (factors.base, found)]
         self.losses = (evaluate.everywhere(answers[0]), evaluate.everywhere(answers[1]))
         return answers[int(self.losses[1] < self.losses[0])]
 
@@ -188,8 +207,8 @@ class Search:
         """What was learned, as what JSON can hold."""
         return {
             "table": self.table, "doubts": {name: list(widths) for name, widths in self.doubts.items()},
-            "price": self.price, "losses": list(self.losses), "better": self.losses[1] < self.losses[0],
-            "forwards": self.done,
+            "price": self.price, "explained": self.explained, "losses": list(self.losses),
+            "better": self.losses[1] < self.losses[0], "forwards": self.done,
         }  # fmt: skip
 
     def _late(self, begun: float, device: torch.device) -> bool:
@@ -205,13 +224,11 @@ class Search:
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()[:16]
 
-    def _save(self, key: str, bandit: FactoredBandit, scale: float, log: list[Any], done: int) -> None:
-        assert self.checkpoint is not None
-        if rank() == 0:
-            state = {"key": key, "bandit": bandit.to_json(), "scale": scale, "log": log, "done": done}
-            write_atomically(self.checkpoint, json.dumps(state).encode())
+    def _save(self, key: str, course: Course) -> None:
+        if self.checkpoint is not None and rank() == 0:
+            write_atomically(self.checkpoint, json.dumps({"key": key, **course.to_dict()}).encode())
 
-    def _resumed(self, key: str, device: torch.device) -> dict[str, Any] | None:
+    def _resumed(self, key: str, factors: Factors, device: torch.device) -> Course | None:
         if self.checkpoint is None:
             return None
         text = ""
@@ -225,15 +242,49 @@ class Search:
             return None
         try:
             state = json.loads(text)
-            known = state["key"] == key
-            state = {name: state[name] for name in ("bandit", "scale", "log", "done")}
-        except (ValueError, KeyError, TypeError) as error:
+            course = Course.from_dict(state, factors) if state["key"] == key else None
+        except (ValueError, KeyError, TypeError, IndexError, SecateurError) as error:
             raise SecateurError(
                 f"checkpoint {self.checkpoint} is damaged ({error}): delete it to begin anew"
             ) from error
-        if not known:
+        if course is None:
             raise SecateurError(f"checkpoint {self.checkpoint} is of another search: delete it, or give another file")
-        return dict(state)
+        return course
+
+
+@dataclass
+class Course:
+    """How far a search has come.
+
+    Attributes:
+        bandit: what it knows.
+        effects: what is fitted to the plays.
+        scale: of the rewards.
+        log: of each play the atoms, and the reward.
+        done: forwards.
+        fitted: how many plays there were when the price was last found.
+    """
+
+    bandit: FactoredBandit
+    effects: Effects
+    scale: float
+    log: list[Any]
+    done: int
+    fitted: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As what JSON can hold."""
+        own = {name: getattr(self, name) for name in ("scale", "log", "done", "fitted")}
+        return {"bandit": self.bandit.to_json(), **own}
+
+    @staticmethod
+    def from_dict(state: Mapping[str, Any], factors: Factors) -> Course:
+        """What :meth:`to_dict` gave."""
+        effects, log = Effects(factors.sizes), state["log"]
+        if log:
+            effects.add(np.array([played for played, _ in log]), np.array([reward for _, reward in log]))
+        bandit = FactoredBandit.from_json(state["bandit"])
+        return Course(bandit, effects, float(state["scale"]), log, int(state["done"]), int(state["fitted"]))
 
 
 def _pairs(data: Iterable[Any]) -> list[tuple[Any, Any]]:
