@@ -15,6 +15,7 @@ from secateur.errors import SecateurError
 from secateur.measure.latency import threads_set
 from secateur.recipe import Recipe
 from secateur.run import folder, stages
+from secateur.run.setting import Setting
 from secateur.run.table import summary
 
 
@@ -57,7 +58,7 @@ def run(
         data = load(
             recipe.data.name, root=recipe.data.root, device=accelerator.device, validation=recipe.data.validation
         )
-        setting = stages.Setting(recipe, data, accelerator, progress, say)
+        setting = Setting(recipe, data, accelerator, progress, say)
         stages.check_setting(setting)
         new = not out.exists()
         with folder.held(out):
@@ -85,7 +86,7 @@ def run(
                 raise
 
 
-def _finish(setting: stages.Setting, out: Path, begun: dict[str, Any]) -> dict[str, Any]:
+def _finish(setting: Setting, out: Path, begun: dict[str, Any]) -> dict[str, Any]:
     seeds = {}
     for seed in setting.recipe.seeds:
         at = out / f"seed-{seed}"
