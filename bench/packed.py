@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["layers", "networks"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -133,7 +134,7 @@ def main() -> None:
     keeps = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} <= set(os.environ)
     for threads in given.threads:
         torch.set_num_threads(threads)
-        for case, batch, keep, layout in product(cases, given.batches, KEEPS, LAYOUTS):
+        for case, batch, keep, layout in product(cases, given.batches, given.keeps, LAYOUTS):
             key = {**case, "batch": batch, "keep": keep, "layout": layout, "threads": threads}
             key["memory"] = "kept" if keeps else "default"
             if any(all(r.get(k) == v for k, v in key.items()) for r in rows):

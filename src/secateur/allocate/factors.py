@@ -136,15 +136,30 @@ class Factors:
             low, high = (low, middle) if met(middle) else (middle, high)
         return high
 
-    def named(self, bandit: FactoredBandit) -> list[dict[str, Any]]:
-        """The bandit's table with the names of groups and their widths."""
-        graph, rows = self.problem.meter.graph, []
+    def learned(self, bandit: FactoredBandit, worth: np.ndarray, price: float) -> list[dict[str, Any]]:
+        """What was learned of each width, a row an atom.
+
+        Returns:
+            ``group``; ``width`` in channels, ``of`` how many; ``gap``, how much worse it looks than the group's best at
+            this price, in rewards; ``plays``; ``active``, whether the bandit has not ruled it out; ``found``, whether
+            it is the best-looking one.
+        """
+        graph, value, best = self.problem.meter.graph, worth - price * self.cost, self.best(worth, price)
+        rows = []
         for row in bandit.table():
-            group = self.groups[row["factor"]]
-            taken = self.atoms[row["factor"]][row["atom"]]
-            width = int(self.problem.widths(_with(self.base, group, taken))[group])
+            factor, atom = row["factor"], row["atom"]
+            group = self.groups[factor]
+            width = int(self.problem.widths(_with(self.base, group, self.atoms[factor][atom]))[group])
             rows.append(
-                {"group": graph.groups[group].name, "width": width} | {k: row[k] for k in ("gap", "plays", "active")}
+                {
+                    "group": graph.groups[group].name,
+                    "width": width,
+                    "of": len(graph.groups[group]),
+                    "gap": float(value[factor, best[factor]] - value[factor, atom]),
+                    "plays": row["plays"],
+                    "active": row["active"],
+                    "found": bool(atom == best[factor]),
+                }
             )
         return rows
 

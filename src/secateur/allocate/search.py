@@ -100,7 +100,8 @@ class Search:
         checkpoint: a file; a search that was interrupted goes on from there, and ends with the same answer.
 
     Attributes:
-        table: after a search, what was learned, a row an atom: ``group``, ``width``, ``gap``, ``plays``, ``active``.
+        table: after a search, what was learned, a row an atom, see :meth:`secateur.allocate.factors.Factors.learned`;
+            :func:`secateur.report.draw_search` draws it.
         price: of the budget, in the end.
         explained: the part of the rewards' variance that the worth of single widths explains; noise and what widths
             do together are the rest.
@@ -196,7 +197,7 @@ class Search:
         worth = course.effects.table()
         self.price, self.done, self.explained = factors.price(worth), course.done, course.effects.explained
         course.bandit.known = -self.price * factors.cost
-        self.table = factors.named(course.bandit)
+        self.table = factors.learned(course.bandit, worth, self.price)
         self.doubts = factors.doubts(course.log) if not self.dueling else {}
         found = factors.taken(factors.best(worth, self.price))
         answers = [fill(factors.problem, taken) for taken in (factors.base, found)]
