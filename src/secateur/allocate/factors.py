@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import linalg
 
 from secateur.allocate.bandit import FactoredBandit
 from secateur.allocate.strategies import Problem
@@ -43,17 +44,17 @@ class Effects:
 
     def add(self, played: np.ndarray, rewards: np.ndarray) -> None:
         """Plays [n, factors] and rewards [n]; of duels [n, 2, factors], and by how much the first was better."""
-        rows = np.zeros((len(played), len(self.moment)))
-        each = np.arange(len(played))[:, None]
-        if played.ndim == 2:
-            rows[:, -1] = 1
-            rows[each, self.first + played] = 1
-        else:
-            rows[each, self.first + played[:, 0]] += 1
-            rows[each, self.first + played[:, 1]] -= 1
-        self.gram += rows.T @ rows  # whole numbers
-        for play, reward in zip(rows, rewards, strict=True):  # in their order, so that it does not matter how many come
-            self.moment += play * reward  # at a time
+        for play, reward in zip(
+            played, rewards, strict=True
+        ):  # in their order: it does not matter how many come at once
+            if played.ndim == 2:
+                at, sign = np.append(self.first + play, len(self.moment) - 1), np.ones(len(play) + 1)
+            else:
+                differ = play[0] != play[1]
+                at = np.concatenate([(self.first + side)[differ] for side in play])
+                sign = np.repeat((1.0, -1.0), differ.sum())
+            self.gram[np.ix_(at, at)] += np.outer(sign, sign)
+            self.moment[at] += sign * reward
             self.rewards += (1, reward, reward**2)
         self.plays += len(played)
 
@@ -61,7 +62,7 @@ class Effects:
         """The worth of each atom, [factors, most atoms], zero where there is none."""
         penalty = np.full(len(self.moment), RIDGE)
         penalty[-1] = 1e-9
-        found = np.linalg.solve(self.gram + np.diag(penalty), self.moment)
+        found = linalg.solve(self.gram + np.diag(penalty), self.moment, assume_a="pos")
         count, total, squares = self.rewards
         left = squares - 2 * found @ self.moment + found @ self.gram @ found
         spread = squares - total**2 / max(count, 1)

@@ -48,7 +48,7 @@ RATIOS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 """Atoms: how much wider than at the start."""
 EVERY = 10.0
 """Seconds from one checkpoint to the next."""
-AGAIN = 1.05
+AGAIN = 1.2
 """How many times more plays there are when what atoms are worth is fitted again."""
 SAMPLED = 16
 """How many combinations set the scale of the rewards."""
