@@ -298,7 +298,7 @@ def test_pivoting_runs_packs_loads_and_ends_the_same_when_stopped_in_between(
     whole = run(recipe, tmp_path / "whole", progress=False, say=said.append)
     assert any(line.startswith("pivot: whole stay conv1 (keep=0.25 of 32 x 1") for line in said)
     seed = whole["seeds"]["0"]
-    assert seed["after"]["macs"] < 0.35 * seed["before"]["macs"]
+    assert 0.25 * seed["before"]["macs"] < seed["after"]["macs"] < 0.35 * seed["before"]["macs"]
     assert seed["stages"]["packed"]["packed"]
     assert set(seed["stages"]["pruned"]["skipped"]) == {"conv1"}
     packed = sc.load(tmp_path / "whole" / "seed-0" / "packed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import json
 
 import numpy as np
@@ -66,6 +67,11 @@ CASES = {
 }
 
 
+def several(layout="bundles"):
+    """Of layers as small as these there would be one block, by default."""
+    return {"layout": layout} | ({} if layout == "diagonal" else {"blocks": 4})
+
+
 def case(name, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     make, shape = CASES[name]
@@ -88,9 +94,7 @@ def test_packed_is_masked(name, layout, keep, way):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         model, x = case(name, dtype)
         before = {n: t.clone() for n, t in model.state_dict().items()}
-        given = {"layout": layout, "exclude": ["head"] if name == "residual" else []}
-        given |= {} if layout == "diagonal" else {"blocks": 4}
-        pivoted = sc.pivot(model, x, keep, **given)
+        pivoted = sc.pivot(model, x, keep, exclude=["head"] if name == "residual" else [], **several(layout))
         packed = sc.pack(pivoted, x, way=way)
         with torch.no_grad():
             wanted, given = pivoted(x), packed(x)
@@ -158,7 +162,7 @@ def test_planted_structures_that_fit_need_no_gather_at_all(way):
 @pytest.mark.parametrize("name", ["perceptron", "chain"])
 def test_in_a_chain_only_the_ends_need_an_index_after_the_rows(name, layout):
     model, x = case(name)
-    packed = sc.pack(sc.pivot(model, x, 0.25, layout=layout), x, way="blocks")
+    packed = sc.pack(sc.pivot(model, x, 0.25, **several(layout)), x, way="blocks")
     layers = [m for m in packed.modules() if isinstance(m, Packed)]
     assert all(layer.order is None for layer in layers[:-1])  # the last writes the output, whose order is the user's
     assert len(layers) >= 2
@@ -175,7 +179,7 @@ def test_in_a_residual_stream_one_of_those_that_write_it_needs_no_index():
 @pytest.mark.parametrize("way", ["blocks", "at_once"])
 def test_training_goes_on_with_the_gradients_of_the_masked_model(way):
     model, x = case("perceptron")
-    pivoted = sc.pivot(model, x, 0.5)
+    pivoted = sc.pivot(model, x, 0.5, blocks=4)
     packed = sc.pack(pivoted, x, way=way)
     for each in (pivoted, packed):
         each.train()
@@ -352,30 +356,36 @@ def test_packing_never_brings_gathers():
 @pytest.mark.parametrize("keep", [1 / 2, 1 / 4])
 def test_macs_are_the_part_that_stays(layout, keep):
     model, x = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 3)), torch.randn(1, 16, 8, 8)
-    packed = sc.pack(sc.pivot(model, x, keep, layout=layout), x, way="at_once")
-    assert counted(packed, x)["macs"] == keep * counted(model, x)["macs"]
+    for way in ("at_once", "blocks"):
+        packed = sc.pack(sc.pivot(model, x, keep, **several(layout)), x, way=way)
+        assert counted(packed, x)["macs"] == keep * counted(model, x)["macs"]
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64))
+    for x, way in itertools.product((torch.randn(1, 64), torch.randn(3, 64)), ("at_once", "blocks")):
+        packed = sc.pack(sc.pivot(model, x, keep, **several(layout)), x, way=way)
+        assert counted(packed, x)["macs"] == keep * counted(model, x)["macs"]
 
 
 @pytest.mark.parametrize("way", ["blocks", "at_once"])
 @pytest.mark.parametrize("name", ["chain", "residual", "lines"])
 def test_saved_and_loaded_it_is_the_same(tmp_path, name, way):
     model, x = case(name, torch.float32)
-    packed = sc.pack(sc.pivot(model, x, 0.5), x, way=way)
+    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4), x, way=way)
     sc.save(packed, tmp_path)
     again = sc.load(tmp_path, lambda: case(name, torch.float32, seed=1)[0])
     assert torch.equal(again(x), packed(x))
     assert sc.record(again) == sc.record(packed)
     assert torch.equal(copy.deepcopy(packed)(x), packed(x))
-    fresh = sc.pack(sc.pivot(model, x, 0.5), x, way=way)
+    fresh = sc.pack(sc.pivot(model, x, 0.5, blocks=4), x, way=way)
     fresh.load_state_dict(packed.state_dict())
 
 
 def test_a_damaged_record_is_told(tmp_path):
     model, x = case("chain", torch.float32)
-    sc.save(sc.pack(sc.pivot(model, x, 0.5), x, way="blocks"), tmp_path)
+    sc.save(sc.pack(sc.pivot(model, x, 0.5, blocks=4), x, way="blocks"), tmp_path)
     text = (tmp_path / "secateur.json").read_text()
     for old, new in (
-        ('\\"blocks\\": 1', '\\"blocks\\": 0'),
+        ('\\"blocks\\": 4', '\\"blocks\\": 0'),
+        ('\\"form\\": 2', '\\"form\\": 1'),
         ('\\"starts\\"', '\\"stars\\"'),
         ('\\"rows\\"', '\\"row\\"'),
     ):
@@ -392,7 +402,7 @@ def test_it_can_be_exported_and_compiled(name, way):
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     evaluator = importlib.import_module("onnx.reference").ReferenceEvaluator
     model, x = case(name, torch.float32)
-    packed = sc.pack(sc.pivot(model, x, 0.5), x, way=way)
+    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4), x, way=way)
     with torch.no_grad():
         wanted = packed(x)
         assert torch.allclose(torch.export.export(packed, (x,)).module()(x), wanted, atol=1e-5)
@@ -402,6 +412,37 @@ def test_it_can_be_exported_and_compiled(name, way):
     runner = evaluator(program.model_proto)
     (given,) = runner.run(None, {runner.input_names[0]: x.numpy()})
     assert np.abs(given - wanted.numpy()).max() < 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("way", ["blocks", "at_once"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_packed_linear_takes_any_number_of_vectors(layout, bias, way):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 21, bias=bias), nn.ReLU(), nn.Linear(21, 2)).double()
+    pivoted = sc.pivot(model, torch.zeros(3, 24, dtype=torch.float64), 0.5, exclude=["2"], **several(layout))
+    packed = sc.pack(pivoted, torch.zeros(3, 24, dtype=torch.float64), way=way)
+    for shape in ((), (1,), (1, 1), (0,), (2, 0), (5,), (2, 3)):
+        x = torch.randn(*shape, 24, dtype=torch.float64)
+        for each in (a := x.clone().requires_grad_(), b := x.clone().requires_grad_()):
+            (pivoted if each is a else packed)(each).square().sum().backward()
+        assert packed(x).shape == pivoted(x).shape
+        assert torch.allclose(packed(x), pivoted(x), rtol=0, atol=1e-12)
+        assert torch.allclose(b.grad, a.grad, rtol=0, atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        for rows in (1, 2):
+            packed.float()(torch.randn(rows, 24))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter itself
+@pytest.mark.parametrize("way", ["blocks", "at_once"])
+def test_it_can_be_exported_for_any_number_of_examples(way):
+    model, x = case("perceptron", torch.float32)
+    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4), x, way=way)
+    program = torch.export.export(packed, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    for rows in (2, 5, 9):
+        other = torch.randn(rows, 24)
+        assert torch.allclose(program(other), packed(other), atol=1e-5)
 
 
 def test_the_energy_is_that_of_magnitude_or_of_the_fisher():

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from secateur.cut.pattern import LAYOUTS, Pattern, _alternated, _assigned, find_pattern
+from secateur.cut.pattern import LAYOUTS, Pattern, _alternated, _assigned, blocks_for, find_pattern
 from secateur.errors import SecateurError
 
 KEEPS = (1 / 2, 1 / 4, 1 / 8)
@@ -154,3 +154,23 @@ def test_as_data_it_is_the_same():
     ):  # fmt: skip
         with pytest.raises(SecateurError, match="the pattern is damaged"):
             Pattern.from_dict(pattern.to_dict() | damage)
+
+
+@pytest.mark.parametrize(
+    ("keep", "rows", "expected"),
+    [
+        (0.5, 64, 2),
+        (0.5, 63, 1),
+        (0.25, 128, 4),
+        (0.25, 96, 3),
+        (0.125, 4096, 8),
+        (0.28, 1024, 3),
+        (0.6, 320, 1),
+        (1, 9, 1),
+    ],
+)
+def test_by_default_blocks_gather_no_more_than_is_there_and_are_tall(keep, rows, expected):
+    assert blocks_for(keep, rows) == expected
+    pattern = find_pattern(energy(rows, 40), keep)
+    assert len(pattern.rows) == expected
+    assert pattern.columns.size <= 40

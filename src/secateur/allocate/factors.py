@@ -31,8 +31,9 @@ class Effects:
 
     Attributes:
         plays: how many there were.
-        explained: the part of the rewards' variance that the fit of the last :meth:`table` explains: 1 where what a
-            width is worth does not depend on the others, less with noise and where it does.
+        explained: the part of the rewards' variance that the fit of the last :meth:`table` explains, less what any fit
+            to so few plays would: 1 where what a width is worth does not depend on the others, less with noise and
+            where it does; 0 with fewer plays than unknowns.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -65,8 +66,9 @@ class Effects:
         found = linalg.solve(self.gram + np.diag(penalty), self.moment, assume_a="pos")
         count, total, squares = self.rewards
         left = squares - 2 * found @ self.moment + found @ self.gram @ found
-        spread = squares - total**2 / max(count, 1)
-        self.explained = float(np.clip(1 - left / spread, 0, 1)) if spread > 0 else 0.0
+        free, spread = count - 1 - sum(size - 1 for size in self.sizes), squares - total**2 / max(count, 1)
+        enough = free > 0 and spread > 0
+        self.explained = float(np.clip(1 - (left / free) / (spread / (count - 1)), 0, 1)) if enough else 0.0
         worth = np.zeros((len(self.sizes), max(self.sizes, default=0)))
         for row, first, size in zip(worth, self.first, self.sizes, strict=True):
             row[:size] = found[first : first + size]
@@ -94,13 +96,11 @@ class Factors:
                 self.atoms.append(sorted(wanted, reverse=True))  # from narrow to wide
         self.sizes = [len(atoms) for atoms in self.atoms]
         most = max(self.sizes, default=0)
-        meter = problem.meter
         zero = self._used(base)
         self.cost = np.zeros((len(self.groups), most))
         for factor, (group, atoms) in enumerate(zip(self.groups, self.atoms, strict=True)):
             for atom, taken in enumerate(atoms):
                 self.cost[factor, atom] = self._used(_with(base, group, taken)) - zero
-        self.meter = meter
 
     def _used(self, taken: np.ndarray) -> float:
         meter = self.problem.meter
@@ -185,7 +185,7 @@ class Factors:
             a, b = int(np.nanargmax(weak)), int(np.nanargmax(strong))
             ahead = [(weak[a] - weak[b]) / math.hypot(weak_error[a], weak_error[b])]
             ahead += [(strong[b] - strong[a]) / math.hypot(strong_error[a], strong_error[b])]
-            if a != b and min(ahead) > 3:  # either half is sure, by three standard errors
+            if a != b and all(lead > 3 for lead in ahead):  # either half is sure, by three standard errors
                 group = self.groups[factor]
                 widths = [
                     int(self.problem.widths(_with(self.base, group, self.atoms[factor][atom]))[group])

@@ -87,7 +87,7 @@ class Search:
             Where ``torch.distributed`` runs, give every process the same ones: they share the evaluations, and all
             get the same answer, which is that of one process alone.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over the batch; or ``"cross_entropy"``, ``"mse"``.
-        evaluations: forwards, at most (of duels two a play).
+        evaluations: how many forwards (of duels two a play); what the bandit asked for last is played to its end.
         minutes: or so long, at most.
         start: a strategy that meets the budget; widths are looked for around its own.
         ratios: the atoms: widths as multiples of those at the start, 1 among them.
@@ -130,6 +130,7 @@ class Search:
         self.evaluations, self.minutes, self.start, self.ratios = evaluations, minutes, start, sorted(set(ratios))
         self.radius, self.dueling, self.norms, self.seed, self.progress = radius, dueling, norms, seed, progress
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self._written: set[str] = set()
         self.table: list[dict[str, Any]] = []
         self.doubts: dict[str, tuple[int, int]] = {}
         self.price = 0.0
@@ -147,7 +148,8 @@ class Search:
             return factors.base
         evaluate = Evaluator(self.model, problem, self.batches, self.loss_fn, self.seed, self.norms)
         key = self._key(factors)
-        if summed(np.array([float(told(key, evaluate.device) != key)]), evaluate.device)[0]:
+        agreed = json.dumps([key, self.minutes, self.checkpoint is None])
+        if summed(np.array([float(told(agreed, evaluate.device) != agreed)]), evaluate.device)[0]:
             raise SecateurError("Search: the processes differ; give all the same model, data and settings")
         course = self._resumed(key, factors, evaluate.device) or self._begun(factors, evaluate)
         begun = saved = time.monotonic()
@@ -220,12 +222,16 @@ class Search:
 
     def _key(self, factors: Factors) -> str:
         settings = (self.radius, self.dueling, self.norms, self.seed, self.evaluations)
-        found = hashlib.sha256(json.dumps([factors.atoms, factors.base.tolist(), *settings]).encode())
-        for tensor in (t for t in pytree.tree_leaves(self.batches) if isinstance(t, Tensor)):
+        orders = [order.tolist() for order in factors.problem.orders.values()]
+        loss = getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__qualname__)
+        found = hashlib.sha256(json.dumps([factors.atoms, factors.base.tolist(), orders, loss, *settings]).encode())
+        tensors = pytree.tree_leaves([list(self.model.state_dict().values()), self.batches])
+        for tensor in (t for t in tensors if isinstance(t, Tensor)):
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()[:16]
 
     def _save(self, key: str, course: Course) -> None:
+        self._written.add(key)
         if self.checkpoint is not None and rank() == 0:
             write_atomically(self.checkpoint, json.dumps({"key": key, **course.to_dict()}).encode())
 
@@ -243,6 +249,8 @@ class Search:
             return None
         try:
             state = json.loads(text)
+            if state["key"] != key and state["key"] in self._written:
+                return None  # of this search, with groups that cannot be pruned after all
             course = Course.from_dict(state, factors) if state["key"] == key else None
         except (ValueError, KeyError, TypeError, IndexError, SecateurError) as error:
             raise SecateurError(

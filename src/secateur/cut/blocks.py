@@ -116,7 +116,7 @@ class Packed(nn.Module):
 
     @staticmethod
     def joined(parts: list[Tensor], dim: int) -> Tensor:
-        """What all blocks wrote, side by side."""
+        """What belongs to all blocks, side by side."""
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def placed(self, y: Tensor, dim: int) -> Tensor:
@@ -144,25 +144,20 @@ class PackedLinear(Packed):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
         shape, b, r, c = input.shape[:-1], self.layout.blocks, self.layout.rows, self.layout.columns
-        one = shape.numel() == 1  # a single vector, for which other products are fast than for many
-        if self.layout.at_once:
-            x = self.together(input, -1)
-            # one: [b, 1, c] [b, c, r]; many: [b, r, c] [b, c, many], weight times input being the faster way round
-            x = x.reshape(b, 1, c) if one else x.reshape(-1, b, c).permute(1, 2, 0)
-            left, right = (x, self.weight.mT) if one else (self.weight, x)
-            if self.bias is None:
-                y = left @ right
-            else:
-                y = torch.baddbmm(self.bias.view((b, 1, r) if one else (b, r, 1)), left, right)
-            return self.placed((y if one else y.permute(2, 0, 1)).reshape(*shape, b * r), -1)
-        parts = self.parts(input.reshape(-1) if one else input, -1)
+        if not self.layout.at_once:
+            biases = [None] * b if self.bias is None else self.bias.view(b, r).unbind()
+            pieces = map(F.linear, self.parts(input, -1), self.weight.unbind(), biases)
+            return self.placed(self.joined(list(pieces), -1), -1)
+        one = input.numel() == self.in_features  # a single vector, with which another product is the fast one
+        x = self.together(input, -1)
+        # one: [b, 1, c] [b, c, r]; many: [b, r, c] [b, c, many], weight times input being the faster way round
+        x = x.reshape(b, 1, c) if one else x.reshape(-1, b, c).permute(1, 2, 0)
+        left, right = (x, self.weight.mT) if one else (self.weight, x)
         if self.bias is None:
-            pieces = map(F.linear, parts, self.weight.unbind())
-        elif one:
-            pieces = map(torch.addmv, self.bias.view(b, r).unbind(), self.weight.unbind(), parts)
+            y = left @ right
         else:
-            pieces = map(F.linear, parts, self.weight.unbind(), self.bias.view(b, r).unbind())
-        return self.placed(self.joined(list(pieces), -1), -1).reshape(*shape, self.out_features)
+            y = torch.baddbmm(self.bias.view((b, 1, r) if one else (b, r, 1)), left, right)
+        return self.placed((y if one else y.permute(2, 0, 1)).reshape(*shape, b * r), -1)
 
 
 class PackedConvolution(Packed):

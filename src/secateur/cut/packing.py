@@ -34,6 +34,7 @@ from secateur.trace.api import check_traceable
 from secateur.trace.tracer import Inputs, tensors_in
 
 WAYS = ("fastest", "blocks", "at_once")
+FORM = 2  # of what is written down: the weights of packed linears were [blocks, columns, rows] once
 WHOLE = ""  # the path of the whole model, among those of the layers that were timed
 MARGIN = 0.95
 """A packed layer or model must take less than this part of the dense one's time."""
@@ -66,6 +67,7 @@ class Packing:
         """As JSON text."""
         return json.dumps(
             {
+                "form": FORM,
                 "fingerprint": self.fingerprint,
                 "layers": {name: layout.to_dict() for name, layout in self.layers.items()},
                 "patterns": {name: pattern.to_dict() for name, pattern in self.patterns.items()},
@@ -300,6 +302,8 @@ def replay(model: nn.Module, text: str) -> nn.Module:
     """
     try:
         data = json.loads(text)
+        if data["form"] != FORM:
+            raise ValueError(f"it is of form {data['form']}, and this version reads {FORM}")
         given = str(data["fingerprint"])
         layouts = {str(name): Layout.from_dict(layout) for name, layout in data["layers"].items()}
         left = {str(name): Pattern.from_dict(pattern) for name, pattern in data["patterns"].items()}

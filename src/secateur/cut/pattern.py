@@ -162,7 +162,7 @@ def find_pattern(
 
 def blocks_for(keep: float, rows: int) -> int:
     """How many blocks a matrix has if nobody says: ``1 / keep``, but none of fewer than ``TALL`` rows."""
-    return max(1, min(round(1 / keep), rows // TALL))
+    return max(1, min(int(1 / keep + 1e-9), rows // TALL))
 
 
 def _checked(energy: np.ndarray) -> np.ndarray:

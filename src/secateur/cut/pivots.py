@@ -160,12 +160,14 @@ def patterns_of(
     for name in names:
         layer: Any = model.get_submodule(name)
         rows = layer.weight.shape[0]
-        count = None if layout == "diagonal" else min(blocks, rows // LEAST) if blocks else blocks_for(final, rows)
+        count = blocks_for(final, rows) if blocks is None else min(blocks, rows // LEAST)
         try:
             table = energy(layer, factors[name].of(model) if factors is not None else None)
         except SecateurError as error:
             raise SecateurError(f"layer {name!r}: {error}") from error
-        found[name] = find_pattern(table, keep, layout=layout, blocks=count, seed=seed)
+        found[name] = find_pattern(
+            table, keep, layout=layout, blocks=None if layout == "diagonal" else count, seed=seed
+        )
     return found
 
 
@@ -182,7 +184,8 @@ def pivot(
         layout: ``"bundles"``: every bundle of rows has its own columns; ``"diagonal"``: block-diagonal after permuting
             rows and columns, with ``1 / keep`` blocks; ``"growth"``: by complete pivoting.
         blocks: how many blocks a layer has, at most; fewer are faster, more keep more of the energy. Default:
-            ``1 / keep``, but none of fewer than 32 rows. Not for ``"diagonal"``.
+            ``1 / keep``, but none of fewer than 32 rows; a layer of fewer than 64 rows then has one block, whose rows
+            all read the same columns. Not for ``"diagonal"``.
         factors: of :func:`secateur.kronecker_factors` in channel form, for the Fisher's energy instead of magnitude.
         exclude: layers that shall stay whole.
         seed: of the search.
