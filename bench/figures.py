@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from secateur.cut.pattern import find_pattern
 from secateur.measure.valley import Plane
-from secateur.report import draw_plane, draw_spectrum
+from secateur.report import draw_plane, draw_search, draw_spectrum
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -277,6 +277,15 @@ def regret() -> None:
     figure.savefig(FIGURES / "regret.png", dpi=130, metadata={"Software": None})
 
 
+def search() -> None:
+    """What the search learned of a ResNet-20 at half of the MACs."""
+    rows = json.loads((HERE / "results" / "search.json").read_text())["rows"]
+    wanted = {"network": "resnet20", "method": "bandit", "macs": 0.5, "seed": 0}
+    for row in rows:
+        if wanted.items() <= row.items():
+            draw_search(row["table"]).savefig(FIGURES / "search.png", dpi=110, metadata={"Software": None})
+
+
 if __name__ == "__main__":
     sdprun_mnist()
     damage()
@@ -287,3 +296,5 @@ if __name__ == "__main__":
     pivoting()
     if (HERE / "results" / "regret.json").exists():
         regret()
+    if (HERE / "results" / "search.json").exists():
+        search()

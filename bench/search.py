@@ -116,7 +116,7 @@ def one(name: str, method: str, macs: float, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {"network": name, "method": method, "macs": macs, "seed": seed, **setting}
     row["seconds"] = time.perf_counter() - start
     if isinstance(strategy, sc.Search):
-        row |= {"doubts": strategy.facts()["doubts"], "losses": list(strategy.losses), "spent": strategy.seconds}
+        row |= strategy.facts() | {"spent": strategy.seconds}
     small = sc.cut(model, plan)
     sc.recalibrate(small, batches)
     row |= {"remaining": graph.macs(plan) / graph.macs(), "widths": graph.kept(plan).tolist()}
