@@ -38,6 +38,8 @@ FORM = 2  # of what is written down: the weights of packed linears were [blocks,
 WHOLE = ""  # the path of the whole model, among those of the layers that were timed
 MARGIN = 0.95
 """A packed layer or model must take less than this part of the dense one's time."""
+LONG, MOST = 0.1, 200
+"""Seconds that a comparison takes at least, and after how many turns it is over nevertheless."""
 TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,
@@ -165,10 +167,14 @@ def packed(layer: Any, pattern: Pattern, *, at_once: bool) -> Packed:
 
 
 def milliseconds(layers: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, repeats: int = 15) -> dict[str, float]:
-    """The least time of each layer on an input, in turn, so that what else the machine does strikes all alike."""
+    """The least time of each layer on an input, in turn, so that what else the machine does strikes all alike.
+
+    What takes microseconds is timed more often than ``repeats`` says, until all have taken ``LONG`` seconds together.
+    """
     times: dict[str, list[float]] = {name: [] for name in layers}
     with torch.no_grad():
-        for turn in range(repeats + 2):
+        begun, turn = time.perf_counter(), 0
+        while turn < repeats + 2 or (time.perf_counter() - begun < LONG and turn < MOST):
             for name, layer in layers.items():
                 _wait(x)
                 start = time.perf_counter()
@@ -176,6 +182,7 @@ def milliseconds(layers: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, re
                 _wait(x)
                 if turn >= 2:
                     times[name].append(1000 * (time.perf_counter() - start))
+            turn += 1
     return {name: min(values) for name, values in times.items()}
 
 
