@@ -4,8 +4,8 @@ Layers are timed as they stand in a chain (what they read is gathered, what they
 ``pack`` leaves them, always against the dense one in turn, so that what else the machine does strikes both. Where
 the dense layer is faster it stays, and the row says so: its speed-up is 1. Patterns of single layers are drawn at
 random: time does not depend on where the blocks are. By default, glibc gives large tensors back to the system and is
-given them anew, which costs dense and packed layers alike up to a third of their time; the environment variables below
-keep them, and rows say which it was. Rows that are there are not run again::
+given them anew, which costs dense and packed layers alike; the environment variables below keep them, and rows say
+which it was. Rows that are there are not run again::
 
     export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
     python bench/packed.py layers networks --threads 1 2

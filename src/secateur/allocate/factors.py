@@ -45,9 +45,8 @@ class Effects:
 
     def add(self, played: np.ndarray, rewards: np.ndarray) -> None:
         """Plays [n, factors] and rewards [n]; of duels [n, 2, factors], and by how much the first was better."""
-        for play, reward in zip(
-            played, rewards, strict=True
-        ):  # in their order: it does not matter how many come at once
+        # one by one, so that it does not matter how many come at once
+        for play, reward in zip(played, rewards, strict=True):
             if played.ndim == 2:
                 at, sign = np.append(self.first + play, len(self.moment) - 1), np.ones(len(play) + 1)
             else:

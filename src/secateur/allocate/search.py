@@ -105,7 +105,7 @@ class Search:
         price: of the budget, in the end.
         explained: the part of the rewards' variance that the worth of single widths explains; noise and what widths
             do together are the rest.
-        doubts: groups whose best width depends on what the others do, with the two widths.
+        doubts: groups whose best width depends on what the others do, with the two widths; not looked for in duels.
         losses: what the loss rises by on all batches, of the start and of what was found; the lower one is the answer.
         done: how many forwards there were; fewer than ``evaluations`` if the minutes were up.
         seconds: how long the forwards took, and everything else (``"evaluations"``, ``"bandit"``).
