@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from secateur.allocate.bandit import FactoredBandit, FactorUCB, JointUCB, Player, SuccessiveElimination, Uniform
+from secateur.allocate.bandit import FactoredBandit, Player
+from secateur.allocate.baselines import FactorUCB, JointUCB, SuccessiveElimination, Uniform
 
 RESULTS = Path(__file__).parent / "results" / "regret.json"
 NOISE, SPREAD, CHUNK = 0.3, 0.5, 10

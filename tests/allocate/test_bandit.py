@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from secateur.allocate.bandit import FactoredBandit, FactorUCB, JointUCB, SuccessiveElimination, Uniform, log_f
+from secateur.allocate.bandit import FactoredBandit, log_f
+from secateur.allocate.baselines import FactorUCB, JointUCB, SuccessiveElimination, Uniform
 from secateur.errors import SecateurError
 
 RANK_ONE = np.outer([0.9, 0.5, 0.4, 0.3], [0.9, 0.6, 0.2])
