@@ -5,9 +5,11 @@ and ``duels`` are the search; ``random`` draws combinations around the same star
 one mini-batch and the ten best on all; ``sensitivity`` tries widths of every group alone, and takes greedily what costs
 the least loss for the budget that it frees. Forwards see training images, with the statistics of the mini-batch;
 measured is the test accuracy of the cut network, its norms re-estimated on the same images, nothing trained
-(``tuned``: after one epoch). Rows that are there are not run again::
+(``tuned``: after one epoch). Rows that are there are not run again. ``overhead``: what the bandit itself takes beside
+the forwards, with 200 factors of eight atoms::
 
     python bench/search.py lenet5 resnet20 --seeds 0 1 2
+    python bench/search.py overhead
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import secateur as sc
 from secateur.allocate.evaluator import Evaluator
@@ -94,6 +98,26 @@ class Sensitivity:
         return taken
 
 
+def overhead(factors: int = 200, evaluations: int = 1600) -> dict[str, Any]:
+    """Seconds of forwards and of everything else in a search over a chain of convolutions, one thread."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
+    for _ in range(factors - 1):
+        layers += [nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).eval()
+    batches = [(torch.randn(32, 3, 8, 8), torch.randint(10, (32,))) for _ in range(4)]
+    graph = sc.trace(model, batches[0][0])
+    scores = sc.score(model, graph, "magnitude")
+    ratios = (0.4, 0.5, 0.6, 0.8, 1.0, 1.1, 1.2, 1.4)
+    search = sc.Search(model, batches, evaluations=evaluations, ratios=ratios, progress=False)
+    sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
+    sizes = Counter(row["group"] for row in search.table)
+    assert len(sizes) == factors and set(sizes.values()) == {8}
+    own, forwards = search.seconds["bandit"], search.seconds["evaluations"]
+    ms = {"bandit": 1000 * own / search.done, "forward": 1000 * forwards / search.done}
+    return {"factors": factors, "atoms": 8, "evaluations": search.done, "share": own / forwards, "ms": ms}
+
+
 def one(name: str, method: str, macs: float, seed: int) -> dict[str, Any]:
     """One method on one network."""
     setting = SETTINGS[name]
@@ -142,6 +166,12 @@ def report(rows: list[dict[str, Any]]) -> None:
                     print(f"{title} {statistics.mean(values):.2f} ± {spread:.2f}, {len(values)} seeds")
 
 
+def write(path: Path, whole: dict[str, Any]) -> None:
+    """All rows, whole or not at all."""
+    path.with_suffix(".tmp").write_text(json.dumps(whole, indent=1))
+    path.with_suffix(".tmp").replace(path)
+
+
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -150,9 +180,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
+    wrong = [name for name in given.networks if name not in (*SETTINGS, "overhead")]
+    if wrong:
+        parser.error(f"{wrong[0]}: there are {', '.join(SETTINGS)} and overhead")
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
-    for name in given.networks:
+    whole: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {"rows": []}
+    whole["note"], rows = "CIFAR-10 is stored as JPEG", whole["rows"]
+    if "overhead" in given.networks:
+        whole["overhead"] = overhead()
+        write(given.out, whole)
+        print(whole["overhead"])
+    for name in (name for name in given.networks if name in SETTINGS):
         for seed in given.seeds:
             for macs in MACS:
                 for method in given.methods:
@@ -160,10 +198,7 @@ def main() -> None:
                     if any(all(r[k] == v for k, v in key.items()) for r in rows):
                         continue
                     rows.append(one(name, method, macs, seed))
-                    given.out.with_suffix(".tmp").write_text(
-                        json.dumps({"note": "CIFAR-10 is stored as JPEG", "rows": rows}, indent=1)
-                    )
-                    given.out.with_suffix(".tmp").replace(given.out)
+                    write(given.out, whole)
                     print(
                         {k: rows[-1][k] for k in ("network", "method", "macs", "seed", "test", "seconds")}, flush=True
                     )
