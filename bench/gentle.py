@@ -12,7 +12,6 @@ not run again; a training that was stopped goes on from its checkpoints (``--wor
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import secateur as sc
+from rows import Rows
 from secateur.data import load
 from secateur.measure import accuracy
 from secateur.models import build, example_input
@@ -153,16 +153,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/gentle"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-
-    def keep() -> None:
-        RESULTS.with_suffix(".tmp").write_text(json.dumps(kept, indent=1))
-        RESULTS.with_suffix(".tmp").replace(RESULTS)
-
+    kept = Rows(RESULTS)
     if "cost" in given.what:
-        kept["cost"] = cost()
-        keep()
-        print(kept["cost"])
+        found = cost()
+        kept.state(cost=found)
+        print(found)
     if "accuracy" in given.what:
         for name in given.networks:
             for seed in given.seeds:
@@ -170,13 +165,13 @@ def main() -> None:
                     for method in given.methods:
                         key = {"network": name, "method": method, "macs": macs, "seed": seed}
                         key |= SETTINGS[name] | {"strategy": STRATEGY}
-                        if any(all(r[k] == v for k, v in key.items()) for r in kept["rows"]):
+                        if kept.has(key):
                             continue
                         work = given.work / f"{name}-{method}-{macs:g}-{seed}"
-                        kept["rows"].append(one(name, method, macs, seed, work))
-                        keep()
-                        print(kept["rows"][-1], flush=True)
-        report(kept["rows"])
+                        row = one(name, method, macs, seed, work)
+                        kept.add(row)
+                        print(row, flush=True)
+        report(kept.rows)
 
 
 if __name__ == "__main__":

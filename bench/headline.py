@@ -13,7 +13,6 @@ the same command goes on::
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 import secateur as sc
+from rows import Rows
 from secateur.data import load
 from secateur.measure import accuracy
 from secateur.models import build, example_input
@@ -104,7 +104,7 @@ def main() -> None:
     given = parser.parse_args()
     clock = Clock(given.minutes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    kept = Rows(given.out, batch_size=BATCH, note="CIFAR-10 is stored as JPEG")
     wanted = [
         dict(zip(KEYS, (given.network, given.epochs, given.lr, c, mu, seed), strict=True))
         for seed in given.seeds
@@ -113,15 +113,11 @@ def main() -> None:
     ]
     try:
         for row in wanted:
-            if not any(all(r[k] == row[k] for k in KEYS) for r in rows):
-                rows.append(train(row, given.work, clock, device))
-                given.out.parent.mkdir(parents=True, exist_ok=True)
-                text = json.dumps({"batch_size": BATCH, "note": "CIFAR-10 is stored as JPEG", "rows": rows}, indent=1)
-                given.out.with_suffix(".tmp").write_text(text)
-                given.out.with_suffix(".tmp").replace(given.out)
+            if not kept.has(row):
+                kept.add(train(row, given.work, clock, device))
     except PauseError:
         print(f"{given.minutes:g} minutes are over; the same command goes on")
-    report(rows)
+    report(kept.rows)
 
 
 if __name__ == "__main__":

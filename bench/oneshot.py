@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import secateur as sc
+from rows import Row, Rows
 from secateur.data import load
 from secateur.measure import accuracy, counted
 from secateur.models import build, example_input
@@ -25,7 +25,6 @@ BATCH = 128
 Make = Callable[[sc.Budget], nn.Module]
 Makers = Callable[[nn.Module, torch.Tensor, Any, int, int, set[str]], Iterator[tuple[str, Make]]]
 """``makers(model, inputs, images, batches, seed, wanted)`` -> each wanted method, a function from budget to network."""
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -97,14 +96,10 @@ def run(
     given = parser.parse_args()
     torch.set_num_threads(1)
     of = {name: {"images": BATCH * s.batches, "tested": s.tested} for name, s in settings.items()}
-    rows: list[Row] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    kept = Rows(given.out, settings=of, **facts, note="CIFAR-10 is stored as JPEG")
     for name in given.networks:
         for seed in given.seeds:
-            done = {(r["network"], r["seed"], r["method"], r["unit"], r["fraction"]) for r in rows}
+            done = {(r["network"], r["seed"], r["method"], r["unit"], r["fraction"]) for r in kept.rows}
             for row in one(name, seed, settings[name], given.methods, makers, done):
-                rows.append(row)
-                whole = {"settings": of, **facts, "note": "CIFAR-10 is stored as JPEG", "rows": rows}
-                given.out.parent.mkdir(parents=True, exist_ok=True)
-                given.out.with_suffix(".tmp").write_text(json.dumps(whole, indent=1))
-                given.out.with_suffix(".tmp").replace(given.out)
+                kept.add(row)
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 import secateur as sc
+from rows import Rows
 from secateur.cut.packing import MARGIN, milliseconds, moved, orders_of, packed
 from secateur.cut.pattern import Pattern, blocks_for
 from secateur.cut.relabel import moves, relabelled
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    kept = Rows(given.out, margin=MARGIN)
     cases: list[dict[str, Any]] = []
     if "layers" in given.what:
         cases += [{"kind": "linear", "width": width, "size": 1} for width in WIDTHS]
@@ -137,17 +138,15 @@ def main() -> None:
         for case, batch, keep, layout in product(cases, given.batches, given.keeps, LAYOUTS):
             key = {**case, "batch": batch, "keep": keep, "layout": layout, "threads": threads}
             key["memory"] = "kept" if keeps else "default"
-            if any(all(r.get(k) == v for k, v in key.items()) for r in rows):
+            if kept.has(key):
                 continue
             if case["kind"] == "network":
                 row = network(case["width"], keep, layout, batch, given.repeats)
             else:
                 row = layer(case["kind"], case["width"], case["size"], keep, layout, batch, given.repeats)
-            rows.append(key | row)
-            given.out.with_suffix(".tmp").write_text(json.dumps({"margin": MARGIN, "rows": rows}, indent=1))
-            given.out.with_suffix(".tmp").replace(given.out)
+            kept.add(key | row)
             print(key, row["chosen"], f"{row['speedup']:.2f} of {row['reduction']:.1f}: {row['ratio']:.2f}", flush=True)
-    report(rows)
+    report(kept.rows)
 
 
 if __name__ == "__main__":

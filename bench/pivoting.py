@@ -11,7 +11,6 @@ group, down to the MACs that the packed network has. Rows that are there are not
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import secateur as sc
+from rows import Rows
 from secateur.cut.pivots import eligible, energy, patterns_of, pivoted
 from secateur.data import load
 from secateur.measure import accuracy, counted
@@ -132,20 +132,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    kept = Rows(given.out, note="CIFAR-10 is stored as JPEG")
     for name in given.networks:
         for keep in KEEPS:
             for seed in given.seeds:
                 for method in given.methods:
                     key = {"network": name, "method": method, "keep": keep, "seed": seed} | SETTINGS[name]
-                    if any(all(r[k] == v for k, v in key.items()) for r in rows):
+                    if kept.has(key):
                         continue
-                    rows.append(one(name, method, keep, seed))
-                    whole = {"note": "CIFAR-10 is stored as JPEG", "rows": rows}
-                    given.out.with_suffix(".tmp").write_text(json.dumps(whole, indent=1))
-                    given.out.with_suffix(".tmp").replace(given.out)
-                    print({k: rows[-1][k] for k in ("network", "method", "seed", "macs", "test")}, flush=True)
-    report(rows)
+                    row = one(name, method, keep, seed)
+                    kept.add(row)
+                    print({k: row[k] for k in ("network", "method", "seed", "macs", "test")}, flush=True)
+    report(kept.rows)
 
 
 if __name__ == "__main__":

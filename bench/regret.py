@@ -12,13 +12,13 @@ are there are not run again::
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rows import Rows
 from secateur.allocate.bandit import FactoredBandit, Player
 from secateur.allocate.baselines import FactorUCB, JointUCB, SuccessiveElimination, Uniform
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=100)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    kept = Rows(given.out, None, noise=NOISE, spread=SPREAD, gap=GAP, marks=MARKS, tuned=TUNED)
     theory_and_tuned = (f"radius {RADII[0]}", f"radius {TUNED:g}")
     others = [name for name in PLAYERS if not name.startswith("radius")]
     cases = [("tuning", f"radius {r:g}", FOUR, 30_000, 1000) for r in RADII]
@@ -96,16 +96,13 @@ def main() -> None:
     for first in range(0, given.repetitions, CHUNK):
         for what, name, sizes, rounds, base in cases:
             key = {"what": what, "player": name, "sizes": list(sizes), "rounds": rounds, "first": base + first}
-            if what not in given.what or any(all(r[k] == v for k, v in key.items()) for r in rows):
+            if what not in given.what or kept.has(key):
                 continue
             seeds = range(base + first, base + first + CHUNK)
             runs = [one(PLAYERS[name](sizes, seed), rounds, seed, what != "sizes") for seed in seeds]
-            rows.append(key | {"regret": [found for found, _ in runs], "right": [right for _, right in runs]})
-            whole = {"noise": NOISE, "spread": SPREAD, "gap": GAP, "marks": MARKS, "tuned": TUNED, "rows": rows}
-            given.out.with_suffix(".tmp").write_text(json.dumps(whole))
-            given.out.with_suffix(".tmp").replace(given.out)
+            kept.add(key | {"regret": [found for found, _ in runs], "right": [right for _, right in runs]})
             print(key, [round(found[-1]) for found, _ in runs], flush=True)
-    report(rows)
+    report(kept.rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ that are already in the results are not run again, so the bench can be stopped a
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 import secateur as sc
+from rows import Rows
 from secateur.data import load
 from secateur.measure import accuracy
 from secateur.models import build, example_input
@@ -95,21 +95,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    kept = Rows(given.out, settings=SETTINGS, schedule="grda", batch_size=128)
     for seed in range(given.seeds):
         for name in given.networks:
             setting = SETTINGS[name]
             seeking = [(c, budget) for c, budgets in setting["budgets"].items() for budget in budgets]
             for c, budget in [(c, None) for c in setting["c"]] + seeking:
-                if any((r["network"], r["c"], r.get("budget"), r["seed"]) == (name, c, budget, seed) for r in rows):
+                if kept.has({"network": name, "c": c, "budget": budget, "seed": seed}):
                     continue
-                rows.append(train(name, c, budget, seed, setting))
-                given.out.parent.mkdir(parents=True, exist_ok=True)
-                text = json.dumps({"settings": SETTINGS, "schedule": "grda", "batch_size": 128, "rows": rows}, indent=1)
-                given.out.with_suffix(".tmp").write_text(text)
-                given.out.with_suffix(".tmp").replace(given.out)
-                print(rows[-1], flush=True)
-    report(rows)
+                row = train(name, c, budget, seed, setting)
+                kept.add(row)
+                print(row, flush=True)
+    report(kept.rows)
 
 
 if __name__ == "__main__":

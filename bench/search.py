@@ -15,7 +15,6 @@ the forwards, with 200 factors of eight atoms::
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections import Counter
@@ -29,6 +28,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import secateur as sc
+from rows import Rows
 from secateur.allocate.evaluator import Evaluator
 from secateur.allocate.factors import Factors
 from secateur.allocate.search import RATIOS
@@ -166,12 +166,6 @@ def report(rows: list[dict[str, Any]]) -> None:
                     print(f"{title} {statistics.mean(values):.2f} ± {spread:.2f}, {len(values)} seeds")
 
 
-def write(path: Path, whole: dict[str, Any]) -> None:
-    """All rows, whole or not at all."""
-    path.with_suffix(".tmp").write_text(json.dumps(whole, indent=1))
-    path.with_suffix(".tmp").replace(path)
-
-
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -184,25 +178,22 @@ def main() -> None:
     if wrong:
         parser.error(f"{wrong[0]}: there are {', '.join(SETTINGS)} and overhead")
     torch.set_num_threads(1)
-    whole: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {"rows": []}
-    whole["note"], rows = "CIFAR-10 is stored as JPEG", whole["rows"]
+    kept = Rows(given.out, note="CIFAR-10 is stored as JPEG")
     if "overhead" in given.networks:
-        whole["overhead"] = overhead()
-        write(given.out, whole)
-        print(whole["overhead"])
+        found = overhead()
+        kept.state(overhead=found)
+        print(found)
     for name in (name for name in given.networks if name in SETTINGS):
         for seed in given.seeds:
             for macs in MACS:
                 for method in given.methods:
                     key = {"network": name, "method": method, "macs": macs, "seed": seed} | SETTINGS[name]
-                    if any(all(r[k] == v for k, v in key.items()) for r in rows):
+                    if kept.has(key):
                         continue
-                    rows.append(one(name, method, macs, seed))
-                    write(given.out, whole)
-                    print(
-                        {k: rows[-1][k] for k in ("network", "method", "macs", "seed", "test", "seconds")}, flush=True
-                    )
-    report(rows)
+                    row = one(name, method, macs, seed)
+                    kept.add(row)
+                    print({k: row[k] for k in ("network", "method", "macs", "seed", "test", "seconds")}, flush=True)
+    report(kept.rows)
 
 
 if __name__ == "__main__":

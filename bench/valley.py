@@ -11,7 +11,6 @@ its checkpoints (``--work``); rows that are there are not run again::
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import secateur as sc
+from rows import Rows
 from secateur.data import load
 from secateur.measure import accuracy
 from secateur.measure.valley import along, barrier, connect, plane, steep_share
@@ -116,16 +116,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    kept = Rows(given.out, None, settings=SETTINGS, curve=CURVE, batch_size=BATCH)
     for name in given.networks:
         for seed in given.seeds:
-            if not any((r["network"], r["seed"]) == (name, seed) for r in rows):
-                rows.append(one(name, seed, given.work / f"{name}-{seed}"))
-                whole = {"settings": SETTINGS, "curve": CURVE, "batch_size": BATCH, "rows": rows}
-                given.out.parent.mkdir(parents=True, exist_ok=True)
-                given.out.with_suffix(".tmp").write_text(json.dumps(whole))
-                given.out.with_suffix(".tmp").replace(given.out)
-            found = next(r for r in rows if (r["network"], r["seed"]) == (name, seed))
+            if not kept.has({"network": name, "seed": seed}):
+                kept.add(one(name, seed, given.work / f"{name}-{seed}"))
+            found = next(r for r in kept.rows if (r["network"], r["seed"]) == (name, seed))
             long = {"line", "curve", "plane", "eigenvalues"}
             print({k: v for k, v in found.items() if k not in long}, found["line"]["barrier"], flush=True)
 
