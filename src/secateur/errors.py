@@ -10,6 +10,12 @@ class SecateurError(ValueError):
     """Bad input, told once: what was given, what is allowed, what to do next."""
 
 
+def check_seed(seed: object) -> None:
+    """Raise if it is no seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise SecateurError(f"seed={seed!r}: a whole number from 0 on is expected")
+
+
 def unknown(kind: str, given: object, known: Iterable[str]) -> SecateurError:
     """An error for an unknown name that suggests the nearest known one."""
     names = sorted(known)

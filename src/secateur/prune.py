@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur.allocate import BANDIT, STRATEGIES, Budget, Meter, allocate
-from secateur.allocate.search import Search
+from secateur.allocate.search import Search, check_search
 from secateur.allocate.strategies import Strategy
 from secateur.curvature import Curvature, kronecker_factors
 from secateur.cut import cut, dead_channels, directed
@@ -62,7 +62,8 @@ class Result:
         after: counts of the smaller model.
         scores: group name to one score a channel; empty for ``"dead"``.
         facts: what else is to be known: ``flat`` of ``"directional"`` (how many directions are steep, and where
-            curvature was cut off), ``not refitted`` (path of a layer -> why it stays as it was).
+            curvature was cut off), ``search`` of strategy ``"bandit"`` (:meth:`secateur.Search.facts`), and
+            ``not refitted`` (path of a layer -> why it stays as it was).
     """
 
     model: nn.Module
@@ -135,6 +136,7 @@ def prune(
         raise SecateurError(f"prune({'recalibrate' if recalibrate else 'refit'}=True) needs data= (batches)")
     if search is not None and strategy != BANDIT:
         raise SecateurError(f"prune(search=...): strategy {strategy!r} searches nothing; give strategy='bandit'")
+    check_search({} if search is None else search, ("seed", "progress", "checkpoint"))
     if strategy == BANDIT and (data is None or loss_fn is None):
         raise SecateurError("prune(strategy='bandit') needs data= (batches of inputs and targets) and loss_fn=")
     passes = (method not in WITHOUT_DATA) + recalibrate + refit + (strategy == BANDIT)

@@ -264,11 +264,30 @@ def test_the_logarithm_is_never_below_one():
         ([2], {"radius": 0}, "radius=0: a number above 0"),
         ([2], {"spread": float("inf")}, "spread=inf"),
         ([2], {"bounds": (1, 0)}, "the least and the largest reward"),
+        ([2], {"bounds": 1}, "bounds=1: the least and the largest reward"),
+        ([2], {"bounds": ("a", "b")}, "the least and the largest reward"),
+        ([2], {"bounds": (0, 1), "spread": 7.0}, "give one of them"),
+        ([2], {"dueling": "no"}, "dueling='no': true or false"),
+        ([2], {"seed": -1}, "seed=-1: a whole number from 0 on"),
+        (5, {}, "sizes=5: the number of atoms of every factor"),
     ],
 )
 def test_bad_input_is_told(sizes, options, message):
     with pytest.raises(SecateurError, match=message):
         FactoredBandit(sizes, **options)
+
+
+def test_what_was_asked_for_may_be_written_over():
+    one, other = (FactoredBandit((3, 2), bounds=(0, 1)) for _ in range(2))
+    plays = one.ask()
+    plays[:] = 0
+    one.tell([0.1, 0.5, 0.9])
+    other.ask()
+    other.tell([0.1, 0.5, 0.9])
+    assert one.to_json() == other.to_json()
+    assert (
+        FactoredBandit((3, 2), bounds=np.array([0.0, 1.0])).to_json() == FactoredBandit((3, 2), bounds=(0, 1)).to_json()
+    )
 
 
 def test_bad_rewards_are_told_and_change_nothing():
@@ -279,6 +298,7 @@ def test_bad_rewards_are_told_and_change_nothing():
     before = bandit.to_json()
     for rewards, message in (
         ([0.5, np.nan, 0.5], "NaN or infinite is not"), ([0.5, 0.5], "3 rewards are expected"),
+        (["a", 0.5, 0.5], "one number a combination"), ([[1], [1, 2], [1]], "one number a combination"),
         ([0.5, 1.5, 0.5], r"1.5 is outside of \[0, 1\]"), ([[0.5], [0.5], [0.5]], "finite rewards"),
     ):  # fmt: skip
         with pytest.raises(SecateurError, match=message):

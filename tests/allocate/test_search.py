@@ -204,10 +204,22 @@ def test_doubts_are_told_where_a_best_width_depends_on_the_others():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"evaluations": 3}, "evaluations=3: a whole number from 16 on"),
+        ({"evaluations": 3}, "evaluations=3: a whole number from 32 on"),
         ({"start": "globl"}, "did you mean 'global'"),
         ({"ratios": (0.5, 2)}, "1.0 among them"),
         ({"ratios": (0.0, 1.0)}, "numbers above 0"),
+        ({"ratios": (1.0,)}, "two or more numbers"),
+        ({"ratios": 5}, "ratios=5: two or more"),
+        ({"ratios": None}, "ratios=None"),
+        ({"ratios": (1.0, "a")}, "numbers above 0"),
+        ({"start": ["uniform"]}, "unknown start"),
+        ({"radius": None}, "radius=None: a number above 0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"model": 5}, "a torch.nn.Module is expected, int"),
+        ({"data": 5}, "data=5"),
+        ({"loss_fn": None}, "loss_fn=None: a callable"),
+        ({"checkpoint": "no/such/folder/c.json"}, "a file in a folder that is there"),
+        ({"checkpoint": "."}, "a file in a folder that is there"),
         ({"loss_fn": "entropy"}, "loss"),
         ({"data": []}, "there is no batch"),
         ({"data": [torch.zeros(1)]}, "batches .inputs, targets."),
@@ -218,7 +230,7 @@ def test_doubts_are_told_where_a_best_width_depends_on_the_others():
 def test_bad_input_is_told(options, message):
     model, _, _, data = case()
     with pytest.raises(SecateurError, match=message):
-        Search(model, **({"data": data} | options))
+        Search(**({"model": model, "data": data} | options))
 
 
 def test_a_budget_that_cannot_be_met_a_loss_that_is_not_finite_and_another_model_are_told():
@@ -226,10 +238,70 @@ def test_a_budget_that_cannot_be_met_a_loss_that_is_not_finite_and_another_model
     with pytest.raises(SecateurError, match="cannot be met"):
         sc.allocate(graph, scores, sc.Budget(macs=0.001), strategy=Search(model, data, progress=False))
     broken = [(torch.full_like(x, torch.nan), y) for x, y in data]
-    with pytest.raises(SecateurError, match="the loss is nan"):
+    with pytest.raises(SecateurError, match="the loss of batch 0 is nan"):
         sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(model, broken, progress=False))
+    whole = [F.cross_entropy(model(x), y) for x, y in data]
+
+    def broken_where_pruned(output, y):
+        found = F.cross_entropy(output, y)
+        return found if any(torch.isclose(found, known) for known in whole) else found * torch.nan
+
+    search = Search(model, data, broken_where_pruned, norms="running", progress=False)
+    with pytest.raises(SecateurError, match=r"the loss is nan on batch .* ratios nearer to 1"):
+        sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
     with pytest.raises(SecateurError, match="of another model"):
         sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(copy.deepcopy(model)[:4], data, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x[:, :2], y), "batch 3 .inputs of shape .8, 2, 6, 6.. does not fit"),
+        (lambda x, y: (x, y + 90), "batch 3 .* does not fit the model or the loss"),
+        (lambda x, y: (x.double(), y), "does not fit"),
+        (lambda x, y: (x * torch.nan, y), "the loss of batch 3 is nan"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_told_before_anything_is_tried(change, message):
+    model, graph, scores, data = case()
+    search = Search(model, [*data[:3], change(*data[3])], progress=False)
+    with pytest.raises(SecateurError, match=message):
+        sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
+    assert search.done == 0
+    search = Search(model, data, lambda output, y: F.cross_entropy(output, y, reduction="none"), progress=False)
+    with pytest.raises(SecateurError, match=r"a scalar tensor.*it gave shape \[8\]"):
+        sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
+
+
+@pytest.mark.parametrize("norms", ["batch", "running"])
+def test_inputs_by_name_and_forwards_that_count_and_draw(norms):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, u, v):
+            self.seen = self.seen + 1
+            return F.dropout(self.body(u + v), 0.1, training=True)
+
+    model = Two().eval()
+    data = [({"u": torch.randn(8, 3, 6, 6), "v": torch.ones(1)}, torch.randint(0, 5, (8,))) for _ in range(3)]
+    graph = sc.trace(model, data[0][0])
+    state = torch.get_rng_state()
+    search = Search(model, data, evaluations=40, norms=norms, progress=False)
+    plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(macs=0.5), strategy=search)
+    assert graph.macs(plan) <= 0.5 * graph.macs()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.seen == 0
+
+
+def test_without_a_play_the_start_is_the_answer():
+    model, graph, scores, data = case()
+    search = Search(model, data, evaluations=100, minutes=1e-9, start="uniform", progress=False)
+    plan = sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
+    assert plan.removed == sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy="uniform").removed
+    assert sum(row["plays"] for row in search.table) == 0
 
 
 def test_prune_searches_by_name_and_says_what_it_found():
@@ -242,7 +314,9 @@ def test_prune_searches_by_name_and_says_what_it_found():
     for options, message in (
         ({"strategy": "bandit", "loss_fn": None, "method": "magnitude"}, "needs data= .* and loss_fn="),
         ({"search": {"evaluations": 60}}, "searches nothing"),
-        ({"strategy": "bandit", "search": {"evaluations": 1}}, "from 16 on"),
+        ({"strategy": "bandit", "search": {"evaluations": 1}}, "from 32 on"),
+        ({"strategy": "bandit", "search": {"evaluation": 100}}, "did you mean 'evaluations'"),
+        ({"strategy": "bandit", "search": 5}, "search=5: settings by name"),
         ({"strategy": "bandit", "data": iter(data)}, "an iterator ends"),
         ({"strategy": "bandi"}, "did you mean 'bandit'"),
     ):

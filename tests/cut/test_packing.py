@@ -250,6 +250,68 @@ def test_weights_that_changed_outside_of_the_blocks_are_told():
         sc.pack(pivoted, x)
 
 
+def test_a_forward_that_the_example_does_not_take_computes_the_same():
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 32)
+            self.head, self.other = nn.Linear(32, 8), nn.Linear(32, 8)
+
+        def forward(self, x, other=False):
+            x = self.second(self.first(x).relu()).relu()
+            return self.other(x) if other else self.head(x)
+
+    torch.manual_seed(0)
+    model, x = Branches().double(), torch.randn(5, 16).double()
+    pivoted = sc.pivot(model, x, 0.25, blocks=4)
+    packed = sc.pack(pivoted, x, way="blocks")
+    assert json.loads(sc.record(packed)[-1]["pack"])["unread"] == ["other.weight", "other.bias"]
+    with torch.no_grad():
+        assert torch.allclose(packed(x), pivoted(x), atol=1e-10)
+        assert torch.allclose(packed(x, other=True), pivoted(x, other=True), atol=1e-10)
+
+
+def test_a_model_that_was_changed_since_is_told():
+    model, x = case("perceptron")
+    pivoted = sc.pivot(model, x, 0.5)
+    cut = sc.prune(pivoted, x, method="magnitude", budget=sc.Budget(macs=0.5)).model
+    with pytest.raises(SecateurError, match=r"changed since it was pivoted .*pivot it again"):
+        sc.pack(cut, x)
+
+
+def test_low_precision_inside_of_a_model_is_no_reason_to_refuse():
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
+
+        def forward(self, x):
+            return self.body(x).double()
+
+    model, x = Wide(), torch.randn(16, 64)
+    packed = sc.pack(sc.pivot(model, x, 0.5), x, way="blocks")
+    assert packed(x).dtype is torch.float64
+    half = sc.pivot(model.half(), x.half(), 0.5)
+    assert isinstance(sc.pack(half, x.half(), way="blocks").body[0], Packed)
+
+
+def test_what_is_not_finite_inside_of_the_blocks_is_no_change_outside():
+    model, x = case("perceptron")
+    pivoted = sc.pivot(model, x, 0.5, blocks=4)
+    weight = pivoted[2].weight.data
+    weight[tuple(weight.nonzero()[0])] = torch.nan
+    assert isinstance(sc.pack(pivoted, x, way="blocks")[2], Packed)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # weight_norm is on its way out
+def test_a_model_that_cannot_be_copied_is_told():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 16))
+    model(torch.randn(2, 16)).sum().backward()
+    with pytest.raises(SecateurError, match="cannot be copied"):
+        sc.pivot(model, torch.randn(2, 16), 0.5)
+
+
 def test_a_model_that_is_not_the_sum_of_its_layers_is_told():
     class Doubled(nn.Linear):
         pass
@@ -522,6 +584,9 @@ def test_layers_that_are_not_used_stay_whole():
         ({"keep": 0.4, "layout": "diagonal"}, "a half, a third, a quarter"),
         ({"keep": 0.5, "seed": -1}, "seed=-1: a whole number from 0 on"),
         ({"keep": 0.5, "factors": {"0": 1}}, "kronecker_factors"),
+        ({"keep": 0.5, "factors": {}}, "kronecker_factors"),
+        ({"keep": 0.5, "exclude": "2"}, "exclude='2': a list of layers"),
+        ({"keep": 0.5, "exclude": None}, "exclude=None: a list of layers"),
     ],
 )
 def test_bad_input_is_told(options, message):

@@ -115,7 +115,8 @@ def test_patterns_of_a_pivoted_model_are_kept():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either keep="),
+        ({}, "the model has no patterns"),
+        ({"keep": 0.5, "exclude": "0"}, "a list of layers is expected"),
         ({"keep": 0.5, "patterns": {}}, "either keep="),
         ({"keep": 0.0}, r"in \(0, 1\]"),
         ({"keep": 0.5, "every": 0}, "every=0: a whole number from 1 on"),
@@ -133,10 +134,22 @@ def test_bad_input_is_told(options, message):
         sc.Pivoting(case()[0], **options)
 
 
+def test_a_pivoted_model_brings_its_patterns():
+    model, x, y = case()
+    with pytest.raises(SecateurError, match="the model has no patterns"):
+        sc.Pivoting(model)
+    model = sc.pivot(model, x, 0.5)
+    outside = model[0].weight == 0
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), sc.Pivoting(model), x, y, 3)
+    assert torch.equal(model[0].weight == 0, outside)
+
+
 def test_the_state_of_other_settings_is_refused():
     handle = sc.Pivoting(case()[0], 0.5)
     with pytest.raises(SecateurError, match="the state is of pivoting with"):
         handle.load_state_dict(sc.Pivoting(case()[0], 0.25).state_dict())
+    with pytest.raises(SecateurError, match="the state is of pivoting with NoneType"):
+        handle.load_state_dict(None)
     with pytest.raises(SecateurError, match="is damaged"):
         handle.load_state_dict({k: v for k, v in handle.state_dict().items() if k != "patterns"})
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, check_seed
 
 RADIUS = 12.0
 """Twice the variance proxy of a matched difference: noise of variance 1 on both sides, and the partners' effects."""
@@ -50,13 +50,16 @@ class Player(ABC):
     """
 
     def __init__(self, sizes: Sequence[int], seed: int = 0) -> None:
-        if not len(sizes):
-            raise SecateurError("sizes=[]: at least one factor is expected")
+        if isinstance(sizes, str) or not isinstance(sizes, (Sequence, np.ndarray)) or not len(sizes):
+            raise SecateurError(
+                f"sizes={sizes!r}: the number of atoms of every factor, at least one factor, is expected"
+            )
         for factor, size in enumerate(sizes):
             if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
                 raise SecateurError(f"factor {factor} has {size!r} atoms: a whole number from 2 on is expected")
             if size == 1:
                 raise SecateurError(f"factor {factor} has one atom: there is nothing to choose, leave the factor out")
+        check_seed(seed)
         self.sizes = np.array(sizes, dtype=np.int64)
         self.rounds = 0
         self.rng = np.random.default_rng(seed)
@@ -81,7 +84,7 @@ class Player(ABC):
         """
         if self._asked is None:
             self._asked = self._plan(most)
-        return self._asked
+        return self._asked.copy()
 
     def tell(self, rewards: Sequence[float] | np.ndarray) -> None:
         """What the combinations that were asked for have brought.
@@ -94,7 +97,10 @@ class Player(ABC):
         """
         if self._asked is None:
             raise SecateurError("tell() without ask(): nothing is played at the moment")
-        values = np.asarray(rewards, dtype=np.float64)
+        try:
+            values = np.asarray(rewards, dtype=np.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SecateurError(f"tell(): one number a combination is expected ({error})") from error
         if values.shape[:1] != (len(self._asked),):
             raise SecateurError(f"tell(): {len(self._asked)} rewards are expected, not shape {list(values.shape)}")
         self._check(values)
@@ -115,6 +121,16 @@ class Player(ABC):
     @abstractmethod
     def best(self) -> np.ndarray:
         """The combination that looks best by now, int64 [factors]."""
+
+
+def _pair(bounds: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(value) for value in bounds)
+    except (TypeError, ValueError):
+        low, high = 0.0, 0.0
+    if not -math.inf < low < high < math.inf:
+        raise SecateurError(f"bounds={bounds!r}: the least and the largest reward are expected")
+    return low, high
 
 
 class FactoredBandit(Player):
@@ -148,10 +164,12 @@ class FactoredBandit(Player):
         for name, value in (("radius", radius), ("spread", spread)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise SecateurError(f"{name}={value!r}: a number above 0 is expected")
-        if bounds is not None and not (len(bounds) == 2 and -math.inf < bounds[0] < bounds[1] < math.inf):
-            raise SecateurError(f"bounds={bounds!r}: the least and the largest reward are expected")
-        self.radius, self.bounds, self.dueling = float(radius), bounds, bool(dueling)
-        self.spread = float(spread) if bounds is None else (bounds[1] - bounds[0]) / 2
+        if not isinstance(dueling, bool):
+            raise SecateurError(f"dueling={dueling!r}: true or false is expected")
+        if bounds is not None and spread != 1.0:
+            raise SecateurError("spread and bounds: the one follows from the other; give one of them")
+        self.radius, self.bounds, self.dueling = float(radius), None if bounds is None else _pair(bounds), dueling
+        self.spread = float(spread) if self.bounds is None else (self.bounds[1] - self.bounds[0]) / 2
         count, most = len(self.sizes), int(self.sizes.max())
         self.difference, self.matches = np.zeros((count, most, most)), np.zeros((count, most, most))
         self.plays = np.zeros((count, most), dtype=np.int64)
@@ -270,10 +288,8 @@ class FactoredBandit(Player):
         """
         try:
             data = json.loads(text)
-            bounds = None if data["bounds"] is None else (float(data["bounds"][0]), float(data["bounds"][1]))
-            made = FactoredBandit(
-                data["sizes"], radius=data["radius"], spread=data["spread"], bounds=bounds, dueling=data["dueling"]
-            )
+            own = {"bounds": data["bounds"]} if data["bounds"] is not None else {"spread": data["spread"]}
+            made = FactoredBandit(data["sizes"], radius=data["radius"], dueling=data["dueling"], **own)
             for name in _ARRAYS:
                 value = np.array(data[name], dtype=getattr(made, name).dtype)
                 if value.shape != getattr(made, name).shape:

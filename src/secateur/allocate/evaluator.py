@@ -8,8 +8,10 @@ what makes one batch harder than another::
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,11 @@ from torch.func import functional_call
 
 from secateur.allocate.strategies import Problem
 from secateur.errors import SecateurError
-from secateur.measure.accuracy import evaluating
+from secateur.modes import batch_statistics, evaluating
 from secateur.processes import processes, rank, summed
-from secateur.score.taylor import Loss, batch_statistics
+from secateur.score.taylor import Loss, loss_of, not_finite
 from secateur.trace import ChannelGraph
+from secateur.trace.tracer import arguments
 
 
 class Evaluator:
@@ -49,7 +52,6 @@ class Evaluator:
         self.model, self.problem, self.batches, self.loss_fn, self.seed = model, problem, batches, loss_fn, seed
         self.mode = batch_statistics if norms == "batch" else evaluating
         self.seconds = 0.0
-        self.whole: dict[int, float] = {}
         self.last: tuple[np.ndarray, dict[str, Tensor]] = (np.zeros(0), {})
         graph: ChannelGraph = problem.meter.graph
         parameters = dict(model.named_parameters())
@@ -58,38 +60,51 @@ class Evaluator:
         self.parts = [(a.name, a.dim, parameters[a.name], torch.from_numpy(a.channels)) for a in axes]
         self.keep = torch.ones(1 + max(int(a.channels.max(initial=0)) for a in graph.axes))
         self.channels = {i: torch.from_numpy(graph.groups[i].channels[order]) for i, order in problem.orders.items()}
+        self.whole = self._shared(len(self.batches), lambda number: self._loss({}, number))
+        wrong = np.flatnonzero(~np.isfinite(self.whole))
+        if len(wrong):
+            raise not_finite(int(wrong[0]), float(self.whole[wrong[0]]))
 
     def __call__(self, wanted: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
         """The rise of each combination of items on the batch that belongs to its play's number, float64 [wanted]."""
-        return self._shared([(taken, self.batch(number)) for taken, number in wanted])
+        return self._rises([(taken, self.batch(number)) for taken, number in wanted])
 
     def everywhere(self, taken: np.ndarray) -> float:
         """The mean rise over all batches."""
-        return float(self._shared([(taken, batch) for batch in range(len(self.batches))]).mean())
+        return float(self._rises([(taken, batch) for batch in range(len(self.batches))]).mean())
 
     def batch(self, number: int) -> int:
         """Which batch belongs to a play's number."""
         return int(np.random.default_rng([self.seed, number]).integers(len(self.batches)))
 
-    def _shared(self, wanted: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
-        """The rises of combinations on batches; each process evaluates its part of them, and all get the whole."""
-        begun, found = time.monotonic(), np.zeros(len(wanted))
-        for position in range(rank(), len(wanted), processes()):
-            found[position] = self._rise(*wanted[position])
-        found = summed(found, self.device)
-        self.seconds += time.monotonic() - begun
+    def _rises(self, wanted: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
+        """The rises of combinations on batches."""
+        found = self._shared(len(wanted), lambda number: self._rise(*wanted[number]))
         wrong = np.flatnonzero(~np.isfinite(found))
-        if len(wrong):  # only now, when all processes see it
+        if len(wrong):
             where = f"{found[wrong[0]]} on batch {wanted[wrong[0]][1]}"
             raise SecateurError(f"Search: the loss is {where}; check the data, or give ratios nearer to 1")
         return found
 
+    def _shared(self, count: int, compute: Callable[[int], float]) -> np.ndarray:
+        """So many numbers; each process computes its part of them, and all get the whole, or learn that it failed."""
+        begun, found, failed = time.monotonic(), np.zeros(count), None
+        for number in range(rank(), count, processes()):
+            try:
+                found[number] = compute(number)
+            except SecateurError as error:
+                found[number], failed = math.nan, error
+                break
+        found = summed(found, self.device)
+        self.seconds += time.monotonic() - begun
+        if failed is not None:  # only now: the others would wait
+            raise failed
+        return found
+
     def _rise(self, taken: np.ndarray, batch: int) -> float:
-        if batch not in self.whole:
-            self.whole[batch] = self._loss({}, batch)
         if not np.array_equal(taken, self.last[0]):
             self.last = (taken, self.without(taken))
-        return self._loss(self.last[1], batch) - self.whole[batch]
+        return self._loss(self.last[1], batch) - float(self.whole[batch])
 
     def without(self, taken: np.ndarray) -> dict[str, Tensor]:
         """The parameters that write channels, zero where they write those that go."""
@@ -105,12 +120,11 @@ class Evaluator:
         return weights
 
     def _loss(self, weights: dict[str, Tensor], batch: int) -> float:
-        inputs, targets = _moved(self.batches[batch], self.device)
+        run = partial(_called, self.model, weights)
         with torch.no_grad(), self.mode(self.model):
-            args = inputs if isinstance(inputs, tuple) else (inputs,)
-            return float(self.loss_fn(functional_call(self.model, weights, args), targets))
+            return loss_of(run, self.batches[batch], self.loss_fn, batch, self.device).item()
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    move: Callable[[Any], Any] = lambda v: v.to(device) if isinstance(v, Tensor) else v  # noqa: E731
-    return torch.utils._pytree.tree_map(move, value)
+def _called(model: nn.Module, weights: dict[str, Tensor], inputs: Any) -> Any:
+    args, kwargs = arguments(inputs)
+    return functional_call(model, weights, args, kwargs)

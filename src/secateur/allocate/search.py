@@ -37,9 +37,9 @@ from secateur.allocate.bandit import FactoredBandit
 from secateur.allocate.evaluator import Evaluator
 from secateur.allocate.factors import Effects, Factors
 from secateur.allocate.strategies import STRATEGIES, Problem, fill
-from secateur.errors import SecateurError, unknown
+from secateur.errors import SecateurError, check_seed, unknown
 from secateur.processes import rank, summed, told
-from secateur.score.taylor import MEANS, Loss
+from secateur.score.taylor import Loss, mean_of
 from secateur.trace import fingerprint
 from secateur.train.checkpoint import write_atomically
 
@@ -50,32 +50,38 @@ EVERY = 10.0
 """Seconds from one checkpoint to the next."""
 AGAIN = 1.2
 """How many times more plays there are when what atoms are worth is fitted again."""
-SAMPLED = 16
-"""How many combinations set the scale of the rewards."""
+SAMPLED, LEAST = 16, 32
+"""How many combinations set the scale of the rewards, and the least number of forwards of a search."""
 
 
-def check_search(given: Mapping[str, Any]) -> None:
-    """Raise if these are no settings of a search."""
+def check_search(given: Mapping[str, Any], more: Sequence[str] = ()) -> None:
+    """Raise if these are no settings of a search (``more``: what else may be there, and is not looked at)."""
+    if not isinstance(given, Mapping):
+        raise SecateurError(f"search={given!r}: settings by name are expected, for instance {{'evaluations': 1000}}")
     known = ("evaluations", "minutes", "start", "ratios", "radius", "dueling", "norms")
     for name in given:
-        if name not in known:
-            raise unknown("setting of search", name, known)
-    evaluations, minutes = given.get("evaluations", SAMPLED), given.get("minutes")
-    if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < SAMPLED:
-        raise SecateurError(f"evaluations={evaluations!r}: a whole number from {SAMPLED} on is expected")
-    for name, value in (("minutes", minutes), ("radius", given.get("radius"))):
-        wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
-        if value is not None and wrong:
+        if name not in (*known, *more):
+            raise unknown("setting of search", name, (*known, *more))
+    evaluations, minutes = given.get("evaluations", LEAST), given.get("minutes")
+    if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < LEAST:
+        raise SecateurError(f"evaluations={evaluations!r}: a whole number from {LEAST} on is expected")
+    for name, value in (("minutes", 1 if minutes is None else minutes), ("radius", given.get("radius", 1))):
+        if not _positive(value):
             raise SecateurError(f"{name}={value!r}: a number above 0 is expected")
-    start, norms, ratios = given.get("start", "uniform"), given.get("norms", "batch"), given.get("ratios", RATIOS)
-    if start not in STRATEGIES:
-        raise unknown("start", start, STRATEGIES)
-    if norms not in NORMS:
-        raise unknown("norms", norms, NORMS)
-    if 1.0 not in ratios or any(not 0 < ratio < math.inf for ratio in ratios):
-        raise SecateurError(f"ratios={tuple(ratios)}: numbers above 0 are expected, 1.0 among them")
+    for name, names in (("start", tuple(STRATEGIES)), ("norms", NORMS)):
+        value = given.get(name, names[0])
+        if not isinstance(value, str) or value not in names:
+            raise unknown(name, value, names)
+    ratios = given.get("ratios", RATIOS)
+    listed = isinstance(ratios, Sequence) and not isinstance(ratios, str)
+    if not listed or not all(_positive(ratio) for ratio in ratios) or 1 not in ratios or len(set(ratios)) < 2:
+        raise SecateurError(f"ratios={ratios!r}: two or more numbers above 0 are expected, 1.0 among them")
     if not isinstance(given.get("dueling", False), bool):
         raise SecateurError(f"dueling={given['dueling']!r}: true or false is expected")
+
+
+def _positive(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value < math.inf
 
 
 class Search:
@@ -87,7 +93,8 @@ class Search:
             Where ``torch.distributed`` runs, give every process the same ones: they share the evaluations, and all
             get the same answer, which is that of one process alone.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over the batch; or ``"cross_entropy"``, ``"mse"``.
-        evaluations: how many forwards (of duels two a play); what the bandit asked for last is played to its end.
+        evaluations: how many forwards, 32 or more (of duels two a play); what the bandit asked for last is played to
+            its end. The whole network's own forward on every batch is not counted.
         minutes: or so long, at most.
         start: a strategy that meets the budget; widths are looked for around its own.
         ratios: the atoms: widths as multiples of those at the start, 1 among them.
@@ -123,13 +130,16 @@ class Search:
                 "norms": norms, "dueling": dueling,
             }
         )  # fmt: skip
-        if isinstance(loss_fn, str) and loss_fn not in MEANS:
-            raise unknown("loss", loss_fn, MEANS)
-        self.model, self.loss_fn = model, MEANS[loss_fn] if isinstance(loss_fn, str) else loss_fn
+        check_seed(seed)
+        if not isinstance(model, nn.Module):
+            raise SecateurError(f"Search(model): a torch.nn.Module is expected, {type(model).__name__} was given")
+        self.model, self.loss_fn = model, mean_of(loss_fn)
         self.batches = _pairs(data)
         self.evaluations, self.minutes, self.start, self.ratios = evaluations, minutes, start, sorted(set(ratios))
         self.radius, self.dueling, self.norms, self.seed, self.progress = radius, dueling, norms, seed, progress
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        if self.checkpoint is not None and (self.checkpoint.is_dir() or not self.checkpoint.parent.is_dir()):
+            raise SecateurError(f"checkpoint={str(checkpoint)!r}: a file in a folder that is there is expected")
         self._written: set[str] = set()
         self.table: list[dict[str, Any]] = []
         self.doubts: dict[str, tuple[int, int]] = {}
@@ -201,7 +211,7 @@ class Search:
         course.bandit.known = -self.price * factors.cost
         self.table = factors.learned(course.bandit, worth, self.price)
         self.doubts = factors.doubts(course.log) if not self.dueling else {}
-        found = factors.taken(factors.best(worth, self.price))
+        found = factors.taken(factors.best(worth, self.price)) if course.effects.plays else factors.base
         answers = [fill(factors.problem, taken) for taken in (factors.base, found)]
         self.losses = (evaluate.everywhere(answers[0]), evaluate.everywhere(answers[1]))
         return answers[int(self.losses[1] < self.losses[0])]
@@ -297,6 +307,8 @@ class Course:
 
 
 def _pairs(data: Iterable[Any]) -> list[tuple[Any, Any]]:
+    if not isinstance(data, Iterable):
+        raise SecateurError(f"Search(data={data!r}): batches (inputs, targets) are expected")
     found = []
     for batch in itertools.islice(data, 10**6):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,7 @@ from secateur.cut.relabel import Index, moves, relabelled
 from secateur.errors import SecateurError, unknown
 from secateur.trace import ChannelGraph, call_model, fingerprint, trace
 from secateur.trace.api import check_traceable
+from secateur.trace.build import UNUSED
 from secateur.trace.tracer import Inputs, tensors_in
 
 WAYS = ("fastest", "blocks", "at_once")
@@ -56,7 +58,9 @@ class Packing:
         layers: the packed ones.
         patterns: of the ones that were faster dense, as their channels lie now.
         unused: layers that the forward does not use.
-        milliseconds: of each layer that was timed, by way.
+        milliseconds: of each layer that was timed, by way; of the whole model under ``""``.
+        unread: parameters that the forward on the example inputs does not read; where there are any, all channels
+            stay in their order, since another forward may read them.
     """
 
     fingerprint: str
@@ -64,6 +68,7 @@ class Packing:
     patterns: Mapping[str, Pattern]
     unused: Sequence[str]
     milliseconds: Mapping[str, Mapping[str, float]]
+    unread: Sequence[str] = ()
 
     def to_json(self) -> str:
         """As JSON text."""
@@ -75,6 +80,7 @@ class Packing:
                 "patterns": {name: pattern.to_dict() for name, pattern in self.patterns.items()},
                 "unused": list(self.unused),
                 "ms": self.milliseconds,
+                "unread": list(self.unread),
             }
         )
 
@@ -117,6 +123,14 @@ def orders_of(graph: ChannelGraph, patterns: Mapping[str, Pattern]) -> dict[str,
 
             found[group.name] = max(candidates, key=spared).tolist()
     return found
+
+
+def unread_by(graph: ChannelGraph) -> list[str]:
+    """Tensors with an axis of two or more positions, none of which the traced forward uses."""
+    total = Counter(axis.name for axis in graph.axes)
+    idle = Counter(f.axis for f in graph.frozen if f.reason == UNUSED)
+    long = {axis.name for axis in graph.axes if len(axis.channels) > 1}
+    return [name for name in total if name in long and idle[name] == total[name]]
 
 
 def moved(name: str, pattern: Pattern, index: Index) -> Pattern:
@@ -227,7 +241,8 @@ def pack(
     apply(whole, patterns)
     wanted = outputs(whole, example_inputs)
     graph = _graph(whole, example_inputs)
-    orders = orders_of(graph, patterns) if graph is not None else {}
+    unread = unread_by(graph) if graph is not None else []  # what another forward reads in the order that it knows
+    orders = orders_of(graph, patterns) if graph is not None and not unread else {}
     index = moves(graph, orders) if graph is not None else {}
     new = relabelled(whole, graph, orders) if graph is not None else copy.deepcopy(whole)
     seen = used_by(new, example_inputs, list(patterns)) if way == "fastest" else {}
@@ -252,7 +267,7 @@ def pack(
         times[WHOLE] = _whole(whole, new, example_inputs)
         if times[WHOLE]["packed"] >= MARGIN * times[WHOLE]["dense"]:
             new, layouts, left = whole, {}, dict(patterns)
-    return add_to_record(new, model, {PACK: Packing(fingerprint(model), layouts, left, unused, times)})
+    return add_to_record(new, model, {PACK: Packing(fingerprint(model), layouts, left, unused, times, unread)})
 
 
 def _whole(dense: nn.Module, packed_one: nn.Module, example_inputs: Inputs) -> dict[str, float]:
@@ -288,12 +303,13 @@ def _check_same(wanted: Sequence[Tensor], new: nn.Module, example_inputs: Inputs
         raise SecateurError(
             f"pack: {error}: does a module read the weights of another? leave that one out by pivot(exclude=...)"
         ) from error
+    coarse = {p.dtype for p in new.parameters() if p.is_floating_point()}  # it may return more digits than it computes
     for a, b in zip(wanted, given, strict=True):
         wide = torch.complex128 if a.is_complex() else torch.float64
         whole, small, sound = a.detach().to(wide), b.detach().to(wide), a.isfinite()
         scale = whole[sound].abs().max().clamp_min(1e-30) if bool(sound.any()) else 1.0
         gap = float((whole - small)[sound].abs().max() / scale) if bool(sound.any()) else 0.0
-        allowed = TOLERANCE.get(a.dtype, 0.1) if a.device.type == "cpu" else ON_GPU
+        allowed = max(TOLERANCE.get(d, 0.1) for d in (a.dtype, *coarse)) if a.device.type == "cpu" else ON_GPU
         if not gap <= allowed or not torch.equal(sound, b.isfinite()):
             raise SecateurError(
                 f"pack: the packed model computes something else (relative difference {gap:.1e}); does its forward "
@@ -314,7 +330,8 @@ def replay(model: nn.Module, text: str) -> nn.Module:
         given = str(data["fingerprint"])
         layouts = {str(name): Layout.from_dict(layout) for name, layout in data["layers"].items()}
         left = {str(name): Pattern.from_dict(pattern) for name, pattern in data["patterns"].items()}
-        packing = Packing(given, layouts, left, [str(name) for name in data["unused"]], dict(data["ms"]))
+        unused, unread = ([str(name) for name in data.get(key, [])] for key in ("unused", "unread"))
+        packing = Packing(given, layouts, left, unused, dict(data["ms"]), unread)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"the packing is damaged ({type(error).__name__}: {error})") from error
     if given != fingerprint(model):

@@ -14,7 +14,7 @@ import copy
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,11 @@ from secateur.curvature.kronecker import Factors
 from secateur.curvature.layers import CONVOLUTIONS, Layer, measurable
 from secateur.cut.pattern import LAYOUTS, Pattern, blocks_for, find_pattern
 from secateur.cut.record import add_to_record, record
-from secateur.errors import SecateurError, unknown
-from secateur.measure.accuracy import evaluating
+from secateur.errors import SecateurError, check_seed, unknown
+from secateur.modes import evaluating
 from secateur.trace import call_model, fingerprint
 from secateur.trace.api import check_traceable
-from secateur.trace.tracer import Inputs, tensors_in
+from secateur.trace.tracer import Inputs, copyable, tensors_in
 
 PIVOT, PACK = "pivot", "pack"
 FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -121,9 +121,11 @@ def eligible(
     Raises:
         SecateurError: an unknown layer.
     """
-    if factors is not None and not all(isinstance(f, Factors) for f in _values(factors)):
+    if factors is not None and not (factors and all(isinstance(f, Factors) for f in _values(factors))):
         raise SecateurError("factors: what secateur.kronecker_factors gives is expected")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS))}
+    if isinstance(exclude, str) or not isinstance(exclude, Collection):
+        raise SecateurError(f"exclude={exclude!r}: a list of layers is expected, for instance ['head']")
     for name in exclude:
         if name not in layers:
             raise unknown("layer", name, layers)
@@ -211,12 +213,6 @@ def pivot(
     return pivoted(model, patterns, skipped)
 
 
-def check_seed(seed: object) -> None:
-    """Raise if it is no seed."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise SecateurError(f"seed={seed!r}: a whole number from 0 on is expected")
-
-
 def check_some(names: Sequence[str], skipped: Mapping[str, str], who: str) -> None:
     """Raise if no layer can have blocks."""
     if not names:
@@ -230,7 +226,8 @@ def used_by(model: nn.Module, example_inputs: Inputs, names: Sequence[str]) -> d
     Raises:
         SecateurError: the forward fails.
     """
-    copied = copy.deepcopy(model)
+    with copyable(model):
+        copied = copy.deepcopy(model)
     seen: dict[str, Tensor] = {}
     for name in names:
 
@@ -304,9 +301,13 @@ def remembered(model: nn.Module) -> dict[str, Pattern]:
     patterns = {name: Pattern.from_dict(p) for name, p in steps[-1]["patterns"].items()}
     if not patterns:
         raise SecateurError("all layers with patterns are packed already")
+    try:
+        check_patterns(model, patterns)
+    except SecateurError as error:
+        raise SecateurError(f"the model was changed since it was pivoted ({error}): pivot it again") from error
     for name, pattern in patterns.items():
         weight: Any = model.get_submodule(name).weight
-        if bool((weight.detach() * (1 - mask_of(pattern, weight)) != 0).any()):
+        if bool(((weight.detach() != 0) & (mask_of(pattern, weight) == 0)).any()):
             raise SecateurError(
                 f"the weights of {name!r} have changed outside of its blocks: hold them in training by "
                 "Pivoting(model, patterns=...), or give the patterns that are to hold"

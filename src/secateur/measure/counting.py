@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur.measure.accuracy import evaluating
+from secateur.modes import evaluating
 from secateur.trace import call_model
 from secateur.trace.tracer import Inputs
 

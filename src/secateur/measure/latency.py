@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.measure.accuracy import evaluating
+from secateur.modes import evaluating
 
 
 @contextmanager

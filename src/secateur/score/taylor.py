@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +13,29 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from secateur.errors import SecateurError, unknown
+from secateur.modes import batch_statistics
 from secateur.score.sums import by_group, channel_sums, producers, rows
 from secateur.trace import Axis, ChannelGraph, call_model
 
 Loss = Callable[..., Tensor]
 """``loss_fn(outputs, targets)``, a scalar mean over the batch."""
 MEANS: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+
+
+def mean_of(loss_fn: Any) -> Loss:
+    """A loss by its name, or the callable itself.
+
+    Raises:
+        SecateurError: an unknown name, or something that cannot be called.
+    """
+    if isinstance(loss_fn, str):
+        if loss_fn not in MEANS:
+            raise unknown("loss", loss_fn, MEANS)
+        return MEANS[loss_fn]
+    if not callable(loss_fn):
+        raise SecateurError(f"loss_fn={loss_fn!r}: a callable (outputs, targets), or one of {', '.join(MEANS)}")
+    found: Loss = loss_fn
+    return found
 
 
 def taylor(
@@ -44,10 +61,7 @@ def taylor(
     """
     if data is None or loss_fn is None:
         raise SecateurError("taylor needs data= (batches of inputs and targets) and loss_fn=")
-    if isinstance(loss_fn, str):
-        if loss_fn not in MEANS:
-            raise unknown("loss", loss_fn, MEANS)
-        loss_fn = MEANS[loss_fn]
+    loss_fn = mean_of(loss_fn)
     parameters = dict(model.named_parameters())
     axes = producers(graph)
     names = list(dict.fromkeys(a.name for a in axes))
@@ -70,51 +84,51 @@ def taylor(
     return by_group(graph, total / seen)
 
 
-def _gradients(model: nn.Module, needed: list[nn.Parameter], batch: Any, loss_fn: Loss, number: int) -> list[Tensor]:
+def loss_of(run: Callable[[Any], Any], batch: Any, loss_fn: Loss, number: int, device: torch.device) -> Tensor:
+    """The loss of one batch, one number.
+
+    Args:
+        run: inputs to outputs.
+        batch: a pair ``(inputs, targets)``.
+        loss_fn: a scalar mean over the batch.
+        number: of the batch, to be told.
+        device: where it is computed.
+
+    Raises:
+        SecateurError: no pair, what does not fit the model or the loss, a loss that is no scalar.
+    """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise SecateurError(f"data: batches (inputs, targets) are expected, batch {number} is a {type(batch).__name__}")
-    inputs, targets = batch
-    device = needed[0].device
-    inputs, targets = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, (inputs, targets))
+    inputs, targets = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, tuple(batch))
+    try:
+        loss = loss_fn(run(inputs), targets)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        shape = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise SecateurError(
+            f"data: batch {number} (inputs of shape {shape}) does not fit the model or the loss: {error}"
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise SecateurError(f"loss_fn: a scalar tensor, the mean over the batch, is expected; it gave {found}")
+    return loss
+
+
+def not_finite(number: int, value: float) -> SecateurError:
+    """An error for the loss of a batch that is NaN or infinite."""
+    return SecateurError(f"the loss of batch {number} is {value}: check the data and the model's weights")
+
+
+def _gradients(model: nn.Module, needed: list[nn.Parameter], batch: Any, loss_fn: Loss, number: int) -> list[Tensor]:
     frozen = [p for p in needed if not p.requires_grad]
     try:
         for p in frozen:
             p.requires_grad_(True)
         with torch.enable_grad():
-            try:
-                loss = loss_fn(call_model(model, inputs), targets)
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                shape = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
-                raise SecateurError(
-                    f"data: batch {number} (inputs of shape {shape}) does not fit the model or the loss: {error}"
-                ) from error
+            loss = loss_of(partial(call_model, model), batch, loss_fn, number, needed[0].device)
             if not math.isfinite(loss.item()):
-                raise SecateurError(
-                    f"the loss of batch {number} is {loss.item()}: check the data and the model's weights"
-                )
+                raise not_finite(number, loss.item())
             found = torch.autograd.grad(loss, needed, allow_unused=True)
     finally:
         for p in frozen:
             p.requires_grad_(False)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(needed, found, strict=True)]
-
-
-@contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Eval mode with batch statistics in batch norms; mode, buffers and random state come back."""
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    model.eval()
-    for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._NormBase):
-            m.train()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-        with torch.no_grad():
-            for b, before in buffers:
-                b.copy_(before)

@@ -9,6 +9,7 @@ import numpy as np
 from secateur.trace.graph import Axis, ChannelGraph, ChannelGroup, Frozen, Terms, multiplicities
 from secateur.trace.names import Ids, Names
 
+UNUSED = "is not used as a channel by the forward"
 ROLES = ("producer", "consumer", "carried")
 
 
@@ -103,9 +104,7 @@ def unused(names: Names, params: dict[str, int]) -> set[str]:
 
 
 def _unused(names: Names, roles: np.ndarray) -> list[tuple[Ids, str, str]]:
-    return [
-        (names.arrays[i], "none", "is not used as a channel by the forward") for i in np.flatnonzero(~roles.any(axis=1))
-    ]
+    return [(names.arrays[i], "none", UNUSED) for i in np.flatnonzero(~roles.any(axis=1))]
 
 
 def _twins(names: Names, channel_of: Ids) -> list[tuple[Ids, str, str]]:

@@ -218,7 +218,7 @@ class Skeleton:
             if isinstance(tensor, nn.Parameter):
                 smaller = nn.Parameter(smaller, requires_grad=False)
             memo[id(tensor)] = smaller
-        with _quiet_copy(model):
+        with copyable(model):
             self.module = copy_module(model, memo)
         self.module.eval()
         self.inputs = pytree.tree_map(lambda v: stand_in(v.detach()) if isinstance(v, Tensor) else v, inputs)
@@ -241,11 +241,15 @@ class Skeleton:
 
 def call_model(model: nn.Module, inputs: Inputs) -> Any:
     """``model(*inputs)`` for a tuple, ``model(**inputs)`` for a dict, ``model(inputs)`` else."""
+    args, kwargs = arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a forward is called with: a tuple one by one, a dict by its names, anything else alone."""
     if isinstance(inputs, tuple):
-        return model(*inputs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(inputs)
+        return inputs, {}
+    return ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
@@ -257,7 +261,8 @@ def _to_real(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _quiet_copy(model: nn.Module) -> Iterator[None]:
+def copyable(model: nn.Module) -> Iterator[None]:
+    """Raise in our words if a model cannot be copied."""
     try:
         yield
     except Exception as error:

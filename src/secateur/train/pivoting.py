@@ -22,13 +22,13 @@ from secateur.cut.pivots import (
     apply,
     check_patterns,
     check_pivot,
-    check_seed,
     check_some,
     eligible,
     mask_of,
     patterns_of,
+    remembered,
 )
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, check_seed
 
 
 class Pivoting:
@@ -36,14 +36,15 @@ class Pivoting:
 
     Args:
         model: the model that is trained.
-        keep: the part of each layer's coefficients that stays in the end, in (0, 1].
+        keep: the part of each layer's coefficients that stays in the end, in (0, 1]. Without it the patterns of a
+            model from :func:`secateur.pivot` are kept.
         every: steps from one update to the next.
         times: how many updates there are.
         layout: see :func:`secateur.pivot`, as are ``blocks``, ``exclude`` and ``seed``.
         blocks: how many a layer has, at most.
         exclude: layers that shall stay whole.
         seed: of the search.
-        patterns: instead of all these, patterns to be kept from the beginning (those of a pivoted model).
+        patterns: instead of all these, patterns to be kept from the beginning.
 
     Attributes:
         patterns: by layer, what stays now; empty before the first update.
@@ -60,8 +61,12 @@ class Pivoting:
         layout: str = "bundles", blocks: int | None = None, exclude: Sequence[str] = (), seed: int = 0,
         patterns: Mapping[str, Pattern] | None = None,
     ) -> None:  # fmt: skip
-        if (keep is None) == (patterns is None):
+        if not isinstance(model, nn.Module):
+            raise SecateurError(f"Pivoting(model): a torch.nn.Module is expected, {type(model).__name__} was given")
+        if keep is not None and patterns is not None:
             raise SecateurError("give either keep=, a fraction of each layer's coefficients, or patterns= to be kept")
+        if keep is None and patterns is None:
+            patterns = remembered(model)
         for name, value in (("every", every), ("times", times)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SecateurError(f"{name}={value!r}: a whole number from 1 on is expected")
@@ -130,8 +135,9 @@ class Pivoting:
         Raises:
             SecateurError: the state of a handle with other settings; nothing is changed.
         """
-        if state.get("settings") != self._own():
-            raise SecateurError(f"the state is of pivoting with {state.get('settings')}, this handle has {self._own()}")
+        found = state.get("settings") if isinstance(state, Mapping) else type(state).__name__
+        if found != self._own():
+            raise SecateurError(f"the state is of pivoting with {found}, this handle has {self._own()}")
         try:
             patterns = {name: Pattern.from_dict(p) for name, p in json.loads(state["patterns"]).items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
