@@ -2,9 +2,9 @@
 
 Rewards are the sum of every factor's part and Gaussian noise of standard deviation 0.3; all players are told a spread
 of 0.5. ``players``: four factors of four atoms, parts evenly spaced from 0 to 1/4, 100,000 rounds, with the theory's
-radius and the tuned one (the least that never erred on other seeds, ``tuning``). ``sizes``: more factors, more atoms,
-each factor's best atom 0.1 better than its others, so that nothing but the sizes changes. Chunks of repetitions that
-are there are not run again::
+radius and the tuned one (the least at which no run lost twice the median, on other seeds, ``tuning``). ``sizes``: more
+factors, more atoms, each factor's best atom 0.1 better than its others, so that nothing but the sizes changes. Chunks
+of repetitions that are there are not run again::
 
     python bench/regret.py tuning players sizes
 """
@@ -73,10 +73,10 @@ def report(rows: list[dict[str, Any]]) -> None:
             chunks = [r for r in own if r["player"] == name and tuple(r["sizes"]) == sizes]
             regret = np.array([x for r in chunks for x in r["regret"]])
             wrong = 1 - np.mean([x for r in chunks for x in r["right"]])
-            low, middle, high = np.percentile(regret[:, -1], (10, 50, 90))
+            low, middle, high, most = np.percentile(regret[:, -1], (10, 50, 90, 100))
             print(
                 f"{what:8} {'x'.join(map(str, sizes)):24} {name:18} {len(regret):3} repetitions, regret at "
-                f"{chunks[0]['rounds']:,}: {middle:.0f} ({low:.0f} to {high:.0f}), wrong {wrong:.0%}"
+                f"{chunks[0]['rounds']:,}: {middle:.0f} ({low:.0f} to {high:.0f}, at most {most:.0f}), wrong {wrong:.0%}"
             )
 
 
