@@ -74,9 +74,9 @@ def report(rows: list[dict[str, Any]]) -> None:
             regret = np.array([x for r in chunks for x in r["regret"]])
             wrong = 1 - np.mean([x for r in chunks for x in r["right"]])
             low, middle, high, most = np.percentile(regret[:, -1], (10, 50, 90, 100))
+            print(f"{what:8} {'x'.join(map(str, sizes)):24} {name:18} {len(regret):3} repetitions, regret at", end=" ")
             print(
-                f"{what:8} {'x'.join(map(str, sizes)):24} {name:18} {len(regret):3} repetitions, regret at "
-                f"{chunks[0]['rounds']:,}: {middle:.0f} ({low:.0f} to {high:.0f}, at most {most:.0f}), wrong {wrong:.0%}"
+                f"{chunks[0]['rounds']:,}: {middle:.0f} ({low:.0f} to {high:.0f}, most {most:.0f}), wrong {wrong:.0%}"
             )
 
 
