@@ -74,10 +74,9 @@ def report(rows: list[dict[str, Any]]) -> None:
             regret = np.array([x for r in chunks for x in r["regret"]])
             wrong = 1 - np.mean([x for r in chunks for x in r["right"]])
             low, middle, high, most = np.percentile(regret[:, -1], (10, 50, 90, 100))
-            print(f"{what:8} {'x'.join(map(str, sizes)):24} {name:18} {len(regret):3} repetitions, regret at", end=" ")
-            print(
-                f"{chunks[0]['rounds']:,}: {middle:.0f} ({low:.0f} to {high:.0f}, most {most:.0f}), wrong {wrong:.0%}"
-            )
+            title = f"{what:8} {'x'.join(map(str, sizes)):24} {name:18} {len(regret):3} repetitions"
+            found = f"{middle:.0f} ({low:.0f} to {high:.0f}, most {most:.0f})"
+            print(f"{title}, regret at {chunks[0]['rounds']:,}: {found}, wrong {wrong:.0%}")
 
 
 def main() -> None:
