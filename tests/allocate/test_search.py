@@ -304,12 +304,64 @@ def test_without_a_play_the_start_is_the_answer():
     assert sum(row["plays"] for row in search.table) == 0
 
 
+def test_nominated_is_what_looks_best_within_the_budget():
+    _, graph, scores, _ = case()
+    problem = problem_of(graph, scores, sc.Budget(macs=0.5))
+    factors = Factors(problem, STRATEGIES["uniform"](problem), (0.4, 0.7, 1.0, 1.3, 1.7))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        worth = np.cumsum(rng.random((len(factors.sizes), max(factors.sizes))), 1)  # wider is better, unevenly
+        every = np.stack(np.meshgrid(*map(np.arange, factors.sizes), indexing="ij"), -1).reshape(-1, len(factors.sizes))
+        looks = worth[np.arange(len(factors.sizes)), every].sum(1)
+        met = [problem.meter.met(problem.widths(factors.taken(atoms))) for atoms in every]
+        best = np.sort(looks[met])[::-1]
+        found = factors.nominated(worth, factors.price(worth), 5)
+        own = [worth[np.arange(len(atoms)), atoms].sum() for atoms in found]
+        assert all(problem.meter.met(problem.widths(factors.taken(atoms))) for atoms in found)
+        assert own == sorted(own, reverse=True)
+        assert len({tuple(atoms) for atoms in found}) == 5
+        assert own[0] == pytest.approx(best[0])
+        assert own[0] >= worth[np.arange(len(worth)), factors.best(worth, factors.price(worth))].sum()
+
+
+def test_no_more_forwards_are_made_than_allowed_and_the_last_are_a_comparison(monkeypatch):
+    model, graph, scores, data = case()
+    data = data * 5
+    calls, after = [], Evaluator._rise
+
+    def counted(self, taken, batch):
+        calls.append((taken.tobytes(), batch))
+        return after(self, taken, batch)
+
+    monkeypatch.setattr(Evaluator, "_rise", counted)
+    search = Search(model, data, evaluations=200, progress=False)
+    sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
+    assert len(calls) == search.done
+    plays = 16 + sum(row["plays"] for row in search.table if row["group"] == search.table[0]["group"])
+    assert 150 <= plays < 150 + 7  # a block is played to its end
+    assert search.done <= plays + plays // 3 + 15
+    tried = {taken: [batch for t, batch in calls[plays:] if t == taken] for taken, _ in calls[plays:]}
+    most = [sorted(batches) for batches in tried.values() if len(batches) == max(map(len, tried.values()))]
+    assert 2 <= len(most) < len(tried)  # the start and the last ones
+    assert all(batches == most[0] for batches in most)  # on the same batches, each once
+    assert len(set(most[0])) == len(most[0])
+
+
 def test_prune_searches_by_name_and_says_what_it_found():
     model, graph, _, data = case()
     given = {"data": data, "loss_fn": "cross_entropy", "budget": sc.Budget(macs=0.5)}
     result = sc.prune(model, data[0][0], strategy="bandit", search={"evaluations": 60, "progress": False}, **given)
     assert result.after.macs <= 0.5 * result.before.macs
-    assert set(result.facts["search"]) == {"table", "doubts", "price", "explained", "losses", "better", "forwards"}
+    assert set(result.facts["search"]) == {
+        "table",
+        "doubts",
+        "price",
+        "explained",
+        "losses",
+        "better",
+        "forwards",
+        "late",
+    }
     assert json.loads(json.dumps(result.facts["search"])) == result.facts["search"]
     for options, message in (
         ({"strategy": "bandit", "loss_fn": None, "method": "magnitude"}, "needs data= .* and loss_fn="),

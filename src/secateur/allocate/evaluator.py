@@ -69,9 +69,13 @@ class Evaluator:
         """The rise of each combination of items on the batch that belongs to its play's number, float64 [wanted]."""
         return self._rises([(taken, self.batch(number)) for taken, number in wanted])
 
+    def on(self, taken: np.ndarray, batches: Sequence[int]) -> np.ndarray:
+        """The rise on each of these batches, float64 [batches]."""
+        return self._rises([(taken, batch) for batch in batches])
+
     def everywhere(self, taken: np.ndarray) -> float:
         """The mean rise over all batches."""
-        return float(self._rises([(taken, batch) for batch in range(len(self.batches))]).mean())
+        return float(self.on(taken, range(len(self.batches))).mean())
 
     def batch(self, number: int) -> int:
         """Which batch belongs to a play's number."""

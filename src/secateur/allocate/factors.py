@@ -21,6 +21,9 @@ from secateur.allocate.strategies import Problem
 from secateur.errors import SecateurError
 
 RIDGE = 1.0
+NEAR, TRIED, SLACK = 64, 1000, 0.05
+"""How many changes are looked at together, how many of these are measured exactly, and by how much of the budget's unit
+what they cost, which is not quite a sum, may be wrong."""
 
 
 class Effects:
@@ -135,6 +138,49 @@ class Factors:
             middle = (low + high) / 2
             low, high = (low, middle) if met(middle) else (middle, high)
         return high
+
+    def nominated(self, worth: np.ndarray, price: float, count: int) -> list[np.ndarray]:
+        """Combinations that look best of those that meet the budget, the best-looking first, at most so many.
+
+        A price finds no combination between two of its steps: from its own on, one or two widths are changed at a
+        time, those that lose least at the price, as long as something looks better that meets the budget.
+        """
+        best, pool = self.best(worth, price), dict[tuple[int, ...], float]()
+        pool[tuple(best.tolist())] = at = float(np.take_along_axis(worth, best[:, None], 1).sum())
+        while True:
+            met = sorted(self._around(best, worth, price, count), key=lambda found: -found[0])
+            pool |= {tuple(atoms.tolist()): at + gain for gain, atoms in met}
+            if not met or met[0][0] <= 1e-9:
+                break
+            at, best = at + met[0][0], met[0][1]
+        found = sorted(pool, key=lambda atoms: (-pool[atoms], atoms))
+        return [np.array(atoms) for atoms in found[:count]]
+
+    def _around(self, best: np.ndarray, worth: np.ndarray, price: float, count: int) -> list[tuple[float, np.ndarray]]:
+        """What one or two changes gain, and the combination, for at most ``count`` that meet the budget."""
+        here = best[:, None]
+        gain, cost = (t - np.take_along_axis(t, here, 1) for t in (worth, self.cost))
+        real = (np.arange(worth.shape[1]) < np.array(self.sizes)[:, None]) & (np.arange(worth.shape[1]) != here)
+        factor, atom = np.nonzero(real)
+        near = np.argsort((price * cost - gain)[factor, atom], kind="stable")[:NEAR]
+        factor, atom = factor[near], atom[near]
+        gains, costs = gain[factor, atom], cost[factor, atom]
+        one, two = np.triu_indices(len(near))  # with itself: a single change
+        fits = (one == two) | (factor[one] != factor[two])
+        one, two = one[fits], two[fits]
+        both = np.where(one == two, 0.5, 1.0)
+        total, used = both * (gains[one] + gains[two]), both * (costs[one] + costs[two])
+        likely = np.flatnonzero(used <= SLACK - self._used(self.taken(best)))
+        found: list[tuple[float, np.ndarray]] = []
+        for number in likely[np.argsort(-total[likely], kind="stable")][:TRIED]:
+            changed = best.copy()
+            for option in (one[number], two[number]):
+                changed[factor[option]] = atom[option]
+            if self.problem.meter.met(self.problem.widths(self.taken(changed))):
+                found.append((float(total[number]), changed))
+                if len(found) == count:
+                    break
+        return found
 
     def learned(self, bandit: FactoredBandit, worth: np.ndarray, price: float) -> list[dict[str, Any]]:
         """What was learned of each width, a row an atom.

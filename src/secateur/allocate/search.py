@@ -7,8 +7,9 @@ much of the loss is kept, and what a width costs is known and need not be learne
     reward = -tanh((L(masked, batch) - L(whole, batch)) / scale)          known_la = -price * cost_la
     price    the least at which the best-looking combination meets the budget, found anew as plays come in
 
-The bandit decides what is played; what its plays say of every width together is the answer
-(:class:`secateur.allocate.factors.Effects`).
+The bandit decides what is played. What its plays say of every width together
+(:class:`secateur.allocate.factors.Effects`) nominates some combinations, and the last quarter of the forwards compares
+these and the start on the same batches.
 
 The loss of the whole network on the same batch takes away what makes a batch hard or easy; a duel does so by playing
 two combinations on one batch. The bandit asks that a group's best width is best whatever the other groups do
@@ -50,6 +51,8 @@ EVERY = 10.0
 """Seconds from one checkpoint to the next."""
 AGAIN = 1.2
 """How many times more plays there are when what atoms are worth is fitted again."""
+FINAL, NOMINEES = 4, 15
+"""One of so many forwards is for the last comparison, and so many combinations at most take part beside the start."""
 SAMPLED, LEAST = 16, 32
 """How many combinations set the scale of the rewards, and the least number of forwards of a search."""
 
@@ -93,8 +96,8 @@ class Search:
             Where ``torch.distributed`` runs, give every process the same ones: they share the evaluations, and all
             get the same answer, which is that of one process alone.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over the batch; or ``"cross_entropy"``, ``"mse"``.
-        evaluations: how many forwards, 32 or more (of duels two a play); what the bandit asked for last is played to
-            its end. The whole network's own forward on every batch is not counted.
+        evaluations: how many forwards, 32 or more (of duels two a play), the last comparison among them; what the
+            bandit asked for last is played to its end. The whole network's own on every batch are not counted.
         minutes: or so long, at most.
         start: a strategy that meets the budget; widths are looked for around its own.
         ratios: the atoms: widths as multiples of those at the start, 1 among them.
@@ -113,8 +116,10 @@ class Search:
         explained: the part of the rewards' variance that the worth of single widths explains; noise and what widths
             do together are the rest.
         doubts: groups whose best width depends on what the others do, with the two widths; not looked for in duels.
-        losses: what the loss rises by on all batches, of the start and of what was found; the lower one is the answer.
-        done: how many forwards there were; fewer than ``evaluations`` if the minutes were up.
+        losses: what the loss rises by, of the start and of what was found, on the same batches (those of the last
+            comparison, all if the evaluations allow it); the lower one is the answer.
+        done: how many forwards there were.
+        late: whether the minutes were up before.
         seconds: how long the forwards took, and everything else (``"evaluations"``, ``"bandit"``).
     """
 
@@ -147,6 +152,7 @@ class Search:
         self.explained = 0.0
         self.losses = (0.0, 0.0)
         self.done = 0
+        self.late = False
         self.seconds = {"evaluations": 0.0, "bandit": 0.0}
 
     def __call__(self, problem: Problem) -> np.ndarray:
@@ -165,7 +171,10 @@ class Search:
         begun = saved = time.monotonic()
         with Progress(disable=not self.progress or rank() > 0, transient=True) as bar:
             task = bar.add_task("search", total=self.evaluations, completed=course.done)
-            while course.done < self.evaluations and not self._late(begun, evaluate.device):
+            while course.done < self.evaluations - self.evaluations // FINAL:
+                self.late = self._late(begun, evaluate.device)
+                if self.late:
+                    break
                 started, before = time.monotonic(), evaluate.seconds
                 if started - saved > EVERY:
                     self._save(key, course)
@@ -173,9 +182,9 @@ class Search:
                 self._play(course, factors, evaluate)
                 self.seconds["evaluations"] += evaluate.seconds - before
                 self.seconds["bandit"] += time.monotonic() - started - (evaluate.seconds - before)
-                bar.update(task, completed=min(course.done, self.evaluations))
-        self._save(key, course)
-        return self._answer(course, factors, evaluate)
+                bar.update(task, completed=course.done)
+            self._save(key, course)
+            return self._answer(course, factors, evaluate)
 
     def _begun(self, factors: Factors, evaluate: Evaluator) -> Course:
         """Some combinations at random set the scale of the rewards."""
@@ -205,30 +214,61 @@ class Search:
         course.log += [[played.tolist(), reward] for played, reward in zip(asked, rewards.tolist(), strict=True)]
 
     def _answer(self, course: Course, factors: Factors, evaluate: Evaluator) -> np.ndarray:
-        """The better of the start and of what looks best."""
+        """The best of the start and of what looks best, by trying."""
         worth = course.effects.table()
         self.price, self.done, self.explained = factors.price(worth), course.done, course.effects.explained
         course.bandit.known = -self.price * factors.cost
         self.table = factors.learned(course.bandit, worth, self.price)
         self.doubts = factors.doubts(course.log) if not self.dueling else {}
-        found = factors.taken(factors.best(worth, self.price)) if course.effects.plays else factors.base
-        answers = [fill(factors.problem, taken) for taken in (factors.base, found)]
-        self.losses = (evaluate.everywhere(answers[0]), evaluate.everywhere(answers[1]))
-        return answers[int(self.losses[1] < self.losses[0])]
+        forwards = course.done // (FINAL - 1)
+        nominees = min(forwards // 8, NOMINEES) if course.effects.plays else 0
+        start = fill(factors.problem, factors.base)
+        distinct = {start.tobytes(): start}  # filled up, several may be the same
+        for atoms in factors.nominated(worth, self.price, 4 * nominees):
+            answer = fill(factors.problem, factors.taken(atoms))
+            distinct[answer.tobytes()] = answer
+            if len(distinct) > nominees:
+                break
+        answers = list(distinct.values())
+        found = self._final(answers, evaluate, forwards)
+        return answers[found if self.losses[1] < self.losses[0] else 0]
+
+    def _final(self, answers: Sequence[np.ndarray], evaluate: Evaluator, forwards: int) -> int:
+        """The best but the first, which stays in to the end: on ever more batches, ever half of the others."""
+        order, used = np.random.default_rng(self.seed).permutation(len(self.batches)), 0
+        rises: list[list[float]] = [[] for _ in answers]
+        left = list(range(1, len(answers)))
+
+        def mean(number: int) -> float:
+            return float(np.mean(rises[number]))
+
+        while used < len(order):
+            rounds, share = max(1, math.ceil(math.log2(max(len(left), 1)))), len(left) + 1
+            more = order[used : used + max(1, forwards // rounds // share)]
+            for number in (0, *left):
+                rises[number] += evaluate.on(answers[number], more.tolist()).tolist()
+            used, forwards, self.done = used + len(more), forwards - len(more) * share, self.done + len(more) * share
+            if len(left) <= 2:
+                break
+            left = sorted(left, key=mean)[: math.ceil(len(left) / 2)]
+        found = min(left, key=mean, default=0)
+        self.losses = (mean(0), mean(found))
+        return found
 
     def facts(self) -> dict[str, Any]:
         """What was learned, as what JSON can hold."""
         return {
             "table": self.table, "doubts": {name: list(widths) for name, widths in self.doubts.items()},
             "price": self.price, "explained": self.explained, "losses": list(self.losses),
-            "better": self.losses[1] < self.losses[0], "forwards": self.done,
+            "better": self.losses[1] < self.losses[0], "forwards": self.done, "late": self.late,
         }  # fmt: skip
 
     def _late(self, begun: float, device: torch.device) -> bool:
         """Whether the minutes are up, for one of the processes and so for all."""
         if self.minutes is None:
             return False
-        return bool(summed(np.array([float(time.monotonic() - begun > 60 * self.minutes)]), device)[0])
+        over = time.monotonic() - begun > 60 * self.minutes * (1 - 1 / FINAL)
+        return bool(summed(np.array([float(over)]), device)[0])
 
     def _key(self, factors: Factors) -> str:
         settings = (self.radius, self.dueling, self.norms, self.seed, self.evaluations)

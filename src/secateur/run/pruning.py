@@ -107,10 +107,9 @@ def _tell_search(setting: Setting, found: Mapping[str, Any]) -> None:
         setting.say("search: no group has a choice of widths around the start, so the start is kept")
         return
     if not found["better"]:
-        setting.say("search: what was found is no better than the start on all batches, so the start is kept")
-    wanted = setting.recipe.prune.search.get("evaluations", found["forwards"])
-    if found["forwards"] < wanted:
-        setting.say(f"search: {found['forwards']} of {wanted} forwards were made: the minutes were up")
+        setting.say("search: what was found is no better than the start on the same batches, so the start is kept")
+    if found["late"]:
+        setting.say(f"search: the minutes were up after {found['forwards']} forwards")
     for name, (weak, strong) in found["doubts"].items():
         setting.say(f"search: the best width of {name} is {weak} or {strong}, depending on what the other groups do")
 
