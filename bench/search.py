@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lenet5": {"data": "mnist", "batch": 128, "batches": 50, "evaluations": 1000, "tuned": True},
     "resnet20": {"data": "cifar10", "batch": 64, "batches": 50, "evaluations": 1500, "tuned": False},
 }
+CHANNELS_LAST = ("resnet20",)  # a quarter faster; the one channel of an image of digits makes no difference
 MACS = (0.5, 0.3)
 METHODS = ("uniform", "global", "threshold", "random", "sensitivity", "bandit", "duels")
 
@@ -125,8 +126,11 @@ def one(name: str, method: str, macs: float, seed: int) -> dict[str, Any]:
     model, inputs = build(name), torch.zeros(example_input(name))
     model.load_state_dict(load_file(HERE / "checkpoints" / f"{name}_{setting['data']}_seed{seed}.safetensors"))
     model.eval()
-    graph = sc.trace(model, inputs)
     batches = list(islice(data.loader("train", setting["batch"], shuffle=True, seed=seed), setting["batches"]))
+    if name in CHANNELS_LAST:
+        model = model.to(memory_format=torch.channels_last)
+        batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in batches]
+    graph = sc.trace(model, inputs)
     scores = sc.score(model, graph, "taylor", data=batches, loss_fn="cross_entropy")
     given = {"evaluations": setting["evaluations"], "seed": seed}
     looks = {
