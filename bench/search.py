@@ -99,7 +99,7 @@ class Sensitivity:
         return taken
 
 
-def overhead(factors: int = 200, evaluations: int = 1600) -> dict[str, Any]:
+def overhead(factors: int = 200, evaluations: int = 800) -> dict[str, Any]:
     """Seconds of forwards and of everything else in a search over a chain of convolutions, one thread."""
     torch.manual_seed(0)
     layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]

@@ -159,6 +159,7 @@ class Search:
         """Items taken from every group."""
         if fingerprint(self.model) != problem.meter.graph.fingerprint:
             raise SecateurError("Search(model=...): the graph is of another model; give the one that was traced")
+        entered = time.monotonic()
         factors = Factors(problem, STRATEGIES[self.start](problem), self.ratios)
         if not factors.groups:
             return factors.base
@@ -175,16 +176,15 @@ class Search:
                 self.late = self._late(begun, evaluate.device)
                 if self.late:
                     break
-                started, before = time.monotonic(), evaluate.seconds
-                if started - saved > EVERY:
+                if time.monotonic() - saved > EVERY:
                     self._save(key, course)
-                    saved = started
+                    saved = time.monotonic()
                 self._play(course, factors, evaluate)
-                self.seconds["evaluations"] += evaluate.seconds - before
-                self.seconds["bandit"] += time.monotonic() - started - (evaluate.seconds - before)
                 bar.update(task, completed=course.done)
             self._save(key, course)
-            return self._answer(course, factors, evaluate)
+            answer = self._answer(course, factors, evaluate)
+        self.seconds = {"evaluations": evaluate.seconds, "bandit": time.monotonic() - entered - evaluate.seconds}
+        return answer
 
     def _begun(self, factors: Factors, evaluate: Evaluator) -> Course:
         """Some combinations at random set the scale of the rewards."""
