@@ -44,6 +44,13 @@ def test_everything_comes_back(mode):
         assert torch.equal(buffer.nan_to_num(-1), before[name].nan_to_num(-1))
 
 
+@pytest.mark.parametrize("mode", [evaluating, batch_statistics])
+def test_models_without_data_can_be_run(mode):
+    model = nn.BatchNorm1d(4).to("meta")
+    with mode(model):
+        assert model(torch.randn(2, 4, device="meta")).shape == (2, 4)
+
+
 def test_what_is_not_touched_is_not_written_so_a_graph_may_still_need_it():
     model, x = nn.BatchNorm1d(4).eval(), torch.randn(8, 4, requires_grad=True)
     output = model(x).square().sum()

@@ -302,6 +302,10 @@ def test_without_a_play_the_start_is_the_answer():
     plan = sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
     assert plan.removed == sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy="uniform").removed
     assert sum(row["plays"] for row in search.table) == 0
+    assert search.late
+    search.minutes = None
+    sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
+    assert not search.late
 
 
 def test_nominated_is_what_looks_best_within_the_budget():

@@ -159,21 +159,23 @@ class Search:
         """Items taken from every group."""
         if fingerprint(self.model) != problem.meter.graph.fingerprint:
             raise SecateurError("Search(model=...): the graph is of another model; give the one that was traced")
-        entered = time.monotonic()
+        entered, self.late = time.monotonic(), False
         factors = Factors(problem, STRATEGIES[self.start](problem), self.ratios)
         if not factors.groups:
             return factors.base
-        evaluate = Evaluator(self.model, problem, self.batches, self.loss_fn, self.seed, self.norms)
-        key = self._key(factors)
+        key, device = self._key(factors), next(self.model.parameters()).device
         agreed = json.dumps([key, self.minutes, self.checkpoint is None])
-        if summed(np.array([float(told(agreed, evaluate.device) != agreed)]), evaluate.device)[0]:
+        if summed(np.array([float(told(agreed, device) != agreed)]), device)[
+            0
+        ]:  # before they work on anything together
             raise SecateurError("Search: the processes differ; give all the same model, data and settings")
-        course = self._resumed(key, factors, evaluate.device) or self._begun(factors, evaluate)
+        evaluate = Evaluator(self.model, problem, self.batches, self.loss_fn, self.seed, self.norms)
+        course = self._resumed(key, factors, device) or self._begun(factors, evaluate)
         begun = saved = time.monotonic()
         with Progress(disable=not self.progress or rank() > 0, transient=True) as bar:
             task = bar.add_task("search", total=self.evaluations, completed=course.done)
             while course.done < self.evaluations - self.evaluations // FINAL:
-                self.late = self._late(begun, evaluate.device)
+                self.late = self._late(begun, device)
                 if self.late:
                     break
                 if time.monotonic() - saved > EVERY:

@@ -330,7 +330,7 @@ def replay(model: nn.Module, text: str) -> nn.Module:
         given = str(data["fingerprint"])
         layouts = {str(name): Layout.from_dict(layout) for name, layout in data["layers"].items()}
         left = {str(name): Pattern.from_dict(pattern) for name, pattern in data["patterns"].items()}
-        unused, unread = ([str(name) for name in data.get(key, [])] for key in ("unused", "unread"))
+        unused, unread = ([str(n) for n in names] for names in (data["unused"], data.get("unread", [])))
         packing = Packing(given, layouts, left, unused, dict(data["ms"]), unread)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"the packing is damaged ({type(error).__name__}: {error})") from error
