@@ -1,7 +1,7 @@
 """Widths by a factored bandit against other ways to share a budget, the same number of forwards for all that look.
 
 Channels within a group go by Taylor scores for all. ``uniform``, ``global`` and ``threshold`` do not look; ``bandit``
-and ``duels`` are the search; ``random`` draws combinations around the same start that meet the budget, tries each on
+and ``duels`` are the search; ``random`` draws combinations around uniform widths that meet the budget, tries each on
 one mini-batch and the ten best on all; ``sensitivity`` tries widths of every group alone, and takes greedily what costs
 the least loss for the budget that it frees. Forwards see training images, with the statistics of the mini-batch;
 measured is the test accuracy of the cut network, its norms re-estimated on the same images, nothing trained
@@ -32,6 +32,7 @@ from rows import Rows
 from secateur.allocate.evaluator import Evaluator
 from secateur.allocate.factors import Factors
 from secateur.allocate.search import RATIOS
+from secateur.allocate.sensitivity import alone, greedy, tried_alone
 from secateur.allocate.strategies import STRATEGIES, Problem, fill
 from secateur.data import load
 from secateur.measure import accuracy
@@ -69,34 +70,21 @@ class Random:
 
 
 class Sensitivity:
-    """Each group's widths alone, as many mini-batches each as there are forwards; then greedily the cheapest."""
+    """The search's start, with all the forwards: widths of every group alone, then greedily."""
 
     def __init__(self, model: Any, batches: list[Any], evaluations: int, seed: int) -> None:
         self.model, self.batches, self.evaluations, self.seed = model, batches, evaluations, seed
 
     def __call__(self, problem: Problem) -> np.ndarray:
         """Items taken from every group."""
-        shares = np.linspace(0, 1, 9)[1:]
-        atoms = {g: sorted({int(s * n) for s in shares} - {0}) for g, n in enumerate(problem.count) if n}
         evaluate = Evaluator(self.model, problem, self.batches, torch.nn.functional.cross_entropy, self.seed)
-        often = max(1, self.evaluations // sum(len(own) for own in atoms.values()))
-        rise: dict[tuple[int, int], float] = {}
-        nothing = np.zeros(len(problem.count), dtype=np.int64)
-        for group, own in atoms.items():
-            for taken in own:
-                alone = nothing.copy()
-                alone[group] = taken
-                rise[group, taken] = float(evaluate([(alone, number) for number in range(often)]).mean())
-        taken, at = nothing.copy(), dict.fromkeys(atoms, 0.0)
-        while not problem.meter.met(problem.widths(taken)):
-            widths = problem.widths(taken)
-            over = [unit for unit, n in problem.meter.excess(widths).items() if n > 0]
-            freed = problem.meter.freed(widths, over)
-            options = [(g, next(t for t in own if t > taken[g])) for g, own in atoms.items() if taken[g] < own[-1]]
-            prices = [(rise[g, t] - at[g]) / max((t - taken[g]) * freed[g], 1e-12) for g, t in options]
-            group, more = options[int(np.argmin(prices))]
-            taken[group], at[group] = more, rise[group, more]
-        return taken
+        tried = tried_alone(problem, self.evaluations)
+        numbers = range(self.evaluations // sum(map(len, tried)))
+
+        def rise(one: tuple[int, int]) -> float:
+            return float(evaluate([(alone(problem, *one), number) for number in numbers]).mean())
+
+        return greedy(problem, tried, [[rise(one) for one in own] for own in tried])
 
 
 def overhead(factors: int = 200, evaluations: int = 800) -> dict[str, Any]:
@@ -110,7 +98,7 @@ def overhead(factors: int = 200, evaluations: int = 800) -> dict[str, Any]:
     graph = sc.trace(model, batches[0][0])
     scores = sc.score(model, graph, "magnitude")
     ratios = (0.4, 0.5, 0.6, 0.8, 1.0, 1.1, 1.2, 1.4)
-    search = sc.Search(model, batches, evaluations=evaluations, ratios=ratios, progress=False)
+    search = sc.Search(model, batches, evaluations=evaluations, ratios=ratios, start="uniform", progress=False)
     sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
     sizes = Counter(row["group"] for row in search.table)
     assert len(sizes) == factors and set(sizes.values()) == {8}

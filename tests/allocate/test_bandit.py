@@ -85,6 +85,28 @@ def test_in_a_block_every_active_atom_is_played_at_least_once(dueling):
     assert shorter > 100
 
 
+@pytest.mark.parametrize("dueling", [False, True])
+def test_a_block_that_dwells_is_near_the_favourite_and_plays_every_active_atom(dueling):
+    bandit, mean = FactoredBandit((5, 3, 2), radius=0.5, dueling=dueling, dwell=4), sum_of(additive((5, 3, 2)))
+    out = 0
+    for number in range(300):
+        bandit.favourite = np.array([number % 5, number % 3, -1])
+        asked = bandit.ask()
+        assert len(asked) == 4 * bandit.active.sum(1).max() or bandit.active.sum() == 3
+        looks = [int(factor) for factor in bandit.best()]
+        for side in (asked[:, 0], asked[:, 1]) if dueling else (asked,):
+            for factor, active in enumerate(bandit.active):
+                played = np.bincount(side[:, factor], minlength=5)
+                assert (played[active] >= 1).all() and played[~active].sum() == 0
+                stay = bandit.favourite[factor]
+                if stay < 0 or not active[stay]:
+                    out, stay = out + 1, looks[factor]
+                assert played[stay] > 0.7 * len(side)
+        true = mean["of"](asked)
+        bandit.tell(true[:, 0] - true[:, 1] if dueling else true)
+    assert out > 300  # beside those that never had one, favourites that were ruled out
+
+
 def test_one_factor_is_successive_elimination():
     one, other = FactoredBandit((5,), radius=1), SuccessiveElimination((5,), radius=1)
     parts = [np.array([0.1, 0.9, 0.5, 0.3, 0.2])]
@@ -103,13 +125,16 @@ def test_without_noise_the_best_combination_is_left():
     assert bandit.best().tolist() == [part.argmax() for part in parts]
 
 
+@pytest.mark.parametrize("dwell", [1, 3])
 @pytest.mark.parametrize("dueling", [False, True])
-def test_matching_is_unbiased_whatever_the_others_play(dueling):
+def test_matching_is_unbiased_whatever_the_others_play(dueling, dwell):
     """Of an additive problem, the mean of D/N is the difference of the parts."""
     sizes, found = (3, 4, 2), []
     parts = additive(sizes, seed=1)
     for seed in range(200):
-        bandit = FactoredBandit(sizes, radius=1e9, dueling=dueling, seed=seed)  # nothing is ever eliminated
+        bandit = FactoredBandit(
+            sizes, radius=1e9, dueling=dueling, dwell=dwell, seed=seed
+        )  # nothing is ever eliminated
         play(bandit, sum_of(parts), 60, 0.3, seed=seed)
         found.append(bandit.difference / np.maximum(bandit.matches, 1))
     mean, error = np.mean(found, 0), np.std(found, 0) / len(found) ** 0.5
@@ -193,10 +218,11 @@ def test_noise_that_all_combinations_share_is_no_matter_in_a_duel():
 
 
 @pytest.mark.parametrize("dueling", [False, True])
-@pytest.mark.parametrize("waiting", [False, True])
-def test_what_is_resumed_from_json_goes_on_bit_for_bit(dueling, waiting):
+@pytest.mark.parametrize(("waiting", "dwell"), [(False, 1), (True, 1), (True, 2)])
+def test_what_is_resumed_from_json_goes_on_bit_for_bit(dueling, waiting, dwell):
     mean = sum_of(additive((4, 3)))
-    whole = FactoredBandit((4, 3), radius=1, dueling=dueling, seed=7)
+    whole = FactoredBandit((4, 3), radius=1, dueling=dueling, dwell=dwell, seed=7)
+    whole.favourite = np.array([2, 1])
     play(whole, mean, 500, 0.3)
     if waiting:
         whole.ask()
@@ -267,6 +293,8 @@ def test_the_logarithm_is_never_below_one():
         ([2], {"bounds": 1}, "bounds=1: the least and the largest reward"),
         ([2], {"bounds": ("a", "b")}, "the least and the largest reward"),
         ([2], {"bounds": (0, 1), "spread": 7.0}, "give one of them"),
+        ([2], {"dwell": 0}, "dwell=0: a whole number from 1 on"),
+        ([2], {"dwell": 1.5}, "dwell=1.5: a whole number"),
         ([2], {"dueling": "no"}, "dueling='no': true or false"),
         ([2], {"seed": -1}, "seed=-1: a whole number from 0 on"),
         (5, {}, "sizes=5: the number of atoms of every factor"),

@@ -308,6 +308,45 @@ def test_without_a_play_the_start_is_the_answer():
     assert not search.late
 
 
+@pytest.mark.parametrize(("evaluations", "minutes", "started"), [(60, None, "sensitivity"), (60, 1e-9, "uniform")])
+def test_where_sensitivities_are_too_many_the_start_is_uniform_and_says_so(evaluations, minutes, started):
+    model, graph, scores, data = case()
+    search = Search(model, data, evaluations=evaluations, minutes=minutes, progress=False)
+    sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
+    assert (search.started, search.facts()["started"], search.facts()["start"]) == (started, started, "sensitivity")
+    many = nn.Sequential(*[layer for _ in range(12) for layer in (nn.Linear(6, 6), nn.Tanh())], nn.Linear(6, 5)).eval()
+    data = [(torch.randn(8, 6), torch.randint(0, 5, (8,)))]
+    graph = sc.trace(many, data[0][0])
+    search = Search(many, data, evaluations=60, progress=False)  # a third are 20 forwards, for 12 groups
+    sc.allocate(graph, sc.score(many, graph, "magnitude"), sc.Budget(macs=0.5), strategy=search)
+    assert search.started == "uniform" and search.done <= 60
+
+
+def test_a_search_that_is_interrupted_while_it_looks_for_a_start_ends_the_same(tmp_path, monkeypatch):
+    model, graph, scores, data = case()
+    given = {"evaluations": 150, "progress": False, "checkpoint": tmp_path / "search.json"}
+    whole = Search(model, data, evaluations=150, progress=False)
+    plan = sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=whole)
+    monkeypatch.setattr(importlib.import_module("secateur.allocate.search"), "EVERY", 0.0)
+    calls, after = [], Evaluator._rise
+
+    def stop(self, *args):
+        calls.append(0)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return after(self, *args)
+
+    monkeypatch.setattr(Evaluator, "_rise", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(model, data, **given))
+    state = json.loads(given["checkpoint"].read_text())
+    assert len(state["rises"]) > 0 and state["plays"] is None
+    resumed = Search(model, data, **given)
+    assert sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=resumed).removed == plan.removed
+    assert resumed.facts() == whole.facts()
+    assert len(calls) == 40 + whole.done - state["done"]
+
+
 def test_nominated_is_what_looks_best_within_the_budget():
     _, graph, scores, _ = case()
     problem = problem_of(graph, scores, sc.Budget(macs=0.5))
@@ -340,10 +379,11 @@ def test_no_more_forwards_are_made_than_allowed_and_the_last_are_a_comparison(mo
     monkeypatch.setattr(Evaluator, "_rise", counted)
     search = Search(model, data, evaluations=200, progress=False)
     sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
-    assert len(calls) == search.done
-    plays = 16 + sum(row["plays"] for row in search.table if row["group"] == search.table[0]["group"])
-    assert 150 <= plays < 150 + 7  # a block is played to its end
-    assert search.done <= plays + plays // 3 + 15
+    assert len(calls) == search.done <= 200
+    assert search.done > 200 - 28  # a block of plays, if there is no room for it
+    first = (200 // 3 // (2 * 8 + 8)) * (2 * 8 + 8)  # sensitivities: of three groups eight widths each
+    plays = first + 16 + sum(row["plays"] for row in search.table if row["group"] == search.table[0]["group"])
+    assert 150 - 28 < plays <= 150
     tried = {taken: [batch for t, batch in calls[plays:] if t == taken] for taken, _ in calls[plays:]}
     most = [sorted(batches) for batches in tried.values() if len(batches) == max(map(len, tried.values()))]
     assert 2 <= len(most) < len(tried)  # the start and the last ones
@@ -357,6 +397,8 @@ def test_prune_searches_by_name_and_says_what_it_found():
     result = sc.prune(model, data[0][0], strategy="bandit", search={"evaluations": 60, "progress": False}, **given)
     assert result.after.macs <= 0.5 * result.before.macs
     assert set(result.facts["search"]) == {
+        "start",
+        "started",
         "table",
         "doubts",
         "price",

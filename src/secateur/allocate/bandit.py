@@ -29,7 +29,7 @@ from secateur.errors import SecateurError, check_seed
 RADIUS = 12.0
 """Twice the variance proxy of a matched difference: noise of variance 1 on both sides, and the partners' effects."""
 
-_ARRAYS = ("known", "difference", "matches", "plays", "active")
+_ARRAYS = ("known", "favourite", "difference", "matches", "plays", "active")
 
 
 def log_f(rounds: int) -> float:
@@ -145,11 +145,15 @@ class FactoredBandit(Player):
             rewards outside are refused.
         dueling: two combinations are played against each other, and the reward is what the first has brought beyond the
             second: ``ask`` gives [rounds, 2, factors].
+        dwell: a block is so many times as long, and what each factor plays beyond its active atoms is its favourite:
+            then few factors at a time are away from it, and what the others play disturbs less.
         seed: of the orders.
 
     Attributes:
         known: a part of every atom's reward that is known and not in what :meth:`tell` is told (what it costs, say),
             float64 [factors, atoms]; it may be set to other values at any time, what was learned stays right.
+        favourite: with ``dwell``, the combination to stay near, int64 [factors], which may be set at any time; where
+            it is -1 or ruled out, the best-looking atom.
         difference: ``D``, float64 [factors, atoms, atoms].
         matches: ``N``, likewise.
         plays: how often each atom was played, int64 [factors, atoms].
@@ -158,7 +162,7 @@ class FactoredBandit(Player):
 
     def __init__(
         self, sizes: Sequence[int], *, radius: float = RADIUS, spread: float = 1.0,
-        bounds: tuple[float, float] | None = None, dueling: bool = False, seed: int = 0,
+        bounds: tuple[float, float] | None = None, dueling: bool = False, dwell: int = 1, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(sizes, seed)
         for name, value in (("radius", radius), ("spread", spread)):
@@ -166,14 +170,18 @@ class FactoredBandit(Player):
                 raise SecateurError(f"{name}={value!r}: a number above 0 is expected")
         if not isinstance(dueling, bool):
             raise SecateurError(f"dueling={dueling!r}: true or false is expected")
+        if isinstance(dwell, bool) or not isinstance(dwell, int) or dwell < 1:
+            raise SecateurError(f"dwell={dwell!r}: a whole number from 1 on is expected")
         if bounds is not None and spread != 1.0:
             raise SecateurError("spread and bounds: the one follows from the other; give one of them")
         self.radius, self.bounds, self.dueling = float(radius), None if bounds is None else _pair(bounds), dueling
+        self.dwell = dwell
         self.spread = float(spread) if self.bounds is None else (self.bounds[1] - self.bounds[0]) / 2
         count, most = len(self.sizes), int(self.sizes.max())
         self.difference, self.matches = np.zeros((count, most, most)), np.zeros((count, most, most))
         self.plays = np.zeros((count, most), dtype=np.int64)
         self.known = np.zeros((count, most))
+        self.favourite = np.full(count, -1, dtype=np.int64)
         self._real = np.arange(most) < self.sizes[:, None]
         self._pairs = self._real[:, :, None] & self._real[:, None, :] & ~np.eye(most, dtype=bool)
         self.active = self._real.copy()
@@ -217,13 +225,16 @@ class FactoredBandit(Player):
     def _plan(self, most: int | None) -> np.ndarray:
         self.active = self._active_at(self.rounds)
         counts = self.active.sum(1)
-        length = int(counts.max())
-        if length == 1 and most is not None and most > 1:
+        least = int(counts.max())
+        if least == 1 and most is not None and most > 1:
             only = self.active.argmax(1)
             return np.repeat((np.stack([only, only]) if self.dueling else only)[None], self._unchanged(most), 0)
         # each active atom once; where a factor has fewer than the block has rounds, round again, the best-looking first
         order = np.argsort(-self._wins(), axis=1, kind="stable")
-        turns = np.take_along_axis(order, np.arange(length)[None] % counts[:, None], 1)
+        turns = np.take_along_axis(order, np.arange(least * self.dwell)[None] % counts[:, None], 1)
+        if self.dwell > 1:
+            stays = np.take_along_axis(self.active, self.favourite[:, None], 1) & (self.favourite[:, None] >= 0)
+            turns[:, least:] = np.where(stays, self.favourite[:, None], order[:, :1])
         if self.dueling:
             both = [self.rng.permuted(turns, axis=1).T for _ in range(2)]
             return np.stack(both, 1)
@@ -275,7 +286,7 @@ class FactoredBandit(Player):
     def to_json(self) -> str:
         """Everything, as JSON text; a bandit made of it goes on bit for bit."""
         arrays = {name: getattr(self, name).tolist() for name in (*_ARRAYS, "sizes")}
-        settings = {name: getattr(self, name) for name in ("radius", "spread", "bounds", "dueling", "rounds")}
+        settings = {name: getattr(self, name) for name in ("radius", "spread", "bounds", "dueling", "dwell", "rounds")}
         asked = None if self._asked is None else self._asked.tolist()
         return json.dumps({**arrays, **settings, "asked": asked, "rng": self.rng.bit_generator.state})
 
@@ -289,7 +300,8 @@ class FactoredBandit(Player):
         try:
             data = json.loads(text)
             own = {"bounds": data["bounds"]} if data["bounds"] is not None else {"spread": data["spread"]}
-            made = FactoredBandit(data["sizes"], radius=data["radius"], dueling=data["dueling"], **own)
+            own |= {name: data[name] for name in ("radius", "dueling", "dwell")}
+            made = FactoredBandit(data["sizes"], **own)
             for name in _ARRAYS:
                 value = np.array(data[name], dtype=getattr(made, name).dtype)
                 if value.shape != getattr(made, name).shape:

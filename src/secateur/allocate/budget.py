@@ -137,10 +137,13 @@ class Meter:
         self.allowed = {unit: math.floor(f * self.full[unit] + 1e-9) for unit, f in budget.limits.items()}
 
     def _count(self, unit: str, widths: np.ndarray) -> int:
+        return int(self._counts(unit, widths))
+
+    def _counts(self, unit: str, widths: np.ndarray) -> np.ndarray:
         if unit == "channels":
-            return int(widths.sum())
+            return widths.sum(-1)
         terms = self.graph.macs_terms if unit == "macs" else self.graph.params_terms
-        return terms.total(self.graph.lengths(widths))
+        return terms.totals(self.graph.lengths(widths))
 
     def excess(self, widths: np.ndarray) -> dict[str, int]:
         """How far every limited unit is above what is allowed (negative: room left)."""
@@ -148,7 +151,11 @@ class Meter:
 
     def met(self, widths: np.ndarray) -> bool:
         """Whether these widths are within the budget."""
-        return all(over <= 0 for over in self.excess(widths).values())
+        return bool(self.which_met(widths))
+
+    def which_met(self, widths: np.ndarray) -> np.ndarray:
+        """Which widths [..., groups] are within the budget, bool [...]."""
+        return np.all([self._counts(unit, widths) <= limit for unit, limit in self.allowed.items()], axis=0)
 
     def freed(self, widths: np.ndarray, units: list[str]) -> np.ndarray:
         """What one channel less of each group frees, in fractions of the original summed over units (first order)."""

@@ -84,6 +84,13 @@ class Factors:
         problem: groups, items and the budget.
         base: items taken at the start, within the budget.
         ratios: widths as multiples of those at the start.
+
+    Attributes:
+        groups: indices of those that have a choice.
+        atoms: of each, the items taken, from narrow to wide.
+        sizes: how many atoms each has.
+        start: the atoms that are taken at the start.
+        cost: of every atom, beyond that of the start, [factors, most atoms].
     """
 
     def __init__(self, problem: Problem, base: np.ndarray, ratios: Sequence[float]) -> None:
@@ -98,6 +105,9 @@ class Factors:
                 self.atoms.append(sorted(wanted, reverse=True))  # from narrow to wide
         self.sizes = [len(atoms) for atoms in self.atoms]
         most = max(self.sizes, default=0)
+        self._items = np.array([atoms + [0] * (most - len(atoms)) for atoms in self.atoms], dtype=np.int64)
+        self._items = self._items.reshape(len(self.sizes), most)
+        self.start = np.array([own.index(base[group]) for group, own in zip(self.groups, self.atoms, strict=True)])
         zero = self._used(base)
         self.cost = np.zeros((len(self.groups), most))
         for factor, (group, atoms) in enumerate(zip(self.groups, self.atoms, strict=True)):
@@ -109,10 +119,10 @@ class Factors:
         return sum(over / meter.full[unit] for unit, over in meter.excess(self.problem.widths(taken)).items())
 
     def taken(self, atoms: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The items that a combination takes from every group."""
-        taken = self.base.copy()
-        for group, own, atom in zip(self.groups, self.atoms, atoms, strict=True):
-            taken[group] = own[atom]
+        """The items that combinations [..., factors] take from every group, [..., groups]."""
+        atoms = np.asarray(atoms)
+        taken = np.broadcast_to(self.base, (*atoms.shape[:-1], len(self.base))).copy()
+        taken[..., self.groups] = self._items[np.arange(len(self.groups)), atoms]
         return taken
 
     def best(self, worth: np.ndarray, price: float) -> np.ndarray:
@@ -171,16 +181,17 @@ class Factors:
         both = np.where(one == two, 0.5, 1.0)
         total, used = both * (gains[one] + gains[two]), both * (costs[one] + costs[two])
         likely = np.flatnonzero(used <= SLACK - self._used(self.taken(best)))
+        likely = likely[np.argsort(-total[likely], kind="stable")][:TRIED]
         found: list[tuple[float, np.ndarray]] = []
-        for number in likely[np.argsort(-total[likely], kind="stable")][:TRIED]:
-            changed = best.copy()
-            for option in (one[number], two[number]):
-                changed[factor[option]] = atom[option]
-            if self.problem.meter.met(self.problem.widths(self.taken(changed))):
-                found.append((float(total[number]), changed))
-                if len(found) == count:
-                    break
-        return found
+        for some in np.split(likely, range(NEAR, len(likely), NEAR)):
+            changed = np.repeat(best[None], len(some), 0)
+            for option in (one[some], two[some]):
+                changed[np.arange(len(some)), factor[option]] = atom[option]
+            met = self.problem.meter.which_met(self.problem.widths(self.taken(changed)))
+            found += [(float(total[number]), atoms) for number, atoms in zip(some[met], changed[met], strict=True)]
+            if len(found) >= count:
+                break
+        return found[:count]
 
     def learned(self, bandit: FactoredBandit, worth: np.ndarray, price: float) -> list[dict[str, Any]]:
         """What was learned of each width, a row an atom.

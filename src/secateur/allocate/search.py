@@ -1,15 +1,16 @@
 r"""Widths by a factored bandit: which combination of widths keeps the loss lowest under a budget, found by trying.
 
-Factors are the groups, atoms are widths around those of a start that meets the budget. A play is one forward of the
-whole network on one mini-batch, with the channels that go zero at their producers; nothing is cut. Its reward is how
-much of the loss is kept, and what a width costs is known and need not be learned::
+Factors are the groups, atoms are widths around those of a start that meets the budget; the first third of the forwards
+finds one (:mod:`secateur.allocate.sensitivity`). A play is one forward of the whole network on one mini-batch, with the
+channels that go zero at their producers; nothing is cut. Its reward is how much of the loss is kept, and what a width
+costs is known and need not be learned::
 
     reward = -tanh((L(masked, batch) - L(whole, batch)) / scale)          known_la = -price * cost_la
     price    the least at which the best-looking combination meets the budget, found anew as plays come in
 
 The bandit decides what is played. What its plays say of every width together
-(:class:`secateur.allocate.factors.Effects`) nominates some combinations, and the last quarter of the forwards compares
-these and the start on the same batches.
+(:class:`secateur.allocate.factors.Effects`) nominates some combinations: the best-looking one is the bandit's
+favourite, near which it stays, and the last quarter of the forwards compares several and the start on the same batches.
 
 The loss of the whole network on the same batch takes away what makes a batch hard or easy; a duel does so by playing
 two combinations on one batch. The bandit asks that a group's best width is best whatever the other groups do
@@ -23,8 +24,8 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from torch.utils import _pytree as pytree
 from secateur.allocate.bandit import FactoredBandit
 from secateur.allocate.evaluator import Evaluator
 from secateur.allocate.factors import Effects, Factors
+from secateur.allocate.sensitivity import alone, greedy, tried_alone
 from secateur.allocate.strategies import STRATEGIES, Problem, fill
 from secateur.errors import SecateurError, check_seed, unknown
 from secateur.processes import rank, summed, told
@@ -45,14 +47,19 @@ from secateur.trace import fingerprint
 from secateur.train.checkpoint import write_atomically
 
 NORMS = ("batch", "running")
+SENSITIVITY = "sensitivity"
+STARTS = (SENSITIVITY, *STRATEGIES)
 RATIOS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 """Atoms: how much wider than at the start."""
 EVERY = 10.0
 """Seconds from one checkpoint to the next."""
 AGAIN = 1.2
 """How many times more plays there are when what atoms are worth is fitted again."""
-FINAL, NOMINEES = 4, 15
-"""One of so many forwards is for the last comparison, and so many combinations at most take part beside the start."""
+FIRST, FINAL, NOMINEES = 3, 4, 15
+"""One of so many forwards is for the start's sensitivities, one of so many for the last comparison, and so many
+combinations at most take part in that beside the start."""
+DWELL = 4
+"""How often a factor plays its favourite more than its other atoms: of a dozen three or four are away at a time."""
 SAMPLED, LEAST = 16, 32
 """How many combinations set the scale of the rewards, and the least number of forwards of a search."""
 
@@ -71,7 +78,7 @@ def check_search(given: Mapping[str, Any], more: Sequence[str] = ()) -> None:
     for name, value in (("minutes", 1 if minutes is None else minutes), ("radius", given.get("radius", 1))):
         if not _positive(value):
             raise SecateurError(f"{name}={value!r}: a number above 0 is expected")
-    for name, names in (("start", tuple(STRATEGIES)), ("norms", NORMS)):
+    for name, names in (("start", STARTS), ("norms", NORMS)):
         value = given.get(name, names[0])
         if not isinstance(value, str) or value not in names:
             raise unknown(name, value, names)
@@ -96,10 +103,11 @@ class Search:
             Where ``torch.distributed`` runs, give every process the same ones: they share the evaluations, and all
             get the same answer, which is that of one process alone.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over the batch; or ``"cross_entropy"``, ``"mse"``.
-        evaluations: how many forwards, 32 or more (of duels two a play), the last comparison among them; what the
-            bandit asked for last is played to its end. The whole network's own on every batch are not counted.
+        evaluations: how many forwards at most, 32 or more (of duels two a play), the start's and those of the last
+            comparison among them. The whole network's own on every batch are not counted.
         minutes: or so long, at most.
-        start: a strategy that meets the budget; widths are looked for around its own.
+        start: what meets the budget, and around whose widths others are looked for: another strategy, or
+            ``"sensitivity"``, which narrows every group alone and then takes greedily what costs the least loss.
         ratios: the atoms: widths as multiples of those at the start, 1 among them.
         radius: of the bandit's confidence intervals, see :class:`secateur.allocate.bandit.FactoredBandit`.
         dueling: play two combinations on the same mini-batch.
@@ -110,6 +118,7 @@ class Search:
         checkpoint: a file; a search that was interrupted goes on from there, and ends with the same answer.
 
     Attributes:
+        started: with which start: ``"uniform"`` if evaluations or minutes were too few for sensitivities.
         table: after a search, what was learned, a row an atom, see :meth:`secateur.allocate.factors.Factors.learned`;
             :func:`secateur.report.draw_search` draws it.
         price: of the budget, in the end.
@@ -125,7 +134,7 @@ class Search:
 
     def __init__(
         self, model: nn.Module, data: Iterable[Any], loss_fn: Loss | str = "cross_entropy", *, evaluations: int = 2000,
-        minutes: float | None = None, start: str = "uniform", ratios: Sequence[float] = RATIOS, radius: float = 0.1,
+        minutes: float | None = None, start: str = SENSITIVITY, ratios: Sequence[float] = RATIOS, radius: float = 0.1,
         dueling: bool = False, norms: str = "batch", seed: int = 0, progress: bool = True,
         checkpoint: str | Path | None = None,
     ) -> None:  # fmt: skip
@@ -146,84 +155,117 @@ class Search:
         if self.checkpoint is not None and (self.checkpoint.is_dir() or not self.checkpoint.parent.is_dir()):
             raise SecateurError(f"checkpoint={str(checkpoint)!r}: a file in a folder that is there is expected")
         self._written: set[str] = set()
+        self._saved = 0.0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.started, self.price, self.explained, self.losses, self.done, self.late = "", 0.0, 0.0, (0.0, 0.0), 0, False
         self.table: list[dict[str, Any]] = []
         self.doubts: dict[str, tuple[int, int]] = {}
-        self.price = 0.0
-        self.explained = 0.0
-        self.losses = (0.0, 0.0)
-        self.done = 0
-        self.late = False
         self.seconds = {"evaluations": 0.0, "bandit": 0.0}
 
     def __call__(self, problem: Problem) -> np.ndarray:
         """Items taken from every group."""
         if fingerprint(self.model) != problem.meter.graph.fingerprint:
             raise SecateurError("Search(model=...): the graph is of another model; give the one that was traced")
-        entered, self.late = time.monotonic(), False
-        factors = Factors(problem, STRATEGIES[self.start](problem), self.ratios)
-        if not factors.groups:
-            return factors.base
-        key, device = self._key(factors), next(self.model.parameters()).device
+        self._forget()
+        entered = time.monotonic()
+        key, device = self._key(problem), next(self.model.parameters()).device
         agreed = json.dumps([key, self.minutes, self.checkpoint is None])
-        if summed(np.array([float(told(agreed, device) != agreed)]), device)[
-            0
-        ]:  # before they work on anything together
+        # before they work on anything together
+        if summed(np.array([float(told(agreed, device) != agreed)]), device)[0]:
             raise SecateurError("Search: the processes differ; give all the same model, data and settings")
         evaluate = Evaluator(self.model, problem, self.batches, self.loss_fn, self.seed, self.norms)
-        course = self._resumed(key, factors, device) or self._begun(factors, evaluate)
-        begun = saved = time.monotonic()
+        course = self._resumed(key, device) or Course()
+        begun = self._saved = time.monotonic()
         with Progress(disable=not self.progress or rank() > 0, transient=True) as bar:
             task = bar.add_task("search", total=self.evaluations, completed=course.done)
-            while course.done < self.evaluations - self.evaluations // FINAL:
-                self.late = self._late(begun, device)
+
+            def shown() -> None:
+                bar.update(task, completed=course.done)
+                if time.monotonic() - self._saved > EVERY:
+                    self._save(key, course)
+
+            base = self._base(problem, course, evaluate, lambda: self._late(begun, 1 / FIRST, device), shown)
+            factors = Factors(problem, base, self.ratios)
+            if not factors.groups:
+                return base
+            plays = course.plays = course.plays or self._begun(factors, course, evaluate)
+            limit = self.evaluations - self.evaluations // FINAL
+            while not plays.log or course.done + self._sides * len(plays.bandit.ask()) <= limit:
+                self.late = self._late(begun, 1 - 1 / FINAL, device)
                 if self.late:
                     break
-                if time.monotonic() - saved > EVERY:
-                    self._save(key, course)
-                    saved = time.monotonic()
-                self._play(course, factors, evaluate)
-                bar.update(task, completed=course.done)
+                self._play(course, plays, factors, evaluate)
+                shown()
             self._save(key, course)
-            answer = self._answer(course, factors, evaluate)
+            answer = self._answer(course, plays, factors, evaluate)
         self.seconds = {"evaluations": evaluate.seconds, "bandit": time.monotonic() - entered - evaluate.seconds}
         return answer
 
-    def _begun(self, factors: Factors, evaluate: Evaluator) -> Course:
-        """Some combinations at random set the scale of the rewards."""
-        rng = np.random.default_rng(self.seed)
-        drawn = [rng.integers(0, factors.sizes) for _ in range(SAMPLED)]
-        losses = evaluate([(factors.taken(atoms), number) for number, atoms in enumerate(drawn)])
-        bandit = FactoredBandit(
-            factors.sizes, radius=self.radius, bounds=(-1.0, 1.0), dueling=self.dueling, seed=self.seed
-        )
-        return Course(bandit, Effects(factors.sizes), max(float(np.median(np.abs(losses))), 1e-6), [], SAMPLED, 0)
+    def _base(
+        self, problem: Problem, course: Course, evaluate: Evaluator, late: Callable[[], bool], shown: Callable[[], None]
+    ) -> np.ndarray:  # fmt: skip
+        """Items taken at the start."""
+        self.started = self.start
+        if self.start == SENSITIVITY:
+            if not problem.count.any():
+                return np.zeros_like(problem.count)
+            tried = tried_alone(problem, self.evaluations // FIRST)
+            often = self.evaluations // FIRST // max(sum(map(len, tried)), 1)
+            while course.plays is None and len(course.rises) < len(tried) and not late():
+                own = tried[len(course.rises)]  # all on the same batches
+                rises = evaluate([(alone(problem, *one), number) for one in own for number in range(often)])
+                course.rises.append(rises.reshape(len(own), often).mean(1).tolist())
+                course.done += rises.size
+                shown()
+            if tried and len(course.rises) == len(tried):
+                return greedy(problem, tried, course.rises)
+            self.started = "uniform"
+        return STRATEGIES[self.started](problem)
 
-    def _play(self, course: Course, factors: Factors, evaluate: Evaluator) -> None:
+    def _begun(self, factors: Factors, course: Course, evaluate: Evaluator) -> Plays:
+        """Some combinations at random set the scale of the rewards."""
+        rng, count = np.random.default_rng(self.seed), min(SAMPLED, self.evaluations // 8)
+        drawn = [(factors.taken(rng.integers(0, factors.sizes)), course.done + number) for number in range(count)]
+        scale = max(float(np.median(np.abs(evaluate(drawn)))), 1e-6)
+        course.done += count
+        dwell = min(DWELL, max(1, self.evaluations // 8 // max(factors.sizes)))
+        bandit = FactoredBandit(
+            factors.sizes, radius=self.radius, bounds=(-1.0, 1.0), dueling=self.dueling, dwell=dwell, seed=self.seed
+        )
+        bandit.favourite = factors.start
+        return Plays(bandit, Effects(factors.sizes), scale)
+
+    def _play(self, course: Course, plays: Plays, factors: Factors, evaluate: Evaluator) -> None:
         """What the bandit asks for next."""
-        bandit, effects = course.bandit, course.effects
-        if effects.plays >= AGAIN * course.fitted:
-            course.fitted = effects.plays
-            bandit.known = -factors.price(effects.table()) * factors.cost
-        asked = bandit.ask()
-        sides = 2 if self.dueling else 1  # of a duel, both on the same batch
+        bandit, effects = plays.bandit, plays.effects
+        asked, sides = bandit.ask(), self._sides
         numbers = course.done + sides * np.arange(len(asked)).repeat(sides)
         combinations = [factors.taken(atoms) for atoms in asked.reshape(-1, len(factors.sizes))]
         rises = evaluate(list(zip(combinations, numbers.tolist(), strict=True))).reshape(-1, sides)
-        rewards = np.tanh((rises[:, 1] - rises[:, 0] if self.dueling else -rises[:, 0]) / course.scale)
+        rewards = np.tanh((rises[:, 1] - rises[:, 0] if self.dueling else -rises[:, 0]) / plays.scale)
         bandit.tell(rewards)
         effects.add(asked, rewards)
         course.done += rises.size
-        course.log += [[played.tolist(), reward] for played, reward in zip(asked, rewards.tolist(), strict=True)]
+        plays.log += [[played.tolist(), reward] for played, reward in zip(asked, rewards.tolist(), strict=True)]
+        if effects.plays >= AGAIN * plays.fitted:
+            plays.fitted = effects.plays
+            worth = effects.table()
+            price = factors.price(worth)
+            bandit.known = -price * factors.cost
+            if effects.plays >= sum(factors.sizes):  # of fewer plays than unknowns the favourite would be a guess
+                bandit.favourite = factors.nominated(worth, price, 1)[0]
 
-    def _answer(self, course: Course, factors: Factors, evaluate: Evaluator) -> np.ndarray:
+    def _answer(self, course: Course, plays: Plays, factors: Factors, evaluate: Evaluator) -> np.ndarray:
         """The best of the start and of what looks best, by trying."""
-        worth = course.effects.table()
-        self.price, self.done, self.explained = factors.price(worth), course.done, course.effects.explained
-        course.bandit.known = -self.price * factors.cost
-        self.table = factors.learned(course.bandit, worth, self.price)
-        self.doubts = factors.doubts(course.log) if not self.dueling else {}
-        forwards = course.done // (FINAL - 1)
-        nominees = min(forwards // 8, NOMINEES) if course.effects.plays else 0
+        worth = plays.effects.table()
+        self.price, self.done, self.explained = factors.price(worth), course.done, plays.effects.explained
+        plays.bandit.known = -self.price * factors.cost
+        self.table = factors.learned(plays.bandit, worth, self.price)
+        self.doubts = factors.doubts(plays.log) if not self.dueling else {}
+        forwards = course.done // (FINAL - 1) if self.late else self.evaluations - course.done
+        nominees = min(forwards // 8, NOMINEES) if plays.log else 0
         start = fill(factors.problem, factors.base)
         distinct = {start.tobytes(): start}  # filled up, several may be the same
         for atoms in factors.nominated(worth, self.price, 4 * nominees):
@@ -260,23 +302,31 @@ class Search:
     def facts(self) -> dict[str, Any]:
         """What was learned, as what JSON can hold."""
         return {
-            "table": self.table, "doubts": {name: list(widths) for name, widths in self.doubts.items()},
+            "start": self.start, "started": self.started, "table": self.table,
+            "doubts": {name: list(widths) for name, widths in self.doubts.items()},
             "price": self.price, "explained": self.explained, "losses": list(self.losses),
             "better": self.losses[1] < self.losses[0], "forwards": self.done, "late": self.late,
         }  # fmt: skip
 
-    def _late(self, begun: float, device: torch.device) -> bool:
-        """Whether the minutes are up, for one of the processes and so for all."""
+    @property
+    def _sides(self) -> int:
+        return 2 if self.dueling else 1
+
+    def _late(self, begun: float, share: float, device: torch.device) -> bool:
+        """Whether this share of the minutes is up, for one of the processes and so for all."""
         if self.minutes is None:
             return False
-        over = time.monotonic() - begun > 60 * self.minutes * (1 - 1 / FINAL)
+        over = time.monotonic() - begun > 60 * self.minutes * share
         return bool(summed(np.array([float(over)]), device)[0])
 
-    def _key(self, factors: Factors) -> str:
-        settings = (self.radius, self.dueling, self.norms, self.seed, self.evaluations)
-        orders = [order.tolist() for order in factors.problem.orders.values()]
-        loss = getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__qualname__)
-        found = hashlib.sha256(json.dumps([factors.atoms, factors.base.tolist(), orders, loss, *settings]).encode())
+    def _key(self, problem: Problem) -> str:
+        settings = (
+            self.start, self.ratios, self.radius, self.dueling, self.norms, self.seed, self.evaluations,
+            getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__qualname__),
+        )  # fmt: skip
+        orders = [order.tolist() for order in problem.orders.values()]
+        items = [problem.start.tolist(), problem.group.tolist(), problem.size.tolist(), problem.score.tolist()]
+        found = hashlib.sha256(json.dumps([settings, problem.meter.allowed, orders, items]).encode())
         tensors = pytree.tree_leaves([list(self.model.state_dict().values()), self.batches])
         for tensor in (t for t in tensors if isinstance(t, Tensor)):
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -284,10 +334,11 @@ class Search:
 
     def _save(self, key: str, course: Course) -> None:
         self._written.add(key)
+        self._saved = time.monotonic()
         if self.checkpoint is not None and rank() == 0:
             write_atomically(self.checkpoint, json.dumps({"key": key, **course.to_dict()}).encode())
 
-    def _resumed(self, key: str, factors: Factors, device: torch.device) -> Course | None:
+    def _resumed(self, key: str, device: torch.device) -> Course | None:
         if self.checkpoint is None:
             return None
         text = ""
@@ -303,7 +354,7 @@ class Search:
             state = json.loads(text)
             if state["key"] != key and state["key"] in self._written:
                 return None  # of this search, with groups that cannot be pruned after all
-            course = Course.from_dict(state, factors) if state["key"] == key else None
+            course = Course.from_dict(state) if state["key"] == key else None
         except (ValueError, KeyError, TypeError, IndexError, SecateurError) as error:
             raise SecateurError(
                 f"checkpoint {self.checkpoint} is damaged ({error}): delete it to begin anew"
@@ -314,38 +365,61 @@ class Search:
 
 
 @dataclass
-class Course:
-    """How far a search has come.
+class Plays:
+    """What was played around a start.
 
     Attributes:
         bandit: what it knows.
         effects: what is fitted to the plays.
         scale: of the rewards.
         log: of each play the atoms, and the reward.
-        done: forwards.
-        fitted: how many plays there were when the price was last found.
+        fitted: how many plays there were when price and favourite were last found.
     """
 
     bandit: FactoredBandit
     effects: Effects
     scale: float
-    log: list[Any]
-    done: int
-    fitted: int
+    log: list[Any] = field(default_factory=list)
+    fitted: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As what JSON can hold."""
-        own = {name: getattr(self, name) for name in ("scale", "log", "done", "fitted")}
-        return {"bandit": self.bandit.to_json(), **own}
+        return {"bandit": self.bandit.to_json(), "scale": self.scale, "log": self.log, "fitted": self.fitted}
 
     @staticmethod
-    def from_dict(state: Mapping[str, Any], factors: Factors) -> Course:
+    def from_dict(state: Mapping[str, Any]) -> Plays:
         """What :meth:`to_dict` gave."""
-        effects, log = Effects(factors.sizes), state["log"]
+        bandit, log = FactoredBandit.from_json(state["bandit"]), state["log"]
+        effects = Effects(bandit.sizes.tolist())
         if log:
             effects.add(np.array([played for played, _ in log]), np.array([reward for _, reward in log]))
-        bandit = FactoredBandit.from_json(state["bandit"])
-        return Course(bandit, effects, float(state["scale"]), log, int(state["done"]), int(state["fitted"]))
+        return Plays(bandit, effects, float(state["scale"]), log, int(state["fitted"]))
+
+
+@dataclass
+class Course:
+    """How far a search has come.
+
+    Attributes:
+        done: forwards.
+        rises: of the loss when a group is narrowed alone, for each width, a list a group.
+        plays: what was played, once the start is known.
+    """
+
+    done: int = 0
+    rises: list[list[float]] = field(default_factory=list)
+    plays: Plays | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As what JSON can hold."""
+        plays = None if self.plays is None else self.plays.to_dict()
+        return {"done": self.done, "rises": self.rises, "plays": plays}
+
+    @staticmethod
+    def from_dict(state: Mapping[str, Any]) -> Course:
+        """What :meth:`to_dict` gave."""
+        plays = None if state["plays"] is None else Plays.from_dict(state["plays"])
+        return Course(int(state["done"]), list(state["rises"]), plays)
 
 
 def _pairs(data: Iterable[Any]) -> list[tuple[Any, Any]]:

@@ -106,6 +106,8 @@ def _tell_search(setting: Setting, found: Mapping[str, Any]) -> None:
     if not found["table"]:
         setting.say("search: no group has a choice of widths around the start, so the start is kept")
         return
+    if found["started"] != found["start"]:
+        setting.say("search: too few evaluations or minutes to try every group alone, so it began at uniform widths")
     if not found["better"]:
         setting.say("search: what was found is no better than the start on the same batches, so the start is kept")
     if found["late"]:

@@ -102,7 +102,11 @@ class Terms:
 
     def total(self, lengths: np.ndarray) -> int:
         """The exact value for the given axis lengths."""
-        return int((self.factor * self._columns(lengths).prod(axis=1)).sum())
+        return int(self.totals(lengths))
+
+    def totals(self, lengths: np.ndarray) -> np.ndarray:
+        """The exact values for axis lengths [..., axes]."""
+        return (self.factor * self._columns(lengths).prod(axis=-1)).sum(axis=-1)
 
     def gradient(self, lengths: np.ndarray) -> np.ndarray:
         """D total / d length, one value an axis (float64)."""
@@ -114,7 +118,7 @@ class Terms:
         return slope[:-1]  # the last entry gathered index -1
 
     def _columns(self, lengths: np.ndarray) -> np.ndarray:
-        return np.append(lengths, 1)[self.index]
+        return np.concatenate([lengths, np.ones((*lengths.shape[:-1], 1), lengths.dtype)], -1)[..., self.index]
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -172,8 +176,8 @@ class ChannelGraph:
         return widths
 
     def lengths(self, widths: np.ndarray) -> np.ndarray:
-        """Lengths of all counted axes if the groups have these widths."""
-        return self.fixed + self.multiplicity @ widths
+        """Lengths of all counted axes if the groups have these widths, [..., groups] -> [..., axes]."""
+        return self.fixed + (self.multiplicity @ widths.T).T
 
     def macs(self, plan: HasRemoved | None = None) -> int:
         """Multiply-accumulates of one forward on the example inputs, after a plan."""
