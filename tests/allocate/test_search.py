@@ -430,33 +430,50 @@ def test_effects_are_those_of_an_additive_problem_and_do_not_depend_on_how_many_
     parts = [rng.standard_normal(size) for size in sizes]
     plays = rng.integers(0, sizes, (4000, 2, 3) if dueling else (4000, 3))
     true = sum(part[plays[..., factor]] for factor, part in enumerate(parts))
-    rewards = (true[:, 0] - true[:, 1]) if dueling else true
+    batches = rng.integers(0, 20, 4000)
+    hard = rng.standard_normal(20)[batches]
+    rewards = (true[:, 0] - true[:, 1]) if dueling else true + hard
     whole, pieces = Effects(sizes), Effects(sizes)
-    whole.add(plays, rewards)
+    whole.add(plays, rewards, batches)
     for start in range(0, 4000, 7):
-        pieces.add(plays[start : start + 7], rewards[start : start + 7])
+        some = slice(start, start + 7)
+        pieces.add(plays[some], rewards[some], batches[some])
     worth = whole.table()
     assert (worth == pieces.table()).all()
     for own, part in zip(worth, parts, strict=True):
         assert own[: len(part)] - own[0] == pytest.approx(part - part[0], abs=0.02)  # RIDGE plays of 4,000
     assert whole.explained > 0.999
     noisy = Effects(sizes)
-    noisy.add(plays, rewards + rewards.std() * rng.standard_normal(4000))
+    noisy.add(plays, rewards + (rewards if dueling else true).std() * rng.standard_normal(4000), batches)
     noisy.table()
     assert 0.4 < noisy.explained < 0.6
     nothing = []  # of pure noise a fit to few plays would explain a lot
-    for start in range(0, 4000, 40):
-        few = Effects(sizes)
-        few.add(plays[start : start + 40], rng.standard_normal(40))
+    for start in range(0, 4000, 80):
+        few, some = Effects(sizes), slice(start, start + 80)
+        few.add(plays[some], rng.standard_normal(80), batches[some])
         few.table()
         nothing.append(few.explained)
     assert np.mean(nothing) < 0.1
 
 
+@pytest.mark.parametrize("count", [1, 3, 40, 1000])
+def test_effects_are_the_least_squares_with_an_unknown_for_every_atom_and_batch(count):
+    rng, sizes = np.random.default_rng(1), [4, 3, 5]
+    plays, rewards, batches = rng.integers(0, sizes, (200, 3)), rng.standard_normal(200), rng.integers(0, count, 200)
+    effects = Effects(sizes)
+    effects.add(plays, rewards, batches)
+    columns = [np.eye(size)[plays[:, factor]] for factor, size in enumerate(sizes)] + [np.ones((200, 1))]
+    design = np.concatenate([*columns, np.eye(count)[batches]], 1)
+    penalty = np.diag(np.concatenate([np.full(12, 1.0), [1e-9], np.full(count, 3.0)]))
+    found = np.linalg.solve(design.T @ design + penalty, design.T @ rewards)
+    worth = effects.table()
+    assert np.concatenate([worth[0, :4], worth[1, :3], worth[2]]) == pytest.approx(found[:12], abs=1e-9)
+
+
 def test_effects_of_what_was_hardly_played_are_small_and_of_what_was_not_are_none():
     effects = Effects([3, 2])
     assert not effects.table().any()
-    effects.add(np.array([[0, 0], [0, 1], [1, 0], [1, 1]]), np.array([1.0, 0.0, 0.0, -1.0]))
+    effects.add(np.array([[0, 0], [0, 1], [1, 0], [1, 1]]), np.array([1.0, 0.0, 0.0, -1.0]), [0, 0, 0, 0])
     worth = effects.table()
     assert worth[0, 2] == worth[1, 2] == 0
     assert 0 < worth[0, 0] < 0.5 and worth[0, 1] == pytest.approx(-worth[0, 0])

@@ -1,9 +1,11 @@
 r"""What a search of widths chooses among: for each group a few widths, what they are worth and what they cost.
 
-What an atom is worth is fitted to all plays at once, so that what the other factors played is taken off, not averaged;
-the price of the budget is the least at which the best-looking combination meets it::
+What an atom is worth is fitted to all plays at once, so that what the other factors played, and how much the batch
+minds any cut, is taken off, not averaged; the price of the budget is the least at which the best-looking combination
+meets it::
 
-    reward ~ c + sum_l worth_la          least squares, with ``RIDGE`` plays of worth zero for every atom
+    reward ~ c + hard_b + sum_l worth_la     least squares, with ``RIDGE`` plays of worth zero for every atom,
+                                             and ``ALIKE`` of hardness zero for every batch b
     best     argmax over a of worth_la - price * cost_la, for each factor l          cost_la = over / full, of all units
 """
 
@@ -20,7 +22,7 @@ from secateur.allocate.bandit import FactoredBandit
 from secateur.allocate.strategies import Problem
 from secateur.errors import SecateurError
 
-RIDGE = 1.0
+RIDGE, ALIKE = 1.0, 3.0
 NEAR, TRIED, SLACK = 64, 1000, 0.05
 """How many changes are looked at together, how many of these are measured exactly, and by how much of the budget's unit
 what they cost, which is not quite a sum, may be wrong."""
@@ -34,9 +36,9 @@ class Effects:
 
     Attributes:
         plays: how many there were.
-        explained: the part of the rewards' variance that the fit of the last :meth:`table` explains, less what any fit
-            to so few plays would: 1 where what a width is worth does not depend on the others, less with noise and
-            where it does; 0 with fewer plays than unknowns.
+        explained: the part of the rewards' variance, but for that between batches, that the fit of the last
+            :meth:`table` explains, less what any fit to so few plays would: 1 where what a width is worth does not
+            depend on the others, less with noise and where it does; 0 with fewer plays than unknowns.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -44,37 +46,57 @@ class Effects:
         self.first = np.cumsum([0, *sizes[:-1]]).astype(np.int64)
         count = sum(sizes) + 1  # the last is the constant
         self.gram, self.moment = np.zeros((count, count)), np.zeros(count)
-        self.rewards = np.zeros(3)  # their number, sum and sum of squares
+        self.squares = 0.0
+        self.batches: dict[int, np.ndarray] = {}  # of each that was played, its row of the Gram matrix and its moment
 
-    def add(self, played: np.ndarray, rewards: np.ndarray) -> None:
-        """Plays [n, factors] and rewards [n]; of duels [n, 2, factors], and by how much the first was better."""
+    def add(self, played: np.ndarray, rewards: np.ndarray, batches: Sequence[int]) -> None:
+        """Plays [n, factors], rewards [n], batches [n]; of duels [n, 2, factors] and by how much the first was better.
+
+        In a duel a batch's hardness cancels, and ``batches`` are not looked at.
+        """
         # one by one, so that it does not matter how many come at once
-        for play, reward in zip(played, rewards, strict=True):
+        for play, reward, batch in zip(played, rewards, batches, strict=True):
             if played.ndim == 2:
                 at, sign = np.append(self.first + play, len(self.moment) - 1), np.ones(len(play) + 1)
+                own = self.batches.setdefault(int(batch), np.zeros(len(self.moment) + 1))
+                own[at] += 1
+                own[-1] += reward
             else:
                 differ = play[0] != play[1]
                 at = np.concatenate([(self.first + side)[differ] for side in play])
                 sign = np.repeat((1.0, -1.0), differ.sum())
             self.gram[np.ix_(at, at)] += np.outer(sign, sign)
             self.moment[at] += sign * reward
-            self.rewards += (1, reward, reward**2)
+            self.squares += reward**2
         self.plays += len(played)
 
     def table(self) -> np.ndarray:
         """The worth of each atom, [factors, most atoms], zero where there is none."""
         penalty = np.full(len(self.moment), RIDGE)
         penalty[-1] = 1e-9
-        found = linalg.solve(self.gram + np.diag(penalty), self.moment, assume_a="pos")
-        count, total, squares = self.rewards
-        left = squares - 2 * found @ self.moment + found @ self.gram @ found
-        free, spread = count - 1 - sum(size - 1 for size in self.sizes), squares - total**2 / max(count, 1)
-        enough = free > 0 and spread > 0
-        self.explained = float(np.clip(1 - (left / free) / (spread / (count - 1)), 0, 1)) if enough else 0.0
+        own = np.array(list(self.batches.values())).reshape(-1, len(self.moment) + 1)
+        cross, times, sums = own[:, :-1], own[:, -2], own[:, -1]
+        # a batch's unknown meets no other's: they are taken out of the system before it is solved
+        system = self.gram + np.diag(penalty) - cross.T @ (cross / (times + ALIKE)[:, None])
+        found = linalg.solve(system, self.moment - cross.T @ (sums / (times + ALIKE)), assume_a="pos")
+        hard = (sums - cross @ found) / (times + ALIKE)
+        left = self.squares - 2 * (found @ self.moment + hard @ sums) + found @ self.gram @ found
+        left += 2 * hard @ cross @ found + times @ hard**2
+        self.explained = self._explained(float(left), times, sums)
         worth = np.zeros((len(self.sizes), max(self.sizes, default=0)))
         for row, first, size in zip(worth, self.first, self.sizes, strict=True):
             row[:size] = found[first : first + size]
         return worth
+
+    def _explained(self, left: float, times: np.ndarray, sums: np.ndarray) -> float:
+        """What is left, against what batches alone would leave, both per degree of freedom."""
+        mean = sums.sum() / max(times.sum(), 1)
+        shrunk = times / (times + ALIKE)
+        about = sums - times * mean  # of each batch, the sum of what differs from the mean
+        without = self.squares - mean * sums.sum() - ((2 - shrunk) * about**2 / (times + ALIKE)).sum()
+        before = self.plays - bool(len(times)) - (shrunk * (2 - shrunk)).sum()
+        free = before - sum(size - 1 for size in self.sizes)
+        return float(np.clip(1 - (left / free) / (without / before), 0, 1)) if free > 0 and without > 0 else 0.0
 
 
 class Factors:

@@ -12,9 +12,10 @@ The bandit decides what is played. What its plays say of every width together
 (:class:`secateur.allocate.factors.Effects`) nominates some combinations: the best-looking one is the bandit's
 favourite, near which it stays, and the last quarter of the forwards compares several and the start on the same batches.
 
-The loss of the whole network on the same batch takes away what makes a batch hard or easy; a duel does so by playing
-two combinations on one batch. The bandit asks that a group's best width is best whatever the other groups do
-(uniform identifiability); :attr:`Search.doubts` tells where what was seen speaks against it.
+The loss of the whole network on the same batch takes away what makes a batch hard or easy, and how much it minds any
+cut is fitted; a duel takes away both by playing two combinations on one batch. The bandit asks that a group's best
+width is best whatever the other groups do (uniform identifiability); :attr:`Search.doubts` tells where what was seen
+speaks against it.
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ class Search:
         table: after a search, what was learned, a row an atom, see :meth:`secateur.allocate.factors.Factors.learned`;
             :func:`secateur.report.draw_search` draws it.
         price: of the budget, in the end.
-        explained: the part of the rewards' variance that the worth of single widths explains; noise and what widths
-            do together are the rest.
+        explained: the part of the rewards' variance, but for that between batches, that the worth of single widths
+            explains; noise and what widths do together are the rest.
         doubts: groups whose best width depends on what the others do, with the two widths; not looked for in duels.
         losses: what the loss rises by, of the start and of what was found, on the same batches (those of the last
             comparison, all if the evaluations allow it); the lower one is the answer.
@@ -246,9 +247,10 @@ class Search:
         rises = evaluate(list(zip(combinations, numbers.tolist(), strict=True))).reshape(-1, sides)
         rewards = np.tanh((rises[:, 1] - rises[:, 0] if self.dueling else -rises[:, 0]) / plays.scale)
         bandit.tell(rewards)
-        effects.add(asked, rewards)
+        batches = [evaluate.batch(number) for number in numbers[::sides].tolist()]
+        effects.add(asked, rewards, batches)
         course.done += rises.size
-        plays.log += [[played.tolist(), reward] for played, reward in zip(asked, rewards.tolist(), strict=True)]
+        plays.log += [list(play) for play in zip(asked.tolist(), rewards.tolist(), batches, strict=True)]
         if effects.plays >= AGAIN * plays.fitted:
             plays.fitted = effects.plays
             worth = effects.table()
@@ -372,7 +374,7 @@ class Plays:
         bandit: what it knows.
         effects: what is fitted to the plays.
         scale: of the rewards.
-        log: of each play the atoms, and the reward.
+        log: of each play the atoms, the reward and the batch.
         fitted: how many plays there were when price and favourite were last found.
     """
 
@@ -392,7 +394,8 @@ class Plays:
         bandit, log = FactoredBandit.from_json(state["bandit"]), state["log"]
         effects = Effects(bandit.sizes.tolist())
         if log:
-            effects.add(np.array([played for played, _ in log]), np.array([reward for _, reward in log]))
+            asked, rewards, batches = zip(*log, strict=True)
+            effects.add(np.array(asked), np.array(rewards), batches)
         return Plays(bandit, effects, float(state["scale"]), log, int(state["fitted"]))
 
 
