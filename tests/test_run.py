@@ -351,6 +351,43 @@ def test_a_search_of_widths_runs_and_goes_on_where_it_was_interrupted(
     assert weights(tmp_path / "again") == weights(tmp_path / "whole")
 
 
+def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impossible = {"method": "magnitude", "budget": {"latency_ms": 1e-6}}
+    with pytest.raises(sc.SecateurError, match="latency_ms=1e-06 is asked for; feasible are about"):
+        run(made(TAYLOR, prune=impossible), tmp_path / "impossible", progress=False)
+    assert not (tmp_path / "impossible").exists() or not list((tmp_path / "impossible").rglob("*.safetensors"))
+    module = importlib.import_module("secateur.run.pruning")
+    counted, prune = [], module.prune
+    timing = sc.Timing
+
+    def counting(*args: Any, **given: Any) -> sc.Timing:
+        counted.append(given)
+        return timing(*args, **given)
+
+    counting.from_json = timing.from_json  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "Timing", counting)
+    monkeypatch.setattr(module, "TIMED", 6)
+    budget = {"latency_ms": 1000.0, "macs": 0.5}
+    recipe = made(TAYLOR, prune=TAYLOR["prune"] | {"budget": budget}, measure={"batch_sizes": [4], "threads": 1})
+
+    def stop(*args: Any, **given: Any) -> Any:
+        prune(*args, **given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "prune", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "again", progress=False)
+    assert [given["samples"] for given in counted] == [4, 6]  # at the door, and for the answer
+    assert counted[1]["inputs"].shape[0] == 4 and counted[1]["threads"] == 1
+    monkeypatch.setattr(module, "prune", prune)
+    seed = run(recipe, tmp_path / "again", progress=False)["seeds"]["0"]
+    assert [given["samples"] for given in counted] == [4, 6, 4]  # the rest was on disk
+    assert seed["after"]["macs"] <= 0.5 * seed["before"]["macs"]
+    assert seed["stages"]["pruned"]["latency_ms"]["after"] <= 1000
+
+
 def test_pivoting_that_the_training_is_too_short_for_is_told_before_any_work(tmp_path: Path) -> None:
     train = {"epochs": 2, "lr": 0.05, "momentum": 0.9}
     for options, message in (({"keep": 0.25}, "are 46 steps; pivoting"), ({"keep": 0.001}, "no layer can have")):

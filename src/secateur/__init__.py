@@ -26,6 +26,7 @@ from secateur.plan import Plan, make_plan
 from secateur.prune import Result, prune
 from secateur.score import directional_scores, score
 from secateur.store import load, save
+from secateur.timing import Timing
 from secateur.trace import ChannelGraph, ChannelGroup, trace
 from secateur.train import SPP, IncReg, Pivoting, SDPrun
 
@@ -43,6 +44,7 @@ __all__ = [
     "SDPrun",
     "Search",
     "SecateurError",
+    "Timing",
     "allocate",
     "check",
     "compensated",

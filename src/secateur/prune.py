@@ -22,6 +22,7 @@ from secateur.plan import Plan
 from secateur.score import score
 from secateur.score.api import CRITERIA, Criterion, Loss
 from secateur.score.directional import projector
+from secateur.timing import Timing
 from secateur.trace import ChannelGraph, trace
 from secateur.trace.tracer import Inputs
 
@@ -62,8 +63,9 @@ class Result:
         after: counts of the smaller model.
         scores: group name to one score a channel; empty for ``"dead"``.
         facts: what else is to be known: ``flat`` of ``"directional"`` (how many directions are steep, and where
-            curvature was cut off), ``search`` of strategy ``"bandit"`` (:meth:`secateur.Search.facts`), and
-            ``not refitted`` (path of a layer -> why it stays as it was).
+            curvature was cut off), ``search`` of strategy ``"bandit"`` (:meth:`secateur.Search.facts`),
+            ``latency_ms`` of a budget in it (``allowed``, and measured in the end ``before`` and ``after``, with the
+            fit's ``error``), and ``not refitted`` (path of a layer -> why it stays as it was).
     """
 
     model: nn.Module
@@ -105,6 +107,7 @@ def prune(
     compensate: bool = False,
     refit: bool = False,
     search: Mapping[str, Any] | None = None,
+    timing: Timing | None = None,
     **options: Any,
 ) -> Result:
     """Make a model smaller.
@@ -125,6 +128,7 @@ def prune(
         refit: fit the smaller model's layers to what the original computes on ``data``, in closed form, and
             re-estimate its batch norms (:func:`secateur.cut.refit`).
         search: settings of ``"bandit"``, see :class:`secateur.Search`.
+        timing: for a budget in ``latency_ms``; measured on the example inputs if none is given.
         **options: the criterion's own; of ``"directional"`` those of :func:`secateur.flat_projector` (or ``flat``) and
             ``mode``, ``shift``, ``damping`` of :func:`secateur.cut.directed`.
 
@@ -134,11 +138,9 @@ def prune(
     _check(method, budget, strategy, options)
     if data is None and (recalibrate or refit):
         raise SecateurError(f"prune({'recalibrate' if recalibrate else 'refit'}=True) needs data= (batches)")
-    if search is not None and strategy != BANDIT:
-        raise SecateurError(f"prune(search=...): strategy {strategy!r} searches nothing; give strategy='bandit'")
-    check_search({} if search is None else search, ("seed", "progress", "checkpoint"))
-    if strategy == BANDIT and (data is None or loss_fn is None):
-        raise SecateurError("prune(strategy='bandit') needs data= (batches of inputs and targets) and loss_fn=")
+    _check_search(strategy, search, data, loss_fn)
+    if timing is not None and (budget is None or budget.latency_ms is None):
+        raise SecateurError("prune(timing=...): no budget limits latency_ms; leave the timing out")
     passes = (method not in WITHOUT_DATA) + recalibrate + refit + (strategy == BANDIT)
     if passes > 1 and isinstance(data, Iterator):
         raise SecateurError("prune(data=...): an iterator ends after one pass, and more are needed: give a list")
@@ -157,7 +159,9 @@ def prune(
     if budget is None:
         plan = dead_channels(model, graph, inexact=inexact)
     else:
-        check_feasible(graph, budget, inexact=inexact)
+        if budget.latency_ms is not None and timing is None:
+            timing = Timing(model, graph, round_to=budget.round_to, inexact=inexact)
+        check_feasible(graph, budget, inexact=inexact, timing=timing)
         if compensate:
             curvature, options = _factors(model, data, loss_fn, options)
         moves = {name: options.pop(name) for name in ("mode", "shift", "damping") if name in options and moving}
@@ -168,7 +172,7 @@ def prune(
             assert data is not None
             assert loss_fn is not None
             strategy = Search(model, data, loss_fn, **(search or {}))
-        plan = allocate(graph, scores, budget, strategy=strategy, inexact=inexact)
+        plan = allocate(graph, scores, budget, strategy=strategy, inexact=inexact, timing=timing)
         if isinstance(strategy, Search):
             facts["search"] = strategy.facts()
         if moving:
@@ -179,7 +183,17 @@ def prune(
         facts["not refitted"] = refit_layers(model, small, plan, data)
     if recalibrate:
         recalibrate_norms(small, data)
+    if budget is not None and timing is not None:
+        facts["latency_ms"] = {"allowed": budget.latency_ms, **timing.facts(plan)}
     return Result(small, plan, graph, counts(graph), counts(graph, plan), scores, facts)
+
+
+def _check_search(strategy: Any, search: Any, data: Any, loss_fn: Any) -> None:
+    if search is not None and strategy != BANDIT:
+        raise SecateurError(f"prune(search=...): strategy {strategy!r} searches nothing; give strategy='bandit'")
+    check_search({} if search is None else search, ("seed", "progress", "checkpoint"))
+    if strategy == BANDIT and (data is None or loss_fn is None):
+        raise SecateurError("prune(strategy='bandit') needs data= (batches of inputs and targets) and loss_fn=")
 
 
 def _factors(model: nn.Module, data: Any, loss_fn: Any, options: dict[str, Any]) -> tuple[Curvature, dict[str, Any]]:
@@ -198,10 +212,10 @@ def counts(graph: ChannelGraph, plan: Plan | None = None) -> Counts:
     return Counts(graph.macs(plan), graph.params(plan), int(graph.kept(plan).sum()))
 
 
-def check_feasible(graph: ChannelGraph, budget: Budget, *, inexact: bool = False) -> None:
+def check_feasible(graph: ChannelGraph, budget: Budget, *, inexact: bool = False, timing: Timing | None = None) -> None:
     """Raise if no plan can meet the budget, with the range that is feasible."""
     movable = np.array([group.exact or inexact for group in graph.groups])
-    Meter(graph, budget).check_feasible(np.where(movable, budget.floors(graph), graph.widths), inexact=inexact)
+    Meter(graph, budget, timing).check_feasible(np.where(movable, budget.floors(graph), graph.widths), inexact=inexact)
 
 
 def _check(method: Any, budget: Any, strategy: Any, options: Any) -> None:

@@ -84,6 +84,7 @@ class Room:
     def __init__(self, choices: Sequence[Choice], totals: Mapping[str, int], budget: Budget) -> None:
         if "channels" in budget.limits:
             raise SecateurError("Budget(channels=...): rotated channels are no channels; limit macs= or params=")
+        budget.refuse_latency("rotated layers")
         if isinstance(budget.at_least, Mapping):
             raise SecateurError("Budget(at_least={...}): one floor for all layers is expected here")
         self.choices, self.totals, self.budget = list(choices), dict(totals), budget

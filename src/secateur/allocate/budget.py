@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,6 +14,20 @@ from secateur.errors import SecateurError, unknown
 from secateur.trace import ChannelGraph
 
 UNITS = ("macs", "params", "channels")
+LATENCY = "latency_ms"
+
+
+class Timed(Protocol):
+    """What knows how long a forward takes at any widths (a :class:`secateur.Timing` does)."""
+
+    def ms(self, widths: np.ndarray) -> np.ndarray:
+        """Milliseconds at widths [..., groups], never less where any is larger."""
+
+    def slope(self, widths: np.ndarray) -> np.ndarray:
+        """What one channel more of each group takes at widths [groups], in milliseconds."""
+
+    def key(self) -> str:
+        """What tells one such thing from another."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +38,7 @@ class Budget:
         macs: multiply-accumulates of one forward.
         params: parameters.
         channels: removable channels.
+        latency_ms: the time of one forward in milliseconds, no fraction, as a :class:`secateur.Timing` measures it.
         round_to: every layer that is cut ends with a multiple of this many channels.
         at_least: no group ends with fewer: a number of channels, a fraction of its width in (0, 1), or either by group
             name.
@@ -31,14 +47,19 @@ class Budget:
     macs: float | None = None
     params: float | None = None
     channels: float | None = None
+    latency_ms: float | None = None
     round_to: int = 1
     at_least: float | Mapping[str, float] = 1
 
     def __post_init__(self) -> None:
         for unit in UNITS:
             _check_fraction(unit, getattr(self, unit))
-        if not self.limits:
-            raise SecateurError("Budget(): nothing is limited; give at least one of macs=, params=, channels=")
+        if self.latency_ms is not None and not (_is_number(self.latency_ms) and self.latency_ms > 0):
+            raise SecateurError(f"Budget(latency_ms={self.latency_ms!r}): milliseconds, a number above 0, are expected")
+        if not self.limits and self.latency_ms is None:
+            raise SecateurError(
+                "Budget(): nothing is limited; give at least one of macs=, params=, channels=, latency_ms="
+            )
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
             raise SecateurError(f"Budget(round_to={self.round_to!r}): a whole number from 1 on is expected")
         floors = self.at_least.values() if isinstance(self.at_least, Mapping) else [self.at_least]
@@ -50,8 +71,16 @@ class Budget:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The units that are limited, with their fractions."""
+        """The units that are limited to fractions, with these."""
         return {unit: getattr(self, unit) for unit in UNITS if getattr(self, unit) is not None}
+
+    def refuse_latency(self, where: str) -> None:
+        """Raise if the time is limited, which not everything can count."""
+        if self.latency_ms is not None:
+            raise SecateurError(
+                f"Budget(latency_ms=...) with {where}: only prune() and allocate() know how long networks take; limit "
+                "macs=, params= or channels= here"
+            )
 
     def floors(self, graph: ChannelGraph) -> np.ndarray:
         """The least width of every group (int64), ``round_to`` respected."""
@@ -92,6 +121,7 @@ def check_rounds(budget: Budget, rounds: int) -> None:
     """Raise if something in the budget has no meaning over several rounds."""
     if rounds == 1:
         return
+    budget.refuse_latency(f"rounds={rounds}")
     if budget.channels is not None:
         raise SecateurError(
             f"Budget(channels=...) with rounds={rounds}: a group that has one channel left is none any more, and would "
@@ -126,26 +156,50 @@ class Meter:
     Args:
         graph: the channel graph.
         budget: what may remain.
+        timing: how long forwards take; needed where the budget limits that, and only there.
+
+    Attributes:
+        full: unit -> what the whole network has of it.
+        allowed: limited unit -> how much of it may remain.
     """
 
-    def __init__(self, graph: ChannelGraph, budget: Budget) -> None:
-        self.graph = graph
-        self.full = {unit: self._count(unit, graph.widths) for unit in UNITS}
+    def __init__(self, graph: ChannelGraph, budget: Budget, timing: Timed | None = None) -> None:
+        self.graph, self.timing = graph, timing
+        units = UNITS if timing is None else (*UNITS, LATENCY)
+        self.full: dict[str, float] = {unit: self._count(unit, graph.widths) for unit in units}
         for unit in budget.limits:
             if not self.full[unit]:
                 raise SecateurError(f"Budget({unit}=...): the model has no {unit} to count; limit something else")
-        self.allowed = {unit: math.floor(f * self.full[unit] + 1e-9) for unit, f in budget.limits.items()}
+        self.allowed: dict[str, float] = {
+            unit: math.floor(f * self.full[unit] + 1e-9) for unit, f in budget.limits.items()
+        }
+        if budget.latency_ms is not None:
+            if timing is None:
+                raise SecateurError(
+                    "Budget(latency_ms=...): how long networks take is to be measured first; call prune(), or "
+                    "allocate(..., timing=secateur.Timing(model, graph)); what prunes while it trains cannot limit it"
+                )
+            self.allowed[LATENCY] = float(budget.latency_ms)
 
-    def _count(self, unit: str, widths: np.ndarray) -> int:
-        return int(self._counts(unit, widths))
+    def at(self, ms: float) -> Meter:
+        """The same with another latency allowed."""
+        other = copy(self)
+        other.allowed = self.allowed | {LATENCY: ms}
+        return other
+
+    def _count(self, unit: str, widths: np.ndarray) -> float:
+        return self._counts(unit, widths).item()
 
     def _counts(self, unit: str, widths: np.ndarray) -> np.ndarray:
         if unit == "channels":
             return widths.sum(-1)
+        if unit == LATENCY:
+            assert self.timing is not None
+            return self.timing.ms(widths)
         terms = self.graph.macs_terms if unit == "macs" else self.graph.params_terms
         return terms.totals(self.graph.lengths(widths))
 
-    def excess(self, widths: np.ndarray) -> dict[str, int]:
+    def excess(self, widths: np.ndarray) -> dict[str, float]:
         """How far every limited unit is above what is allowed (negative: room left)."""
         return {unit: self._count(unit, widths) - limit for unit, limit in self.allowed.items()}
 
@@ -164,6 +218,10 @@ class Meter:
             if unit == "channels":
                 total += 1 / self.full[unit]
                 continue
+            if unit == LATENCY:
+                assert self.timing is not None
+                total += self.timing.slope(widths) / self.full[unit]
+                continue
             terms = self.graph.macs_terms if unit == "macs" else self.graph.params_terms
             slope = terms.gradient(self.graph.lengths(widths))
             total += (self.graph.multiplicity.T @ slope) / self.full[unit]
@@ -177,6 +235,12 @@ class Meter:
         parts = []
         for unit in over:
             low = self._count(unit, least)
+            if unit == LATENCY:
+                parts.append(
+                    f"latency_ms={self.allowed[unit]:.4g} is asked for; feasible are about {low:.4g} to "
+                    f"{self.full[unit]:.4g} (the whole network)"
+                )
+                continue
             parts.append(
                 f"{unit}={self.allowed[unit] / self.full[unit]:.4g} asks for at most {self.allowed[unit]:,} of "
                 f"{self.full[unit]:,} {unit}; "
@@ -196,7 +260,7 @@ def _up(fraction: float) -> str:
 
 def budget_from(given: Mapping[str, object]) -> Budget:
     """A budget from keyword arguments in a mapping, unknown ones refused."""
-    known = (*UNITS, "round_to", "at_least")
+    known = (*UNITS, LATENCY, "round_to", "at_least")
     for key in given:
         if key not in known:
             raise unknown("budget", key, known)

@@ -328,7 +328,8 @@ class Search:
         )  # fmt: skip
         orders = [order.tolist() for order in problem.orders.values()]
         items = [problem.start.tolist(), problem.group.tolist(), problem.size.tolist(), problem.score.tolist()]
-        found = hashlib.sha256(json.dumps([settings, problem.meter.allowed, orders, items]).encode())
+        timed = None if problem.meter.timing is None else problem.meter.timing.key()
+        found = hashlib.sha256(json.dumps([settings, problem.meter.allowed, timed, orders, items]).encode())
         tensors = pytree.tree_leaves([list(self.model.state_dict().values()), self.batches])
         for tensor in (t for t in tensors if isinstance(t, Tensor)):
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

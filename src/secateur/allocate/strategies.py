@@ -10,14 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from secateur.allocate.budget import Budget, Meter
-from secateur.errors import SecateurError, unknown
-from secateur.plan import Plan, UnbearableError, make_plan
-from secateur.trace import ChannelGraph
-from secateur.trace.probe import Chosen, unbearable
+from secateur.allocate.budget import Meter
+from secateur.errors import SecateurError
 
 Strategy = Callable[["Problem"], np.ndarray]
 """Gives the number of items taken from every group (int64)."""
@@ -77,7 +72,12 @@ class Problem:
 
 def global_order(problem: Problem) -> np.ndarray:
     """Least score per unit of the budget that the channel frees, what it frees kept current as widths shrink."""
-    meter, taken = problem.meter, np.zeros(len(problem.start), dtype=np.int64)
+    return narrowed(problem, np.zeros(len(problem.start), dtype=np.int64))
+
+
+def narrowed(problem: Problem, taken: np.ndarray) -> np.ndarray:
+    """Take more, after these, until the budget is met: least score first per unit of it that the channel frees."""
+    meter = problem.meter
     while not meter.met(problem.widths(taken)):
         widths = problem.widths(taken)
         excess = meter.excess(widths)
@@ -148,114 +148,3 @@ def fill(problem: Problem, taken: np.ndarray) -> np.ndarray:
 BANDIT = "bandit"
 """The strategy that looks at the model (:class:`secateur.allocate.search.Search`)."""
 STRATEGIES: dict[str, Strategy] = {"global": global_order, "threshold": threshold_order, "uniform": uniform_order}
-
-
-def allocate(
-    graph: ChannelGraph,
-    scores: Mapping[str, Tensor],
-    budget: Budget,
-    *,
-    strategy: str | Strategy = "global",
-    inexact: bool = False,
-) -> Plan:
-    """Choose the channels to remove so that a budget is met and used.
-
-    Args:
-        graph: the traced graph.
-        scores: group name to one score a channel; groups without scores are left alone.
-        budget: what may remain.
-        strategy: ``"global"`` (least score per unit of the budget that the channel frees), ``"threshold"`` (lowest
-            score),
-            ``"uniform"`` (the same fraction everywhere), or a callable from :class:`Problem` to items taken per group,
-            such as a :class:`secateur.Search`.
-        inexact: also cut groups whose removal changes more than the removed channels.
-
-    Returns:
-        A plan within the budget; giving back any one channel (block of ``round_to``) would break it.
-
-    Raises:
-        SecateurError: unknown strategy or group, scores of the wrong length or NaN, a budget that cannot be met.
-    """
-    if strategy == BANDIT:
-        raise SecateurError(
-            "allocate(strategy='bandit') tries widths on the model: give strategy=secateur.Search(model, data, "
-            "loss_fn), or call secateur.prune(..., strategy='bandit')"
-        )
-    if isinstance(strategy, str) and strategy not in STRATEGIES:
-        raise unknown("strategy", strategy, STRATEGIES)
-    if not isinstance(budget, Budget):
-        raise SecateurError(f"allocate(budget): a Budget is expected, for instance Budget(macs=0.5), not {budget!r}")
-    return _allocate(
-        graph, scores, budget, STRATEGIES[strategy] if isinstance(strategy, str) else strategy, inexact, {}
-    )
-
-
-def _allocate(
-    graph: ChannelGraph,
-    scores: Mapping[str, Tensor],
-    budget: Budget,
-    choose: Strategy,
-    inexact: bool,
-    without: Mapping[str, str],
-) -> Plan:
-    """Allocate without some groups, whose reasons go into the plan."""
-    skipped = dict(without)
-    skipped |= {g.name: f"not exact: {g.reason}" for g in graph.groups if not g.exact and not inexact}
-    skipped |= {g.name: "has no scores" for g in graph.groups if g.name not in scores and g.name not in skipped}
-    ranked = {name: _ranked(graph, name, values) for name, values in scores.items() if name not in skipped}
-    meter = Meter(graph, budget)
-    floors = budget.floors(graph)
-    problem, orders = _problem(graph, meter, ranked, floors, budget.round_to)
-    meter.check_feasible(problem.widths(problem.count), inexact=inexact)
-    taken = np.asarray(choose(problem), dtype=np.int64)
-    if taken.shape != problem.start.shape or (taken < 0).any() or (taken > problem.count).any():
-        raise SecateurError("allocate(strategy): the callable must give 0 to problem.count items for every group")
-    if not meter.met(problem.widths(taken)):
-        raise SecateurError("allocate(strategy): the callable's answer does not meet the budget")
-    taken = fill(problem, taken)
-    gone = problem.start - problem.widths(taken)
-    removed = {group.name: orders[i][: gone[i]] for i, group in enumerate(graph.groups) if gone[i] > 0}
-    plain = {name: positions.tolist() for name, positions in removed.items()}
-    try:
-        return make_plan(graph, plain, skipped=skipped, inexact=inexact)
-    except UnbearableError:  # what tracing did not meet: do without the groups that it takes
-        guilty = unbearable([graph.group(name) for name in plain], lambda some: graph.verify(Chosen(plain).of(some)))
-        if not guilty:
-            raise
-        reasons = {**without, **{g.name: f"this combination cannot be cut: {reason}" for g, reason in guilty}}
-        return _allocate(graph, scores, budget, choose, inexact, reasons)
-
-
-def _ranked(graph: ChannelGraph, name: str, values: Tensor) -> np.ndarray:
-    group = graph.group(name)
-    array = torch.as_tensor(values).detach().double().cpu().numpy()
-    if array.shape != (len(group),):
-        raise SecateurError(
-            f"scores[{name!r}]: one score for each of {len(group)} channels is expected, not shape {array.shape}"
-        )
-    if np.isnan(array).any():
-        raise SecateurError(f"scores[{name!r}] holds NaN: check the criterion and the data")
-    return array
-
-
-def _problem(
-    graph: ChannelGraph, meter: Meter, scores: Mapping[str, np.ndarray], floors: np.ndarray, step: int
-) -> tuple[Problem, dict[int, np.ndarray]]:
-    """Items of all groups; a group's first item brings its width to a multiple of ``step``, the others keep it one."""
-    orders: dict[int, np.ndarray] = {}
-    columns: list[tuple[np.ndarray, ...]] = []
-    for i, group in enumerate(graph.groups):
-        if group.name not in scores:
-            continue
-        values = scores[group.name]
-        orders[i] = np.argsort(values, kind="stable")
-        widths = np.arange(len(group) - 1, floors[i] - 1, -1)
-        stops = widths[widths % step == 0]
-        ends = len(group) - stops
-        begins = np.r_[0, ends[:-1]].astype(np.int64)[: len(ends)]
-        total = np.add.reduceat(values[orders[i]], begins) if len(ends) else np.zeros(0)
-        if len(ends):  # reduceat sums the last block to the end of the group
-            total[-1] = values[orders[i]][begins[-1] : ends[-1]].sum()
-        columns.append((np.full(len(ends), i), np.arange(len(ends)), ends - begins, total))
-    stacked = [np.concatenate(c) for c in zip(*columns, strict=True)] if columns else [np.zeros(0, dtype=np.int64)] * 4
-    return Problem(meter, graph.widths, stacked[0], stacked[1], stacked[2], stacked[3], orders), orders

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -55,25 +55,38 @@ def latency(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise SecateurError(f"{name}={value!r}: an integer of at least {least} is expected")
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    args, kwargs = _arguments(inputs, device)
-    times = []
-    with threads_set(threads) as used, evaluating(model):
-        for turn in range(warm_up + repeats):
-            _wait(device)
-            start = time.perf_counter()
-            model(*args, **kwargs)
-            _wait(device)
-            if turn >= warm_up:
-                times.append(1000 * (time.perf_counter() - start))
+    with threads_set(threads) as used:
+        times = in_turn([model], inputs, repeats, warm_up)[0]
     low, median, high = np.percentile(times, (25, 50, 75)).tolist()
     return {
         "median_ms": median,
         "iqr_ms": high - low,
-        "min_ms": min(times),
+        "min_ms": times.min().item(),
         "repeats": repeats,
         "threads": used,
         "device": str(device),
     }
+
+
+def in_turn(models: Sequence[nn.Module], inputs: Any, repeats: int, warm_up: int) -> np.ndarray:
+    """Milliseconds of forwards in eval mode without gradients, one of each model and again, [models, repeats].
+
+    What slows the machine down for a while slows down all of them, so their ratios tell more than their times.
+    """
+    devices = [next((t.device for t in model.parameters()), torch.device("cpu")) for model in models]
+    given = [_arguments(inputs, device) for device in devices]
+    times = np.zeros((len(models), warm_up + repeats))
+    with ExitStack() as modes:
+        for model in models:
+            modes.enter_context(evaluating(model))
+        for turn in range(warm_up + repeats):
+            for number, (model, device, (args, kwargs)) in enumerate(zip(models, devices, given, strict=True)):
+                _wait(device)
+                start = time.perf_counter()
+                model(*args, **kwargs)
+                _wait(device)
+                times[number, turn] = 1000 * (time.perf_counter() - start)
+    return times[:, warm_up:]
 
 
 def file_size(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Mapping
@@ -23,10 +24,14 @@ from secateur.measure.latency import threads_set
 from secateur.prune import DEAD, DIRECTIONAL, counts, prune
 from secateur.run.setting import Facts, Setting
 from secateur.run.training import fitted, make_handle, make_optimizer
+from secateur.timing import Timing
 from secateur.trace import trace
 from secateur.train import GENTLE
+from secateur.train.checkpoint import write_atomically
 from secateur.train.pivoting import Pivoting
 
+TIMED = 32
+"""Networks that are timed for a budget in ``latency_ms``."""
 SEEDED = ("random", "obd", "obs", "kron_obd", "kron_obs")
 
 
@@ -69,6 +74,7 @@ def pruned(setting: Setting, model: nn.Module, seed: int, number: int, checkpoin
         recalibrate=section.recalibrate,
         compensate=section.compensate,
         refit=section.refit,
+        timing=_timing(setting, model, checkpoints) if budget is not None and budget.latency_ms is not None else None,
         search=None
         if section.strategy != BANDIT
         else {
@@ -80,6 +86,8 @@ def pruned(setting: Setting, model: nn.Module, seed: int, number: int, checkpoin
         **section.options,
         **({"seed": seed} if section.method in SEEDED else {}),
     )
+    if "latency_ms" in result.facts:
+        setting.say("latency: {before:.3g} ms before, {after:.3g} after".format(**result.facts["latency_ms"]))
     left = result.facts.get("not refitted")
     if left:
         setting.say("refit: as they were stay " + "; ".join(f"{name} ({why})" for name, why in left.items()))
@@ -114,6 +122,31 @@ def _tell_search(setting: Setting, found: Mapping[str, Any]) -> None:
         setting.say(f"search: the minutes were up after {found['forwards']} forwards")
     for name, (weak, strong) in found["doubts"].items():
         setting.say(f"search: the best width of {name} is {weak} or {strong}, depending on what the other groups do")
+
+
+def timed(setting: Setting, model: nn.Module, samples: int, known: str | None = None) -> Timing:
+    """How long the model takes as the recipe measures it: on the CPU, with its threads, at its first batch size."""
+    section, how = setting.recipe.prune, setting.recipe.measure
+    budget, own = section.make_budget(), copy.deepcopy(model).cpu()
+    assert budget is not None
+    graph = trace(own, setting.inputs.cpu())
+    images = setting.inputs.cpu().expand(how.batch_sizes[0], -1, -1, -1).contiguous()
+    if known is not None:
+        return Timing.from_json(known, own, graph, images)
+    return Timing(
+        own, graph, inputs=images, samples=samples, threads=how.threads, round_to=budget.round_to,
+        inexact=section.inexact, progress=setting.progress,
+    )  # fmt: skip
+
+
+def _timing(setting: Setting, model: nn.Module, checkpoints: Path) -> Timing:
+    """The same in full, measured once."""
+    path = _beside(checkpoints, "timing.json")
+    if path.exists():
+        return timed(setting, model, TIMED, path.read_text())
+    found = timed(setting, model, TIMED)
+    write_atomically(path, found.to_json().encode())
+    return found
 
 
 def _beside(checkpoints: Path, name: str) -> Path:

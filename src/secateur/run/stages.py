@@ -25,7 +25,7 @@ from secateur.measure import accuracy, counted, file_size, latency
 from secateur.prune import check_feasible
 from secateur.recipe import Train, Tune
 from secateur.run.folder import write_json
-from secateur.run.pruning import packed, pruned
+from secateur.run.pruning import packed, pruned, timed
 from secateur.run.setting import TEST_BATCH, Facts, Setting
 from secateur.run.training import fitted, make_handle, make_optimizer, plain
 from secateur.trace import trace
@@ -65,7 +65,10 @@ def check_setting(setting: Setting) -> None:
         ):
             raise SecateurError("prune.options.separable: no layer is a convolution that could be; leave it out")
     elif budget is not None:
-        check_feasible(graph, budget, inexact=section.inexact)
+        timing = None
+        if budget.latency_ms is not None:
+            timing = timed(setting, model, samples=4)  # enough to know the whole and the narrowest network
+        check_feasible(graph, budget, inexact=section.inexact, timing=timing)
     if section.method in GENTLE:
         assert section.train is not None
         handle = make_handle(setting, model, graph, make_optimizer(setting, model, section.train), 0)

@@ -106,7 +106,11 @@ class Terms:
 
     def totals(self, lengths: np.ndarray) -> np.ndarray:
         """The exact values for axis lengths [..., axes]."""
-        return (self.factor * self._columns(lengths).prod(axis=-1)).sum(axis=-1)
+        return self.each(lengths).sum(axis=-1)
+
+    def each(self, lengths: np.ndarray) -> np.ndarray:
+        """The summands for axis lengths [..., axes], [..., terms]."""
+        return self.factor * self._columns(lengths).prod(axis=-1)
 
     def gradient(self, lengths: np.ndarray) -> np.ndarray:
         """D total / d length, one value an axis (float64)."""

@@ -1,0 +1,214 @@
+r"""How long a forward takes, as a function of widths: fitted to measurements of cut networks.
+
+Every operation has a price per MAC, every group one per channel (norms, activations, sums), and all have a base; none
+is negative, so that fewer channels never seem slower::
+
+    ms(k) = base + sum_o price_o macs_o(k) / macs_o(full) + sum_g price_g k_g / full_g
+
+Some dozen networks of random widths are cut and timed as a whole, which sees what a table of single layers does not,
+in turn with the uncut one: what slows the machine down for a while slows both, and their ratio counts.
+With fewer measurements than prices, what they leave open is as for all: one price for all MACs, one for all channels::
+
+    min over prices >= 0 of   sum_i ((ms(k_i) - ms_i) / ms_i)^2 + NOISE^2 sum_p ((price_p - usual_p) / wide_p)^2
+    wide_p = usual_p + ms(full) / number of prices
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+from scipy.optimize import nnls
+from torch import nn
+
+from secateur.cut import cut
+from secateur.errors import SecateurError, check_seed
+from secateur.measure.latency import in_turn, latency, threads_set
+from secateur.plan import Plan, UnbearableError, make_plan
+from secateur.processes import told
+from secateur.trace import ChannelGraph, fingerprint
+from secateur.trace.graph import Terms
+from secateur.trace.tracer import Inputs
+
+NOISE = 0.03
+"""What a measurement is wrong by, as a part of it: how far prices may differ from the usual for so much."""
+EACH, LEAST, MOST = 0.3, 9, 100
+"""Seconds that forwards of the whole network may take for each other one, and their least and largest number."""
+SPREAD = 0.5
+"""How far the kept parts of single groups are from that of all, at most."""
+
+
+class Timing:
+    """Measures a model at random widths, and knows then about how long any others take.
+
+    Args:
+        model: the traced model, on the device that counts; it is not changed.
+        graph: what :func:`secateur.trace` gave.
+        inputs: what is timed are forwards of these, so their batch counts; ``None`` for the graph's example inputs.
+        samples: how many networks are cut and timed, the whole one and the narrowest among them, four or more.
+        threads: CPU threads; ``None`` for as many as are set.
+        round_to: widths of the networks that are timed are multiples of this, as a budget may ask for.
+        inexact: also narrow groups that cannot be cut exactly.
+        seed: of the widths.
+        progress: show a bar with the time left.
+
+    Attributes:
+        whole: milliseconds of the whole network: the least median, one for each sample.
+        repeats: forwards of every network, whose median counts.
+        samples: of each network the widths of all groups, and which part of the whole one's time it takes.
+        error: root mean square of what the fit is wrong by at the samples, as a part of what was measured.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, *, inputs: Inputs | None = None, samples: int = 32,
+        threads: int | None = None, round_to: int = 1, inexact: bool = False, seed: int = 0, progress: bool = True,
+    ) -> None:  # fmt: skip
+        for name, value, least in (
+            ("samples", samples, 4),
+            ("round_to", round_to, 1),
+            ("threads", 1 if threads is None else threads, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SecateurError(f"{name}={value!r}: a whole number from {least} on is expected")
+        check_seed(seed)
+        self._begin(model, graph, inputs, threads)
+        once = latency(model, self.inputs, repeats=3, warm_up=2, threads=threads)["median_ms"]
+        self.repeats = int(np.clip(1000 * EACH / max(float(once), 1e-3), LEAST, MOST))
+        bursts = []
+        widths = random_widths(graph, samples, round_to, inexact, np.random.default_rng(seed))
+        self.samples: list[tuple[list[int], float]] = []
+        with Progress(disable=not progress, transient=True) as bar:
+            for own in bar.track(widths, description="timing"):
+                removed = {g.name: range(k, len(g)) for g, k in zip(graph.groups, own, strict=True) if k < len(g)}
+                try:
+                    whole, part = self._part(make_plan(graph, removed, inexact=inexact))
+                except UnbearableError:
+                    continue  # these widths are for no budget either
+                bursts.append(whole)
+                self.samples.append((own.tolist(), part))
+        self.whole = min(bursts, default=math.nan)
+        self._fit()
+
+    def _begin(self, model: nn.Module, graph: ChannelGraph, inputs: Inputs | None, threads: int | None) -> None:
+        if not isinstance(model, nn.Module) or not isinstance(graph, ChannelGraph):
+            raise SecateurError("Timing(model, graph): a module and what secateur.trace gave for it are expected")
+        if fingerprint(model) != graph.fingerprint:
+            raise SecateurError("Timing(model, graph): the graph is of another model; give the one that was traced")
+        self.model, self.graph, self.threads = model, graph, threads
+        self.inputs = graph.inputs if inputs is None else inputs
+
+    def _fit(self) -> None:
+        if len(self.samples) < 3:
+            raise SecateurError("Timing: fewer than three of the networks could be cut and timed; give more samples")
+        widths = np.array([own for own, _ in self.samples])
+        took = self.whole * np.array([part for _, part in self.samples])
+        terms, full = self.graph.macs_terms, self.graph.widths
+        macs = terms.each(self.graph.lengths(full)).astype(np.float64)
+        shares = np.stack([terms.each(self.graph.lengths(own)) for own in widths]) / np.maximum(macs, 1)
+        prices = fitted(shares, widths / full, took, macs)
+        self.base, per_mac, self.per_channel = prices[0], prices[1 : 1 + len(macs)], prices[1 + len(macs) :] / full
+        self.terms = Terms(terms.factor * per_mac / np.maximum(macs, 1), terms.index)
+        self.error = float(np.sqrt(np.mean((self.ms(widths) / took - 1) ** 2)))
+
+    def ms(self, widths: np.ndarray) -> np.ndarray:
+        """About how many milliseconds a forward takes at these widths, [..., groups] -> [...]."""
+        return self.base + self.terms.totals(self.graph.lengths(widths)) + widths @ self.per_channel
+
+    def slope(self, widths: np.ndarray) -> np.ndarray:
+        """About how many milliseconds one channel more of each group takes, [groups] -> [groups]."""
+        per_length = self.terms.gradient(self.graph.lengths(widths))
+        return self.graph.multiplicity.T @ per_length + self.per_channel
+
+    def measured(self, plan: Plan | None = None) -> float:
+        """How many milliseconds a forward of the cut network takes: its part of the whole one's time, in turns."""
+        return self.whole * (1.0 if plan is None else self._part(plan)[1])
+
+    def _part(self, plan: Plan) -> tuple[float, float]:
+        """Milliseconds of the whole network, and which part of it the cut one takes."""
+        small = cut(self.model, plan)
+        with threads_set(self.threads):
+            whole, own = np.median(in_turn([self.model, small], self.inputs, self.repeats, 2), axis=1).tolist()
+        # of several processes all go by what the first has measured
+        whole, part = json.loads(told(json.dumps([whole, own / whole]), next(self.model.parameters()).device))
+        return whole, part
+
+    def facts(self, plan: Plan) -> dict[str, float]:
+        """Measured ``before`` and ``after`` a plan, and the fit's ``error``."""
+        return {"before": self.measured(), "after": self.measured(plan), "error": self.error}
+
+    def key(self) -> str:
+        """What tells it from another."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """What was measured, as JSON text."""
+        own = {name: getattr(self, name) for name in ("threads", "whole", "repeats", "samples")}
+        return json.dumps({"fingerprint": self.graph.fingerprint, **own})
+
+    @staticmethod
+    def from_json(text: str, model: nn.Module, graph: ChannelGraph, inputs: Inputs | None = None) -> Timing:
+        """What :meth:`to_json` gave, of the same model and inputs; nothing is measured again.
+
+        Raises:
+            SecateurError: damaged data, or of another model.
+        """
+        made = object.__new__(Timing)
+        try:
+            data: dict[str, Any] = json.loads(text)
+            made._begin(model, graph, inputs, data["threads"])
+            if data["fingerprint"] != graph.fingerprint:
+                raise SecateurError("the timing is of another model: measure this one")
+            made.samples = [([int(k) for k in own], float(part)) for own, part in data["samples"]]
+            made.whole, made.repeats = float(data["whole"]), int(data["repeats"])
+            times = [made.whole, *(part for _, part in made.samples)]
+            if any(len(own) != len(graph.groups) for own, _ in made.samples) or not all(
+                0 < t < math.inf for t in times
+            ):
+                raise ValueError("samples that do not fit the model")
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, SecateurError):
+                raise
+            raise SecateurError(f"the timing is damaged ({type(error).__name__}: {error}): measure anew") from error
+        made._fit()
+        return made
+
+
+def random_widths(
+    graph: ChannelGraph, count: int, round_to: int, inexact: bool, rng: np.random.Generator
+) -> np.ndarray:
+    """Widths to measure, int64 [count, groups]: all, the least, and evenly between, each group in its own way."""
+    full = graph.widths
+    least = np.array([min(len(g), max(g.least, round_to)) if g.exact or inexact else len(g) for g in graph.groups])
+    parts = np.concatenate([[1.0, 0.0], (np.arange(count - 2) + 0.5) / (count - 2)])
+    own = parts[:, None] + rng.uniform(-SPREAD, SPREAD, (count, len(full))) * (parts * (1 - parts) * 4)[:, None]
+    wanted = least + (full - least) * np.clip(own, 0, 1)
+    rounded = round_to * np.round(wanted / round_to).astype(np.int64)
+    return np.where(wanted == full, full, np.clip(rounded, least, full))
+
+
+def fitted(macs: np.ndarray, channels: np.ndarray, took: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The prices, float64 [1 + terms + groups]: base, of every term of the MACs, of every group.
+
+    Args:
+        macs: of every sample and term, as a part of the whole network's, [samples, terms].
+        channels: likewise of every group, [samples, groups].
+        took: milliseconds [samples].
+        weight: MACs of every term in the whole network, [terms].
+    """
+    share = weight / max(weight.sum(), 1)
+    alike = np.full(channels.shape[1], 1 / max(channels.shape[1], 1))
+    ones = np.ones((len(took), 1))
+    base, per_mac, per_channel = nnls(
+        np.concatenate([ones, macs @ share[:, None], channels @ alike[:, None]], 1) / took[:, None], ones[:, 0]
+    )[0]
+    usual = np.concatenate([[base], per_mac * share, per_channel * alike])
+    wide = usual + took.max() / len(usual)  # what seems to be free may turn out to cost something
+    wide[0] = took.max()
+    design = np.concatenate([ones, macs, channels], 1) / took[:, None]
+    return nnls(
+        np.concatenate([design, NOISE * np.diag(1 / wide)]), np.concatenate([ones[:, 0], NOISE * usual / wide])
+    )[0]
