@@ -26,7 +26,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.allocate.bandit import FactoredBandit
+from secateur.allocate.course import Course, Plays
 from secateur.allocate.evaluator import Evaluator
 from secateur.allocate.factors import Effects, Factors
 from secateur.allocate.sensitivity import alone, greedy, tried_alone
@@ -365,65 +365,6 @@ class Search:
         if course is None:
             raise SecateurError(f"checkpoint {self.checkpoint} is of another search: delete it, or give another file")
         return course
-
-
-@dataclass
-class Plays:
-    """What was played around a start.
-
-    Attributes:
-        bandit: what it knows.
-        effects: what is fitted to the plays.
-        scale: of the rewards.
-        log: of each play the atoms, the reward and the batch.
-        fitted: how many plays there were when price and favourite were last found.
-    """
-
-    bandit: FactoredBandit
-    effects: Effects
-    scale: float
-    log: list[Any] = field(default_factory=list)
-    fitted: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """As what JSON can hold."""
-        return {"bandit": self.bandit.to_json(), "scale": self.scale, "log": self.log, "fitted": self.fitted}
-
-    @staticmethod
-    def from_dict(state: Mapping[str, Any]) -> Plays:
-        """What :meth:`to_dict` gave."""
-        bandit, log = FactoredBandit.from_json(state["bandit"]), state["log"]
-        effects = Effects(bandit.sizes.tolist())
-        if log:
-            asked, rewards, batches = zip(*log, strict=True)
-            effects.add(np.array(asked), np.array(rewards), batches)
-        return Plays(bandit, effects, float(state["scale"]), log, int(state["fitted"]))
-
-
-@dataclass
-class Course:
-    """How far a search has come.
-
-    Attributes:
-        done: forwards.
-        rises: of the loss when a group is narrowed alone, for each width, a list a group.
-        plays: what was played, once the start is known.
-    """
-
-    done: int = 0
-    rises: list[list[float]] = field(default_factory=list)
-    plays: Plays | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As what JSON can hold."""
-        plays = None if self.plays is None else self.plays.to_dict()
-        return {"done": self.done, "rises": self.rises, "plays": plays}
-
-    @staticmethod
-    def from_dict(state: Mapping[str, Any]) -> Course:
-        """What :meth:`to_dict` gave."""
-        plays = None if state["plays"] is None else Plays.from_dict(state["plays"])
-        return Course(int(state["done"]), list(state["rises"]), plays)
 
 
 def _pairs(data: Iterable[Any]) -> list[tuple[Any, Any]]:
