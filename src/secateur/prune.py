@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from secateur.allocate import BANDIT, STRATEGIES, Budget, Meter, allocate
+from secateur.allocate.clock import check_clock
 from secateur.allocate.search import Search, check_search
 from secateur.allocate.strategies import Strategy
 from secateur.curvature import Curvature, kronecker_factors
@@ -64,8 +65,8 @@ class Result:
         scores: group name to one score a channel; empty for ``"dead"``.
         facts: what else is to be known: ``flat`` of ``"directional"`` (how many directions are steep, and where
             curvature was cut off), ``search`` of strategy ``"bandit"`` (:meth:`secateur.Search.facts`),
-            ``latency_ms`` of a budget in it (``allowed``, and measured in the end ``before`` and ``after``, with the
-            fit's ``error``), and ``not refitted`` (path of a layer -> why it stays as it was).
+            ``latency_ms`` of a budget in it (``allowed``, what the whole network takes ``before``, measured in the
+            end ``after``, and the fit's ``error``), and ``not refitted`` (path of a layer -> why it stays as it was).
     """
 
     model: nn.Module
@@ -128,7 +129,8 @@ def prune(
         refit: fit the smaller model's layers to what the original computes on ``data``, in closed form, and
             re-estimate its batch norms (:func:`secateur.cut.refit`).
         search: settings of ``"bandit"``, see :class:`secateur.Search`.
-        timing: for a budget in ``latency_ms``; measured on the example inputs if none is given.
+        timing: for a budget in ``latency_ms``; if none is given, forwards of the example inputs are timed, with the
+            threads that are set.
         **options: the criterion's own; of ``"directional"`` those of :func:`secateur.flat_projector` (or ``flat``) and
             ``mode``, ``shift``, ``damping`` of :func:`secateur.cut.directed`.
 
@@ -136,11 +138,13 @@ def prune(
         SecateurError: what the steps refuse; a budget that cannot be met is told before any work.
     """
     _check(method, budget, strategy, options)
+    known = method in WITHOUT_DATA or not isinstance(method, str) or {"flat", "curvature"} & set(options)
+    if not known and (data is None or loss_fn is None):
+        raise SecateurError(f"{method} needs data= (batches of inputs and targets) and loss_fn=")
     if data is None and (recalibrate or refit):
         raise SecateurError(f"prune({'recalibrate' if recalibrate else 'refit'}=True) needs data= (batches)")
     _check_search(strategy, search, data, loss_fn)
-    if timing is not None and (budget is None or budget.latency_ms is None):
-        raise SecateurError("prune(timing=...): no budget limits latency_ms; leave the timing out")
+    _check_time(budget, timing, search)
     passes = (method not in WITHOUT_DATA) + recalibrate + refit + (strategy == BANDIT)
     if passes > 1 and isinstance(data, Iterator):
         raise SecateurError("prune(data=...): an iterator ends after one pass, and more are needed: give a list")
@@ -159,8 +163,7 @@ def prune(
     if budget is None:
         plan = dead_channels(model, graph, inexact=inexact)
     else:
-        if budget.latency_ms is not None and timing is None:
-            timing = Timing(model, graph, round_to=budget.round_to, inexact=inexact)
+        timing = _timing(model, graph, budget, inexact, timing)
         check_feasible(graph, budget, inexact=inexact, timing=timing)
         if compensate:
             curvature, options = _factors(model, data, loss_fn, options)
@@ -194,6 +197,30 @@ def _check_search(strategy: Any, search: Any, data: Any, loss_fn: Any) -> None:
     check_search({} if search is None else search, ("seed", "progress", "checkpoint"))
     if strategy == BANDIT and (data is None or loss_fn is None):
         raise SecateurError("prune(strategy='bandit') needs data= (batches of inputs and targets) and loss_fn=")
+
+
+def _check_time(budget: Any, timing: Any, search: Any) -> None:
+    limited = isinstance(budget, Budget) and budget.latency_ms is not None
+    if timing is not None and not limited:
+        raise SecateurError("prune(timing=...): no budget limits latency_ms; leave the timing out")
+    if limited and timing is None and search is not None and "checkpoint" in search:
+        raise SecateurError(
+            "prune(search={'checkpoint': ...}) with Budget(latency_ms=...): a search that goes on must know the same "
+            "times; give timing=, and keep its to_json()"
+        )
+
+
+def _timing(
+    model: nn.Module, graph: ChannelGraph, budget: Budget, inexact: bool, timing: Timing | None
+) -> Timing | None:
+    """How long the model takes, if the budget limits that, once the rest of it is seen to be possible."""
+    check_clock(timing, graph)
+    if budget.latency_ms is None or timing is not None:
+        return timing
+    budget.floors(graph)
+    if budget.limits:
+        check_feasible(graph, replace(budget, latency_ms=None), inexact=inexact)
+    return Timing(model, graph, round_to=budget.round_to, inexact=inexact)
 
 
 def _factors(model: nn.Module, data: Any, loss_fn: Any, options: dict[str, Any]) -> tuple[Curvature, dict[str, Any]]:

@@ -7,10 +7,11 @@ is negative, so that fewer channels never seem slower::
 
 Some dozen networks of random widths are cut and timed as a whole, which sees what a table of single layers does not,
 in turn with the uncut one: what slows the machine down for a while slows both, and their ratio counts.
+Forwards are those of the model as it is: its hooks run too.
 With fewer measurements than prices, what they leave open is as for all: one price for all MACs, one for all channels::
 
     min over prices >= 0 of   sum_i ((ms(k_i) - ms_i) / ms_i)^2 + NOISE^2 sum_p ((price_p - usual_p) / wide_p)^2
-    wide_p = usual_p + ms(full) / number of prices
+    wide_p = usual_p + longest ms_i / number of prices,    wide_base = longest ms_i
 """
 
 from __future__ import annotations
@@ -25,19 +26,23 @@ from rich.progress import Progress
 from scipy.optimize import nnls
 from torch import nn
 
+from secateur.allocate import Budget
 from secateur.cut import cut
 from secateur.errors import SecateurError, check_seed
 from secateur.measure.latency import in_turn, latency, threads_set
 from secateur.plan import Plan, UnbearableError, make_plan
-from secateur.processes import told
+from secateur.processes import rank, told
 from secateur.trace import ChannelGraph, fingerprint
 from secateur.trace.graph import Terms
-from secateur.trace.tracer import Inputs
+from secateur.trace.tracer import Inputs, tensors_in
 
 NOISE = 0.03
 """What a measurement is wrong by, as a part of it: how far prices may differ from the usual for so much."""
-EACH, LEAST, MOST = 0.3, 9, 100
-"""Seconds that forwards of the whole network may take for each other one, and their least and largest number."""
+EACH, LEAST, MOST = 0.3, 3, 25
+"""Seconds that forwards of the whole network may take for each other one, and their least and largest number a turn."""
+TURNS, WARM_UP = 4, 3
+ENOUGH = 3
+"""Networks that can be fitted to."""
 SPREAD = 0.5
 """How far the kept parts of single groups are from that of all, at most."""
 
@@ -58,7 +63,7 @@ class Timing:
 
     Attributes:
         whole: milliseconds of the whole network: the least median, one for each sample.
-        repeats: forwards of every network, whose median counts.
+        repeats: forwards of either network in each of four turns.
         samples: of each network the widths of all groups, and which part of the whole one's time it takes.
         error: root mean square of what the fit is wrong by at the samples, as a part of what was measured.
     """
@@ -76,21 +81,20 @@ class Timing:
                 raise SecateurError(f"{name}={value!r}: a whole number from {least} on is expected")
         check_seed(seed)
         self._begin(model, graph, inputs, threads)
-        once = latency(model, self.inputs, repeats=3, warm_up=2, threads=threads)["median_ms"]
-        self.repeats = int(np.clip(1000 * EACH / max(float(once), 1e-3), LEAST, MOST))
-        bursts = []
+        self.repeats = self._repeats()
+        wholes = []
         widths = random_widths(graph, samples, round_to, inexact, np.random.default_rng(seed))
         self.samples: list[tuple[list[int], float]] = []
-        with Progress(disable=not progress, transient=True) as bar:
+        with Progress(disable=not progress or rank() > 0, transient=True) as bar:
             for own in bar.track(widths, description="timing"):
                 removed = {g.name: range(k, len(g)) for g, k in zip(graph.groups, own, strict=True) if k < len(g)}
                 try:
                     whole, part = self._part(make_plan(graph, removed, inexact=inexact))
                 except UnbearableError:
                     continue  # these widths are for no budget either
-                bursts.append(whole)
+                wholes.append(whole)
                 self.samples.append((own.tolist(), part))
-        self.whole = min(bursts, default=math.nan)
+        self.whole = min(wholes, default=math.nan)
         self._fit()
 
     def _begin(self, model: nn.Module, graph: ChannelGraph, inputs: Inputs | None, threads: int | None) -> None:
@@ -100,9 +104,28 @@ class Timing:
             raise SecateurError("Timing(model, graph): the graph is of another model; give the one that was traced")
         self.model, self.graph, self.threads = model, graph, threads
         self.inputs = graph.inputs if inputs is None else inputs
+        self.where = {
+            "device": next(model.parameters()).device.type,
+            "inputs": [list(tensor.shape) for tensor in tensors_in(self.inputs)],
+        }
+        if self.where["device"] == "meta" or not self.where["inputs"]:
+            raise SecateurError("Timing(model, graph): a model with weights and example inputs with tensors are timed")
+
+    def _repeats(self) -> int:
+        try:
+            once = latency(self.model, self.inputs, repeats=3, warm_up=2, threads=self.threads)["median_ms"]
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, SecateurError):
+                raise
+            raise SecateurError(f"Timing(inputs=...): they do not fit the model: {error}") from error
+        return int(np.clip(1000 * EACH / TURNS / max(self._told(float(once)), 1e-3), LEAST, MOST))
+
+    def _told(self, value: Any) -> Any:
+        """Of several processes all go by what the first has measured."""
+        return json.loads(told(json.dumps(value), next(self.model.parameters()).device))
 
     def _fit(self) -> None:
-        if len(self.samples) < 3:
+        if len(self.samples) < ENOUGH:
             raise SecateurError("Timing: fewer than three of the networks could be cut and timed; give more samples")
         widths = np.array([own for own, _ in self.samples])
         took = self.whole * np.array([part for _, part in self.samples])
@@ -131,13 +154,13 @@ class Timing:
         """Milliseconds of the whole network, and which part of it the cut one takes."""
         small = cut(self.model, plan)
         with threads_set(self.threads):
-            whole, own = np.median(in_turn([self.model, small], self.inputs, self.repeats, 2), axis=1).tolist()
-        # of several processes all go by what the first has measured
-        whole, part = json.loads(told(json.dumps([whole, own / whole]), next(self.model.parameters()).device))
-        return whole, part
+            times = in_turn([self.model, small], self.inputs, self.repeats, WARM_UP, TURNS)
+        whole, own = np.median(times, axis=2)
+        found: list[float] = self._told([float(np.median(whole)), float(np.median(own / whole))])
+        return found[0], found[1]
 
     def facts(self, plan: Plan) -> dict[str, float]:
-        """Measured ``before`` and ``after`` a plan, and the fit's ``error``."""
+        """Milliseconds ``before`` and ``after`` a plan, the latter measured now, and the fit's ``error``."""
         return {"before": self.measured(), "after": self.measured(plan), "error": self.error}
 
     def key(self) -> str:
@@ -146,7 +169,7 @@ class Timing:
 
     def to_json(self) -> str:
         """What was measured, as JSON text."""
-        own = {name: getattr(self, name) for name in ("threads", "whole", "repeats", "samples")}
+        own = {name: getattr(self, name) for name in ("where", "threads", "whole", "repeats", "samples")}
         return json.dumps({"fingerprint": self.graph.fingerprint, **own})
 
     @staticmethod
@@ -159,15 +182,19 @@ class Timing:
         made = object.__new__(Timing)
         try:
             data: dict[str, Any] = json.loads(text)
+            if data["threads"] is not None and (type(data["threads"]) is not int or data["threads"] < 1):
+                raise ValueError(f"threads {data['threads']!r}")
             made._begin(model, graph, inputs, data["threads"])
-            if data["fingerprint"] != graph.fingerprint:
-                raise SecateurError("the timing is of another model: measure this one")
+            if data["fingerprint"] != graph.fingerprint or data["where"] != made.where:
+                here = f"{data['where']}, here {made.where}"
+                raise SecateurError(f"the timing is of another model, device or inputs ({here}): measure anew")
             made.samples = [([int(k) for k in own], float(part)) for own, part in data["samples"]]
+            widths = [own for own, _ in made.samples]
             made.whole, made.repeats = float(data["whole"]), int(data["repeats"])
             times = [made.whole, *(part for _, part in made.samples)]
-            if any(len(own) != len(graph.groups) for own, _ in made.samples) or not all(
-                0 < t < math.inf for t in times
-            ):
+            full = graph.widths.tolist()
+            fits = [len(own) == len(full) and all(0 < k <= n for k, n in zip(own, full, strict=True)) for own in widths]
+            if len(widths) < ENOUGH or not all(fits) or not all(0 < t < math.inf for t in times) or made.repeats < 1:
                 raise ValueError("samples that do not fit the model")
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, SecateurError):
@@ -181,8 +208,10 @@ def random_widths(
     graph: ChannelGraph, count: int, round_to: int, inexact: bool, rng: np.random.Generator
 ) -> np.ndarray:
     """Widths to measure, int64 [count, groups]: all, the least, and evenly between, each group in its own way."""
-    full = graph.widths
-    least = np.array([min(len(g), max(g.least, round_to)) if g.exact or inexact else len(g) for g in graph.groups])
+    full, movable = graph.widths, np.array([group.exact or inexact for group in graph.groups])
+    least = np.where(movable, Budget(latency_ms=1.0, round_to=round_to).floors(graph), full)
+    if (least == full).all():
+        raise SecateurError("Timing: no group can be narrowed (inexact=True may allow more): there is nothing to time")
     parts = np.concatenate([[1.0, 0.0], (np.arange(count - 2) + 0.5) / (count - 2)])
     own = parts[:, None] + rng.uniform(-SPREAD, SPREAD, (count, len(full))) * (parts * (1 - parts) * 4)[:, None]
     wanted = least + (full - least) * np.clip(own, 0, 1)

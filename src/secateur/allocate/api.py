@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.allocate.budget import LATENCY, Budget, Meter
-from secateur.allocate.clock import Clock, by_the_clock
+from secateur.allocate.clock import Clock, by_the_clock, check_clock, checked
 from secateur.allocate.strategies import BANDIT, STRATEGIES, Problem, Strategy, fill
 from secateur.errors import SecateurError, unknown
 from secateur.plan import Plan, UnbearableError, make_plan
@@ -40,8 +40,8 @@ def allocate(
         timing: for a budget in ``latency_ms``, how long networks take (a :class:`secateur.Timing`).
 
     Returns:
-        A plan within the budget; giving back any one channel (block of ``round_to``) would break it. Of
-        ``latency_ms`` most is used: the answer was cut and measured.
+        A plan within the budget; giving back any one channel (block of ``round_to``) would break it. With
+        ``latency_ms`` the answer was cut and measured: that was within the budget, and most of it is used.
 
     Raises:
         SecateurError: unknown strategy or group, scores of the wrong length or NaN, a budget that cannot be met.
@@ -57,8 +57,7 @@ def allocate(
         raise SecateurError(f"allocate(budget): a Budget is expected, for instance Budget(macs=0.5), not {budget!r}")
     if timing is not None and budget.latency_ms is None:
         raise SecateurError("allocate(timing=...): the budget does not limit latency_ms; leave the timing out")
-    if timing is not None and timing.graph.fingerprint != graph.fingerprint:
-        raise SecateurError("allocate(timing=...): it is of another model; measure this one")
+    check_clock(timing, graph)
     choose = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
     return _allocate(graph, scores, budget, choose, inexact, timing, {})
 
@@ -81,13 +80,6 @@ def _allocate(
     floors = budget.floors(graph)
     problem, orders = _problem(graph, meter, ranked, floors, budget.round_to)
     meter.check_feasible(problem.widths(problem.count), inexact=inexact)
-    taken = np.asarray(choose(problem), dtype=np.int64)
-    if taken.shape != problem.start.shape or (taken < 0).any() or (taken > problem.count).any():
-        raise SecateurError("allocate(strategy): the callable must give 0 to problem.count items for every group")
-    if not meter.met(problem.widths(taken)):
-        raise SecateurError("allocate(strategy): the callable's answer does not meet the budget")
-    taken = fill(problem, taken)
-
     plain: dict[str, list[int]] = {}
 
     def plan_of(taken: np.ndarray) -> Plan:
@@ -98,8 +90,8 @@ def _allocate(
 
     try:
         if timing is not None and LATENCY in meter.allowed:
-            taken = by_the_clock(problem, taken, timing, plan_of)
-        return plan_of(taken)
+            return plan_of(by_the_clock(problem, choose, timing, plan_of))
+        return plan_of(fill(problem, checked(problem, choose(problem))))
     except UnbearableError:  # what tracing did not meet: do without the groups that it takes
         guilty = unbearable([graph.group(name) for name in plain], lambda some: graph.verify(Chosen(plain).of(some)))
         if not guilty:

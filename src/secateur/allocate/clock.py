@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from secateur.allocate.budget import LATENCY, Timed
-from secateur.allocate.strategies import Problem, fill, narrowed
+from secateur.allocate.strategies import Problem, Strategy, fill, narrowed, uniform_order
 from secateur.errors import SecateurError
 from secateur.plan import Plan
 from secateur.trace import ChannelGraph
@@ -36,30 +36,71 @@ class Clock(Timed, Protocol):
         """The milliseconds that the cut network takes."""
 
 
-def by_the_clock(
-    problem: Problem, taken: np.ndarray, clock: Clock, plan_of: Callable[[np.ndarray], Plan]
-) -> np.ndarray:
+def check_clock(clock: Clock | None, graph: ChannelGraph) -> None:
+    """Raise if this cannot tell how long plans of a graph take."""
+    if clock is None:
+        return
+    if not all(hasattr(clock, name) for name in ("graph", "ms", "slope", "measured", "key")):
+        raise SecateurError(f"timing={clock!r}: a secateur.Timing is expected")
+    own, other = ([(g.name, len(g)) for g in some.groups] for some in (clock.graph, graph))
+    if clock.graph.fingerprint != graph.fingerprint or own != other:
+        raise SecateurError("timing: it is of another model, or was traced with other inputs; measure this one")
+
+
+def by_the_clock(problem: Problem, choose: Strategy, clock: Clock, plan_of: Callable[[np.ndarray], Plan]) -> np.ndarray:
     """Items taken from every group, so that the measured time is within the budget and most of it is used.
+
+    Where the fit has the limit is found first, with uniform widths; the strategy answers to that, and what then is
+    still missing or left over is taken or given back by scores.
 
     Args:
         problem: groups, items and a budget that limits the latency.
-        taken: the answer so far.
+        choose: the strategy.
         clock: measures, and says what it thinks without.
         plan_of: the plan of an answer.
 
     Raises:
         SecateurError: the clock shows more than the budget however little stays.
     """
-    limit, found, least = problem.meter.allowed[LATENCY], None, np.inf
-    for attempt in range(TRIES):
+    limit = problem.meter.allowed[LATENCY]
+    uniform, aim = _settled(problem, fill(problem, uniform_order(problem)), limit, clock, plan_of)
+    aimed = _aiming(problem, aim)
+    answer = choose(aimed)
+    checked(aimed, answer)
+    return uniform if choose is uniform_order else _settled(aimed, fill(aimed, answer), limit, clock, plan_of)[0]
+
+
+def checked(problem: Problem, taken: np.ndarray) -> np.ndarray:
+    """A strategy's answer, or an error if it is none."""
+    taken = np.asarray(taken, dtype=np.int64)
+    if taken.shape != problem.start.shape or (taken < 0).any() or (taken > problem.count).any():
+        raise SecateurError("allocate(strategy): the callable must give 0 to problem.count items for every group")
+    if not problem.meter.met(problem.widths(taken)):
+        raise SecateurError("allocate(strategy): the callable's answer does not meet the budget")
+    return taken
+
+
+def _aiming(problem: Problem, aim: float) -> Problem:
+    return replace(problem, meter=problem.meter.at(aim))
+
+
+def _settled(
+    problem: Problem, taken: np.ndarray, limit: float, clock: Clock, plan_of: Callable[[np.ndarray], Plan]
+) -> tuple[np.ndarray, float]:
+    """The widest answer that was measured within the limit, and what the fit says of the limit there."""
+    found: tuple[np.ndarray, float] | None = None
+    least = np.inf
+    for attempt in range(TRIES + 1):
+        if attempt == TRIES:  # nothing so far: what is narrowest decides
+            taken = problem.count
         took = clock.measured(plan_of(taken))
         least = min(least, took)
-        if took <= limit and (found is None or taken.sum() < found.sum()):
-            found = taken
-        if found is not None and ((took <= limit and took >= ENOUGH * limit) or attempt >= TRIES // 2):
+        aim = limit * clock.ms(problem.widths(taken)).item() / took
+        if took <= limit and (found is None or taken.sum() < found[0].sum()):
+            found = taken, aim
+        if found is not None and (ENOUGH * limit <= took <= limit or attempt >= TRIES // 2):
             break
-        aim = SAFE * limit * clock.ms(problem.widths(taken)).item() / took
-        aimed = replace(problem, meter=problem.meter.at(aim))
+        aimed = _aiming(problem, SAFE * aim)
         if took <= limit:
             changed = fill(aimed, taken)
         elif aimed.meter.met(aimed.widths(problem.count)):
@@ -67,11 +108,14 @@ def by_the_clock(
         else:
             changed = problem.count
         if (changed == taken).all():
-            break
+            if found is not None or (taken == problem.count).all():
+                break
+            changed = problem.count
         taken = changed
     if found is None:
         raise SecateurError(
             f"the budget cannot be met: latency_ms={limit:.4g} is asked for, and the least that was measured is "
             f"{least:.4g}: raise it, or lower at_least= or round_to="
         )
-    return found
+    # where the least is more than the aim, a strategy has no answer
+    return found[0], max(found[1], clock.ms(problem.widths(problem.count)).item())

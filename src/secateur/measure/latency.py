@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from secateur.errors import SecateurError
 from secateur.modes import evaluating
+from secateur.trace.tracer import arguments
 
 
 @contextmanager
@@ -56,7 +58,7 @@ def latency(
             raise SecateurError(f"{name}={value!r}: an integer of at least {least} is expected")
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with threads_set(threads) as used:
-        times = in_turn([model], inputs, repeats, warm_up)[0]
+        times = in_turn([model], inputs, repeats, warm_up, 1)
     low, median, high = np.percentile(times, (25, 50, 75)).tolist()
     return {
         "median_ms": median,
@@ -68,25 +70,36 @@ def latency(
     }
 
 
-def in_turn(models: Sequence[nn.Module], inputs: Any, repeats: int, warm_up: int) -> np.ndarray:
-    """Milliseconds of forwards in eval mode without gradients, one of each model and again, [models, repeats].
+def in_turn(models: Sequence[nn.Module], inputs: Any, repeats: int, warm_up: int, turns: int) -> np.ndarray:
+    """Milliseconds of forwards in eval mode without gradients, [models, turns, repeats].
 
-    What slows the machine down for a while slows down all of them, so their ratios tell more than their times.
+    In every turn each model has as many forwards as that, one after another and some before that do not count: a
+    model's weights are in the cache then as they are where it runs alone. What slows the machine down for a while slows
+    down all models, so their ratios in a turn tell more than their times.
+
+    Args:
+        models: each on the device to measure.
+        inputs: as for :func:`latency`; every forward has a copy of its own.
+        repeats: timed forwards of each model in a turn.
+        warm_up: forwards before them.
+        turns: how many.
     """
-    devices = [next((t.device for t in model.parameters()), torch.device("cpu")) for model in models]
-    given = [_arguments(inputs, device) for device in devices]
-    times = np.zeros((len(models), warm_up + repeats))
+    times = np.zeros((len(models), turns, repeats))
     with ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model))
-        for turn in range(warm_up + repeats):
-            for number, (model, device, (args, kwargs)) in enumerate(zip(models, devices, given, strict=True)):
-                _wait(device)
-                start = time.perf_counter()
-                model(*args, **kwargs)
-                _wait(device)
-                times[number, turn] = 1000 * (time.perf_counter() - start)
-    return times[:, warm_up:]
+        for turn in range(turns):
+            for number, model in enumerate(models):
+                device = next((t.device for t in model.parameters()), torch.device("cpu"))
+                for forward in range(-warm_up, repeats):
+                    args, kwargs = arguments(_copied(inputs, device))
+                    _wait(device)
+                    start = time.perf_counter()
+                    model(*args, **kwargs)
+                    _wait(device)
+                    if forward >= 0:
+                        times[number, turn, forward] = 1000 * (time.perf_counter() - start)
+    return times
 
 
 def file_size(model: nn.Module) -> int:
@@ -96,16 +109,11 @@ def file_size(model: nn.Module) -> int:
     return len(save({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}))
 
 
-def _arguments(inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(inputs, Mapping):
-        return (), {name: move(value) for name, value in inputs.items()}
-    return tuple(move(value) for value in (inputs if isinstance(inputs, tuple) else (inputs,))), {}
+def _copied(inputs: Any, device: torch.device) -> Any:
+    return tree_map(lambda value: value.to(device, copy=True) if isinstance(value, Tensor) else value, inputs)
 
 
 def _wait(device: torch.device) -> None:
     """Let the device finish: work on a GPU is only queued."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)

@@ -99,7 +99,8 @@ def loss_of(run: Callable[[Any], Any], batch: Any, loss_fn: Loss, number: int, d
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise SecateurError(f"data: batches (inputs, targets) are expected, batch {number} is a {type(batch).__name__}")
-    inputs, targets = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, tuple(batch))
+    # a copy: a forward may write into its inputs
+    inputs, targets = tree_map(lambda v: v.to(device, copy=True) if isinstance(v, Tensor) else v, tuple(batch))
     try:
         loss = loss_fn(run(inputs), targets)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
