@@ -79,12 +79,10 @@ class Sensitivity:
         """Items taken from every group."""
         evaluate = Evaluator(self.model, problem, self.batches, torch.nn.functional.cross_entropy, self.seed)
         tried = tried_alone(problem, self.evaluations)
-        numbers = range(self.evaluations // sum(map(len, tried)))
-
-        def rise(one: tuple[int, int]) -> float:
-            return float(evaluate([(alone(problem, *one), number) for number in numbers]).mean())
-
-        return greedy(problem, tried, [[rise(one) for one in own] for own in tried])
+        order = np.random.default_rng(self.seed).permutation(len(self.batches))[::-1]
+        batches = order[: self.evaluations // sum(map(len, tried))].tolist()
+        rises = [evaluate.on([alone(problem, *one) for one in own], batches).mean(1).tolist() for own in tried]
+        return greedy(problem, tried, rises)
 
 
 def overhead(factors: int = 200, evaluations: int = 800) -> dict[str, Any]:

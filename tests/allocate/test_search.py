@@ -16,7 +16,8 @@ import secateur as sc
 from secateur.allocate.evaluator import Evaluator
 from secateur.allocate.factors import Effects, Factors
 from secateur.allocate.search import Search
-from secateur.allocate.strategies import STRATEGIES
+from secateur.allocate.sensitivity import alone, greedy, tried_alone
+from secateur.allocate.strategies import STRATEGIES, fill
 from secateur.errors import SecateurError
 
 
@@ -389,6 +390,47 @@ def test_no_more_forwards_are_made_than_allowed_and_the_last_are_a_comparison(mo
     assert 2 <= len(most) < len(tried)  # the start and the last ones
     assert all(batches == most[0] for batches in most)  # on the same batches, each once
     assert len(set(most[0])) == len(most[0])
+
+
+def test_a_search_starts_at_the_greedy_answer_and_plays_near_what_looks_best(monkeypatch):
+    moved, priced, seen, answer = [], [], [], Search._answer
+
+    def caught(self, course, plays, factors, evaluate):
+        seen.append((course, factors, plays.bandit.known.copy(), plays.bandit.favourite.copy()))
+        return answer(self, course, plays, factors, evaluate)
+
+    monkeypatch.setattr(Search, "_answer", caught)
+    for seed in range(3):
+        model, graph, scores, data = case(seed)
+        with torch.no_grad():
+            model[-1].weight.mul_(30)
+            data = [(x, model(x).argmax(1)) for x, _ in data]  # so that what goes is missed, and the budget has a price
+        problem = problem_of(graph, scores, sc.Budget(macs=0.5))
+        search = Search(model, data, evaluations=500, seed=seed, progress=False)
+        sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
+        course, factors, known, favourite = seen.pop()
+        evaluate = Evaluator(model, problem, data, F.cross_entropy, 0)
+        tried = tried_alone(problem, 500 // 3)
+        rises = [[evaluate.everywhere(alone(problem, *one)) for one in own] for own in tried]
+        for own, here in zip(course.rises, rises, strict=True):
+            assert own == pytest.approx(here, abs=1e-5)  # four batches: each was looked at once
+        assert factors.base.tolist() == greedy(problem, tried, rises).tolist()
+        assert search.losses[0] == pytest.approx(evaluate.everywhere(fill(problem, factors.base)), abs=1e-5)
+        price = -known[factors.cost != 0] / factors.cost[factors.cost != 0]  # one for all
+        assert price == pytest.approx(price[0])
+        assert problem.meter.met(problem.widths(factors.taken(favourite)))
+        moved.append(favourite.tolist() != factors.start.tolist())
+        priced.append(price[0] > 0)
+    assert any(moved) and any(priced)
+
+
+def test_blocks_that_do_not_fit_are_not_played():
+    model, graph, scores, data = case()
+    ratios = [1 + number / 20 for number in range(-18, 20)]
+    search = Search(model, data, evaluations=32, ratios=ratios, dueling=True, start="uniform", progress=False)
+    plan = sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
+    assert search.done <= 32
+    assert plan.removed == sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy="uniform").removed
 
 
 def test_prune_searches_by_name_and_says_what_it_found():

@@ -69,13 +69,13 @@ class Evaluator:
         """The rise of each combination of items on the batch that belongs to its play's number, float64 [wanted]."""
         return self._rises([(taken, self.batch(number)) for taken, number in wanted])
 
-    def on(self, taken: np.ndarray, batches: Sequence[int]) -> np.ndarray:
-        """The rise on each of these batches, float64 [batches]."""
-        return self._rises([(taken, batch) for batch in batches])
+    def on(self, taken: Sequence[np.ndarray], batches: Sequence[int]) -> np.ndarray:
+        """The rise of each combination of items on each of these batches, float64 [taken, batches]."""
+        return self._rises([(own, batch) for own in taken for batch in batches]).reshape(len(taken), len(batches))
 
     def everywhere(self, taken: np.ndarray) -> float:
         """The mean rise over all batches."""
-        return float(self.on(taken, range(len(self.batches))).mean())
+        return float(self.on([taken], range(len(self.batches))).mean())
 
     def batch(self, number: int) -> int:
         """Which batch belongs to a play's number."""

@@ -42,7 +42,7 @@ from secateur.allocate.factors import Effects, Factors
 from secateur.allocate.sensitivity import alone, greedy, tried_alone
 from secateur.allocate.strategies import STRATEGIES, Problem, fill
 from secateur.errors import SecateurError, check_seed, unknown
-from secateur.processes import rank, summed, told
+from secateur.processes import processes, rank, summed, told
 from secateur.score.taylor import Loss, mean_of
 from secateur.trace import fingerprint
 from secateur.train.checkpoint import write_atomically
@@ -98,6 +98,9 @@ def _positive(value: object) -> bool:
 class Search:
     """A strategy for :func:`secateur.allocate`: the widths that a factored bandit finds.
 
+    Groups that are not exact (``inexact=True``) are played like the others, with zeros at their producers, which is not
+    quite what is cut.
+
     Args:
         model: the traced model; it is not changed.
         data: batches ``(inputs, targets)``; all are kept in memory, and each play takes one of them at random.
@@ -127,7 +130,8 @@ class Search:
             explains; noise and what widths do together are the rest.
         doubts: groups whose best width depends on what the others do, with the two widths; not looked for in duels.
         losses: what the loss rises by, of the start and of what was found, on the same batches (those of the last
-            comparison, all if the evaluations allow it); the lower one is the answer.
+            comparison, all if the evaluations allow it); the lower one is the answer. Of a budget in milliseconds the
+            clock may still change some channels after that.
         done: how many forwards there were.
         late: whether the minutes were up before.
         seconds: how long the forwards took, and everything else (``"evaluations"``, ``"bandit"``).
@@ -172,6 +176,13 @@ class Search:
         self._forget()
         entered = time.monotonic()
         key, device = self._key(problem), next(self.model.parameters()).device
+        if self.norms == "batch" and processes() > 1:
+            for name, module in self.model.named_modules():
+                if isinstance(module, nn.SyncBatchNorm):
+                    raise SecateurError(
+                        f"Search: {name} takes its statistics from all processes, which play different combinations; "
+                        "give norms='running', or search in one process"
+                    )
         agreed = json.dumps([key, self.minutes, self.checkpoint is None])
         # before they work on anything together
         if summed(np.array([float(told(agreed, device) != agreed)]), device)[0]:
@@ -193,7 +204,7 @@ class Search:
                 return base
             plays = course.plays = course.plays or self._begun(factors, course, evaluate)
             limit = self.evaluations - self.evaluations // FINAL
-            while not plays.log or course.done + self._sides * len(plays.bandit.ask()) <= limit:
+            while course.done + self._sides * len(plays.bandit.ask()) <= limit:
                 self.late = self._late(begun, 1 - 1 / FINAL, device)
                 if self.late:
                     break
@@ -214,10 +225,11 @@ class Search:
                 return np.zeros_like(problem.count)
             tried = tried_alone(problem, self.evaluations // FIRST)
             often = self.evaluations // FIRST // max(sum(map(len, tried)), 1)
+            batches = self._order()[::-1][:often].tolist()  # the last comparison begins with others
             while course.plays is None and len(course.rises) < len(tried) and not late():
                 own = tried[len(course.rises)]  # all on the same batches
-                rises = evaluate([(alone(problem, *one), number) for one in own for number in range(often)])
-                course.rises.append(rises.reshape(len(own), often).mean(1).tolist())
+                rises = evaluate.on([alone(problem, *one) for one in own], batches)
+                course.rises.append(rises.mean(1).tolist())
                 course.done += rises.size
                 shown()
             if tried and len(course.rises) == len(tried):
@@ -281,7 +293,7 @@ class Search:
 
     def _final(self, answers: Sequence[np.ndarray], evaluate: Evaluator, forwards: int) -> int:
         """The best but the first, which stays in to the end: on ever more batches, ever half of the others."""
-        order, used = np.random.default_rng(self.seed).permutation(len(self.batches)), 0
+        order, used = self._order(), 0
         rises: list[list[float]] = [[] for _ in answers]
         left = list(range(1, len(answers)))
 
@@ -292,7 +304,7 @@ class Search:
             rounds, share = max(1, math.ceil(math.log2(max(len(left), 1)))), len(left) + 1
             more = order[used : used + max(1, forwards // rounds // share)]
             for number in (0, *left):
-                rises[number] += evaluate.on(answers[number], more.tolist()).tolist()
+                rises[number] += evaluate.on([answers[number]], more.tolist())[0].tolist()
             used, forwards, self.done = used + len(more), forwards - len(more) * share, self.done + len(more) * share
             if len(left) <= 2:
                 break
@@ -309,6 +321,9 @@ class Search:
             "price": self.price, "explained": self.explained, "losses": list(self.losses),
             "better": self.losses[1] < self.losses[0], "forwards": self.done, "late": self.late,
         }  # fmt: skip
+
+    def _order(self) -> np.ndarray:
+        return np.random.default_rng(self.seed).permutation(len(self.batches))
 
     @property
     def _sides(self) -> int:
