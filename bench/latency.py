@@ -2,7 +2,7 @@
 
 ResNet-20 (32 images of 32 x 32, trained, seed 0) and a ResNet-50-like network (one image of 224 x 224, random weights),
 magnitude scores, widths as they come and multiples of 8. ``error`` is the fit's at the networks that it was made of,
-``again`` the answer's part of the whole network's time, both timed anew in turn, beside what was allowed::
+``again`` the answer's part of the whole network's time, each timed anew by itself (the least of three medians)::
 
     python bench/latency.py --threads 1
 """
@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -23,7 +22,7 @@ from torch import nn
 import secateur as sc
 from networks import resnet
 from rows import Rows
-from secateur.measure.latency import in_turn
+from secateur.measure import latency
 from secateur.models import build
 
 HERE = Path(__file__).parent
@@ -59,7 +58,7 @@ def measured(name: str, round_to: int) -> list[dict[str, Any]]:
         plan = sc.allocate(graph, scores, budget, timing=timing)
         seconds = time.perf_counter() - begun
         small = sc.cut(model, plan)
-        whole, own = np.median(in_turn([model, small], inputs, 30, 3), axis=1).tolist()
+        whole, own = (min(latency(m, inputs)["median_ms"] for _ in range(3)) for m in (model, small))
         rows.append(
             {
                 "network": name, "round_to": round_to, "threads": torch.get_num_threads(), "whole_ms": timing.whole,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.timing import Timing, fitted, random_widths
+from secateur.timing import Timing, random_widths, solved
 
 
 def network(seed=0):
@@ -74,10 +74,10 @@ def test_prices_that_differ_between_operations_are_found():
     macs, channels = rng.random((60, 5)), rng.random((60, 4))
     prices = np.array([0.5, *(2.0, 0.3, 1.0, 0.0, 1.5), *(0.2, 0.0, 0.4, 0.1)])
     took = prices[0] + macs @ prices[1:6] + channels @ prices[6:]
-    found = fitted(macs, channels, took, np.ones(5))
+    found = solved(macs, channels, took, np.ones(5))
     assert found == pytest.approx(prices, abs=0.1)
     assert (found >= 0).all()
-    few = fitted(macs[:5], channels[:5], took[:5], np.ones(5))  # fewer than prices: still no nonsense
+    few = solved(macs[:5], channels[:5], took[:5], np.ones(5))  # fewer than prices: still no nonsense
     assert few[0] + macs @ few[1:6] + channels @ few[6:] == pytest.approx(took, rel=0.5)
 
 

@@ -132,7 +132,7 @@ class Timing:
         terms, full = self.graph.macs_terms, self.graph.widths
         macs = terms.each(self.graph.lengths(full)).astype(np.float64)
         shares = np.stack([terms.each(self.graph.lengths(own)) for own in widths]) / np.maximum(macs, 1)
-        prices = fitted(shares, widths / full, took, macs)
+        prices = solved(shares, widths / full, took, macs)
         self.base, per_mac, self.per_channel = prices[0], prices[1 : 1 + len(macs)], prices[1 + len(macs) :] / full
         self.terms = Terms(terms.factor * per_mac / np.maximum(macs, 1), terms.index)
         self.error = float(np.sqrt(np.mean((self.ms(widths) / took - 1) ** 2)))
@@ -219,7 +219,7 @@ def random_widths(
     return np.where(wanted == full, full, np.clip(rounded, least, full))
 
 
-def fitted(macs: np.ndarray, channels: np.ndarray, took: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def solved(macs: np.ndarray, channels: np.ndarray, took: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The prices, float64 [1 + terms + groups]: base, of every term of the MACs, of every group.
 
     Args:

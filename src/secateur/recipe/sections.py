@@ -176,7 +176,8 @@ class Prune(_Section):
             for dense blocks, at once or while it trains on; ``dead`` for what sdprun has driven to zero; ``none``.
         budget: what may remain, as the arguments of :class:`secateur.Budget`.
         strategy: how the budget is shared among the groups; ``bandit`` tries widths on the training images.
-        search: settings of ``bandit``: ``evaluations``, ``minutes``, ``start``, ``radius``, ``dueling``, ``norms``.
+        search: settings of ``bandit``: ``evaluations``, ``minutes``, ``start``, ``ratios``, ``radius``, ``dueling``,
+            ``norms``.
         inexact: also cut groups whose removal changes more than the removed channels.
         recalibrate: re-estimate batch-norm statistics after the cut.
         batches: batches of training images for scores and recalibration; ``None`` for all.
@@ -264,6 +265,8 @@ class Prune(_Section):
             raise SecateurError(f"method {self.method!r} needs a budget, for instance budget: {{macs: 0.5}}")
         if self.budget is not None:
             check_rounds(budget_from(self.budget), self.rounds)
+            if self.method not in CRITERIA:
+                budget_from(self.budget).refuse_latency(f"method {self.method!r}")
         return self
 
     def make_budget(self) -> Budget | None:

@@ -29,7 +29,8 @@ def run(
 ) -> dict[str, Any]:
     """Carry out a recipe, or go on with it where an earlier call was interrupted.
 
-    On the CPU the result does not depend on interruptions, bit for bit; only times do. The global random states are
+    On the CPU the result does not depend on interruptions, bit for bit; only times do, and what a budget in
+    ``latency_ms`` makes of them. The global random states are
     set from the seeds.
 
     Args:

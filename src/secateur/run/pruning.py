@@ -20,6 +20,7 @@ from secateur.cut import check, cut, pack, pivot, recalibrate, record, separate
 from secateur.cut.pivots import PIVOT, energy, pivoted, remembered
 from secateur.cut.separable import separable
 from secateur.eigendamage import CUTTING, EIGENDAMAGE, measure_damage
+from secateur.errors import SecateurError
 from secateur.measure.latency import threads_set
 from secateur.prune import DEAD, DIRECTIONAL, counts, prune
 from secateur.run.setting import Facts, Setting
@@ -143,7 +144,10 @@ def _timing(setting: Setting, model: nn.Module, checkpoints: Path) -> Timing:
     """The same in full, measured once."""
     path = _beside(checkpoints, "timing.json")
     if path.exists():
-        return timed(setting, model, TIMED, path.read_text())
+        try:
+            return timed(setting, model, TIMED, path.read_text())
+        except (SecateurError, OSError, ValueError) as error:
+            raise SecateurError(f"{path}: {error}; delete it to have it measured again") from error
     found = timed(setting, model, TIMED)
     write_atomically(path, found.to_json().encode())
     return found
