@@ -40,7 +40,8 @@ NOISE = 0.03
 """What a measurement is wrong by, as a part of it: how far prices may differ from the usual for so much."""
 EACH, LEAST, MOST = 0.3, 3, 25
 """Seconds that forwards of the whole network may take for each other one, and their least and largest number a turn."""
-TURNS, WARM_UP = 4, 3
+TURNS, DECIDING, WARM_UP = 4, 10, 3
+"""Turns that each network has, for the fit and where the clock decides, and forwards in each that do not count."""
 ENOUGH = 3
 """Networks that can be fitted to."""
 SPREAD = 0.5
@@ -63,7 +64,7 @@ class Timing:
 
     Attributes:
         whole: milliseconds of the whole network: the least median, one for each sample.
-        repeats: forwards of either network in each of four turns.
+        repeats: forwards of either network in each turn.
         samples: of each network the widths of all groups, and which part of the whole one's time it takes.
         error: root mean square of what the fit is wrong by at the samples, as a part of what was measured.
     """
@@ -89,7 +90,7 @@ class Timing:
             for own in bar.track(widths, description="timing"):
                 removed = {g.name: range(k, len(g)) for g, k in zip(graph.groups, own, strict=True) if k < len(g)}
                 try:
-                    whole, part = self._part(make_plan(graph, removed, inexact=inexact))
+                    whole, part = self._part(make_plan(graph, removed, inexact=inexact), TURNS)
                 except UnbearableError:
                     continue  # these widths are for no budget either
                 wholes.append(whole)
@@ -148,13 +149,13 @@ class Timing:
 
     def measured(self, plan: Plan | None = None) -> float:
         """How many milliseconds a forward of the cut network takes: its part of the whole one's time, in turns."""
-        return self.whole * (1.0 if plan is None else self._part(plan)[1])
+        return self.whole * (1.0 if plan is None else self._part(plan, DECIDING)[1])
 
-    def _part(self, plan: Plan) -> tuple[float, float]:
+    def _part(self, plan: Plan, turns: int) -> tuple[float, float]:
         """Milliseconds of the whole network, and which part of it the cut one takes."""
         small = cut(self.model, plan)
         with threads_set(self.threads):
-            times = in_turn([self.model, small], self.inputs, self.repeats, WARM_UP, TURNS)
+            times = in_turn([self.model, small], self.inputs, self.repeats, WARM_UP, turns)
         whole, own = np.median(times, axis=2)
         found: list[float] = self._told([float(np.median(whole)), float(np.median(own / whole))])
         return found[0], found[1]
