@@ -122,6 +122,23 @@ def test_what_is_narrowest_is_tried_before_a_budget_is_said_to_be_impossible():
     assert clock.true(graph.kept(plan)) <= 1.001 * least
 
 
+def test_what_was_seen_to_meet_a_budget_is_the_answer_if_the_clock_shows_more_later(monkeypatch):
+    _, graph, scores = case()
+    clock = Made(graph)
+    least = float(clock.true(np.ones(len(graph.groups), dtype=int)))
+    steady = clock.measured
+    seen = []
+
+    def later_slower(plan):
+        seen.append(steady(plan) * (1 if not seen or min(seen) > 1.01 * least else 1.1))
+        return seen[-1]
+
+    clock.measured = later_slower
+    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=1.01 * least), timing=clock)
+    assert clock.true(graph.kept(plan)) <= 1.01 * least
+    assert max(seen[1:]) > 1.01 * least
+
+
 def test_a_budget_that_cannot_be_met_is_told():
     _, graph, scores = case()
     clock = Made(graph, 0.5)  # thinks that half of it would do

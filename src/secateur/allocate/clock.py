@@ -63,11 +63,17 @@ def by_the_clock(problem: Problem, choose: Strategy, clock: Clock, plan_of: Call
         SecateurError: the clock shows more than the budget however little stays.
     """
     limit = problem.meter.allowed[LATENCY]
-    uniform, aim = _settled(problem, fill(problem, uniform_order(problem)), limit, clock, plan_of)
+    uniform, aim, least = _settled(problem, fill(problem, uniform_order(problem)), limit, clock, plan_of)
+    if uniform is None:
+        raise SecateurError(
+            f"the budget cannot be met: latency_ms={limit:.4g} is asked for, and the least that was measured is "
+            f"{least:.4g}: raise it, or lower at_least= or round_to="
+        )
+    if choose is uniform_order:
+        return uniform
     aimed = _aiming(problem, aim)
-    answer = choose(aimed)
-    checked(aimed, answer)
-    return uniform if choose is uniform_order else _settled(aimed, fill(aimed, answer), limit, clock, plan_of)[0]
+    found, _, _ = _settled(aimed, fill(aimed, checked(aimed, choose(aimed))), limit, clock, plan_of)
+    return uniform if found is None else found  # a clock that is not steady may show more the second time
 
 
 def checked(problem: Problem, taken: np.ndarray) -> np.ndarray:
@@ -86,18 +92,17 @@ def _aiming(problem: Problem, aim: float) -> Problem:
 
 def _settled(
     problem: Problem, taken: np.ndarray, limit: float, clock: Clock, plan_of: Callable[[np.ndarray], Plan]
-) -> tuple[np.ndarray, float]:
-    """The widest answer that was measured within the limit, and what the fit says of the limit there."""
-    found: tuple[np.ndarray, float] | None = None
-    least = np.inf
+) -> tuple[np.ndarray | None, float, float]:
+    """The widest answer that was measured within the limit, what the fit says of the limit there, the least time."""
+    found, there, least = None, 0.0, np.inf
     for attempt in range(TRIES + 1):
         if attempt == TRIES:  # nothing so far: what is narrowest decides
             taken = problem.count
         took = clock.measured(plan_of(taken))
         least = min(least, took)
         aim = limit * clock.ms(problem.widths(taken)).item() / took
-        if took <= limit and (found is None or taken.sum() < found[0].sum()):
-            found = taken, aim
+        if took <= limit and (found is None or taken.sum() < found.sum()):
+            found, there = taken, aim
         if found is not None and (ENOUGH * limit <= took <= limit or attempt >= TRIES // 2):
             break
         aimed = _aiming(problem, SAFE * aim)
@@ -112,10 +117,5 @@ def _settled(
                 break
             changed = problem.count
         taken = changed
-    if found is None:
-        raise SecateurError(
-            f"the budget cannot be met: latency_ms={limit:.4g} is asked for, and the least that was measured is "
-            f"{least:.4g}: raise it, or lower at_least= or round_to="
-        )
-    # where the least is more than the aim, a strategy has no answer
-    return found[0], max(found[1], clock.ms(problem.widths(problem.count)).item())
+    # where what is narrowest takes more than the aim, a strategy would have no answer
+    return found, max(there, clock.ms(problem.widths(problem.count)).item()), least
