@@ -76,7 +76,7 @@ def by_the_clock(problem: Problem, choose: Strategy, clock: Clock, plan_of: Call
     found, _, _ = _settled(aimed, fill(aimed, checked(aimed, choose(aimed))), limit, clock, plan_of)
     if found is None:
         warnings.warn(
-            f"latency_ms={limit:.4g}: the clock showed more whatever the strategy's answer was narrowed to, and less for "
+            f"latency_ms={limit:.4g}: the clock showed more however narrow the strategy's answer was, and less for "
             "uniform widths before: it is not steady, and the answer is uniform widths; measure on a quieter machine, "
             "or allow more",
             stacklevel=2,
