@@ -30,4 +30,5 @@ if __name__ == "__main__":
     plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), budget, strategy=search, timing=timing)
     parts = torch.tensor([part for _, part in timing.samples], dtype=torch.float64)
     save_file({"kept": torch.tensor(graph.kept(plan)), "parts": parts}, f"{sys.argv[1]}/{dist.get_rank()}.safetensors")
+    dist.barrier()  # the last that was told may still be under way
     dist.destroy_process_group()
