@@ -201,14 +201,3 @@ def test_what_can_be_told_at_once_is_told_before_anything_is_measured(monkeypatc
 def test_bad_input_is_told(call, message):
     with pytest.raises(sc.SecateurError, match=message):
         call(*case())
-
-
-def test_a_process_goes_by_what_the_first_one_tells(monkeypatch):
-    model, graph = case()
-    heard: list[str] = []
-    monkeypatch.setitem(sc.Timing.__init__.__globals__, "told", lambda text, device: heard.append(text) or text)
-    first = sc.Timing(model, graph, samples=4, progress=False)
-    replies = iter(heard)
-    monkeypatch.setitem(sc.Timing.__init__.__globals__, "told", lambda text, device: next(replies))
-    second = sc.Timing(model, graph, samples=4, progress=False)
-    assert second.to_json() == first.to_json() and second.key() == first.key()

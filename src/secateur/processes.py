@@ -6,6 +6,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+# `torch.distributed.nn` keeps the group of the time of its import as a default argument for ever. Tracing would import
+# it later, when there may be a group, whose threads would then outlive `destroy_process_group` and may abort the
+# process at its exit (https://github.com/pytorch/pytorch/issues/190489).
+if dist.is_available():
+    import torch.distributed.nn
+
 
 def processes() -> int:
     """How many there are."""
