@@ -254,6 +254,15 @@ def test_a_budget_that_cannot_be_met_a_loss_that_is_not_finite_and_another_model
         sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(copy.deepcopy(model)[:4], data, progress=False))
 
 
+def test_norms_that_ask_other_processes_are_no_part_of_different_plays(monkeypatch):
+    model, _, _, data = case()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()
+    graph = sc.trace(model, data[0][0])
+    monkeypatch.setattr(importlib.import_module("secateur.allocate.search"), "processes", lambda: 2)
+    with pytest.raises(SecateurError, match="Search: 1 takes its statistics from all processes"):
+        sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(macs=0.5), strategy=Search(model, data))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

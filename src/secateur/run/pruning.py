@@ -63,6 +63,14 @@ def pruned(setting: Setting, model: nn.Module, seed: int, number: int, checkpoin
     if section.method == EIGENDAMAGE:
         assert budget is not None
         return _rotate(setting, model, budget, batches, seed, last=number == section.rounds)
+    return _prune_at_once(setting, model, budget, batches, seed, checkpoints)
+
+
+def _prune_at_once(
+    setting: Setting, model: nn.Module, budget: Budget | None, batches: Any, seed: int, checkpoints: Path
+) -> tuple[nn.Module, Facts]:
+    """Score, allocate and cut; the facts are those of the result, and the widths."""
+    section = setting.recipe.prune
     result = prune(
         model,
         setting.inputs,
@@ -103,7 +111,7 @@ def pruned(setting: Setting, model: nn.Module, seed: int, number: int, checkpoin
     if not (
         section.recalibrate or section.refit or section.inexact or section.compensate or section.method == DIRECTIONAL
     ):  # masked and cut compute the same: shown, not assumed
-        images, _ = next(iter(data.loader("train", 64)))
+        images, _ = next(iter(setting.data.loader("train", 64)))
         facts["difference"] = check(model, result.model, result.plan, images)
     if section.method == DEAD:
         facts["dead"] = len(result.plan)
