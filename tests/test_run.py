@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -359,15 +360,13 @@ def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock
         run(made(TAYLOR, prune=impossible), tmp_path / "impossible", progress=False)
     assert not (tmp_path / "impossible").exists() or not list((tmp_path / "impossible").rglob("*.safetensors"))
     module = importlib.import_module("secateur.run.pruning")
-    counted, prune = [], module.prune
-    timing = sc.Timing
+    counted, prune, measure = [], module.prune, sc.Timing._measure
 
-    def counting(*args: Any, **given: Any) -> sc.Timing:
-        counted.append(given)
-        return timing(*args, **given)
+    def counting(timing: sc.Timing, widths: np.ndarray, progress: bool) -> None:
+        counted.append((len(widths), timing.where["inputs"][0][0], timing.threads))
+        measure(timing, widths, progress)
 
-    counting.from_json = timing.from_json  # type: ignore[attr-defined]
-    monkeypatch.setattr(module, "Timing", counting)
+    monkeypatch.setattr(sc.Timing, "_measure", counting)
     monkeypatch.setattr(module, "TIMED", 6)
     budget = {"latency_ms": 1000.0, "macs": 0.5}
     recipe = made(TAYLOR, prune=TAYLOR["prune"] | {"budget": budget}, measure={"batch_sizes": [4], "threads": 1})
@@ -379,13 +378,45 @@ def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock
     monkeypatch.setattr(module, "prune", stop)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "again", progress=False)
-    assert [given["samples"] for given in counted] == [4, 6]  # at the door, and for the answer
-    assert counted[1]["inputs"].shape[0] == 4 and counted[1]["threads"] == 1
+    assert counted == [(4, 4, 1), (6, 4, 1)]  # networks at the door, and for the answer; batch size, threads
     monkeypatch.setattr(module, "prune", prune)
     seed = run(recipe, tmp_path / "again", progress=False)["seeds"]["0"]
-    assert [given["samples"] for given in counted] == [4, 6, 4]  # the rest was on disk
+    assert counted[2:] == [(4, 4, 1)]  # the rest was on disk
     assert seed["after"]["macs"] <= 0.5 * seed["before"]["macs"]
     assert seed["stages"]["pruned"]["latency_ms"]["after"] <= 1000
+
+
+def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_unsteady_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng()
+
+    def noisy(models: Any, inputs: Any, repeats: int, warm_up: int, turns: int) -> np.ndarray:
+        weights = np.array([sum(tensor.numel() for tensor in model.parameters()) for model in models])
+        return weights[:, None, None] / weights[0] * rng.uniform(0.9, 1.1, (len(models), turns, 1))
+
+    monkeypatch.setitem(sc.Timing.__init__.__globals__, "in_turn", noisy)
+    search, pruning = (importlib.import_module(f"secateur.{name}") for name in ("allocate.search", "run.pruning"))
+    monkeypatch.setattr(pruning, "TIMED", 6)
+    monkeypatch.setattr(search, "EVERY", 0.0)
+    calls, rise = [], search.Evaluator._rise
+
+    def stop(*args: Any) -> float:
+        calls.append(0)
+        if len(calls) == 50:
+            raise KeyboardInterrupt
+        return rise(*args)
+
+    monkeypatch.setattr(search.Evaluator, "_rise", stop)
+    prune = {
+        "method": "magnitude", "budget": {"latency_ms": 0.7}, "strategy": "bandit", "batches": 4, "recalibrate": True,
+        "search": {"evaluations": 80},
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        run(made(TAYLOR, prune=prune), tmp_path, progress=False)
+    seed = run(made(TAYLOR, prune=prune), tmp_path, progress=False)["seeds"]["0"]
+    assert seed["stages"]["pruned"]["search"]["table"]
+    assert len(calls) < 50 + 60  # all of it again would be 88 more
 
 
 def test_pivoting_that_the_training_is_too_short_for_is_told_before_any_work(tmp_path: Path) -> None:

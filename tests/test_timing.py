@@ -46,7 +46,8 @@ def made_of(graph, count=40, noise=0.0, **changes):
     parts = true(graph, widths) * (1 + noise * rng.standard_normal(count)) / whole
     data = {
         "fingerprint": graph.fingerprint, "where": {"device": "cpu", "inputs": [[1, 3, 8, 8]]}, "threads": 1,
-        "whole": whole, "repeats": 9, "samples": [[k.tolist(), p] for k, p in zip(widths, parts, strict=True)],
+        "settings": {}, "known": {}, "whole": whole, "repeats": 9,
+        "samples": [[k.tolist(), p] for k, p in zip(widths, parts, strict=True)],
     }  # fmt: skip
     return Timing.from_json(json.dumps(data | changes), network(), graph)
 
@@ -140,6 +141,34 @@ def test_a_real_clock_sees_that_a_narrow_network_is_faster_and_leaves_all_as_it_
     assert len(plan) > 0
 
 
+def test_what_a_checkpoint_has_is_not_measured_again(tmp_path, monkeypatch):
+    (model, graph), path = case(), tmp_path / "timing.json"
+    given = {"samples": 5, "threads": 1, "progress": False, "checkpoint": path}
+    plans = [sc.make_plan(graph, {g.name: range(k, len(g)) for g in graph.groups}) for k in (5, 9)]
+    first = sc.Timing(model, graph, **given)
+    took = [first.measured(plan) for plan in plans]
+
+    def never(*args, **options):
+        raise AssertionError("measured")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sc.Timing.__init__.__globals__, "in_turn", never)
+        patch.setitem(sc.Timing.__init__.__globals__, "latency", never)
+        again = sc.Timing(model, graph, **given)
+        assert [timing.measured(plan) for timing in (first, again) for plan in plans] == took * 2
+        assert again.key() == first.key() and again.to_json() == first.to_json() == path.read_text()
+    assert again.measured(sc.make_plan(graph, {graph.groups[0].name: [0]})) > 0
+    assert len(json.loads(path.read_text())["known"]) == 3 and again.key() == first.key()
+    for changed in ({"samples": 6}, {"threads": None}, {"seed": 1}):
+        with pytest.raises(sc.SecateurError, match=r"timing.json: it was measured with threads and settings 1, "):
+            sc.Timing(model, graph, **(given | changed))
+    with pytest.raises(sc.SecateurError, match=r"timing.json: the timing is of another model, device or inputs"):
+        sc.Timing(model, graph, inputs=torch.zeros(2, 3, 8, 8), **given)
+    path.write_bytes(b"\xff")
+    with pytest.raises(sc.SecateurError, match=r"timing.json: the timing is damaged .*delete it"):
+        sc.Timing(model, graph, **given)
+
+
 def test_prune_measures_if_no_timing_is_given(monkeypatch):
     made, prune = [], sc.prune
     monkeypatch.setitem(prune.__globals__, "Timing", lambda *args, **given: made.append(given) or made_of(args[1]))
@@ -196,6 +225,12 @@ def test_what_can_be_told_at_once_is_told_before_anything_is_measured(monkeypatc
         (lambda m, g: made_of(g, repeats=0), "samples that do not fit"),
         (lambda m, g: made_of(g, whole=float("nan")), "samples that do not fit"),
         (lambda m, g: made_of(g, threads="x"), "threads 'x'"),
+        (lambda m, g: made_of(g, known={"a": -1.0}), "samples that do not fit"),
+        (lambda m, g: made_of(g, known=[]), "the timing is damaged"),
+        (
+            lambda m, g: sc.Timing(m, g, checkpoint="no/folder/t.json"),
+            "'no/folder/t.json': a file in a folder",
+        ),
     ],
 )
 def test_bad_input_is_told(call, message):

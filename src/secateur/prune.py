@@ -206,7 +206,7 @@ def _check_time(budget: Any, timing: Any, search: Any) -> None:
     if limited and timing is None and search is not None and "checkpoint" in search:
         raise SecateurError(
             "prune(search={'checkpoint': ...}) with Budget(latency_ms=...): a search that goes on must know the same "
-            "times; give timing=, and keep its to_json()"
+            "times; give timing=secateur.Timing(..., checkpoint=...)"
         )
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from secateur.processes import rank, told
 from secateur.trace import ChannelGraph, fingerprint
 from secateur.trace.graph import Terms
 from secateur.trace.tracer import Inputs, tensors_in
+from secateur.train.checkpoint import file_at, write_atomically
 
 NOISE = 0.03
 """What a measurement is wrong by, as a part of it: how far prices may differ from the usual for so much."""
@@ -61,17 +63,21 @@ class Timing:
         inexact: also narrow groups that cannot be cut exactly.
         seed: of the widths.
         progress: show a bar with the time left.
+        checkpoint: a file that keeps what is measured; what is in it is not measured again, so that what goes by the
+            clock and was interrupted ends as it began.
 
     Attributes:
         whole: milliseconds of the whole network: the least median, one for each sample.
         repeats: forwards of either network in each turn.
         samples: of each network the widths of all groups, and which part of the whole one's time it takes.
+        known: likewise which part the plans take that were measured, by the beginning of their JSON's SHA-256.
         error: root mean square of what the fit is wrong by at the samples, as a part of what was measured.
     """
 
     def __init__(
         self, model: nn.Module, graph: ChannelGraph, *, inputs: Inputs | None = None, samples: int = 32,
         threads: int | None = None, round_to: int = 1, inexact: bool = False, seed: int = 0, progress: bool = True,
+        checkpoint: str | Path | None = None,
     ) -> None:  # fmt: skip
         for name, value, least in (
             ("samples", samples, 4),
@@ -81,22 +87,32 @@ class Timing:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise SecateurError(f"{name}={value!r}: a whole number from {least} on is expected")
         check_seed(seed)
+        self.checkpoint = file_at(checkpoint)
         self._begin(model, graph, inputs, threads)
+        self.settings: dict[str, Any] = {
+            "samples": samples,
+            "round_to": round_to,
+            "inexact": bool(inexact),
+            "seed": seed,
+        }
+        if not self._resumed():
+            self._measure(random_widths(graph, samples, round_to, inexact, np.random.default_rng(seed)), progress)
+            self._save()
+        self._fit()
+
+    def _measure(self, widths: np.ndarray, progress: bool) -> None:
         self.repeats = self._repeats()
         wholes = []
-        widths = random_widths(graph, samples, round_to, inexact, np.random.default_rng(seed))
-        self.samples: list[tuple[list[int], float]] = []
         with Progress(disable=not progress or rank() > 0, transient=True) as bar:
             for own in bar.track(widths, description="timing"):
-                removed = {g.name: range(k, len(g)) for g, k in zip(graph.groups, own, strict=True) if k < len(g)}
+                removed = {g.name: range(k, len(g)) for g, k in zip(self.graph.groups, own, strict=True) if k < len(g)}
                 try:
-                    whole, part = self._part(make_plan(graph, removed, inexact=inexact), TURNS)
+                    whole, part = self._part(make_plan(self.graph, removed, inexact=self.settings["inexact"]), TURNS)
                 except UnbearableError:
                     continue  # these widths are for no budget either
                 wholes.append(whole)
                 self.samples.append((own.tolist(), part))
         self.whole = min(wholes, default=math.nan)
-        self._fit()
 
     def _begin(self, model: nn.Module, graph: ChannelGraph, inputs: Inputs | None, threads: int | None) -> None:
         if not isinstance(model, nn.Module) or not isinstance(graph, ChannelGraph):
@@ -104,6 +120,8 @@ class Timing:
         if fingerprint(model) != graph.fingerprint:
             raise SecateurError("Timing(model, graph): the graph is of another model; give the one that was traced")
         self.model, self.graph, self.threads = model, graph, threads
+        self.samples: list[tuple[list[int], float]] = []
+        self.known: dict[str, float] = {}
         self.inputs = graph.inputs if inputs is None else inputs
         self.where = {
             "device": next(model.parameters()).device.type,
@@ -148,8 +166,17 @@ class Timing:
         return self.graph.multiplicity.T @ per_length + self.per_channel
 
     def measured(self, plan: Plan | None = None) -> float:
-        """How many milliseconds a forward of the cut network takes: its part of the whole one's time, in turns."""
-        return self.whole * (1.0 if plan is None else self._part(plan, DECIDING)[1])
+        """How many milliseconds a forward of the cut network takes: its part of the whole one's time, in turns.
+
+        Asked for the same plan again it says the same; another :class:`Timing` measures anew.
+        """
+        if plan is None:
+            return self.whole
+        name = _digest(plan.to_json())
+        if name not in self.known:
+            self.known[name] = self._part(plan, DECIDING)[1]
+            self._save()
+        return self.whole * self.known[name]
 
     def _part(self, plan: Plan, turns: int) -> tuple[float, float]:
         """Milliseconds of the whole network, and which part of it the cut one takes."""
@@ -161,17 +188,21 @@ class Timing:
         return found[0], found[1]
 
     def facts(self, plan: Plan) -> dict[str, float]:
-        """Milliseconds ``before`` and ``after`` a plan, the latter measured now, and the fit's ``error``."""
-        return {"before": self.measured(), "after": self.measured(plan), "error": self.error}
+        """Milliseconds ``before`` and ``after`` a plan, the latter measured anew, and the fit's ``error``."""
+        after = self.whole * self._part(plan, DECIDING)[1]
+        return {"before": self.whole, "after": after, "error": self.error}
 
     def key(self) -> str:
         """What tells it from another."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        return _digest(json.dumps(self._fitted()))
 
     def to_json(self) -> str:
         """What was measured, as JSON text."""
-        own = {name: getattr(self, name) for name in ("where", "threads", "whole", "repeats", "samples")}
-        return json.dumps({"fingerprint": self.graph.fingerprint, **own})
+        return json.dumps(self._fitted() | {"known": self.known})
+
+    def _fitted(self) -> dict[str, Any]:
+        own = ("where", "threads", "settings", "whole", "repeats", "samples")
+        return {"fingerprint": self.graph.fingerprint} | {name: getattr(self, name) for name in own}
 
     @staticmethod
     def from_json(text: str, model: nn.Module, graph: ChannelGraph, inputs: Inputs | None = None) -> Timing:
@@ -181,28 +212,66 @@ class Timing:
             SecateurError: damaged data, or of another model.
         """
         made = object.__new__(Timing)
+        made.checkpoint = None
+        made._begin(model, graph, inputs, None)
+        made._read(text)
+        made._fit()
+        return made
+
+    def _read(self, text: str) -> None:
+        """Take over what :meth:`to_json` gave."""
         try:
             data: dict[str, Any] = json.loads(text)
-            if data["threads"] is not None and (type(data["threads"]) is not int or data["threads"] < 1):
-                raise ValueError(f"threads {data['threads']!r}")
-            made._begin(model, graph, inputs, data["threads"])
-            if data["fingerprint"] != graph.fingerprint or data["where"] != made.where:
-                here = f"{data['where']}, here {made.where}"
+            if data["fingerprint"] != self.graph.fingerprint or data["where"] != self.where:
+                here = f"{data['where']}, here {self.where}"
                 raise SecateurError(f"the timing is of another model, device or inputs ({here}): measure anew")
-            made.samples = [([int(k) for k in own], float(part)) for own, part in data["samples"]]
-            widths = [own for own, _ in made.samples]
-            made.whole, made.repeats = float(data["whole"]), int(data["repeats"])
-            times = [made.whole, *(part for _, part in made.samples)]
-            full = graph.widths.tolist()
+            self.threads, self.settings = data["threads"], dict(data["settings"])
+            if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+                raise ValueError(f"threads {self.threads!r}")
+            self.samples = [([int(k) for k in own], float(part)) for own, part in data["samples"]]
+            self.known = {str(name): float(part) for name, part in data["known"].items()}
+            widths = [own for own, _ in self.samples]
+            self.whole, self.repeats = float(data["whole"]), int(data["repeats"])
+            times = [self.whole, *(part for _, part in self.samples), *self.known.values()]
+            full = self.graph.widths.tolist()
             fits = [len(own) == len(full) and all(0 < k <= n for k, n in zip(own, full, strict=True)) for own in widths]
-            if len(widths) < ENOUGH or not all(fits) or not all(0 < t < math.inf for t in times) or made.repeats < 1:
+            if len(widths) < ENOUGH or not all(fits) or not all(0 < t < math.inf for t in times) or self.repeats < 1:
                 raise ValueError("samples that do not fit the model")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, SecateurError):
                 raise
             raise SecateurError(f"the timing is damaged ({type(error).__name__}: {error}): measure anew") from error
-        made._fit()
-        return made
+
+    def _resumed(self) -> bool:
+        """Whether the checkpoint has it all; of several processes that of the first counts."""
+        text = ""
+        if self.checkpoint is not None and rank() == 0 and self.checkpoint.exists():
+            try:
+                text = self.checkpoint.read_text()
+            except (OSError, ValueError) as error:
+                text = f"no JSON: {error}"  # which all processes shall hear of
+        text = self._told(text)
+        if not text:
+            return False
+        wanted = (self.threads, self.settings)
+        try:
+            self._read(text)
+        except SecateurError as error:
+            raise SecateurError(f"checkpoint {self.checkpoint}: {error} (delete it, or give another file)") from error
+        if (self.threads, self.settings) != wanted:
+            raise SecateurError(
+                f"checkpoint {self.checkpoint}: it was measured with threads and settings {self.threads}, "
+                f"{self.settings}, and not {wanted[0]}, {wanted[1]}: delete it, or give another file"
+            )
+        return True
+
+    def _save(self) -> None:
+        if self.checkpoint is not None and rank() == 0:
+            write_atomically(self.checkpoint, self.to_json().encode())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def random_widths(

@@ -45,7 +45,7 @@ from secateur.errors import SecateurError, check_seed, unknown
 from secateur.processes import processes, rank, summed, told
 from secateur.score.taylor import Loss, mean_of
 from secateur.trace import fingerprint
-from secateur.train.checkpoint import write_atomically
+from secateur.train.checkpoint import file_at, write_atomically
 
 NORMS = ("batch", "running")
 SENSITIVITY = "sensitivity"
@@ -156,9 +156,7 @@ class Search:
         self.batches = _pairs(data)
         self.evaluations, self.minutes, self.start, self.ratios = evaluations, minutes, start, sorted(set(ratios))
         self.radius, self.dueling, self.norms, self.seed, self.progress = radius, dueling, norms, seed, progress
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        if self.checkpoint is not None and (self.checkpoint.is_dir() or not self.checkpoint.parent.is_dir()):
-            raise SecateurError(f"checkpoint={str(checkpoint)!r}: a file in a folder that is there is expected")
+        self.checkpoint = file_at(checkpoint)
         self._written: set[str] = set()
         self._saved = 0.0
         self._forget()

@@ -20,7 +20,6 @@ from secateur.cut import check, cut, pack, pivot, recalibrate, record, separate
 from secateur.cut.pivots import PIVOT, energy, pivoted, remembered
 from secateur.cut.separable import separable
 from secateur.eigendamage import CUTTING, EIGENDAMAGE, measure_damage
-from secateur.errors import SecateurError
 from secateur.measure.latency import threads_set
 from secateur.prune import DEAD, DIRECTIONAL, counts, prune
 from secateur.run.setting import Facts, Setting
@@ -28,7 +27,6 @@ from secateur.run.training import fitted, make_handle, make_optimizer
 from secateur.timing import Timing
 from secateur.trace import trace
 from secateur.train import GENTLE
-from secateur.train.checkpoint import write_atomically
 from secateur.train.pivoting import Pivoting
 
 TIMED = 32
@@ -70,7 +68,9 @@ def _prune_at_once(
     setting: Setting, model: nn.Module, budget: Budget | None, batches: Any, seed: int, checkpoints: Path
 ) -> tuple[nn.Module, Facts]:
     """Score, allocate and cut; the facts are those of the result, and the widths."""
-    section = setting.recipe.prune
+    section, timing = setting.recipe.prune, None
+    if budget is not None and budget.latency_ms is not None:
+        timing = timed(setting, model, TIMED, _beside(checkpoints, "timing.json"))
     result = prune(
         model,
         setting.inputs,
@@ -83,7 +83,7 @@ def _prune_at_once(
         recalibrate=section.recalibrate,
         compensate=section.compensate,
         refit=section.refit,
-        timing=_timing(setting, model, checkpoints) if budget is not None and budget.latency_ms is not None else None,
+        timing=timing,
         search=None
         if section.strategy != BANDIT
         else {
@@ -133,32 +133,16 @@ def _tell_search(setting: Setting, found: Mapping[str, Any]) -> None:
         setting.say(f"search: the best width of {name} is {weak} or {strong}, depending on what the other groups do")
 
 
-def timed(setting: Setting, model: nn.Module, samples: int, known: str | None = None) -> Timing:
+def timed(setting: Setting, model: nn.Module, samples: int, checkpoint: Path | None = None) -> Timing:
     """How long the model takes as the recipe measures it: on the CPU, with its threads, at its first batch size."""
     section, how = setting.recipe.prune, setting.recipe.measure
     budget, own = section.make_budget(), copy.deepcopy(model).cpu()
     assert budget is not None
-    graph = trace(own, setting.inputs.cpu())
     images = setting.inputs.cpu().expand(how.batch_sizes[0], -1, -1, -1).contiguous()
-    if known is not None:
-        return Timing.from_json(known, own, graph, images)
     return Timing(
-        own, graph, inputs=images, samples=samples, threads=how.threads, round_to=budget.round_to,
-        inexact=section.inexact, progress=setting.progress,
+        own, trace(own, setting.inputs.cpu()), inputs=images, samples=samples, threads=how.threads,
+        round_to=budget.round_to, inexact=section.inexact, progress=setting.progress, checkpoint=checkpoint,
     )  # fmt: skip
-
-
-def _timing(setting: Setting, model: nn.Module, checkpoints: Path) -> Timing:
-    """The same in full, measured once."""
-    path = _beside(checkpoints, "timing.json")
-    if path.exists():
-        try:
-            return timed(setting, model, TIMED, path.read_text())
-        except (SecateurError, OSError, ValueError) as error:
-            raise SecateurError(f"{path}: {error}; delete it to have it measured again") from error
-    found = timed(setting, model, TIMED)
-    write_atomically(path, found.to_json().encode())
-    return found
 
 
 def _beside(checkpoints: Path, name: str) -> Path:

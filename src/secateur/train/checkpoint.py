@@ -76,6 +76,19 @@ def unpack(tensors: Mapping[str, Tensor], tree: Any) -> Any:
     return {key: unpack(tensors, item) for key, item in tree.items()}
 
 
+def file_at(path: str | Path | None) -> Path | None:
+    """Where a checkpoint in a single file is to be.
+
+    Raises:
+        SecateurError: it cannot be there.
+    """
+    if path is None:
+        return None
+    if not isinstance(path, (str, Path)) or Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise SecateurError(f"checkpoint={str(path)!r}: a file in a folder that is there is expected")
+    return Path(path)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a crash at any moment leaves the old one or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
