@@ -356,15 +356,15 @@ def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impossible = {"method": "magnitude", "budget": {"latency_ms": 1e-6}}
-    with pytest.raises(sc.SecateurError, match="latency_ms=1e-06 is asked for; feasible are about"):
+    with pytest.raises(sc.SecateurError, match="latency_ms=1e-06 is asked for, and the least that was"):
         run(made(TAYLOR, prune=impossible), tmp_path / "impossible", progress=False)
     assert not (tmp_path / "impossible").exists() or not list((tmp_path / "impossible").rglob("*.safetensors"))
     module = importlib.import_module("secateur.run.pruning")
     counted, prune, measure = [], module.prune, sc.Timing._measure
 
-    def counting(timing: sc.Timing, widths: np.ndarray, progress: bool) -> None:
-        counted.append((len(widths), timing.where["inputs"][0][0], timing.threads))
-        measure(timing, widths, progress)
+    def counting(timing: sc.Timing, count: int, progress: bool) -> None:
+        counted.append((count, timing.where["inputs"][0][0], timing.threads))
+        measure(timing, count, progress)
 
     monkeypatch.setattr(sc.Timing, "_measure", counting)
     monkeypatch.setattr(module, "TIMED", 6)
@@ -381,7 +381,7 @@ def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock
     assert counted == [(4, 4, 1), (6, 4, 1)]  # networks at the door, and for the answer; batch size, threads
     monkeypatch.setattr(module, "prune", prune)
     seed = run(recipe, tmp_path / "again", progress=False)["seeds"]["0"]
-    assert counted[2:] == [(4, 4, 1)]  # the rest was on disk
+    assert len(counted) == 2  # the rest was on disk
     assert seed["after"]["macs"] <= 0.5 * seed["before"]["macs"]
     assert seed["stages"]["pruned"]["latency_ms"]["after"] <= 1000
 
@@ -389,11 +389,11 @@ def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock
 def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_unsteady_the_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng = np.random.default_rng()
+    rng, slower = np.random.default_rng(), [1.0]
 
     def noisy(models: Any, inputs: Any, repeats: int, warm_up: int, turns: int) -> np.ndarray:
         weights = np.array([sum(tensor.numel() for tensor in model.parameters()) for model in models])
-        return weights[:, None, None] / weights[0] * rng.uniform(0.9, 1.1, (len(models), turns, 1))
+        return slower[0] * weights[:, None, None] / weights[0] * rng.uniform(0.9, 1.1, (len(models), turns, 1))
 
     monkeypatch.setitem(sc.Timing.__init__.__globals__, "in_turn", noisy)
     search, pruning = (importlib.import_module(f"secateur.{name}") for name in ("allocate.search", "run.pruning"))
@@ -414,6 +414,7 @@ def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_u
     }  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         run(made(TAYLOR, prune=prune), tmp_path, progress=False)
+    slower[0] = 1000.0  # today the machine does what it did before only by what was kept
     seed = run(made(TAYLOR, prune=prune), tmp_path, progress=False)["seeds"]["0"]
     assert seed["stages"]["pruned"]["search"]["table"]
     assert len(calls) < 50 + 60  # all of it again would be 88 more

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.allocate.search import Search
 from secateur.timing import Timing, random_widths, solved
 
 
@@ -45,7 +46,8 @@ def made_of(graph, count=40, noise=0.0, **changes):
     widths = random_widths(graph, count, 1, False, np.random.default_rng(1))
     parts = true(graph, widths) * (1 + noise * rng.standard_normal(count)) / whole
     data = {
-        "fingerprint": graph.fingerprint, "where": {"device": "cpu", "inputs": [[1, 3, 8, 8]]}, "threads": 1,
+        "fingerprint": graph.fingerprint, "threads": 1,
+        "where": {"device": "cpu", "inputs": [[1, 3, 8, 8]], "threads": 1, "macs": graph.macs()},
         "settings": {}, "known": {}, "whole": whole, "repeats": 9,
         "samples": [[k.tolist(), p] for k, p in zip(widths, parts, strict=True)],
     }  # fmt: skip
@@ -162,11 +164,39 @@ def test_what_a_checkpoint_has_is_not_measured_again(tmp_path, monkeypatch):
     for changed in ({"samples": 6}, {"threads": None}, {"seed": 1}):
         with pytest.raises(sc.SecateurError, match=r"timing.json: it was measured with threads and settings 1, "):
             sc.Timing(model, graph, **(given | changed))
-    with pytest.raises(sc.SecateurError, match=r"timing.json: the timing is of another model, device or inputs"):
+    with pytest.raises(sc.SecateurError, match=r"timing.json: the timing is of another model, device, "):
         sc.Timing(model, graph, inputs=torch.zeros(2, 3, 8, 8), **given)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    own = given | {"threads": None, "checkpoint": tmp_path / "other.json"}
+    assert sc.Timing(model, graph, **own).key() == sc.Timing(model, graph, **own).key()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    with pytest.raises(sc.SecateurError, match=r"other.json: .* device, number of threads"):
+        sc.Timing(model, graph, **own)
     path.write_bytes(b"\xff")
     with pytest.raises(sc.SecateurError, match=r"timing.json: the timing is damaged .*delete it"):
         sc.Timing(model, graph, **given)
+
+
+class Branching(nn.Module):
+    """Most widths make it take another path, and cannot be cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 20), nn.Linear(20, 20), nn.Linear(20, 4)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last(self.second(x if x.shape[1] > 12 else x.tanh()).relu())
+
+
+def test_in_place_of_a_network_that_cannot_be_cut_another_is_timed(tmp_path):
+    model, given = Branching().eval(), {"progress": False, "threads": 1, "checkpoint": tmp_path / "timing.json"}
+    graph = sc.trace(model, torch.zeros(4, 8))
+    for count in (4, 6):
+        timing = sc.Timing(model, graph, samples=count, **given)
+        assert len(timing.samples) == count and timing.whole > 0
+        assert all(own[0] > 12 for own, _ in timing.samples)
+        given["checkpoint"] = None
 
 
 def test_prune_measures_if_no_timing_is_given(monkeypatch):
@@ -190,6 +220,10 @@ def test_prune_measures_if_no_timing_is_given(monkeypatch):
         ({"budget": sc.Budget(macs=0.5), "timing": 5}, "no budget limits latency_ms"),
         ({"timing": 5}, "timing=5"),
         ({"strategy": "bandit", "search": {"checkpoint": "c.json"}, "data": [], "loss_fn": "mse"}, "the same times"),
+        ({"strategy": Search(network(), [(0, 0)], checkpoint="c.json")}, "the same times"),
+        ({"strategy": "bandit", "search": {"seed": -1}, "data": [], "loss_fn": "mse"}, "seed=-1"),
+        ({"strategy": "bandit", "search": {"checkpoint": "no/c"}, "data": [], "loss_fn": "mse"}, "checkpoint='no/c'"),
+        ({"strategy": None}, "strategy=None: global, "),
     ],
 )
 def test_what_can_be_told_at_once_is_told_before_anything_is_measured(monkeypatch, given, message):
@@ -213,12 +247,16 @@ def test_what_can_be_told_at_once_is_told_before_anything_is_measured(monkeypatc
         (lambda m, g: sc.Timing(m, g, seed=-1), "seed=-1"),
         (lambda m, g: sc.Timing(m, g, inputs="image"), "example inputs with tensors"),
         (lambda m, g: sc.Timing(m, g, inputs=torch.zeros(2, 5)), "they do not fit the model"),
-        (lambda m, g: sc.Timing(*inexact()), "no group can be narrowed"),
+        (lambda m, g: sc.Timing(*inexact()), "no group can be narrowed, none is exact .inexact=True"),
+        (
+            lambda m, g: sc.Timing(m, g, round_to=64),
+            "narrowed, all have 64 channels or fewer.*keeps: th",
+        ),
         (lambda m, g: sc.Timing(network().to("meta"), g), "a model with weights"),
         (lambda m, g: Timing.from_json("{", m, g), "the timing is damaged"),
-        (lambda m, g: made_of(g, fingerprint="x"), "of another model, device or inputs"),
-        (lambda m, g: made_of(g, where={"device": "cuda", "inputs": [[1, 3, 8, 8]]}), "another model, device or input"),
-        (lambda m, g: made_of(g, where={"device": "cpu", "inputs": [[4, 3, 8, 8]]}), "another model, device or input"),
+        (lambda m, g: made_of(g, fingerprint="x"), "of another model, device, number"),
+        (lambda m, g: made_of(g, where={"device": "cuda", "inputs": [[1, 3, 8, 8]]}), "another model, device, numb"),
+        (lambda m, g: made_of(g, where={"device": "cpu", "inputs": [[4, 3, 8, 8]]}), "another model, device, numb"),
         (lambda m, g: made_of(g, samples=[[[1], 0.5]] * 4), "samples that do not fit"),
         (lambda m, g: made_of(g, samples=[[[-5, 900, 1], 0.5]] * 4), "samples that do not fit"),
         (lambda m, g: made_of(g, samples=[]), "samples that do not fit"),

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur.allocate import BANDIT, STRATEGIES, Budget, Meter, allocate
-from secateur.allocate.clock import check_clock
+from secateur.allocate.clock import check_clock, check_reachable
 from secateur.allocate.search import Search, check_search
 from secateur.allocate.strategies import Strategy
 from secateur.curvature import Curvature, kronecker_factors
@@ -18,7 +18,7 @@ from secateur.cut import cut, dead_channels, directed
 from secateur.cut import recalibrate as recalibrate_norms
 from secateur.cut import refit as refit_layers
 from secateur.cut.directional import check_mode
-from secateur.errors import SecateurError, unknown
+from secateur.errors import SecateurError, check_seed, unknown
 from secateur.plan import Plan
 from secateur.score import score
 from secateur.score.api import CRITERIA, Criterion, Loss
@@ -26,6 +26,7 @@ from secateur.score.directional import projector
 from secateur.timing import Timing
 from secateur.trace import ChannelGraph, trace
 from secateur.trace.tracer import Inputs
+from secateur.train.checkpoint import file_at
 
 FACTORED = ("obs", "kron_obd", "kron_obs")
 """The criteria whose Kronecker factors can also make up for what goes."""
@@ -144,7 +145,7 @@ def prune(
     if data is None and (recalibrate or refit):
         raise SecateurError(f"prune({'recalibrate' if recalibrate else 'refit'}=True) needs data= (batches)")
     _check_search(strategy, search, data, loss_fn)
-    _check_time(budget, timing, search)
+    _check_time(budget, timing, strategy, search)
     passes = (method not in WITHOUT_DATA) + recalibrate + refit + (strategy == BANDIT)
     if passes > 1 and isinstance(data, Iterator):
         raise SecateurError("prune(data=...): an iterator ends after one pass, and more are needed: give a list")
@@ -194,16 +195,20 @@ def prune(
 def _check_search(strategy: Any, search: Any, data: Any, loss_fn: Any) -> None:
     if search is not None and strategy != BANDIT:
         raise SecateurError(f"prune(search=...): strategy {strategy!r} searches nothing; give strategy='bandit'")
-    check_search({} if search is None else search, ("seed", "progress", "checkpoint"))
+    given = {} if search is None else search
+    check_search(given, ("seed", "progress", "checkpoint"))
+    check_seed(given.get("seed", 0))
+    file_at(given.get("checkpoint"))
     if strategy == BANDIT and (data is None or loss_fn is None):
         raise SecateurError("prune(strategy='bandit') needs data= (batches of inputs and targets) and loss_fn=")
 
 
-def _check_time(budget: Any, timing: Any, search: Any) -> None:
+def _check_time(budget: Any, timing: Any, strategy: Any, search: Any) -> None:
     limited = isinstance(budget, Budget) and budget.latency_ms is not None
     if timing is not None and not limited:
         raise SecateurError("prune(timing=...): no budget limits latency_ms; leave the timing out")
-    if limited and timing is None and search is not None and "checkpoint" in search:
+    kept = strategy.checkpoint if isinstance(strategy, Search) else (search or {}).get("checkpoint")
+    if limited and timing is None and kept is not None:
         raise SecateurError(
             "prune(search={'checkpoint': ...}) with Budget(latency_ms=...): a search that goes on must know the same "
             "times; give timing=secateur.Timing(..., checkpoint=...)"
@@ -242,7 +247,10 @@ def counts(graph: ChannelGraph, plan: Plan | None = None) -> Counts:
 def check_feasible(graph: ChannelGraph, budget: Budget, *, inexact: bool = False, timing: Timing | None = None) -> None:
     """Raise if no plan can meet the budget, with the range that is feasible."""
     movable = np.array([group.exact or inexact for group in graph.groups])
-    Meter(graph, budget, timing).check_feasible(np.where(movable, budget.floors(graph), graph.widths), inexact=inexact)
+    least = np.where(movable, budget.floors(graph), graph.widths)
+    Meter(graph, budget, timing).check_feasible(least, inexact=inexact)
+    if timing is not None and budget.latency_ms is not None:
+        check_reachable(graph, least, budget.latency_ms, timing, inexact=inexact)
 
 
 def _check(method: Any, budget: Any, strategy: Any, options: Any) -> None:
@@ -250,6 +258,8 @@ def _check(method: Any, budget: Any, strategy: Any, options: Any) -> None:
         raise unknown("method", method, (*CRITERIA, DEAD))
     if isinstance(strategy, str) and strategy not in (*STRATEGIES, BANDIT):
         raise unknown("strategy", strategy, (*STRATEGIES, BANDIT))
+    if not isinstance(strategy, str) and not callable(strategy):
+        raise SecateurError(f"strategy={strategy!r}: {', '.join((*STRATEGIES, BANDIT))} or a callable is expected")
     if method == DEAD:
         if budget is not None:
             raise SecateurError("prune(method='dead', budget=...): the weights decide what goes; leave the budget out")

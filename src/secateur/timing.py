@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.progress import Progress
 from scipy.optimize import nnls
 from torch import nn
@@ -44,8 +45,8 @@ EACH, LEAST, MOST = 0.3, 3, 25
 """Seconds that forwards of the whole network may take for each other one, and their least and largest number a turn."""
 TURNS, DECIDING, WARM_UP = 4, 10, 3
 """Turns that each network has, for the fit and where the clock decides, and forwards in each that do not count."""
-ENOUGH = 3
-"""Networks that can be fitted to."""
+ENOUGH, PATIENCE = 3, 4
+"""Networks that can be fitted to, and how many are tried at most for each that is asked for."""
 SPREAD = 0.5
 """How far the kept parts of single groups are from that of all, at most."""
 
@@ -57,7 +58,8 @@ class Timing:
         model: the traced model, on the device that counts; it is not changed.
         graph: what :func:`secateur.trace` gave.
         inputs: what is timed are forwards of these, so their batch counts; ``None`` for the graph's example inputs.
-        samples: how many networks are cut and timed, the whole one and the narrowest among them, four or more.
+        samples: how many networks are cut and timed, the whole one and the narrowest among them, four or more;
+            in place of one that cannot be cut another is.
         threads: CPU threads; ``None`` for as many as are set.
         round_to: widths of the networks that are timed are multiples of this, as a budget may ask for.
         inexact: also narrow groups that cannot be cut exactly.
@@ -95,23 +97,30 @@ class Timing:
             "inexact": bool(inexact),
             "seed": seed,
         }
-        if not self._resumed():
-            self._measure(random_widths(graph, samples, round_to, inexact, np.random.default_rng(seed)), progress)
-            self._save()
+        if self._resumed():
+            self._fit()
+            return
+        self._measure(samples, progress)
         self._fit()
+        self._save()
 
-    def _measure(self, widths: np.ndarray, progress: bool) -> None:
+    def _measure(self, count: int, progress: bool) -> None:
+        rng, inexact, wholes = np.random.default_rng(self.settings["seed"]), self.settings["inexact"], []
+        drawn = [random_widths(self.graph, count, self.settings["round_to"], inexact, rng) for _ in range(PATIENCE)]
         self.repeats = self._repeats()
-        wholes = []
         with Progress(disable=not progress or rank() > 0, transient=True) as bar:
-            for own in bar.track(widths, description="timing"):
-                removed = {g.name: range(k, len(g)) for g, k in zip(self.graph.groups, own, strict=True) if k < len(g)}
+            task = bar.add_task("timing", total=count)
+            for own in np.concatenate(drawn):
+                gone = {g.name: range(k, len(g)) for g, k in zip(self.graph.groups, own, strict=True) if k < len(g)}
                 try:
-                    whole, part = self._part(make_plan(self.graph, removed, inexact=self.settings["inexact"]), TURNS)
+                    whole, part = self._part(make_plan(self.graph, gone, inexact=inexact), TURNS)
                 except UnbearableError:
                     continue  # these widths are for no budget either
                 wholes.append(whole)
                 self.samples.append((own.tolist(), part))
+                bar.advance(task)
+                if len(self.samples) == count:
+                    break
         self.whole = min(wholes, default=math.nan)
 
     def _begin(self, model: nn.Module, graph: ChannelGraph, inputs: Inputs | None, threads: int | None) -> None:
@@ -123,12 +132,18 @@ class Timing:
         self.samples: list[tuple[list[int], float]] = []
         self.known: dict[str, float] = {}
         self.inputs = graph.inputs if inputs is None else inputs
-        self.where = {
-            "device": next(model.parameters()).device.type,
-            "inputs": [list(tensor.shape) for tensor in tensors_in(self.inputs)],
-        }
         if self.where["device"] == "meta" or not self.where["inputs"]:
             raise SecateurError("Timing(model, graph): a model with weights and example inputs with tensors are timed")
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """What must be the same for times to be so."""
+        return {
+            "device": next(self.model.parameters()).device.type,
+            "inputs": [list(tensor.shape) for tensor in tensors_in(self.inputs)],
+            "threads": torch.get_num_threads() if self.threads is None else self.threads,
+            "macs": self.graph.macs(),
+        }
 
     def _repeats(self) -> int:
         try:
@@ -145,7 +160,9 @@ class Timing:
 
     def _fit(self) -> None:
         if len(self.samples) < ENOUGH:
-            raise SecateurError("Timing: fewer than three of the networks could be cut and timed; give more samples")
+            raise SecateurError(
+                "Timing: fewer than three of the networks that were tried could be cut: there is nothing to fit to"
+            )
         widths = np.array([own for own, _ in self.samples])
         took = self.whole * np.array([part for _, part in self.samples])
         terms, full = self.graph.macs_terms, self.graph.widths
@@ -222,13 +239,15 @@ class Timing:
         """Take over what :meth:`to_json` gave."""
         try:
             data: dict[str, Any] = json.loads(text)
-            if data["fingerprint"] != self.graph.fingerprint or data["where"] != self.where:
-                here = f"{data['where']}, here {self.where}"
-                raise SecateurError(f"the timing is of another model, device or inputs ({here}): measure anew")
             self.threads, self.settings = data["threads"], dict(data["settings"])
             if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
                 raise ValueError(f"threads {self.threads!r}")
-            self.samples = [([int(k) for k in own], float(part)) for own, part in data["samples"]]
+            if data["fingerprint"] != self.graph.fingerprint or data["where"] != self.where:
+                raise SecateurError(
+                    f"the timing is of another model, device, number of threads or inputs ({data['where']}, here "
+                    f"{self.where}): measure anew"
+                )
+            self.samples[:] = [([int(k) for k in own], float(part)) for own, part in data["samples"]]
             self.known = {str(name): float(part) for name, part in data["known"].items()}
             widths = [own for own, _ in self.samples]
             self.whole, self.repeats = float(data["whole"]), int(data["repeats"])
@@ -281,7 +300,9 @@ def random_widths(
     full, movable = graph.widths, np.array([group.exact or inexact for group in graph.groups])
     least = np.where(movable, Budget(latency_ms=1.0, round_to=round_to).floors(graph), full)
     if (least == full).all():
-        raise SecateurError("Timing: no group can be narrowed (inexact=True may allow more): there is nothing to time")
+        why = f"all have {round_to} channels or fewer, which round_to= keeps" if movable.any() else "none is exact"
+        more = "" if movable.all() else " (inexact=True may allow more)"
+        raise SecateurError(f"Timing: no group can be narrowed, {why}{more}: there is nothing to time")
     parts = np.concatenate([[1.0, 0.0], (np.arange(count - 2) + 0.5) / (count - 2)])
     own = parts[:, None] + rng.uniform(-SPREAD, SPREAD, (count, len(full))) * (parts * (1 - parts) * 4)[:, None]
     wanted = least + (full - least) * np.clip(own, 0, 1)

@@ -125,6 +125,10 @@ def test_a_strategy_of_ones_own(traced):
     assert within(graph, plan, sc.Budget(macs=0.6))
     with pytest.raises(sc.SecateurError, match="does not meet"):
         sc.allocate(graph, scores, sc.Budget(macs=0.6), strategy=lambda problem: np.zeros(3, dtype=int))
+    with pytest.raises(sc.SecateurError, match="the callable gave no numbers of items"):
+        sc.allocate(graph, scores, sc.Budget(macs=0.6), strategy=lambda problem: None)
+    with pytest.raises(sc.SecateurError, match="strategy=None: global, threshold, uniform or a callable is expected"):
+        sc.allocate(graph, scores, sc.Budget(macs=0.6), strategy=None)
 
 
 class Table(nn.Module):

@@ -147,8 +147,17 @@ def test_a_budget_that_cannot_be_met_is_told():
         sc.SecateurError, match=r"latency_ms=1.05 is asked for, and the least that was measured is 1\.0"
     ):
         sc.allocate(graph, scores, sc.Budget(latency_ms=1.05), timing=clock)
-    with pytest.raises(sc.SecateurError, match=r"latency_ms=0.1 is asked for; feasible are about 0\.5.* to 5"):
-        sc.allocate(graph, scores, sc.Budget(latency_ms=0.1), timing=clock)
+    low = float(clock.true(np.ones(len(graph.groups), dtype=int)))
+    assert Made(graph, 1.7).ms(np.ones(len(graph.groups), dtype=int)) > 1.05 * low  # what the fit says decides nothing
+    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=1.05 * low), timing=Made(graph, 1.7))
+    assert float(clock.true(graph.kept(plan))) <= 1.05 * low
+    scored = []
+    for method in ("magnitude", lambda *given: scored.append(0)):
+        model, clock = case()[0], Made(graph)
+        with pytest.raises(sc.SecateurError, match=r"latency_ms=1.05 is asked for, .* least that was measured is 1\.0"):
+            sc.prune(model, torch.zeros(1, 3, 8, 8), method=method, budget=sc.Budget(latency_ms=1.05), timing=clock)
+        assert len(clock.asked) == 1
+    assert not scored  # told before any work
 
 
 def test_a_search_looks_for_widths_under_a_budget_in_milliseconds(tmp_path):
@@ -189,6 +198,13 @@ def test_a_clock_of_another_model_or_trace_is_told_before_any_work():
                 call(wrong)
     with pytest.raises(sc.SecateurError, match=r"timing=5: a secateur\.Timing is expected"):
         sc.allocate(graph, scores, sc.Budget(latency_ms=1.0), timing=5)
+    one, three = (nn.Sequential(nn.Conv2d(1, 8, 3, stride), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval() for stride in (1, 3))
+    image = torch.zeros(1, 1, 32, 32)
+    graph = sc.trace(three, image)
+    with pytest.raises(sc.SecateurError, match="of another model, or was traced with other inputs"):  # names and shapes
+        sc.allocate(
+            graph, sc.score(three, graph, "magnitude"), sc.Budget(latency_ms=1.0), timing=Made(sc.trace(one, image))
+        )
 
 
 @pytest.mark.parametrize(

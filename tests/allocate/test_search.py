@@ -176,7 +176,7 @@ def test_an_interrupted_search_ends_with_the_same_answer(tmp_path, monkeypatch, 
     ):  # fmt: skip
         with pytest.raises(SecateurError, match="of another search"):
             sc.allocate(sc.trace(network, data[0][0]), by, budget, strategy=search)
-    path.write_text(json.dumps({"key": json.loads(path.read_text())["key"]}))
+    path.write_text(json.dumps({"searches": {key: {} for key in json.loads(path.read_text())["searches"]}}))
     with pytest.raises(SecateurError, match="damaged"):
         sc.allocate(graph, scores, budget, strategy=Search(model, data, checkpoint=path, **given))
     path.write_text("{")
@@ -306,6 +306,110 @@ def test_inputs_by_name_and_forwards_that_count_and_draw(norms):
     assert model.seen == 0
 
 
+@pytest.mark.parametrize("changed", ["weights", "function", "targets"])
+def test_a_search_with_another_loss_is_another_search(tmp_path, changed):
+    model, graph, scores, data = case()
+    given = {"evaluations": 60, "progress": False, "checkpoint": tmp_path / "search.json"}
+    if changed == "targets":  # of a kind that is no tensor
+        data = [(x, y.tolist()) for x, y in data]
+
+    def loss(factor):
+        if changed == "weights":
+            return nn.CrossEntropyLoss(weight=torch.tensor([1.0, factor, 1.0, 1.0, 1.0]))
+        if changed == "function":
+            return lambda found, y: F.cross_entropy(found, y, label_smoothing=factor / 100)
+        return lambda found, y: F.cross_entropy(found, torch.tensor(y))
+
+    sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(model, data, loss(1.0), **given))
+    sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(model, data, loss(1.0), **given))
+    if changed == "targets":
+        data = [(x, y[::-1]) for x, y in data]
+    with pytest.raises(SecateurError, match="of another search"):
+        sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(model, data, loss(9.0), **given))
+
+
+def test_a_checkpoint_holds_the_searches_of_several_budgets(tmp_path, monkeypatch):
+    model, graph, scores, data = case()
+    given, path = {"evaluations": 60, "progress": False}, tmp_path / "search.json"
+    budgets = (sc.Budget(macs=0.5), sc.Budget(macs=0.3))
+    whole = [sc.allocate(graph, scores, budget, strategy=Search(model, data, **given)) for budget in budgets]
+    for _ in range(2):
+        search = Search(model, data, checkpoint=path, **given)
+        assert [sc.allocate(graph, scores, budget, strategy=search) for budget in budgets] == whole
+    assert len(json.loads(path.read_text())["searches"]) == 2
+
+
+class Branching(nn.Module):
+    """Either of two layers may keep one channel, but not both: another forward would run."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, width) for width in (20, 20, 60, 60)])
+        self.heads = nn.ModuleList([nn.Linear(width, 4) for width in (20, 20, 60, 60)])
+
+    def forward(self, x):
+        a, b, c, d = (layer(x).tanh() for layer in self.layers)
+        found = 0.01 * (self.heads[0](a) + self.heads[1](b)) + self.heads[2](c) + self.heads[3](d)
+        return found.tanh() if a.shape[1] + b.shape[1] < 21 else found
+
+
+@pytest.mark.parametrize("left", [40, 10, 2])
+def test_a_search_with_groups_that_cannot_be_cut_after_all_goes_on_where_it_was(tmp_path, monkeypatch, left):
+    torch.manual_seed(0)
+    model = Branching().eval()
+    inputs = torch.randn(16, 8)
+    data = [(torch.randn(16, 8), torch.randint(0, 4, (16,))) for _ in range(3)]
+    graph = sc.trace(model, inputs)
+    scores, budget = sc.score(model, graph, "magnitude"), sc.Budget(params=0.4)
+    monkeypatch.setattr(importlib.import_module("secateur.allocate.search"), "EVERY", 0.0)
+    calls, rise, limit = [], Evaluator._rise, [10**6]
+
+    def stop(self, *args):
+        calls.append(0)
+        if len(calls) == limit[0]:
+            raise KeyboardInterrupt
+        return rise(self, *args)
+
+    monkeypatch.setattr(Evaluator, "_rise", stop)
+    given = {"evaluations": 60, "progress": False}
+    whole = sc.allocate(graph, scores, budget, strategy=Search(model, data, **given))
+    assert "cannot be cut" in str(whole.skipped) and len(calls) > 60  # there was a second search
+    given["checkpoint"], limit[0] = tmp_path / "search.json", 2 * len(calls) - left
+    with pytest.raises(KeyboardInterrupt):
+        sc.allocate(graph, scores, budget, strategy=Search(model, data, **given))
+    assert sc.allocate(graph, scores, budget, strategy=Search(model, data, **given)) == whole
+
+
+def test_what_no_group_has_a_choice_for_was_looked_for_all_the_same():
+    model, graph, scores, data = case()
+    search = Search(model, data, evaluations=100, ratios=(1.0, 1.001), progress=False)
+    sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
+    assert search.table == [] and 0 < search.done <= 100 and search.seconds["evaluations"] > 0
+
+
+def test_minutes_that_are_up_in_the_start_leave_what_was_tried_on_whole_batches(monkeypatch):
+    model, graph, scores, data = case()
+    problem = problem_of(graph, scores, sc.Budget(macs=0.5))
+    evaluate, groups = Evaluator(model, problem, data, F.cross_entropy, 0), len(graph.groups)
+    asked, order, bases = [], np.random.default_rng(0).permutation(len(data))[::-1], []
+    answer = Search._answer
+    monkeypatch.setattr(
+        Search, "_answer", lambda self, *given: bases.append(given[2].base.tolist()) or answer(self, *given)
+    )
+
+    def late(self, begun, share, device):
+        asked.append(share)
+        return len(asked) > 2 * groups + 1 and share < 0.5
+
+    monkeypatch.setattr(Search, "_late", late)
+    search = Search(model, data, evaluations=400, minutes=1, progress=False)
+    sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
+    assert search.started == "sensitivity"
+    tried = tried_alone(problem, 400 // 3)
+    rises = [evaluate.on([alone(problem, *one) for one in own], order[:2].tolist()).mean(1) for own in tried]
+    assert bases == [greedy(problem, tried, rises).tolist()]
+
+
 def test_without_a_play_the_start_is_the_answer():
     model, graph, scores, data = case()
     search = Search(model, data, evaluations=100, minutes=1e-9, start="uniform", progress=False)
@@ -349,7 +453,7 @@ def test_a_search_that_is_interrupted_while_it_looks_for_a_start_ends_the_same(t
     monkeypatch.setattr(Evaluator, "_rise", stop)
     with pytest.raises(KeyboardInterrupt):
         sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(model, data, **given))
-    state = json.loads(given["checkpoint"].read_text())
+    (state,) = json.loads(given["checkpoint"].read_text())["searches"].values()
     assert len(state["rises"]) > 0 and state["plays"] is None
     resumed = Search(model, data, **given)
     assert sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=resumed).removed == plan.removed
@@ -421,8 +525,9 @@ def test_a_search_starts_at_the_greedy_answer_and_plays_near_what_looks_best(mon
         evaluate = Evaluator(model, problem, data, F.cross_entropy, 0)
         tried = tried_alone(problem, 500 // 3)
         rises = [[evaluate.everywhere(alone(problem, *one)) for one in own] for own in tried]
-        for own, here in zip(course.rises, rises, strict=True):
-            assert own == pytest.approx(here, abs=1e-5)  # four batches: each was looked at once
+        assert len(course.rises) == 4 * len(tried)  # four batches: each was looked at once
+        for own, here in zip(course.alone(len(tried)), rises, strict=True):
+            assert own == pytest.approx(here, abs=1e-5)
         assert factors.base.tolist() == greedy(problem, tried, rises).tolist()
         assert search.losses[0] == pytest.approx(evaluate.everywhere(fill(problem, factors.base)), abs=1e-5)
         price = -known[factors.cost != 0] / factors.cost[factors.cost != 0]  # one for all

@@ -53,6 +53,8 @@ def allocate(
         )
     if isinstance(strategy, str) and strategy not in STRATEGIES:
         raise unknown("strategy", strategy, STRATEGIES)
+    if not isinstance(strategy, str) and not callable(strategy):
+        raise SecateurError(f"strategy={strategy!r}: {', '.join(STRATEGIES)} or a callable is expected")
     if not isinstance(budget, Budget):
         raise SecateurError(f"allocate(budget): a Budget is expected, for instance Budget(macs=0.5), not {budget!r}")
     if timing is not None and budget.latency_ms is None:

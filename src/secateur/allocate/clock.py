@@ -17,7 +17,7 @@ import numpy as np
 from secateur.allocate.budget import LATENCY, Timed
 from secateur.allocate.strategies import Problem, Strategy, fill, narrowed, uniform_order
 from secateur.errors import SecateurError
-from secateur.plan import Plan
+from secateur.plan import Plan, UnbearableError, make_plan
 from secateur.trace import ChannelGraph
 
 ENOUGH, TRIES, SAFE = 0.97, 10, 0.99
@@ -44,7 +44,11 @@ def check_clock(clock: Clock | None, graph: ChannelGraph) -> None:
     if not all(hasattr(clock, name) for name in ("graph", "ms", "slope", "measured", "key")):
         raise SecateurError(f"timing={clock!r}: a secateur.Timing is expected")
     own, other = ([(g.name, len(g)) for g in some.groups] for some in (clock.graph, graph))
-    if clock.graph.fingerprint != graph.fingerprint or own != other:
+    timed, asked = (
+        some.macs_terms.each(some.lengths(some.widths)) / max(some.macs(), 1) for some in (clock.graph, graph)
+    )
+    alike = own == other and timed.shape == asked.shape and np.allclose(timed, asked)
+    if clock.graph.fingerprint != graph.fingerprint or not alike:
         raise SecateurError("timing: it is of another model, or was traced with other inputs; measure this one")
 
 
@@ -66,10 +70,7 @@ def by_the_clock(problem: Problem, choose: Strategy, clock: Clock, plan_of: Call
     limit = problem.meter.allowed[LATENCY]
     uniform, aim, least = _settled(problem, fill(problem, uniform_order(problem)), limit, clock, plan_of)
     if uniform is None:
-        raise SecateurError(
-            f"the budget cannot be met: latency_ms={limit:.4g} is asked for, and the least that was measured is "
-            f"{least:.4g}: raise it, or lower at_least= or round_to="
-        )
+        raise _unreachable(limit, least)
     if choose is uniform_order:
         return uniform
     aimed = _aiming(problem, aim)
@@ -85,9 +86,30 @@ def by_the_clock(problem: Problem, choose: Strategy, clock: Clock, plan_of: Call
     return found
 
 
+def check_reachable(graph: ChannelGraph, least: np.ndarray, limit: float, clock: Clock, *, inexact: bool) -> None:
+    """Raise if a network of the least widths takes longer than that; of one that cannot be cut nothing is known."""
+    gone = {g.name: range(k, len(g)) for g, k in zip(graph.groups, least.tolist(), strict=True) if k < len(g)}
+    try:
+        took = clock.measured(make_plan(graph, gone, inexact=inexact))
+    except UnbearableError:
+        return
+    if took > limit:
+        raise _unreachable(limit, took)
+
+
+def _unreachable(limit: float, least: float) -> SecateurError:
+    return SecateurError(
+        f"the budget cannot be met: latency_ms={limit:.4g} is asked for, and the least that was measured is "
+        f"{least:.4g}: raise it, or lower at_least= or round_to="
+    )
+
+
 def checked(problem: Problem, taken: np.ndarray) -> np.ndarray:
     """A strategy's answer, or an error if it is none."""
-    taken = np.asarray(taken, dtype=np.int64)
+    try:
+        taken = np.asarray(taken, dtype=np.int64)
+    except (TypeError, ValueError) as error:
+        raise SecateurError(f"allocate(strategy): the callable gave no numbers of items: {error}") from error
     if taken.shape != problem.start.shape or (taken < 0).any() or (taken > problem.count).any():
         raise SecateurError("allocate(strategy): the callable must give 0 to problem.count items for every group")
     if not problem.meter.met(problem.widths(taken)):

@@ -50,11 +50,14 @@ class Course:
     """How far a search has come.
 
     Attributes:
+        whole: the whole network's loss on every batch.
         done: forwards.
-        rises: of the loss when a group is narrowed alone, for each width, a list a group.
+        rises: of the loss when a group is narrowed alone, for each width, a list a batch and group (the next group's
+            comes next).
         plays: what was played, once the start is known.
     """
 
+    whole: list[float]
     done: int = 0
     rises: list[list[float]] = field(default_factory=list)
     plays: Plays | None = None
@@ -62,10 +65,21 @@ class Course:
     def to_dict(self) -> dict[str, Any]:
         """As what JSON can hold."""
         plays = None if self.plays is None else self.plays.to_dict()
-        return {"done": self.done, "rises": self.rises, "plays": plays}
+        return {"whole": self.whole, "done": self.done, "rises": self.rises, "plays": plays}
 
     @staticmethod
     def from_dict(state: Mapping[str, Any]) -> Course:
         """What :meth:`to_dict` gave."""
         plays = None if state["plays"] is None else Plays.from_dict(state["plays"])
-        return Course(int(state["done"]), list(state["rises"]), plays)
+        return Course([float(loss) for loss in state["whole"]], int(state["done"]), list(state["rises"]), plays)
+
+    def alone(self, groups: int) -> list[list[float]]:
+        """The mean rises, a list a group, over the batches that all groups were tried on; none if there is no such."""
+        batches = len(self.rises) // max(groups, 1)
+        if not batches:
+            return []
+        return [np.mean(self.rises[group : batches * groups : groups], 0).tolist() for group in range(groups)]
+
+    def fits(self, whole: np.ndarray) -> bool:
+        """Whether it is of these losses of the whole network (a loss function has no better name)."""
+        return len(self.whole) == len(whole) and np.allclose(self.whole, whole, rtol=1e-4, atol=1e-6)

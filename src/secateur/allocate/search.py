@@ -157,7 +157,8 @@ class Search:
         self.evaluations, self.minutes, self.start, self.ratios = evaluations, minutes, start, sorted(set(ratios))
         self.radius, self.dueling, self.norms, self.seed, self.progress = radius, dueling, norms, seed, progress
         self.checkpoint = file_at(checkpoint)
-        self._written: set[str] = set()
+        self._own: set[str] = set()  # keys of the searches that this object has begun or gone on with
+        self._kept: dict[str, Any] = {}  # what the checkpoint holds, by key
         self._saved = 0.0
         self._forget()
 
@@ -185,9 +186,9 @@ class Search:
         # before they work on anything together
         if summed(np.array([float(told(agreed, device) != agreed)]), device)[0]:
             raise SecateurError("Search: the processes differ; give all the same model, data and settings")
-        evaluate = Evaluator(self.model, problem, self.batches, self.loss_fn, self.seed, self.norms)
-        course = self._resumed(key, device) or Course()
         begun = self._saved = time.monotonic()
+        evaluate = Evaluator(self.model, problem, self.batches, self.loss_fn, self.seed, self.norms)
+        course = self._resumed(key, evaluate) or Course(evaluate.whole.tolist())
         with Progress(disable=not self.progress or rank() > 0, transient=True) as bar:
             task = bar.add_task("search", total=self.evaluations, completed=course.done)
 
@@ -197,19 +198,18 @@ class Search:
                     self._save(key, course)
 
             base = self._base(problem, course, evaluate, lambda: self._late(begun, 1 / FIRST, device), shown)
-            factors = Factors(problem, base, self.ratios)
-            if not factors.groups:
-                return base
-            plays = course.plays = course.plays or self._begun(factors, course, evaluate)
-            limit = self.evaluations - self.evaluations // FINAL
-            while course.done + self._sides * len(plays.bandit.ask()) <= limit:
-                self.late = self._late(begun, 1 - 1 / FINAL, device)
-                if self.late:
-                    break
-                self._play(course, plays, factors, evaluate)
-                shown()
-            self._save(key, course)
-            answer = self._answer(course, plays, factors, evaluate)
+            self.done, factors, answer = course.done, Factors(problem, base, self.ratios), base
+            if factors.groups:
+                plays = course.plays = course.plays or self._begun(factors, course, evaluate)
+                limit = self.evaluations - self.evaluations // FINAL
+                while course.done + self._sides * len(plays.bandit.ask()) <= limit:
+                    self.late = self._late(begun, 1 - 1 / FINAL, device)
+                    if self.late:
+                        break
+                    self._play(course, plays, factors, evaluate)
+                    shown()
+                self._save(key, course)
+                answer = self._answer(course, plays, factors, evaluate)
         self.seconds = {"evaluations": evaluate.seconds, "bandit": time.monotonic() - entered - evaluate.seconds}
         return answer
 
@@ -224,14 +224,15 @@ class Search:
             tried = tried_alone(problem, self.evaluations // FIRST)
             often = self.evaluations // FIRST // max(sum(map(len, tried)), 1)
             batches = self._order()[::-1][:often].tolist()  # the last comparison begins with others
-            while course.plays is None and len(course.rises) < len(tried) and not late():
-                own = tried[len(course.rises)]  # all on the same batches
-                rises = evaluate.on([alone(problem, *one) for one in own], batches)
-                course.rises.append(rises.mean(1).tolist())
-                course.done += rises.size
+            due = [(own, batch) for batch in batches for own in tried]
+            while course.plays is None and len(course.rises) < len(due) and not late():
+                own, batch = due[len(course.rises)]
+                course.rises.append(evaluate.on([alone(problem, *one) for one in own], [batch])[:, 0].tolist())
+                course.done += len(own)
                 shown()
-            if tried and len(course.rises) == len(tried):
-                return greedy(problem, tried, course.rises)
+            rises = course.alone(len(tried))
+            if rises:
+                return greedy(problem, tried, rises)
             self.started = "uniform"
         return STRATEGIES[self.started](problem)
 
@@ -349,12 +350,14 @@ class Search:
         return found.hexdigest()[:16]
 
     def _save(self, key: str, course: Course) -> None:
-        self._written.add(key)
+        self._own.add(key)
         self._saved = time.monotonic()
         if self.checkpoint is not None and rank() == 0:
-            write_atomically(self.checkpoint, json.dumps({"key": key, **course.to_dict()}).encode())
+            self._kept[key] = course.to_dict()
+            write_atomically(self.checkpoint, json.dumps({"searches": self._kept}).encode())
 
-    def _resumed(self, key: str, device: torch.device) -> Course | None:
+    def _resumed(self, key: str, evaluate: Evaluator) -> Course | None:
+        self._kept = {}
         if self.checkpoint is None:
             return None
         text = ""
@@ -363,20 +366,21 @@ class Search:
                 text = self.checkpoint.read_text()
             except (OSError, ValueError) as error:
                 text = f"no JSON: {error}"  # which all processes shall hear of
-        text = told(text, device)
+        text = told(text, evaluate.device)
         if not text:
             return None
         try:
-            state = json.loads(text)
-            if state["key"] != key and state["key"] in self._written:
-                return None  # of this search, with groups that cannot be pruned after all
-            course = Course.from_dict(state) if state["key"] == key else None
+            self._kept = dict(json.loads(text)["searches"])
+            course = Course.from_dict(self._kept[key]) if key in self._kept else None
         except (ValueError, KeyError, TypeError, IndexError, SecateurError) as error:
             raise SecateurError(
                 f"checkpoint {self.checkpoint} is damaged ({error}): delete it to begin anew"
             ) from error
-        if course is None:
+        if course is None and set(self._kept) <= self._own:
+            return None  # a next budget, or groups that cannot be pruned after all
+        if course is None or not course.fits(evaluate.whole):
             raise SecateurError(f"checkpoint {self.checkpoint} is of another search: delete it, or give another file")
+        self._own.add(key)
         return course
 
 

@@ -60,7 +60,7 @@ def run(
             recipe.data.name, root=recipe.data.root, device=accelerator.device, validation=recipe.data.validation
         )
         setting = Setting(recipe, data, accelerator, progress, say)
-        stages.check_setting(setting)
+        stages.check_setting(setting, new=before is None)
         new = not out.exists()
         with folder.held(out):
             folder.sweep(out)

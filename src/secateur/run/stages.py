@@ -34,8 +34,12 @@ from secateur.train.pivoting import Pivoting
 from secateur.train.sdprun import SDPrun
 
 
-def check_setting(setting: Setting) -> None:
+def check_setting(setting: Setting, *, new: bool) -> None:
     """Try what can be tried before any work: the weights, one image through the network, the budget.
+
+    Args:
+        setting: what all stages share.
+        new: whether the run begins; one that goes on has times of its own.
 
     Raises:
         SecateurError: the network does not take the images, has too few outputs, or cannot meet the budget.
@@ -65,10 +69,10 @@ def check_setting(setting: Setting) -> None:
         ):
             raise SecateurError("prune.options.separable: no layer is a convolution that could be; leave it out")
     elif budget is not None:
-        timing = None
-        if budget.latency_ms is not None:
-            timing = timed(setting, model, samples=4)  # enough to know the whole and the narrowest network
-        check_feasible(graph, budget, inexact=section.inexact, timing=timing)
+        if budget.latency_ms is None:
+            check_feasible(graph, budget, inexact=section.inexact)
+        elif new:
+            check_feasible(graph, budget, inexact=section.inexact, timing=timed(setting, model, samples=4))
     if section.method in GENTLE:
         assert section.train is not None
         handle = make_handle(setting, model, graph, make_optimizer(setting, model, section.train), 0)
