@@ -109,7 +109,8 @@ class Search:
         loss_fn: ``loss_fn(outputs, targets)``, a mean over the batch; or ``"cross_entropy"``, ``"mse"``.
         evaluations: how many forwards at most, 32 or more (of duels two a play), the start's and those of the last
             comparison among them. The whole network's own on every batch are not counted.
-        minutes: or so long, at most.
+        minutes: or so long, at most, the whole network's forwards among it: a third for the start, a quarter for the
+            last comparison.
         start: what meets the budget, and around whose widths others are looked for: another strategy, or
             ``"sensitivity"``, which narrows every group alone and then takes greedily what costs the least loss.
         ratios: the atoms: widths as multiples of those at the start, 1 among them.
@@ -119,7 +120,8 @@ class Search:
             ``"running"``: their running ones, of the whole network.
         seed: of the bandit and the batches.
         progress: show a bar with the time left.
-        checkpoint: a file; a search that was interrupted goes on from there, and ends with the same answer.
+        checkpoint: a file; a search that was interrupted goes on from there, and ends with the same answer. It holds
+            those of all budgets that one object looked at; another search than these is refused.
 
     Attributes:
         started: with which start: ``"uniform"`` if evaluations or minutes were too few for sensitivities.
