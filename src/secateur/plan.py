@@ -81,7 +81,7 @@ class Plan:
             return cls(
                 removed={str(name): _positions(p, name) for name, p in data["removed"].items()},
                 slices={
-                    str(name): {int(d): _positions(p, name) for d, p in dims.items()}
+                    str(name): {_dim(d, name): _some_positions(p, name) for d, p in dims.items()}
                     for name, dims in data["slices"].items()
                 },
                 fingerprint=str(data["fingerprint"]),
@@ -92,6 +92,18 @@ class Plan:
             if isinstance(error, SecateurError):
                 raise
             raise SecateurError(f"Plan.from_json: the plan is damaged ({type(error).__name__}: {error})") from error
+
+
+def _dim(given: str, name: object) -> int:
+    if int(given) < 0:
+        raise SecateurError(f"Plan.from_json: dimensions of {name!r} must be whole numbers from 0 on, not {given}")
+    return int(given)
+
+
+def _some_positions(given: object, name: object) -> list[int]:
+    if given == []:
+        raise SecateurError(f"Plan.from_json: a slice of {name!r} has no positions")
+    return _positions(given, name)
 
 
 def _positions(given: object, name: object) -> list[int]:

@@ -67,7 +67,7 @@ def save(model: nn.Module, directory: str | Path, *, notes: Mapping[str, Any] | 
         content = to_bytes({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
     except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise SecateurError(f"save: a tensor of this model cannot be stored ({error})") from error
-    steps, file, original = record(model), _free_name(folder), _original(model)
+    steps, before, file, original = record(model), _before(folder), _free_name(folder), _original(model)
     head = {
         "secateur": VERSION,
         "model": _built_in(model, original),
@@ -75,6 +75,7 @@ def save(model: nn.Module, directory: str | Path, *, notes: Mapping[str, Any] | 
         "record": steps,
         "final": fingerprint(model),
         "weights": {"file": file, "sha256": hashlib.sha256(content).hexdigest()},
+        "dtypes": {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in _not_stored(model)},
         "notes": dict(notes or {}),
     }
     try:
@@ -85,9 +86,8 @@ def save(model: nn.Module, directory: str | Path, *, notes: Mapping[str, Any] | 
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / file, content)
         write_atomically(folder / FILE, text.encode())
-        for other in folder.iterdir():
-            if WEIGHTS.fullmatch(other.name) and other.name != file:
-                other.unlink()
+        if before is not None:
+            (folder / before).unlink(missing_ok=True)
     except OSError as error:
         raise SecateurError(f"save: {folder} cannot be written ({error})") from error
 
@@ -125,6 +125,10 @@ def load(directory: str | Path, build: Callable[[], nn.Module] | str | None = No
             "has changed"
         )
     _fill(folder, model, tensors)
+    for name, buffer in _not_stored(model):  # a mean that was subtracted in half precision, say, still is
+        dtype = getattr(torch, str(head.get("dtypes", {}).get(name)), None)
+        if isinstance(dtype, torch.dtype):
+            buffer.data = buffer.data.to(dtype)
     return model
 
 
@@ -168,7 +172,8 @@ def read_head(directory: str | Path) -> dict[str, Any]:
             f"{folder / FILE} has version {head['secateur']!r}, this release knows version {VERSION}: use a newer "
             "secateur"
         )
-    kinds = {"original": str, "record": list, "final": str, "weights": dict, "notes": dict}
+    kinds: dict[str, type] = {"original": str, "record": list, "final": str, "weights": dict, "notes": dict}
+    kinds |= {"dtypes": dict} if "dtypes" in head else {}  # earlier saves have none
     wrong = [key for key, kind in kinds.items() if not isinstance(head.get(key), kind)]
     if wrong or not isinstance(head.get("model"), dict | None) or not _is_weights(head["weights"]):
         raise SecateurError(
@@ -193,6 +198,12 @@ def _tensors(model: nn.Module, verb: str) -> dict[str, Tensor]:
             raise SecateurError(f"{verb}: {name!r} of the model is on the meta device: it has no data")
         tensors.setdefault(id(value), (name, value))
     return dict(tensors.values())
+
+
+def _not_stored(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that ``build`` makes, and no file holds."""
+    stored = model.state_dict(keep_vars=True).keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name not in stored]
 
 
 def _original(model: nn.Module) -> str:
@@ -221,10 +232,16 @@ def _built_in(model: nn.Module, original: str) -> dict[str, Any] | None:
     return built if fresh == original else None
 
 
+def _before(folder: Path) -> str | None:
+    """The weights of an earlier save in the folder, which are the only ones that may go."""
+    try:
+        return str(read_head(folder)["weights"]["file"])
+    except SecateurError:
+        return None
+
+
 def _free_name(folder: Path) -> str:
-    """A name for the weights that an earlier save in the folder does not use."""
-    if not (folder / FILE).exists():
-        return "model.safetensors"
+    """A name for the weights that nothing in the folder has."""
     number, name = 0, "model.safetensors"
     while (folder / name).exists():
         number, name = number + 1, f"model-{number + 1}.safetensors"

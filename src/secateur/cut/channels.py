@@ -18,11 +18,12 @@ from secateur.cut.compensation import compensated
 from secateur.cut.optimizer import Follower
 from secateur.cut.record import add_to_record
 from secateur.errors import SecateurError
+from secateur.modes import evaluating, random_kept
 from secateur.plan import Plan
 from secateur.trace import call_model, fingerprint
 from secateur.trace.copying import copy_module
 from secateur.trace.slices import remember_sizes, sliced
-from secateur.trace.tracer import Inputs, tensors_in
+from secateur.trace.tracer import Inputs, copyable, tensors_in
 
 
 def cut(
@@ -44,6 +45,11 @@ def cut(
     Raises:
         SecateurError: the plan was made for another model, or the result does not run on the traced example inputs.
     """
+    with torch.inference_mode(False):  # what is made in it could never be trained
+        return _cut(model, plan, optimizer, compensate)
+
+
+def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None, compensate: Curvature | None) -> nn.Module:
     check_plan(model, plan)
     follower = Follower(model, plan, optimizer) if optimizer is not None else None
     source = model if compensate is None else compensated(model, plan, compensate)
@@ -93,7 +99,8 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     check_plan(model, plan)
     if plan.graph is None:
         raise SecateurError("masked(plan): the plan has no graph (it came from JSON): trace the model and remake it")
-    copied = copy.deepcopy(model)
+    with copyable(model):
+        copied = copy.deepcopy(model)
     tensors = dict(copied.named_parameters())
     for group_name, positions in plan.removed.items():
         group = plan.graph.group(group_name)
@@ -111,6 +118,8 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
 def check(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> float:
     """The largest relative difference between what the masked and the cut network compute, in eval mode.
 
+    Both begin with the same random state, which comes back, as do the buffers.
+
     Args:
         model: the original.
         small: what :func:`cut` made of it.
@@ -123,9 +132,8 @@ def check(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> flo
     Raises:
         SecateurError: the outputs differ in number or shape.
     """
-    with torch.no_grad():
-        wanted = tensors_in(_eval(masked(model, plan), inputs))
-        given = tensors_in(_eval(small, inputs))
+    wanted = tensors_in(_eval(masked(model, plan), inputs))
+    given = tensors_in(_eval(small, inputs))
     if [t.shape for t in wanted] != [t.shape for t in given]:
         raise SecateurError(
             f"check: the outputs' shapes differ: {[list(t.shape) for t in wanted]} and {[list(t.shape) for t in given]}"
@@ -140,37 +148,26 @@ def check(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> flo
 
 
 def _eval(model: nn.Module, inputs: Inputs) -> Any:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         return call_model(model, pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs))
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 def _try(small: nn.Module, inputs: Inputs) -> None:
     tensor = next(small.parameters())
     if tensor.is_meta or any(t.device != tensor.device for t in tensors_in(inputs)):
         return
-    devices = [tensor.device.index or 0] if tensor.device.type == "cuda" else []
-    buffers = {id(b): b.clone() for b in small.buffers()}
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            _eval(small, inputs)
+        _eval(small, inputs)
     except Exception as error:
         raise SecateurError(
             f"the cut {type(small).__name__} fails on the example inputs: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        with torch.no_grad():
-            for b in small.buffers():
-                if id(b) in buffers:
-                    b.copy_(buffers[id(b)])
 
 
 def recalibrate(model: nn.Module, data: Any, *, batches: int | None = None) -> None:
     """Re-estimate the running statistics of all batch norms of a model, in place, as plain averages over the data.
+
+    All else is as in eval mode (no dropout); modes and random state come back.
 
     Args:
         model: the model.
@@ -180,13 +177,14 @@ def recalibrate(model: nn.Module, data: Any, *, batches: int | None = None) -> N
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     modes = [(m, m.training) for m in model.modules()]
     momenta = [m.momentum for m in norms]
+    model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the cumulative average
         norm.train()
     seen = 0
     try:
-        with torch.no_grad():
+        with torch.no_grad(), random_kept(model):
             for batch in data:
                 if batches is not None and seen >= batches:
                     break

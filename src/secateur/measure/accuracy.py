@@ -51,7 +51,13 @@ def loss_and_accuracy(
 
 
 def _hits(output: Tensor, y: Tensor) -> Tensor:
-    return (output.argmax(1) == y).double().mean()
+    found = output.argmax(1)
+    if found.shape != y.shape:
+        raise SecateurError(
+            f"accuracy: outputs of shape {list(output.shape)} are for labels of shape {list(found.shape)}, not "
+            f"{list(y.shape)}; give whole numbers, one a prediction (y.squeeze(1), y.argmax(1))"
+        )
+    return (found == y).double().mean()
 
 
 def _mean(model: nn.Module, data: Batches | tuple[Tensor, Tensor], value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

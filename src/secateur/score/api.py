@@ -54,6 +54,8 @@ def score(
         raise unknown("criterion", criterion, CRITERIA)
     if fingerprint(model) != graph.fingerprint:
         raise SecateurError("score: the graph was traced from another model; trace this one")
+    if isinstance(criterion, str) and criterion != "random" and any(p.is_meta for p in model.parameters()):
+        raise SecateurError("score: the model is on the meta device, without weights that could be judged; load some")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     try:
         scores = function(model, graph, data, loss_fn, **options)

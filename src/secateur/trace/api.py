@@ -39,7 +39,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
         SecateurError: nothing is removable, the forward fails on the example inputs, they are on another device.
     """
     check_traceable(model, example_inputs)
-    with no_collection():
+    with no_collection(), torch.inference_mode(False):
         return _trace(model, example_inputs)
 
 

@@ -116,6 +116,9 @@ def remember_sizes(module: nn.Module) -> None:
 def _sizes(part: nn.Module) -> dict[str, Any]:
     """The sizes a standard module remembers, computed from the shapes it holds now."""
     tensors = {**part._buffers, **part._parameters}
+    if isinstance(part, nn.RNNBase):
+        first = tensors.get("weight_ih_l0")
+        return {} if first is None else {"input_size": first.shape[1]}
     weight = next((tensors[k] for k in ("weight", "running_mean") if tensors.get(k) is not None), None)
     if weight is None:
         return {}

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import SecateurError
+from secateur.modes import random_kept
 from secateur.trace.call import Call
 from secateur.trace.copying import copy_module
 from secateur.trace.names import Dim, Named, Names, anonymous, lasting
@@ -65,6 +66,11 @@ class Watcher(TorchDispatchMode):
     def set(self, tensor: Tensor, named: Named) -> None:
         """Remember the names of a tensor."""
         self._known[id(tensor)] = (weakref.ref(tensor), named)
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether it was named, or came out of an operation that was watched."""
+        entry = self._known.get(id(tensor))
+        return entry is not None and entry[0]() is tensor
 
     def get(self, tensor: Tensor) -> Named:
         """The names of a tensor; one never seen is a constant, with fixed positions."""
@@ -230,7 +236,8 @@ class Skeleton:
     def run(self, watcher: Watcher) -> Any:
         """One forward under the watcher, in eval mode, without gradients; the random state comes back."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(self.module)))
+            stack.enter_context(random_kept(self.module))
+            stack.enter_context(torch.inference_mode(False))  # in which operations would come in larger pieces
             stack.enter_context(torch.no_grad())
             stack.enter_context(without_fast_path())
             if self.fake is not None:
@@ -270,10 +277,6 @@ def copyable(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); secateur works on a deep "
             "copy so that your model stays untouched: make copy.deepcopy(model) work first"
         ) from error
-
-
-def _cuda_devices(module: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
 
 
 @contextlib.contextmanager
@@ -373,6 +376,12 @@ def watch(
         raise SecateurError(
             f"the model's forward returns no tensor that can be found (it gave {type(out).__name__}): "
             "return tensors, or containers or plain objects that hold them"
+        )
+    if not all(watcher.knows(tensor) for tensor in outputs):
+        raise SecateurError(
+            f"{type(skeleton.module).__name__}: a copy's forward returns a tensor that it has not computed, so some"
+            "thing in it, a hook's closure perhaps, holds the original: let it use what it is called with (a bound "
+            "method's self), or register the tensor as a buffer"
         )
     for tensor in outputs:
         for ids in watcher.get(tensor).dims:

@@ -64,8 +64,14 @@ def _norm(call: Call) -> Result:
 def _selects(call: Call) -> Result:
     if len(call.tensors()) > 1 or call.arg("dim") is None:
         return pointwise(call, call.tensors(), "all") if len(call.tensors()) > 1 else unknown_operation(call)
-    named = _reduce(call, lambda ids: call.freeze(ids, "is searched for an extreme"), keeps=False)
-    return [named] * len(call.results())
+
+    def searched(ids: Dim) -> None:
+        call.freeze(ids, "is searched for an extreme")
+
+    places = _reduce(call, searched, keeps=False)
+    if len(call.results()) == 1:
+        return [places]
+    return [_reduce(call, searched, keeps=True), places]  # the extreme of zeros is zero, where it stands is not
 
 
 @rule("_softmax _log_softmax softmax log_softmax _safe_softmax")
