@@ -282,3 +282,43 @@ def test_plain_weights_and_saved_directories_are_weights(saved: Path, small: nn.
     (tmp_path / "w.safetensors").write_bytes(b"not weights")
     with pytest.raises(sc.SecateurError, match="not a readable safetensors file"):
         store.load_weights(tmp_path / "w.safetensors", lambda: build("digits_cnn"))
+
+
+def test_files_of_others_stay_and_earlier_weights_go(tmp_path: Path) -> None:
+    others = {"model.safetensors": b"weights of another tool", "model-2.safetensors": b"also", "notes.txt": b"text"}
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    for _ in range(4):
+        sc.save(build("digits_cnn", width=0.25), tmp_path)
+        sc.load(tmp_path)
+        assert {name: (tmp_path / name).read_bytes() for name in others} == others
+        assert len(list(tmp_path.iterdir())) == len(others) + 2
+
+
+class Shifted(nn.Module):
+    """Subtracts a mean that no file holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("mean", torch.full((4,), 0.5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x - self.mean).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_no_file_holds_keeps_its_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 4).to(dtype)
+    small = halved(Shifted().to(dtype), x)
+    sc.save(small, tmp_path)
+    loaded = sc.load(tmp_path, build=Shifted)
+    assert loaded.mean.dtype == dtype and torch.equal(loaded(x), small(x))
+    head = json.loads((tmp_path / store.FILE).read_text())
+    for dtypes, message in ((5, "dtypes"), ({"mean": "load"}, None)):
+        (tmp_path / store.FILE).write_text(json.dumps(head | {"dtypes": dtypes}))
+        if message is None:
+            assert sc.load(tmp_path, build=Shifted).mean.dtype == torch.float32  # not a dtype: nothing is guessed
+        else:
+            with pytest.raises(sc.SecateurError, match=message):
+                sc.load(tmp_path, build=Shifted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -31,17 +31,27 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def random_state() -> Callable[[], None]:
+    """What sets the random states of Python, NumPy and PyTorch on the CPU as they are now."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def back() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+    return back
+
+
 @contextmanager
 def random_kept(model: nn.Module) -> Iterator[None]:
     """The random states of Python, NumPy and PyTorch (of the model's devices too) come back as they were."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    python, numpy = random.getstate(), np.random.get_state()
+    devices, back = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}), random_state()
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        back()
 
 
 @contextmanager

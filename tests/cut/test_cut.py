@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -257,3 +259,77 @@ def test_sdprun_follows_two_cuts():
             small = sc.cut(small, dead, optimizer=optimizer)
     assert cuts == 2
     assert torch.allclose(small(x), other(x), atol=1e-10)
+
+
+class Noisy(nn.Module):
+    """Draws in its forward from all three sources, counts its forwards and averages what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 4)
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        self.steps = self.steps + 1
+        found = self.second(self.norm(self.first(x)).relu())
+        self.mean.mul_(0.9).add_(found.detach().mean(0))
+        return found + torch.randn_like(found) + random.random() + np.random.rand()
+
+
+def states():
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+
+def test_forwards_that_draw_and_count_are_compared_alike_and_leave_no_trace():
+    torch.manual_seed(0)
+    model, x = Noisy().train(), torch.randn(8, 6)
+    before, state = copy.deepcopy(model.state_dict()), states()
+    graph = sc.trace(model, x)
+    assert states() == state
+    scores = sc.score(model, graph)  # here beartype draws from Python's, which changes nothing of what follows
+    state = states()
+    plan = sc.allocate(graph, scores, sc.Budget(macs=0.5))
+    small = sc.cut(model, plan)
+    assert sc.check(model, small, plan, x) < 1e-5
+    assert states() == state
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert small.steps == 0 and (small.mean == 0).all() and small.training
+    assert sc.check(model, small, plan, x) < 1e-5  # nor does a comparison change the next
+
+
+def test_recalibration_is_that_of_eval_mode_and_leaves_the_random_state():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 4), nn.BatchNorm1d(4)
+    )
+    data, found = [torch.randn(32, 6) for _ in range(3)], []
+    state = states()
+    for training in (True, False):
+        model.train(training)
+        sc.recalibrate(model, data)
+        assert model.training is training and states() == state
+        found.append(model[-1].running_var.clone())
+    assert torch.equal(*found)
+
+
+def test_in_inference_mode_the_same_is_cut_and_can_be_trained():
+    model = network()
+    graph = sc.trace(model, X)
+    with torch.inference_mode():
+        again = sc.trace(model, X)
+        assert [group.name for group in again.groups] == [group.name for group in graph.groups]
+        small = sc.cut(model, sc.make_plan(again, REMOVED))
+        assert sc.check(model, small, sc.make_plan(again, REMOVED), X) < 1e-9
+    F.cross_entropy(small(X), Y).backward()
+
+
+def test_slices_without_positions_or_of_no_dimension_are_told():
+    model = network()
+    data = json.loads(sc.make_plan(sc.trace(model, X), REMOVED).to_json())
+    for dims, message in (
+        ({"0": []}, "a slice of '0.weight' has no positions"),
+        ({"-1": [0]}, "dimensions of '0.weight'"),
+    ):
+        with pytest.raises(sc.SecateurError, match=message):
+            sc.Plan.from_json(json.dumps(data | {"slices": {"0.weight": dims}}))

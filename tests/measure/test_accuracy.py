@@ -44,3 +44,12 @@ def test_modes_and_statistics_stay():
 def test_no_image(data):
     with pytest.raises(SecateurError, match="no image to measure on"):
         accuracy(nn.Identity(), data)
+
+
+def test_labels_of_another_shape_are_no_silent_square():
+    outputs, labels = torch.eye(4), torch.arange(4)
+    for wrong in (labels[:, None], torch.eye(4)):
+        with pytest.raises(SecateurError, match=r"outputs of shape \[4, 4\] are for labels of shape \[4\], not \[4, "):
+            accuracy(nn.Identity(), (outputs, wrong))
+    maps = torch.randn(2, 3, 5, 5)  # of every place one
+    assert accuracy(nn.Identity(), (maps, maps.argmax(1))) == 1

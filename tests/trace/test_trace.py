@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -267,3 +269,85 @@ def test_the_table_names_everything():
     text = sc.trace(model, inputs).summary()
     for word in ("a.weight:0", "b.weight:1", "head.weight:1", "MACs", "belongs to the model's output"):
         assert word in text
+
+
+class Kept(nn.Module):
+    """Returns what a hook's closure has put into the original's dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+        self.seen = seen = {}
+        self.net[2].register_forward_hook(lambda module, given, out: seen.__setitem__("features", out))
+
+    def forward(self, x):
+        self.net(x)
+        return self.seen["features"]
+
+
+def test_a_tensor_that_the_copys_forward_has_not_computed_is_no_output():
+    model = Kept().eval()
+    for _ in range(2):
+        with pytest.raises(sc.SecateurError, match="Kept: a copy's forward returns a tensor that it has not computed"):
+            sc.trace(model, torch.zeros(1, 4))
+        with torch.no_grad():
+            model(torch.zeros(1, 4))
+
+
+def test_the_random_states_of_python_and_numpy_stay_and_every_run_begins_alike():
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            if random.random() + np.random.rand() < 1:
+                x = x + self.second(x).relu()
+            return self.last(x)
+
+    found = set()
+    for seed in range(8):
+        random.seed(seed)
+        np.random.seed(seed)
+        state = random.getstate(), np.random.get_state()[1].tolist()
+        try:
+            found.add(tuple(group.name for group in sc.trace(Dropped().eval(), torch.zeros(1, 4)).groups))
+        finally:
+            assert (random.getstate(), np.random.get_state()[1].tolist()) == state
+    assert found == {("first",)}, found  # in either case all of it, and never "takes another path"
+
+
+@pytest.mark.parametrize("choose", ["max", "min", "median"])
+def test_the_extreme_of_zeros_is_zero_but_where_it_stands_is_not(choose):
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv1d(4, 6, k, padding=1) for k in (2, 3)])
+            self.last = nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.last(torch.cat([getattr(conv(x), choose)(2)[0] for conv in self.convs], 1))
+
+    model, x = Text().double().eval(), torch.randn(2, 4, 9, dtype=torch.float64)
+    graph = sc.trace(model, x)
+    assert len(graph.groups) == 2 and all(group.exact for group in graph.groups)
+    plan = sc.make_plan(graph, {group.name: [0, 3] for group in graph.groups})
+    assert sc.check(model, sc.cut(model, plan), plan, x) < 1e-12
+
+
+def test_a_recurrent_layer_after_a_narrower_embedding():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.rnn, self.last = nn.Embedding(20, 16), nn.LSTM(16, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(self.rnn(self.embed(x))[0])
+
+    model, x = Tagger().double().eval(), torch.randint(0, 20, (2, 5))
+    graph = sc.trace(model, x)
+    assert [len(group) for group in graph.groups] == [16]
+    plan = sc.make_plan(graph, {graph.groups[0].name: [0, 7]})
+    small = sc.cut(model, plan)
+    assert small.rnn.input_size == 14 and sc.check(model, small, plan, x) < 1e-12

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import SecateurError
-from secateur.modes import random_kept
+from secateur.modes import random_kept, random_state
 from secateur.trace.call import Call
 from secateur.trace.copying import copy_module
 from secateur.trace.names import Dim, Named, Names, anonymous, lasting
@@ -227,6 +227,7 @@ class Skeleton:
         with copyable(model):
             self.module = copy_module(model, memo)
         self.module.eval()
+        self.begin = random_state()
         self.inputs = pytree.tree_map(lambda v: stand_in(v.detach()) if isinstance(v, Tensor) else v, inputs)
 
     def _to_fake(self, tensor: Tensor) -> Tensor:
@@ -234,9 +235,13 @@ class Skeleton:
         return self.fake.from_tensor(tensor)
 
     def run(self, watcher: Watcher) -> Any:
-        """One forward under the watcher, in eval mode, without gradients; the random state comes back."""
+        """One forward under the watcher, in eval mode, without gradients; the random state comes back.
+
+        All runs begin with the same one: a forward that draws must not seem to depend on widths.
+        """
         with contextlib.ExitStack() as stack:
             stack.enter_context(random_kept(self.module))
+            self.begin()
             stack.enter_context(torch.inference_mode(False))  # in which operations would come in larger pieces
             stack.enter_context(torch.no_grad())
             stack.enter_context(without_fast_path())
