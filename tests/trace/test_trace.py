@@ -351,3 +351,14 @@ def test_a_recurrent_layer_after_a_narrower_embedding():
     plan = sc.make_plan(graph, {graph.groups[0].name: [0, 7]})
     small = sc.cut(model, plan)
     assert small.rnn.input_size == 14 and sc.check(model, small, plan, x) < 1e-12
+
+
+def test_parametrized_weights_are_named_where_nothing_can_go():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    for index in (0, 2):
+        torch.nn.utils.parametrizations.weight_norm(model[index])
+    with pytest.raises(sc.SecateurError, match=r"weights of 0, 2 are computed .* remove_parametrizations"):
+        sc.trace(model, torch.zeros(1, 4))
+    for index in (0, 2):
+        torch.nn.utils.parametrize.remove_parametrizations(model[index], "weight")
+    assert len(sc.trace(model, torch.zeros(1, 4)).groups) == 1

@@ -74,7 +74,7 @@ def _trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
         graph, channel_of = build(names, params, mark, extra)
         final = {mode: final_steps(steps, channel_of) for mode, steps in runs.items()}
     if not graph.groups:
-        raise no_removable_channel(graph.frozen)
+        raise no_removable_channel(graph.frozen, model)
 
     least: list[Refused] = []
     for chosen in lone(_placed(graph, names, channel_of)):

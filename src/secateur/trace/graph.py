@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from secateur.errors import SecateurError, unknown
 
@@ -268,7 +269,15 @@ def multiplicities(axes: Sequence[np.ndarray], group_of: np.ndarray, groups: int
     return fixed, matrix
 
 
-def no_removable_channel(frozen: Sequence[Frozen]) -> SecateurError:
+def no_removable_channel(frozen: Sequence[Frozen], model: nn.Module) -> SecateurError:
     """The error for a model in which nothing can go."""
     reasons = "; ".join(sorted({f"{f.axis}:{f.dim}: {f.reason}" for f in frozen})[:5])
-    return SecateurError(f"the model has no removable channel ({reasons or 'no parameter was used in its forward'})")
+    computed = [name for name, module in model.named_modules() if is_parametrized(module)]
+    advice = (
+        f"; weights of {', '.join(computed[:3])} are computed from others in every forward: call "
+        "torch.nn.utils.parametrize.remove_parametrizations(module, name) on such first"
+    )
+    return SecateurError(
+        f"the model has no removable channel ({reasons or 'no parameter was used in its forward'})"
+        + (advice if computed else "")
+    )
