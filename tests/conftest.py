@@ -29,3 +29,22 @@ def in_two_processes(tmp_path):
         return [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
 
     return run
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Lets a method raise KeyboardInterrupt at one of its calls; gives a list that grows with every call."""
+
+    def at(kind: type, method: str, number: int) -> list[int]:
+        calls, whole = [], getattr(kind, method)
+
+        def counted(*args):
+            calls.append(len(calls))
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return whole(*args)
+
+        monkeypatch.setattr(kind, method, counted)
+        return calls
+
+    return at

@@ -284,7 +284,7 @@ def gently(method: str, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("gradual", [True, False])
 def test_pivoting_runs_packs_loads_and_ends_the_same_when_stopped_in_between(
-    tmp_path: Path, gradual: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, gradual: bool, monkeypatch: pytest.MonkeyPatch, interrupted: Any
 ) -> None:
     def milliseconds(ways: Any, _: Any) -> dict[str, float]:  # what is fastest must not change from run to run
         return {name: 1.0 if name == "dense" else 0.1 for name in ways}
@@ -306,16 +306,7 @@ def test_pivoting_runs_packs_loads_and_ends_the_same_when_stopped_in_between(
     assert [next(iter(step)) for step in sc.record(packed)] == ["pivot", "pack"]
     images = torch.rand(3, 1, 8, 8)
     assert torch.allclose(packed(images), sc.load(tmp_path / "whole" / "seed-0" / "tuned")(images), atol=1e-4)
-    after = Pivoting.step
-    calls = []
-
-    def stop(self: Any) -> None:
-        calls.append(0)
-        if len(calls) == 30:
-            raise KeyboardInterrupt
-        after(self)
-
-    monkeypatch.setattr(Pivoting, "step", stop)
+    interrupted(Pivoting, "step", 30)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "again", progress=False)
     assert timeless(run(recipe, tmp_path / "again", progress=False)) == timeless(whole)
@@ -323,7 +314,7 @@ def test_pivoting_runs_packs_loads_and_ends_the_same_when_stopped_in_between(
 
 
 def test_a_search_of_widths_runs_and_goes_on_where_it_was_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Any
 ) -> None:
     prune = {
         "method": "magnitude", "budget": {"macs": 0.5}, "strategy": "bandit", "batches": 4, "recalibrate": True,
@@ -336,15 +327,7 @@ def test_a_search_of_widths_runs_and_goes_on_where_it_was_interrupted(
     assert seed["stages"]["pruned"]["search"]["table"]
     module = importlib.import_module("secateur.allocate.search")
     monkeypatch.setattr(module, "EVERY", 0.0)
-    calls, after = [], module.Evaluator._rise
-
-    def stop(*args: Any) -> float:
-        calls.append(0)
-        if len(calls) == 50:
-            raise KeyboardInterrupt
-        return after(*args)
-
-    monkeypatch.setattr(module.Evaluator, "_rise", stop)
+    calls = interrupted(module.Evaluator, "_rise", 50)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "again", progress=False)
     assert timeless(run(recipe, tmp_path / "again", progress=False)) == timeless(whole)
@@ -387,7 +370,7 @@ def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock
 
 
 def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_unsteady_the_clock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Any
 ) -> None:
     rng, slower = np.random.default_rng(), [1.0]
 
@@ -399,15 +382,7 @@ def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_u
     search, pruning = (importlib.import_module(f"secateur.{name}") for name in ("allocate.search", "run.pruning"))
     monkeypatch.setattr(pruning, "TIMED", 6)
     monkeypatch.setattr(search, "EVERY", 0.0)
-    calls, rise = [], search.Evaluator._rise
-
-    def stop(*args: Any) -> float:
-        calls.append(0)
-        if len(calls) == 50:
-            raise KeyboardInterrupt
-        return rise(*args)
-
-    monkeypatch.setattr(search.Evaluator, "_rise", stop)
+    calls = interrupted(search.Evaluator, "_rise", 50)
     prune = {
         "method": "magnitude", "budget": {"latency_ms": 0.7}, "strategy": "bandit", "batches": 4, "recalibrate": True,
         "search": {"evaluations": 80},
@@ -431,7 +406,7 @@ def test_pivoting_that_the_training_is_too_short_for_is_told_before_any_work(tmp
 
 @pytest.mark.parametrize("method", GENTLE)
 def test_gentle_methods_run_load_and_end_the_same_when_stopped_in_between(
-    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, method: str, interrupted: Any
 ) -> None:
     recipe = made(TAYLOR, prune=gently(method), finetune={"epochs": 1, "lr": 0.01})
     whole = run(recipe, tmp_path / "whole", progress=False)
@@ -439,16 +414,7 @@ def test_gentle_methods_run_load_and_end_the_same_when_stopped_in_between(
     assert seed["after"]["macs"] <= 0.6 * seed["before"]["macs"]
     assert seed["stages"]["pruned"]["difference"] < 1e-5
     assert seed["stages"]["pruned"]["steps"] <= 2 * 23
-    after = Gentle.step
-    calls = []
-
-    def stop(self: Any) -> None:
-        calls.append(0)
-        if len(calls) == 30:  # in the second epoch; the first has left a checkpoint
-            raise KeyboardInterrupt
-        after(self)
-
-    monkeypatch.setattr(Gentle, "step", stop)
+    interrupted(Gentle, "step", 30)  # in the second epoch; the first has left a checkpoint
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "again", progress=False)
     assert list((tmp_path / "again" / "seed-0" / "pruned-checkpoints").iterdir())

@@ -139,7 +139,7 @@ def test_a_group_that_nothing_needs_becomes_narrow():
 
 
 @pytest.mark.parametrize("dueling", [False, True])
-def test_an_interrupted_search_ends_with_the_same_answer(tmp_path, monkeypatch, dueling):
+def test_an_interrupted_search_ends_with_the_same_answer(tmp_path, monkeypatch, interrupted, dueling):
     model, graph, scores, data = case()
     budget, given = sc.Budget(macs=0.5), {"evaluations": 150, "progress": False, "dueling": dueling}
     whole = Search(model, data, **given)
@@ -147,15 +147,7 @@ def test_an_interrupted_search_ends_with_the_same_answer(tmp_path, monkeypatch, 
     monkeypatch.setattr(
         importlib.import_module("secateur.allocate.search"), "EVERY", 0.0
     )  # a checkpoint at every block
-    calls, after = [], Evaluator._rise
-
-    def stop(self, *args):
-        calls.append(0)
-        if len(calls) == 90:
-            raise KeyboardInterrupt
-        return after(self, *args)
-
-    monkeypatch.setattr(Evaluator, "_rise", stop)
+    calls = interrupted(Evaluator, "_rise", 90)
     path = tmp_path / "search.json"
     with pytest.raises(KeyboardInterrupt):
         sc.allocate(graph, scores, budget, strategy=Search(model, data, checkpoint=path, **given))
@@ -328,7 +320,7 @@ def test_a_search_with_another_loss_is_another_search(tmp_path, changed):
         sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(model, data, loss(9.0), **given))
 
 
-def test_a_checkpoint_holds_the_searches_of_several_budgets(tmp_path, monkeypatch):
+def test_a_checkpoint_holds_the_searches_of_several_budgets(tmp_path):
     model, graph, scores, data = case()
     given, path = {"evaluations": 60, "progress": False}, tmp_path / "search.json"
     budgets = (sc.Budget(macs=0.5), sc.Budget(macs=0.3))
@@ -354,7 +346,9 @@ class Branching(nn.Module):
 
 
 @pytest.mark.parametrize("left", [40, 10, 2])
-def test_a_search_with_groups_that_cannot_be_cut_after_all_goes_on_where_it_was(tmp_path, monkeypatch, left):
+def test_a_search_with_groups_that_cannot_be_cut_after_all_goes_on_where_it_was(
+    tmp_path, monkeypatch, interrupted, left
+):
     torch.manual_seed(0)
     model = Branching().eval()
     inputs = torch.randn(16, 8)
@@ -362,19 +356,12 @@ def test_a_search_with_groups_that_cannot_be_cut_after_all_goes_on_where_it_was(
     graph = sc.trace(model, inputs)
     scores, budget = sc.score(model, graph, "magnitude"), sc.Budget(params=0.4)
     monkeypatch.setattr(importlib.import_module("secateur.allocate.search"), "EVERY", 0.0)
-    calls, rise, limit = [], Evaluator._rise, [10**6]
-
-    def stop(self, *args):
-        calls.append(0)
-        if len(calls) == limit[0]:
-            raise KeyboardInterrupt
-        return rise(self, *args)
-
-    monkeypatch.setattr(Evaluator, "_rise", stop)
+    calls = interrupted(Evaluator, "_rise", 10**6)
     given = {"evaluations": 60, "progress": False}
     whole = sc.allocate(graph, scores, budget, strategy=Search(model, data, **given))
     assert "cannot be cut" in str(whole.skipped) and len(calls) > 60  # there was a second search
-    given["checkpoint"], limit[0] = tmp_path / "search.json", 2 * len(calls) - left
+    given["checkpoint"] = tmp_path / "search.json"
+    interrupted(Evaluator, "_rise", len(calls) - left)
     with pytest.raises(KeyboardInterrupt):
         sc.allocate(graph, scores, budget, strategy=Search(model, data, **given))
     assert sc.allocate(graph, scores, budget, strategy=Search(model, data, **given)) == whole
@@ -436,21 +423,13 @@ def test_where_sensitivities_are_too_many_the_start_is_uniform_and_says_so(evalu
     assert search.started == "uniform" and search.done <= 60
 
 
-def test_a_search_that_is_interrupted_while_it_looks_for_a_start_ends_the_same(tmp_path, monkeypatch):
+def test_a_search_that_is_interrupted_while_it_looks_for_a_start_ends_the_same(tmp_path, monkeypatch, interrupted):
     model, graph, scores, data = case()
     given = {"evaluations": 150, "progress": False, "checkpoint": tmp_path / "search.json"}
     whole = Search(model, data, evaluations=150, progress=False)
     plan = sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=whole)
     monkeypatch.setattr(importlib.import_module("secateur.allocate.search"), "EVERY", 0.0)
-    calls, after = [], Evaluator._rise
-
-    def stop(self, *args):
-        calls.append(0)
-        if len(calls) == 40:
-            raise KeyboardInterrupt
-        return after(self, *args)
-
-    monkeypatch.setattr(Evaluator, "_rise", stop)
+    calls = interrupted(Evaluator, "_rise", 40)
     with pytest.raises(KeyboardInterrupt):
         sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=Search(model, data, **given))
     (state,) = json.loads(given["checkpoint"].read_text())["searches"].values()
