@@ -7,8 +7,8 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-long lint bench clean
 
 demo: $(READY)
-	$(BIN)/secateur run recipes/digits-sdprun.yaml --out runs/digits-sdprun
-	$(BIN)/secateur run recipes/digits-taylor.yaml --out runs/digits-taylor
+	$(BIN)/secateur run digits-sdprun --out runs/digits-sdprun
+	$(BIN)/secateur run digits-taylor --out runs/digits-taylor
 
 test: lint
 	$(BIN)/python -m pytest -n 2

@@ -18,7 +18,7 @@ from torch import nn
 
 import secateur as sc
 from oneshot import HERE, Make, Setting, run
-from secateur.eigendamage import measure_damage
+from secateur.methods.eigendamage import measure_damage
 
 CHANNEL = ("random", "magnitude", "taylor", "obd", "obs", "kron_obd", "kron_obs")
 ROTATED = {

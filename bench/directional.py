@@ -58,9 +58,9 @@ def makers(
         yield from (method(name, scores) for name in ("taylor", "taylor + refit") if name in wanted)
         if "taylor + consumers" in wanted:
             factors = sc.kronecker_factors(model, seen)
-            yield method("taylor + consumers", scores, partial(made_up, model, factors))
+            yield method("taylor + consumers", scores, partial(obs_update, model, factors))
     if wanted & set(METHODS[5:]):
-        flat = sc.flat_projector(model, seen, "cross_entropy", share=SHARE, soft=True)
+        flat = sc.null_space_projector(model, seen, "cross_entropy", share=SHARE, soft=True)
         scores = sc.score(model, graph, "directional", flat=flat)
         if "selection" in wanted:
             yield method("selection", scores)
@@ -70,7 +70,7 @@ def makers(
                 yield method(name, scores, partial(directed, model, flat, mode))
 
 
-def made_up(model: nn.Module, factors: Any, plan: sc.Plan) -> nn.Module:
+def obs_update(model: nn.Module, factors: Any, plan: sc.Plan) -> nn.Module:
     """What stays of the consumers makes up for what goes."""
     return sc.compensated(model, plan, factors, at="consumers")
 

@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import secateur as sc
-from secateur.curvature import Curvature
-from secateur.models import build, example_input
+from secateur.curvature.kronecker import Curvature
+from secateur.lab.models.registry import build, example_input
 
 with warnings.catch_warnings():  # what it imports uses torch.jit
     warnings.simplefilter("ignore", DeprecationWarning)

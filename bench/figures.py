@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from secateur.cut.pattern import find_pattern
-from secateur.measure.valley import Plane
-from secateur.report import draw_plane, draw_search, draw_spectrum
+from secateur.lab.landscape.mode_connectivity import Plane
+from secateur.report.mode_connectivity import draw_plane, draw_spectrum
+from secateur.report.search import draw_search
+from secateur.surgery.blocks.pattern import find_pattern
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

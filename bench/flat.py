@@ -68,7 +68,7 @@ def rank(make: Callable[[], nn.Module], length: str, seed: int) -> dict[str, Any
     graph, data = sc.trace(model, x[:2]), [(x, y)]
 
     def flatness(**options: Any) -> tuple[Tensor, Any]:
-        flat = sc.flat_projector(model, data, "cross_entropy", **options)
+        flat = sc.null_space_projector(model, data, "cross_entropy", **options)
         return torch.cat(list(sc.directional_scores(model, graph, flat).values())), flat.facts
 
     row: dict[str, Any] = {"network": make.__name__, "length": length, "seed": seed}
@@ -97,7 +97,7 @@ def cost(repeats: int = 3) -> dict[str, Any]:
         sc.kronecker_factors(model, data)
         times["factors"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        sc.directional_scores(model, graph, sc.flat_projector(model, data, "cross_entropy", soft=True))
+        sc.directional_scores(model, graph, sc.null_space_projector(model, data, "cross_entropy", soft=True))
         times["scores"].append(time.perf_counter() - start)
     found = {name: statistics.median(values) for name, values in times.items()}
     return {"images": 64, **found, "ratio": found["scores"] / found["factors"]}

@@ -1,4 +1,4 @@
-"""Gentle pruning against one-shot pruning at equal MACs and an equal number of epochs, and what a step of it costs.
+"""Gradual pruning against one-shot pruning at equal MACs and epochs, and what a step of it costs.
 
 ``accuracy``: every method starts from the same trained network, ends with the same widths (the same share of every
 group, which meets the budget) and has as many epochs: one-shot magnitude fine-tunes in all of them; IncReg, GReg-1
@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 import secateur as sc
 from rows import Rows
-from secateur.data import load
-from secateur.measure import accuracy
-from secateur.models import build, example_input
-from secateur.train.loop import fit
+from secateur.lab.data.registry import load
+from secateur.lab.models.registry import build, example_input
+from secateur.lab.training.loop import fit
+from secateur.measure.accuracy import accuracy
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gentle.json"

@@ -22,10 +22,10 @@ import torch
 
 import secateur as sc
 from rows import Rows
-from secateur.data import load
-from secateur.measure import accuracy
-from secateur.models import build, example_input
-from secateur.train.loop import fit
+from secateur.lab.data.registry import load
+from secateur.lab.models.registry import build, example_input
+from secateur.lab.training.loop import fit
+from secateur.measure.accuracy import accuracy
 
 RESULTS = Path(__file__).parent / "results" / "headline.json"
 BATCH = 128
@@ -64,7 +64,7 @@ def train(row: dict[str, Any], work: Path, clock: Clock, device: torch.device) -
         channels_last=True,
     )  # fmt: skip
     model.eval()
-    plan = sc.dead_channels(model, graph)
+    plan = sc.zero_channels(model, graph)
     small = sc.cut(model, plan)
     held_out, test = data.loader("validation", 500), data.loader("test", 500)
     images = next(iter(test))[0].to(device)

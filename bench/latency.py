@@ -22,8 +22,8 @@ from torch import nn
 import secateur as sc
 from networks import resnet
 from rows import Rows
-from secateur.measure import latency
-from secateur.models import build
+from secateur.lab.models.registry import build
+from secateur.measure.latency import latency
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "latency.json"

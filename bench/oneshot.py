@@ -16,9 +16,10 @@ from torch import nn
 
 import secateur as sc
 from rows import Row, Rows
-from secateur.data import load
-from secateur.measure import accuracy, counted
-from secateur.models import build, example_input
+from secateur.lab.data.registry import load
+from secateur.lab.models.registry import build, example_input
+from secateur.measure.accuracy import accuracy
+from secateur.measure.counting import counted
 
 HERE = Path(__file__).parent
 BATCH = 128

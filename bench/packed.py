@@ -27,11 +27,11 @@ from torch import nn
 
 import secateur as sc
 from rows import Rows
-from secateur.cut.packing import MARGIN, milliseconds, moved, orders_of, packed
-from secateur.cut.pattern import Pattern, blocks_for
-from secateur.cut.relabel import moves, relabelled
-from secateur.measure import counted
-from secateur.models import build, example_input
+from secateur.lab.models.registry import build, example_input
+from secateur.measure.counting import counted
+from secateur.surgery.blocks.packing import MARGIN, milliseconds, moved, orders_of, packed
+from secateur.surgery.blocks.pattern import Pattern, blocks_for
+from secateur.surgery.permute import moves, permuted
 
 RESULTS = Path(__file__).parent / "results" / "packed.json"
 WIDTHS = (256, 512, 1024, 2048, 4096)
@@ -65,7 +65,7 @@ def layer(kind: str, width: int, size: int, keep: float, layout: str, batch: int
     patterns = {"0": drawn(width, width, keep, layout)}
     graph = sc.trace(model, x[:1])
     orders = orders_of(graph, patterns)
-    model = relabelled(model, graph, orders)
+    model = permuted(model, graph, orders)
     own = moved("0", patterns["0"], moves(graph, orders))
     ways = {"blocks": packed(model[0], own, at_once=False), "at_once": packed(model[0], own, at_once=True)}
     assert all(made.order is None for made in ways.values())

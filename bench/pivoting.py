@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 import secateur as sc
 from rows import Rows
-from secateur.cut.pivots import eligible, energy, patterns_of, pivoted
-from secateur.data import load
-from secateur.measure import accuracy, counted
-from secateur.models import build, example_input
-from secateur.train.loop import fit
+from secateur.lab.data.registry import load
+from secateur.lab.models.registry import build, example_input
+from secateur.lab.training.loop import fit
+from secateur.measure.accuracy import accuracy
+from secateur.measure.counting import counted
+from secateur.surgery.blocks.pivots import eligible, energy, patterns_of, pivoted
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "pivoting.json"

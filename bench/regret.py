@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from rows import Rows
-from secateur.allocate.bandit import FactoredBandit, Player
-from secateur.allocate.baselines import FactorUCB, JointUCB, SuccessiveElimination, Uniform
+from secateur.allocation.search.bandit import FactoredBandit, Player
+from secateur.allocation.search.baselines import FactorUCB, JointUCB, SuccessiveElimination, Uniform
 
 RESULTS = Path(__file__).parent / "results" / "regret.json"
 NOISE, SPREAD, CHUNK = 0.3, 0.5, 10

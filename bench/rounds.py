@@ -2,7 +2,7 @@
 
 Takes the folders of its runs (one of all seeds, or one a seed) and writes ``bench/results/rounds.json``::
 
-    secateur run recipes/cifar10-resnet20-eigendamage-iterative.yaml --out runs/iterative
+    secateur run cifar10-resnet20-eigendamage-iterative --out runs/iterative
     python bench/rounds.py runs/iterative
 """
 

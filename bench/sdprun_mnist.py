@@ -17,10 +17,10 @@ import torch
 
 import secateur as sc
 from rows import Rows
-from secateur.data import load
-from secateur.measure import accuracy
-from secateur.models import build, example_input
-from secateur.train.loop import fit
+from secateur.lab.data.registry import load
+from secateur.lab.models.registry import build, example_input
+from secateur.lab.training.loop import fit
+from secateur.measure.accuracy import accuracy
 
 RESULTS = Path(__file__).parent / "results" / "sdprun_mnist.json"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def train(name: str, c: float, budget: float | None, seed: int, setting: dict[st
         progress=False,
         channels_last=name == "lenet5",
     )
-    plan = sc.dead_channels(model, graph)
+    plan = sc.zero_channels(model, graph)
     small = sc.cut(model, plan)
     return {
         "network": name, "c": c, "seed": seed, "budget": budget, "difference": sc.check(model, small, plan, inputs),

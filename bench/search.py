@@ -29,15 +29,15 @@ from torch import nn
 
 import secateur as sc
 from rows import Rows
-from secateur.allocate.evaluator import Evaluator
-from secateur.allocate.factors import Factors
-from secateur.allocate.search import RATIOS
-from secateur.allocate.sensitivity import alone, greedy, tried_alone
-from secateur.allocate.strategies import STRATEGIES, Problem, fill
-from secateur.data import load
-from secateur.measure import accuracy
-from secateur.models import build, example_input
-from secateur.train.loop import fit
+from secateur.allocation.search.arms import Factors
+from secateur.allocation.search.evaluator import Evaluator
+from secateur.allocation.search.search import RATIOS
+from secateur.allocation.sensitivity import alone, greedy, tried_alone
+from secateur.allocation.strategies import STRATEGIES, Problem, fill
+from secateur.lab.data.registry import load
+from secateur.lab.models.registry import build, example_input
+from secateur.lab.training.loop import fit
+from secateur.measure.accuracy import accuracy
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "search.json"

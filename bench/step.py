@@ -25,7 +25,7 @@ from torch.optim import SGD, Optimizer
 
 import secateur as sc
 from networks import RESNETS, ResNet
-from secateur.train import SDPrun
+from secateur.methods.sdprun import SDPrun
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
 TARGET = 1.15

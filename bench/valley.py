@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 import secateur as sc
 from rows import Rows
-from secateur.data import load
-from secateur.measure import accuracy
-from secateur.measure.valley import along, barrier, connect, plane, steep_share
-from secateur.models import build, example_input
-from secateur.train.loop import fit
+from secateur.lab.data.registry import load
+from secateur.lab.landscape.mode_connectivity import along, barrier, connect, plane, steep_share
+from secateur.lab.models.registry import build, example_input
+from secateur.lab.training.loop import fit
+from secateur.measure.accuracy import accuracy
 
 RESULTS = Path(__file__).parent / "results" / "valley.json"
 BATCH = 128
@@ -76,7 +76,7 @@ def one(name: str, seed: int, work: Path) -> dict[str, Any]:
 
     start, _ = trained(name, 0, seed, data, work, partial(watch, "SGD"))
     end, graph = trained(name, SETTINGS[name]["c"], seed, data, work, partial(watch, "SDPrun"))
-    plan = sc.dead_channels(end, graph)
+    plan = sc.zero_channels(end, graph)
     row: dict[str, Any] = {
         "network": name, "seed": seed,
         "macs": graph.macs(plan) / graph.macs(), "params": graph.params(plan) / graph.params(),
@@ -93,7 +93,7 @@ def one(name: str, seed: int, work: Path) -> dict[str, Any]:
     row["highest"] = max(point["train_loss"] for point in row["curve"]["rows"])
     row["allowed"] = 1.1 * max(ends) + 1e-3
     some = list(islice(data.loader("train", 500), 20))
-    flat = sc.flat_projector(start, some[:4], "cross_entropy", basis="lanczos", k=SETTINGS[name]["steep"])
+    flat = sc.null_space_projector(start, some[:4], "cross_entropy", basis="lanczos", k=SETTINGS[name]["steep"])
     row["steep_share"] = steep_share(start, end, flat)
     row["steep_by_chance"] = (flat.count / len(flat.vectors)) ** 0.5
     row["eigenvalues"] = {"steep": flat.count, "values": flat.values.tolist()}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from jaxtyping import install_import_hook
 
-with install_import_hook(["secateur.score", "secateur.train.sdprun", "secateur.rows"], "beartype.beartype"):
+with install_import_hook(
+    ["secateur.scoring", "secateur.methods.sdprun", "secateur.tracing.channel_rows"], "beartype.beartype"
+):
     import secateur  # noqa: F401
 
 import subprocess

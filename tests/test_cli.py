@@ -8,8 +8,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 import secateur as sc
-from secateur import cli, data, models, run
-from secateur.models import build
+from secateur import cli
+from secateur.lab import data, models, run
+from secateur.lab.models.registry import build
 
 RECIPE = """
 name: small

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from secateur.allocate import Budget, allocate
-from secateur.allocate.search import Search
-from secateur.curvature import flat_projector, kronecker_factors
-from secateur.cut import (
-    check,
-    compensated,
-    cut,
-    dead_channels,
-    directed,
-    masked,
-    merge_bases,
-    pack,
-    pivot,
-    recalibrate,
-    record,
-    refit,
-    separate,
-)
-from secateur.eigendamage import eigendamage
-from secateur.errors import SecateurError
+from secateur._internal.errors import SecateurError
+from secateur.allocation.api import allocate
+from secateur.allocation.budget import Budget
+from secateur.allocation.latency.model import Timing
+from secateur.allocation.search.search import Search
+from secateur.curvature.kronecker import kronecker_factors
+from secateur.curvature.null_space import null_space_projector
+from secateur.methods.eigendamage import eigendamage
+from secateur.methods.increg import IncReg
+from secateur.methods.pivoting import Pivoting
+from secateur.methods.sdprun import SDPrun
+from secateur.methods.spp import SPP
 from secateur.plan import Plan, make_plan
-from secateur.prune import Result, prune
-from secateur.score import directional_scores, score
-from secateur.store import load, save
-from secateur.timing import Timing
-from secateur.trace import ChannelGraph, ChannelGroup, trace
-from secateur.train import SPP, IncReg, Pivoting, SDPrun
+from secateur.pruning import Result, prune
+from secateur.repair.compensate import compensated
+from secateur.repair.directed import directed
+from secateur.repair.refit import refit
+from secateur.scoring.api import score
+from secateur.scoring.directional import directional_scores
+from secateur.storage import load, save
+from secateur.surgery.blocks.packing import pack
+from secateur.surgery.blocks.pivots import pivot
+from secateur.surgery.channels import check, cut, masked, recalibrate
+from secateur.surgery.low_rank.bottleneck import merge_bases
+from secateur.surgery.low_rank.separable import separate
+from secateur.surgery.records import record
+from secateur.surgery.zero_channels import zero_channels
+from secateur.tracing.api import trace
+from secateur.tracing.graph import ChannelGraph, ChannelGroup
 
 __version__ = "0.1.0"
 
@@ -49,16 +51,15 @@ __all__ = [
     "check",
     "compensated",
     "cut",
-    "dead_channels",
     "directed",
     "directional_scores",
     "eigendamage",
-    "flat_projector",
     "kronecker_factors",
     "load",
     "make_plan",
     "masked",
     "merge_bases",
+    "null_space_projector",
     "pack",
     "pivot",
     "prune",
@@ -69,4 +70,5 @@ __all__ = [
     "score",
     "separate",
     "trace",
+    "zero_channels",
 ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from secateur.errors import SecateurError, unknown
+from secateur._internal.errors import SecateurError, unknown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 
 BAD_INPUT, INTERRUPTED = 2, 130
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # beside the package where it is installed from a checkout
+RECIPES = Path(__file__).resolve().parent / "lab" / "recipes"
 
 
 def main() -> None:
@@ -48,8 +48,9 @@ def run_command(
     with told("the same command goes on where it was"):
         from rich.console import Console
 
-        from secateur.recipe import read
-        from secateur.run import folder, run, table
+        from secateur.lab.recipe.reading import read
+        from secateur.lab.run import folder, table
+        from secateur.lab.run.api import run
 
         description = read(find_recipe(recipe), overrides or ())
         where = out if out is not None else Path("runs") / description.name
@@ -74,10 +75,10 @@ def inspect_command(
     with told("nothing was changed"):
         import torch
 
-        from secateur.models import build, example_input
-        from secateur.store import load, read_head
-        from secateur.trace import trace
-        from secateur.yamltext import parse_yaml
+        from secateur.lab.models.registry import build, example_input
+        from secateur.lab.recipe.yaml_text import parse_yaml
+        from secateur.storage import load, read_head
+        from secateur.tracing.api import trace
 
         given = {}
         for text in options or ():
@@ -104,12 +105,12 @@ def list_command(
 ) -> None:
     """List what there is: models, data, criteria, strategies, methods, optimizers, schedules, recipes."""
     with told("nothing was changed"):
-        from secateur.allocate import BANDIT, STRATEGIES
-        from secateur.data import DATA
-        from secateur.models import MODELS
-        from secateur.recipe import METHODS, OPTIMIZERS
-        from secateur.score.api import CRITERIA
-        from secateur.train.schedule import SCHEDULES
+        from secateur.allocation.strategies import BANDIT, STRATEGIES
+        from secateur.lab.data.registry import DATA
+        from secateur.lab.models.registry import MODELS
+        from secateur.lab.recipe.sections import METHODS, OPTIMIZERS
+        from secateur.lab.training.schedule import SCHEDULES
+        from secateur.scoring.api import CRITERIA
 
         lists = {
             "models": list(MODELS),

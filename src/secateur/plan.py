@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.errors import SecateurError
-from secateur.trace import ChannelGraph
+from secateur._internal.errors import SecateurError
+from secateur.tracing.graph import ChannelGraph
 
 VERSION = 1
 
 
-class UnbearableError(SecateurError):
+class CannotCut(SecateurError):
     """Each group may be cut, but the model's Python does not bear this combination."""
 
 
@@ -119,7 +119,7 @@ def make_plan(
     removed: Mapping[str, Iterable[int]],
     *,
     skipped: Mapping[str, str] | None = None,
-    inexact: bool = False,
+    approximate: bool = False,
 ) -> Plan:
     """A plan that removes these positions of these groups, checked against the graph.
 
@@ -127,12 +127,13 @@ def make_plan(
         graph: the traced graph.
         removed: group name to positions in ``group.channels``.
         skipped: groups left alone, with reasons, for the record.
-        inexact: allow groups whose removal changes more than the removed channels.
+        approximate: allow groups whose removal changes more than the removed channels.
 
     Raises:
-        SecateurError: an unknown group, positions out of range, a group that would keep too few channels, an inexact
+        SecateurError: an unknown group, positions out of range, a group that would keep too few channels, an
+        approximate
             group that was not asked for.
-        UnbearableError: a combination that the model's Python does not bear.
+        CannotCut: a combination that the model's Python does not bear.
     """
     clean: dict[str, list[int]] = {}
     for name, given in removed.items():
@@ -148,13 +149,15 @@ def make_plan(
                 f"plan: group {name!r} would keep {len(group) - len(positions)} of {len(group)} channels; "
                 f"{group.least} must stay, since with fewer the model's forward takes another path"
             )
-        if not group.exact and not inexact:
-            raise SecateurError(f"plan: group {name!r} is not exact ({group.reason}); ask for inexact=True to cut it")
+        if not group.exact and not approximate:
+            raise SecateurError(
+                f"plan: group {name!r} is not exact ({group.reason}); ask for approximate=True to cut it"
+            )
         clean[name] = positions
     plan = Plan(clean, {}, graph.fingerprint, dict(skipped or {}), {}, graph)
     if clean:
         object.__setattr__(plan, "slices", graph.slices(plan))
         wrong = graph.verify(plan)
         if wrong:
-            raise UnbearableError(f"plan: this combination of channels cannot be removed from the model: {wrong}")
+            raise CannotCut(f"plan: this combination of channels cannot be removed from the model: {wrong}")
     return plan

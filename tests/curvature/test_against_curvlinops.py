@@ -9,7 +9,7 @@ import torch
 from test_kronecker import X, Y
 from torch import nn
 
-from secateur.curvature import kronecker_factors
+from secateur.curvature.kronecker import kronecker_factors
 
 with warnings.catch_warnings():  # what it imports uses torch.jit
     warnings.simplefilter("ignore", DeprecationWarning)

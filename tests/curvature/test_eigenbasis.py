@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from test_kronecker import X, Y, network
 from torch import nn
 
-from secateur.curvature import eigenbasis_of, identity_basis, kronecker_factors, second_moments
+from secateur.curvature.eigenbasis import eigenbasis_of, identity_basis, second_moments
+from secateur.curvature.kronecker import kronecker_factors
 
 FORMS = ("channel", "full")
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import secateur as sc
-from secateur.curvature import kronecker_factors, layers
+from secateur.curvature import layers
+from secateur.curvature.kronecker import kronecker_factors
 from secateur.curvature.layers import FORMS, Layer, input_products, input_samples, output_products, output_samples
 
 # name -> (layer, shape of its input)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.data import Loader
-from secateur.errors import SecateurError
-from secateur.measure import accuracy, evaluating, loss
+from secateur._internal.errors import SecateurError
+from secateur._internal.state import eval_mode
+from secateur.lab.data.loader import Loader
+from secateur.measure.accuracy import accuracy, loss
 
 
 def test_counts_exactly():
@@ -34,7 +35,7 @@ def test_modes_and_statistics_stay():
     accuracy(model, (torch.randn(8, 1, 3, 3), torch.randint(4, (8,))))
     assert [m.training for m in model.modules()] == [True, True, False, True, True]
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    with pytest.raises(RuntimeError), evaluating(model):
+    with pytest.raises(RuntimeError), eval_mode(model):
         raise RuntimeError
     assert model.training
     assert torch.is_grad_enabled()

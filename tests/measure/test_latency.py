@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from secateur.errors import SecateurError
-from secateur.measure import file_size, latency
+from secateur._internal.errors import SecateurError
+from secateur.measure.latency import file_size, latency
 
 
 class Sleeper(nn.Module):

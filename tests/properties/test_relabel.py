@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.cut.relabel import moves, relabelled
-from secateur.errors import SecateurError
-from secateur.models import build, example_input
+from secateur._internal.errors import SecateurError
+from secateur.lab.models.registry import build, example_input
+from secateur.surgery.permute import moves, permuted
 
 from .checks import fresh, gap, run
 from .networks import network, random_spec
@@ -32,7 +32,7 @@ def test_random_networks_compute_the_same(first):
         except SecateurError as error:
             assert "no removable channel" in str(error)
             continue
-        other = relabelled(model, graph, shuffled(graph, seed))
+        other = permuted(model, graph, shuffled(graph, seed))
         moved += any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
         with torch.no_grad():
             for a, b in zip(run(model, inputs), run(other, inputs), strict=True):
@@ -50,7 +50,7 @@ def test_the_papers_networks_compute_the_same(name):
             module.running_var.uniform_(0.5, 2)
     model = model.double()
     graph = sc.trace(model, x.double())
-    other = relabelled(model, graph, shuffled(graph, 0))
+    other = permuted(model, graph, shuffled(graph, 0))
     with torch.no_grad():
         assert gap(model(x.double()), other(x.double())) < 1e-10
 
@@ -58,7 +58,7 @@ def test_the_papers_networks_compute_the_same(name):
 def test_orders_are_positions_of_the_channels_that_come_next():
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     graph = sc.trace(model, torch.zeros(1, 2))
-    other = relabelled(model, graph, {"0": [2, 0, 1]})
+    other = permuted(model, graph, {"0": [2, 0, 1]})
     assert torch.equal(other[0].weight, model[0].weight[[2, 0, 1]])
     assert torch.equal(other[0].bias, model[0].bias[[2, 0, 1]])
     assert torch.equal(other[2].weight, model[2].weight[:, [2, 0, 1]])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from secateur.trace.shapes import _SHORTCUTS, quick
+from secateur.tracing.shapes import _SHORTCUTS, quick
 
 from .networks import network, random_spec
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from secateur.errors import SecateurError
-from secateur.report import draw_search
+from secateur._internal.errors import SecateurError
+from secateur.report.search import draw_search
 
 
 def row(group, width, *, active=True, found=False, gap=0.1, plays=3):

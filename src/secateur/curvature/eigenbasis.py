@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from secateur._internal.distributed import world_size
+from secateur._internal.errors import SecateurError
 from secateur.curvature.kronecker import Factors, wide
 from secateur.curvature.layers import Layer, input_samples, output_samples
 from secateur.curvature.losses import Loss, Pass, loss_of
-from secateur.curvature.watching import watch
-from secateur.errors import SecateurError
-from secateur.processes import processes
+from secateur.curvature.passes import watch
 
 NULL = 1e-10
 """Eigenvalues up to this fraction of the largest count as zero."""
@@ -145,7 +145,7 @@ def second_moments(
         model, layers, data, loss_of(loss), on_input=lambda layer, x: x.clone(), on_gradient=on_gradient,
         on_draw=on_draw, how=how,
     )  # fmt: skip
-    if processes() > 1:
+    if world_size() > 1:
         total = torch.tensor(examples, device=layers[0].module.weight.device)
         dist.all_reduce(total)
         examples = int(total)

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from secateur._internal.distributed import world_size
+from secateur._internal.errors import SecateurError
 from secateur.curvature.layers import MEASURED, Layer, input_products, layers_of, measurable, output_products
 from secateur.curvature.losses import Loss, Pass, loss_of
-from secateur.curvature.watching import watch
-from secateur.errors import SecateurError
-from secateur.processes import processes
+from secateur.curvature.passes import watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +175,7 @@ def wide(x: Tensor) -> Tensor:
 
 def _gathered(first: Mapping[int, Layer], sums: Mapping[int, _Sums], examples: int) -> int:
     """Add up over processes; a layer that one process never reached counts as zero there."""
-    if processes() == 1:
+    if world_size() == 1:
         return examples
     device = next(iter(first.values())).module.weight.device
     for key, layer in first.items():

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
+from secateur._internal.errors import SecateurError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MEASURED = (nn.Linear, *CONVOLUTIONS)

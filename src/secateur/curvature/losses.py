@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError, unknown
+from secateur._internal.errors import SecateurError, unknown
 
 FISHERS = ("sampled", "exact", "empirical")
 Loss = Callable[[Any, Any, torch.Generator], Tensor]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.errors import SecateurError
-from secateur.modes import evaluating
+from secateur._internal.errors import SecateurError
+from secateur._internal.state import eval_mode
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -65,7 +65,7 @@ def _mean(model: nn.Module, data: Batches | tuple[Tensor, Tensor], value: Callab
     batches: Batches = [data] if isinstance(data, tuple) else data
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     total, count = torch.zeros((), dtype=torch.float64), 0
-    with evaluating(model):
+    with eval_mode(model):
         for x, y in batches:
             if len(y):
                 total = total + value(model(x.to(device)), y.to(device)).double().to("cpu") * len(y)

@@ -13,9 +13,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from secateur.errors import SecateurError
-from secateur.modes import evaluating
-from secateur.trace.tracer import arguments
+from secateur._internal.batches import arguments
+from secateur._internal.errors import SecateurError
+from secateur._internal.state import eval_mode
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def in_turn(models: Sequence[nn.Module], inputs: Any, repeats: int, warm_up: int
     times = np.zeros((len(models), turns, repeats))
     with ExitStack() as modes:
         for model in models:
-            modes.enter_context(evaluating(model))
+            modes.enter_context(eval_mode(model))
         for turn in range(turns):
             for number, model in enumerate(models):
                 device = next((t.device for t in model.parameters()), torch.device("cpu"))

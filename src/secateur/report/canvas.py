@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import SecateurError
+from secateur._internal.errors import SecateurError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import SecateurError
+from secateur._internal.errors import SecateurError
 from secateur.report.canvas import COLOURS, new_figure
 
 if TYPE_CHECKING:

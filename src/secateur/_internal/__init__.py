@@ -1,0 +1,1 @@
+"""What every room uses and nobody outside should: errors, batches, losses, state, processes, files."""

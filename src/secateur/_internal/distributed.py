@@ -1,0 +1,84 @@
+"""Several processes that work on one thing, where ``torch.distributed`` runs; otherwise there is one.
+
+One contract for all that takes data: every process sees its own shard, sums are added up over the processes, and what
+decides (a plan, widths, whether to stop) is taken on rank 0 and told to the others. ``group=None`` is the default group.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# `torch.distributed.nn` keeps the group of the time of its import as a default argument for ever. Tracing would import
+# it later, when there may be a group, whose threads would then outlive `destroy_process_group` and may abort the
+# process at its exit (https://github.com/pytorch/pytorch/issues/190489).
+if dist.is_available():
+    import torch.distributed.nn
+
+Group = Any
+"""A ``torch.distributed`` process group, or ``None`` for the default one."""
+
+
+def world_size(group: Group = None) -> int:
+    """How many processes there are."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: Group = None) -> int:
+    """Which of them this one is, from 0 on."""
+    return dist.get_rank(group) if world_size(group) > 1 else 0
+
+
+def all_reduce(values: np.ndarray, device: torch.device, group: Group = None) -> np.ndarray:
+    """The sum of numbers over all processes, float64; ``device`` is one that they can share."""
+    if world_size(group) == 1:
+        return values
+    whole = torch.from_numpy(values).to(device)
+    dist.all_reduce(whole, group=group)
+    return np.asarray(whole.cpu().numpy())
+
+
+def all_reduce_(tensor: Tensor, group: Group = None) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def all_gather(tensor: Tensor, group: Group = None) -> list[Tensor]:
+    """The tensors of all processes, in the order of their ranks; their first dims may differ."""
+    world = world_size(group)
+    if world == 1:
+        return [tensor]
+    own = torch.tensor([len(tensor)], device=tensor.device)
+    sizes = [torch.zeros_like(own) for _ in range(world)]
+    dist.all_gather(sizes, own, group=group)
+    most = max(int(size) for size in sizes)
+    padded = tensor.new_zeros(most, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    found = [torch.zeros_like(padded) for _ in range(world)]
+    dist.all_gather(found, padded, group=group)
+    return [part[: int(size)] for part, size in zip(found, sizes, strict=True)]
+
+
+def broadcast_text(text: str, device: torch.device, group: Group = None) -> str:
+    """The text that rank 0 has."""
+    if world_size(group) == 1:
+        return text
+    source = dist.get_global_rank(group, 0) if group is not None else 0
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor(len(own), device=device)
+    dist.broadcast(size, source, group=group)
+    found = own if rank(group) == 0 else torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(found, source, group=group)
+    return bytes(found.tolist()).decode()
+
+
+def broadcast_json(value: Any, device: torch.device, group: Group = None) -> Any:
+    """What rank 0 has, of the kinds that JSON can hold."""
+    return value if world_size(group) == 1 else json.loads(broadcast_text(json.dumps(value), device, group))

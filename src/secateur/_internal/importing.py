@@ -1,0 +1,43 @@
+"""``package.module:factory``: how a user names a model or a data set of their own."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from secateur._internal.errors import SecateurError
+
+
+def is_import_string(name: str) -> bool:
+    """Whether a name means a user's own factory rather than a built-in one."""
+    return ":" in name
+
+
+def import_string(kind: str, path: str) -> Callable[..., Any]:
+    """The callable behind ``package.module:factory``.
+
+    Args:
+        kind: what is looked for, for the error (``"model"``, ``"data"``).
+        path: import path and attribute (dots reach nested attributes), joined by a colon.
+
+    Raises:
+        SecateurError: the module cannot be imported, lacks the attribute, or the attribute cannot be called.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise SecateurError(f"{kind} {path!r}: expected package.module:factory, such as my_nets.small:make_model")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except Exception as error:  # whatever a user's module raises while it is imported
+        raise SecateurError(
+            f"{kind} {path!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
+            "is its folder on PYTHONPATH?"
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            raise SecateurError(f"{kind} {path!r}: {module_name!r} has no {attribute!r}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise SecateurError(f"{kind} {path!r}: {attribute!r} is a {type(target).__name__}, not something to call")
+    return target

@@ -1,0 +1,160 @@
+"""The table at which criterion, strategy and repair sit: all that any of them may ask of the outside, done once.
+
+The model, the data, the loss, where they are, who works along, and what is shown meanwhile. Whoever needs batches gets
+them on the model's device; what two seats both want is computed once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from secateur._internal.batches import Batch, Inputs, read_batches
+from secateur._internal.checks import check_count
+from secateur._internal.distributed import Group, broadcast_json, rank, world_size
+from secateur._internal.errors import BadBatch, SecateurError, notice
+from secateur._internal.losses import Loss, batch_loss, needs_gradient, read_loss
+from secateur._internal.progress import length_of, tracked
+from secateur._internal.state import device_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a seat asks of the user.
+
+    Attributes:
+        data: batches.
+        loss: a loss, and targets for it.
+    """
+
+    data: bool = False
+    loss: bool = False
+
+
+class Workload:
+    """What the seats share.
+
+    Args:
+        model: the model, which everybody leaves as it was.
+        data: batches, see :mod:`secateur._internal.batches`; of an iterator, which ends after one pass, the batches
+            are kept.
+        loss: see :mod:`secateur._internal.losses`; None is the model's own where batches have labels.
+        inputs: example inputs.
+        batches: no step uses more than so many batches of the data.
+        group: the processes that work along; each has its own shard of the data.
+        progress: whether to show what takes long.
+
+    Attributes:
+        forwards: batches that were run through the model so far.
+        notices: what was substituted or left out, in the order in which it was told.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: Iterable[Any] | None = None, loss: Any = None, *, inputs: Inputs | None = None,
+        batches: int | None = None, group: Group = None, progress: bool = False,
+    ) -> None:  # fmt: skip
+        check_count("batches", batches, optional=True)
+        self.model, self.inputs, self.most, self.group, self.progress = model, inputs, batches, group, progress
+        self.device = device_of(model)
+        self.data = list(itertools.islice(data, batches)) if isinstance(data, Iterator) else data
+        self._loss = loss
+        self._read: Loss | None = None
+        self._first: Batch | None = None
+        self._known: dict[Hashable, Any] = {}
+        self.forwards = 0
+        self.notices: list[str] = []
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there are batches."""
+        return self.data is not None
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether there is a loss: it was given, or batches have labels that the model takes itself."""
+        return self._loss is not None or (self.data is not None and self.first.labelled)
+
+    @property
+    def first(self) -> Batch:
+        """The first batch."""
+        if self._first is None:
+            self._first = next(iter(read_batches(self._given(), self.device, 1)))
+        return self._first
+
+    @property
+    def loss(self) -> Loss:
+        """The loss, as methods need it."""
+        if self._read is None:
+            self._read = read_loss(self._loss, self.first if self._loss is None and self.has_data else None)
+        return self._read
+
+    def require(self, needs: Needs, who: str) -> None:
+        """Raise if something that a seat needs was not given, or is no data or loss."""
+        if (needs.data and not self.has_data) or (needs.loss and not self.has_loss):
+            loss = " and loss= ('cross_entropy', 'mse', an nn.Module or a callable)" if needs.loss else ""
+            raise SecateurError(f"{who} needs data= (batches of inputs{' and targets' if needs.loss else ''}){loss}")
+        if needs.loss and self._loss is not None:
+            _ = self.loss
+
+    def batches(self, most: int | None = None, what: str = "") -> Iterator[Batch]:
+        """Batches on the model's device, each counted as a forward; at most so many.
+
+        Args:
+            most: at most so many; never more than the workload's own limit.
+            what: what they are for, to be shown.
+        """
+        limit = min((n for n in (most, self.most) if n is not None), default=None)
+        found = read_batches(self._given(), self.device, limit)
+        on = bool(self.progress and what and rank(self.group) == 0)
+        for batch in tracked(found, what, length_of(self.data, limit), on):
+            self.forwards += 1
+            yield batch
+
+    def loss_of(self, batch: Batch, run: Callable[[Any], Any] | None = None) -> Tensor:
+        """The mean loss of a batch, with a gradient."""
+        return needs_gradient(batch_loss(self.model if run is None else run, batch, self.loss))
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What two seats both want: computed by the first that asks."""
+        if key not in self._known:
+            self._known[key] = compute()
+        found: T = self._known[key]
+        return found
+
+    def note(self, text: str) -> None:
+        """Tell the user, once, and remember it for the result."""
+        if text not in self.notices:
+            self.notices.append(text)
+            notice(text, stacklevel=4)
+
+    def agree(self, value: T) -> T:
+        """What rank 0 decided, of the kinds that JSON can hold."""
+        found: T = broadcast_json(value, self.device, self.group)
+        return found
+
+    @property
+    def processes(self) -> int:
+        """How many work along."""
+        return world_size(self.group)
+
+    def _given(self) -> Iterable[Any]:
+        if self.data is None:
+            raise BadBatch("data= is needed: batches of inputs and targets")
+        return self.data
+
+
+def quiet_workload(model: nn.Module) -> Workload:
+    """A workload without data, for what needs none."""
+    return Workload(model)
+
+
+def generator_on(device: torch.device, seed: int) -> torch.Generator:
+    """A random generator of its own."""
+    return torch.Generator(device).manual_seed(seed)

@@ -1,0 +1,1 @@
+"""Strategies: how many channels every group keeps, under a budget."""

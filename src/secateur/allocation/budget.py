@@ -1,0 +1,268 @@
+"""A budget: what may remain of a network, in real units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from secateur._internal.errors import SecateurError, unknown
+from secateur.tracing.graph import ChannelGraph
+
+UNITS = ("macs", "params", "channels")
+LATENCY = "latency_ms"
+
+
+class Timed(Protocol):
+    """What knows how long a forward takes at any widths (a :class:`secateur.Timing` does)."""
+
+    def ms(self, widths: np.ndarray) -> np.ndarray:
+        """Milliseconds at widths [..., groups], never less where any is larger."""
+
+    def slope(self, widths: np.ndarray) -> np.ndarray:
+        """What one channel more of each group takes at widths [groups], in milliseconds."""
+
+    def key(self) -> str:
+        """What tells one such thing from another."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may remain, as fractions of the original in (0, 1]; several hold together.
+
+    Attributes:
+        macs: multiply-accumulates of one forward.
+        params: parameters.
+        channels: removable channels.
+        latency_ms: the time of one forward in milliseconds, no fraction, as a :class:`secateur.Timing` measures it.
+        round_to: every layer that is cut ends with a multiple of this many channels.
+        at_least: no group ends with fewer: a number of channels, a fraction of its width in (0, 1), or either by group
+            name.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    channels: float | None = None
+    latency_ms: float | None = None
+    round_to: int = 1
+    at_least: float | Mapping[str, float] = 1
+
+    def __post_init__(self) -> None:
+        for unit in UNITS:
+            _check_fraction(unit, getattr(self, unit))
+        if self.latency_ms is not None and not (_is_number(self.latency_ms) and self.latency_ms > 0):
+            raise SecateurError(f"Budget(latency_ms={self.latency_ms!r}): milliseconds, a number above 0, are expected")
+        if not self.limits and self.latency_ms is None:
+            raise SecateurError(
+                "Budget(): nothing is limited; give at least one of macs=, params=, channels=, latency_ms="
+            )
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+            raise SecateurError(f"Budget(round_to={self.round_to!r}): a whole number from 1 on is expected")
+        floors = self.at_least.values() if isinstance(self.at_least, Mapping) else [self.at_least]
+        for floor in floors:
+            if not _is_number(floor) or not (0 < floor < 1 or (floor >= 1 and float(floor).is_integer())):
+                raise SecateurError(
+                    f"Budget(at_least={floor!r}): a number of channels (1, 2, ...) or a fraction in (0, 1) is expected"
+                )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The units that are limited to fractions, with these."""
+        return {unit: getattr(self, unit) for unit in UNITS if getattr(self, unit) is not None}
+
+    def refuse_latency(self, where: str) -> None:
+        """Raise if the time is limited, which not everything can count."""
+        if self.latency_ms is not None:
+            raise SecateurError(
+                f"Budget(latency_ms=...) with {where}: only prune() and allocate() know how long networks take; limit "
+                "macs=, params= or channels= here"
+            )
+
+    def floors(self, graph: ChannelGraph) -> np.ndarray:
+        """The least width of every group (int64), ``round_to`` respected."""
+        named = self.at_least if isinstance(self.at_least, Mapping) else {}
+        for name in named:
+            graph.group(name)  # raises with the nearest name
+        floors = []
+        for group in graph.groups:
+            wanted = named.get(group.name, 1) if isinstance(self.at_least, Mapping) else self.at_least
+            least = math.ceil(wanted * len(group)) if wanted < 1 else int(wanted)
+            least = -(-max(group.least, least) // self.round_to) * self.round_to
+            floors.append(min(least, len(group)))
+        return np.array(floors, dtype=np.int64)
+
+
+def in_round(budget: Budget, number: int, rounds: int, full: Mapping[str, int], now: Mapping[str, int]) -> Budget:
+    """The budget of one of several rounds, every one of which keeps the same share.
+
+    Args:
+        budget: what may remain after the last round, as fractions of the original.
+        number: which round, from 1 on.
+        rounds: how many there are.
+        full: unit -> what the original costs.
+        now: unit -> what the model costs by now, of which the fractions of the result are.
+
+    Raises:
+        SecateurError: see :func:`check_rounds`.
+    """
+    check_rounds(budget, rounds)
+    fractions: dict[str, Any] = {}
+    for unit, fraction in budget.limits.items():
+        allowed = math.floor(fraction ** (number / rounds) * full[unit] + 1e-9)
+        fractions[unit] = min(1.0, math.nextafter(allowed / max(now[unit], 1), 2.0))  # never a unit less by rounding
+    return replace(budget, **fractions)
+
+
+def check_rounds(budget: Budget, rounds: int) -> None:
+    """Raise if something in the budget has no meaning over several rounds."""
+    if rounds == 1:
+        return
+    budget.refuse_latency(f"rounds={rounds}")
+    if budget.channels is not None:
+        raise SecateurError(
+            f"Budget(channels=...) with rounds={rounds}: a group that has one channel left is none any more, and would "
+            "not be counted; limit macs= or params="
+        )
+    if isinstance(budget.at_least, Mapping) or budget.at_least < 1:
+        raise SecateurError(
+            f"Budget(at_least={budget.at_least!r}) with rounds={rounds}: groups and their widths are others in every "
+            "round; give one number of channels"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_fraction(unit: str, value: object) -> None:
+    if value is None:
+        return
+    wrong = f"Budget({unit}={value!r}): a fraction of the original in (0, 1] is expected"
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value):
+        raise SecateurError(f"{wrong}; {value!r} is not a number")
+    if value > 1:
+        raise SecateurError(f"{wrong}; {value!r} keeps more than everything")
+    if value <= 0:
+        raise SecateurError(f"{wrong}; {value!r} keeps nothing")
+
+
+class Meter:
+    """Counts widths of groups against a budget.
+
+    Args:
+        graph: the channel graph.
+        budget: what may remain.
+        timing: how long forwards take; needed where the budget limits that, and only there.
+
+    Attributes:
+        full: unit -> what the whole network has of it.
+        allowed: limited unit -> how much of it may remain.
+    """
+
+    def __init__(self, graph: ChannelGraph, budget: Budget, timing: Timed | None = None) -> None:
+        self.graph, self.timing = graph, timing
+        units = UNITS if timing is None else (*UNITS, LATENCY)
+        self.full: dict[str, float] = {unit: self._count(unit, graph.widths) for unit in units}
+        for unit in budget.limits:
+            if not self.full[unit]:
+                raise SecateurError(f"Budget({unit}=...): the model has no {unit} to count; limit something else")
+        self.allowed: dict[str, float] = {
+            unit: math.floor(f * self.full[unit] + 1e-9) for unit, f in budget.limits.items()
+        }
+        if budget.latency_ms is not None:
+            if timing is None:
+                raise SecateurError(
+                    "Budget(latency_ms=...): how long networks take is to be measured first; call prune(), or "
+                    "allocate(..., timing=secateur.Timing(model, graph)); what prunes while it trains cannot limit it"
+                )
+            self.allowed[LATENCY] = float(budget.latency_ms)
+
+    def at(self, ms: float) -> Meter:
+        """The same with another latency allowed."""
+        other = copy(self)
+        other.allowed = self.allowed | {LATENCY: ms}
+        return other
+
+    def _count(self, unit: str, widths: np.ndarray) -> float:
+        return self._counts(unit, widths).item()
+
+    def _counts(self, unit: str, widths: np.ndarray) -> np.ndarray:
+        if unit == "channels":
+            return widths.sum(-1)
+        if unit == LATENCY:
+            assert self.timing is not None
+            return self.timing.ms(widths)
+        terms = self.graph.macs_terms if unit == "macs" else self.graph.params_terms
+        return terms.totals(self.graph.lengths(widths))
+
+    def excess(self, widths: np.ndarray) -> dict[str, float]:
+        """How far every limited unit is above what is allowed (negative: room left)."""
+        return {unit: self._count(unit, widths) - limit for unit, limit in self.allowed.items()}
+
+    def met(self, widths: np.ndarray) -> bool:
+        """Whether these widths are within the budget."""
+        return bool(self.which_met(widths))
+
+    def which_met(self, widths: np.ndarray) -> np.ndarray:
+        """Which widths [..., groups] are within the budget, bool [...]."""
+        return np.all([self._counts(unit, widths) <= limit for unit, limit in self.allowed.items()], axis=0)
+
+    def freed(self, widths: np.ndarray, units: list[str]) -> np.ndarray:
+        """What one channel less of each group frees, in fractions of the original summed over units (first order)."""
+        total = np.zeros(len(widths))
+        for unit in units:
+            if unit == "channels":
+                total += 1 / self.full[unit]
+                continue
+            if unit == LATENCY:
+                assert self.timing is not None
+                total += self.timing.slope(widths) / self.full[unit]
+                continue
+            terms = self.graph.macs_terms if unit == "macs" else self.graph.params_terms
+            slope = terms.gradient(self.graph.lengths(widths))
+            total += (self.graph.multiplicity.T @ slope) / self.full[unit]
+        return total
+
+    def check_feasible(self, least: np.ndarray, *, approximate: bool) -> None:
+        """Raise if even the least widths are over the budget, with the range that is feasible.
+
+        Whether a latency can be met the fit does not know well enough; the clock decides.
+        """
+        over = [unit for unit, n in self.excess(least).items() if n > 0 and unit != LATENCY]
+        if not over:
+            return
+        parts = []
+        for unit in over:
+            low = self._count(unit, least)
+            parts.append(
+                f"{unit}={self.allowed[unit] / self.full[unit]:.4g} asks for at most {self.allowed[unit]:,} of "
+                f"{self.full[unit]:,} {unit}; "
+                f"feasible are {low:,} ({_up(low / self.full[unit])}) to {self.full[unit]:,} (1)"
+            )
+        advice = (
+            ""
+            if approximate or all(g.exact for g in self.graph.groups)
+            else " (approximate=True would allow more groups)"
+        )
+        raise SecateurError(
+            f"the budget cannot be met: {'; '.join(parts)}: raise it, or lower at_least= or round_to={advice}"
+        )
+
+
+def _up(fraction: float) -> str:
+    """A fraction, rounded up to four digits, so that it is feasible as printed."""
+    digits = 4 - math.floor(math.log10(fraction)) if fraction > 0 else 4
+    return f"{min(1.0, math.ceil(fraction * 10**digits) / 10**digits):.{digits}g}"
+
+
+def budget_from(given: Mapping[str, object]) -> Budget:
+    """A budget from keyword arguments in a mapping, unknown ones refused."""
+    known = (*UNITS, LATENCY, "round_to", "at_least")
+    for key in given:
+        if key not in known:
+            raise unknown("budget", key, known)
+    return Budget(**given)  # type: ignore[arg-type]

@@ -1,0 +1,152 @@
+r"""The clock decides: an answer that a fitted time says meets the budget is measured, and made narrower or wider.
+
+What is fitted is wrong by some per cent, near an answer nearly always by the same factor::
+
+    aim = limit fitted(k) / measured(k)         what the fit says where the clock would show the limit
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from secateur._internal.errors import SecateurError
+from secateur.allocation.budget import LATENCY, Timed
+from secateur.allocation.strategies import Problem, Strategy, fill, narrowed, uniform_order
+from secateur.plan import CannotCut, Plan, make_plan
+from secateur.tracing.graph import ChannelGraph
+
+ENOUGH, TRIES, SAFE = 0.97, 10, 0.99
+"""How much of the limit is to be used, how often the clock is asked, and the part of an aim that is aimed at."""
+
+
+class Clock(Timed, Protocol):
+    """What can also measure (a :class:`secateur.Timing` does).
+
+    Attributes:
+        graph: of the model that it measures.
+    """
+
+    graph: ChannelGraph
+
+    def measured(self, plan: Plan) -> float:
+        """The milliseconds that the cut network takes."""
+
+
+def check_clock(clock: Clock | None, graph: ChannelGraph) -> None:
+    """Raise if this cannot tell how long plans of a graph take."""
+    if clock is None:
+        return
+    if not all(hasattr(clock, name) for name in ("graph", "ms", "slope", "measured", "key")):
+        raise SecateurError(f"timing={clock!r}: a secateur.Timing is expected")
+    own, other = ([(g.name, len(g)) for g in some.groups] for some in (clock.graph, graph))
+    timed, asked = (
+        some.macs_terms.each(some.lengths(some.widths)) / max(some.macs(), 1) for some in (clock.graph, graph)
+    )
+    alike = own == other and timed.shape == asked.shape and np.allclose(timed, asked)
+    if clock.graph.fingerprint != graph.fingerprint or not alike:
+        raise SecateurError("timing: it is of another model, or was traced with other inputs; measure this one")
+
+
+def by_the_clock(problem: Problem, choose: Strategy, clock: Clock, plan_of: Callable[[np.ndarray], Plan]) -> np.ndarray:
+    """Items taken from every group, so that the measured time is within the budget and most of it is used.
+
+    Where the fit has the limit is found first, with uniform widths; the strategy answers to that, and what then is
+    still missing or left over is taken or given back by scores.
+
+    Args:
+        problem: groups, items and a budget that limits the latency.
+        choose: the strategy.
+        clock: measures, and says what it thinks without.
+        plan_of: the plan of an answer.
+
+    Raises:
+        SecateurError: the clock shows more than the budget however little stays.
+    """
+    limit = problem.meter.allowed[LATENCY]
+    uniform, aim, least = _settled(problem, fill(problem, uniform_order(problem)), limit, clock, plan_of)
+    if uniform is None:
+        raise _unreachable(limit, least)
+    if choose is uniform_order:
+        return uniform
+    aimed = _aiming(problem, aim)
+    found, _, _ = _settled(aimed, fill(aimed, checked(aimed, choose(aimed))), limit, clock, plan_of)
+    if found is None:
+        warnings.warn(
+            f"latency_ms={limit:.4g}: the clock showed more however narrow the strategy's answer was, and less for "
+            "uniform widths before: it is not steady, and the answer is uniform widths; measure on a quieter machine, "
+            "or allow more",
+            stacklevel=2,
+        )
+        return uniform
+    return found
+
+
+def check_reachable(graph: ChannelGraph, least: np.ndarray, limit: float, clock: Clock, *, approximate: bool) -> None:
+    """Raise if a network of the least widths takes longer than that; of one that cannot be cut nothing is known."""
+    gone = {g.name: range(k, len(g)) for g, k in zip(graph.groups, least.tolist(), strict=True) if k < len(g)}
+    try:
+        took = clock.measured(make_plan(graph, gone, approximate=approximate))
+    except CannotCut:
+        return
+    if took > limit:
+        raise _unreachable(limit, took)
+
+
+def _unreachable(limit: float, least: float) -> SecateurError:
+    return SecateurError(
+        f"the budget cannot be met: latency_ms={limit:.4g} is asked for, and the least that was measured is "
+        f"{least:.4g}: raise it, or lower at_least= or round_to="
+    )
+
+
+def checked(problem: Problem, taken: np.ndarray) -> np.ndarray:
+    """A strategy's answer, or an error if it is none."""
+    try:
+        taken = np.asarray(taken, dtype=np.int64)
+    except (TypeError, ValueError) as error:
+        raise SecateurError(f"allocate(strategy): the callable gave no numbers of items: {error}") from error
+    if taken.shape != problem.start.shape or (taken < 0).any() or (taken > problem.count).any():
+        raise SecateurError("allocate(strategy): the callable must give 0 to problem.count items for every group")
+    if not problem.meter.met(problem.widths(taken)):
+        raise SecateurError("allocate(strategy): the callable's answer does not meet the budget")
+    return taken
+
+
+def _aiming(problem: Problem, aim: float) -> Problem:
+    return replace(problem, meter=problem.meter.at(aim))
+
+
+def _settled(
+    problem: Problem, taken: np.ndarray, limit: float, clock: Clock, plan_of: Callable[[np.ndarray], Plan]
+) -> tuple[np.ndarray | None, float, float]:
+    """The widest answer that was measured within the limit, what the fit says of the limit there, the least time."""
+    found, there, least = None, 0.0, np.inf
+    for attempt in range(TRIES + 1):
+        if attempt == TRIES:  # nothing so far: what is narrowest decides
+            taken = problem.count
+        took = clock.measured(plan_of(taken))
+        least = min(least, took)
+        aim = limit * clock.ms(problem.widths(taken)).item() / took
+        if took <= limit and (found is None or taken.sum() < found.sum()):
+            found, there = taken, aim
+        if found is not None and (ENOUGH * limit <= took <= limit or attempt >= TRIES // 2):
+            break
+        aimed = _aiming(problem, SAFE * aim)
+        if took <= limit:
+            changed = fill(aimed, taken)
+        elif aimed.meter.met(aimed.widths(problem.count)):
+            changed = fill(aimed, narrowed(aimed, taken))
+        else:
+            changed = problem.count
+        if (changed == taken).all():
+            if found is not None or (taken == problem.count).all():
+                break
+            changed = problem.count
+        taken = changed
+    # where what is narrowest takes more than the aim, a strategy would have no answer
+    return found, max(there, clock.ms(problem.widths(problem.count)).item()), least

@@ -1,0 +1,259 @@
+r"""How many rotated rows and columns each layer keeps, so that a budget is met (for EigenDamage).
+
+A layer whose rows and columns are sorted by damage keeps a *box*: its first ``r`` rows and ``c`` columns. What it loses
+is exact under the model of the curvature, a look-up in a double cumulative sum; what it costs is linear in ``r``, ``c``
+and ``r c`` (a rotation in, a core, a rotation out). Leaving the layer alone is one more choice, without loss.
+
+Ours: for a price per unit of cost every layer takes the box with the least loss plus price times cost; the price is
+found by bisection, and what room the budget leaves is filled up. Published (arXiv 1905.05934): one threshold on the
+damages of all rows and columns; a layer that would not become smaller is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from secateur._internal.errors import SecateurError
+from secateur.allocation.budget import Budget
+
+Box = tuple[int, int] | None
+"""Rows and columns kept, or None for a layer that is left alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """What a layer and its boxes cost in one unit.
+
+    Attributes:
+        whole: the layer as it is.
+        row: each row kept (of the rotation out).
+        column: each column kept (of the rotation in).
+        both: each pair of a kept row and column (of the core).
+    """
+
+    whole: int
+    row: int
+    column: int
+    both: int
+
+    def of(self, rows: np.ndarray | int, columns: np.ndarray | int) -> np.ndarray | int:
+        """The cost of boxes."""
+        return self.row * rows + self.column * columns + self.both * rows * columns
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """One layer's damages and costs.
+
+    Attributes:
+        name: the layer.
+        damage: what each coordinate's removal costs, [rows, columns], both sorted by their sums, the largest first.
+        cost: unit -> what it costs.
+    """
+
+    name: str
+    damage: np.ndarray
+    cost: Mapping[str, Shape]
+
+    def costs(self, unit: str, box: Box) -> int:
+        """What the layer costs with this box."""
+        return int(self.cost[unit].of(*box)) if box is not None else self.cost[unit].whole
+
+    @cached_property
+    def loss(self) -> np.ndarray:
+        """What is lost by every box, [rows + 1, columns + 1]."""
+        kept = np.zeros((self.damage.shape[0] + 1, self.damage.shape[1] + 1))
+        kept[1:, 1:] = self.damage.cumsum(0).cumsum(1)
+        return np.maximum(kept[-1, -1] - kept, 0.0)
+
+
+class Room:
+    """What a budget allows, and what choices use of it.
+
+    Args:
+        choices: the layers that may become boxes.
+        totals: unit -> what the whole network costs.
+        budget: what may remain, in MACs or parameters.
+    """
+
+    def __init__(self, choices: Sequence[Choice], totals: Mapping[str, int], budget: Budget) -> None:
+        if "channels" in budget.limits:
+            raise SecateurError("Budget(channels=...): rotated channels are no channels; limit macs= or params=")
+        budget.refuse_latency("rotated layers")
+        if isinstance(budget.at_least, Mapping):
+            raise SecateurError("Budget(at_least={...}): one floor for all layers is expected here")
+        self.choices, self.totals, self.budget = list(choices), dict(totals), budget
+        for unit in budget.limits:
+            if not totals[unit]:
+                raise SecateurError(f"Budget({unit}=...): the model has no {unit} to count; limit something else")
+        self.fixed = {u: totals[u] - sum(c.cost[u].whole for c in choices) for u in budget.limits}
+        self.allowed = {u: math.floor(f * totals[u] + 1e-9) for u, f in budget.limits.items()}
+
+    def sides(self, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of rows and of columns that a layer may keep."""
+        return tuple(self._side(n) for n in choice.damage.shape)  # type: ignore[return-value]
+
+    def _side(self, size: int) -> np.ndarray:
+        step, floor = self.budget.round_to, float(self.budget.at_least)  # type: ignore[arg-type]
+        least = math.ceil(floor * size) if floor < 1 else int(floor)
+        allowed = np.arange(max(1, least), size + 1)
+        allowed = allowed[allowed % step == 0]
+        return allowed if len(allowed) else np.array([size])
+
+    def used(self, boxes: Sequence[Box]) -> dict[str, int]:
+        """What the network costs with these boxes."""
+        pairs = list(zip(self.choices, boxes, strict=True))
+        return {u: fixed + sum(c.costs(u, box) for c, box in pairs) for u, fixed in self.fixed.items()}
+
+    def met(self, boxes: Sequence[Box]) -> bool:
+        """Whether the budget allows them."""
+        return all(used <= self.allowed[u] for u, used in self.used(boxes).items())
+
+    def smallest(self) -> list[Box]:
+        """The cheapest choice of every layer, in any mix of the units: one that meets the budget, or comes nearest."""
+        found = [[self._cheapest(choice, share) for choice in self.choices] for share in self.shares(65)]
+        return min(found, key=self._excess)
+
+    def shares(self, number: int) -> list[dict[str, float]]:
+        """Mixes of the limited units, as weights that add up to 1; with one unit there is one."""
+        units = list(self.allowed)
+        if len(units) == 1:
+            return [{units[0]: 1.0}]
+        return [dict(zip(units, (s, 1 - s), strict=True)) for s in np.linspace(0, 1, number)]
+
+    def _excess(self, boxes: Sequence[Box]) -> float:
+        return max(0.0, *((used - self.allowed[u]) / self.totals[u] for u, used in self.used(boxes).items()))
+
+    def _cheapest(self, choice: Choice, share: Mapping[str, float]) -> Box:
+        rows, columns = self.sides(choice)
+        box = int(rows[0]), int(columns[0])
+        less = sum(s * (choice.cost[u].of(*box) - choice.cost[u].whole) / self.totals[u] for u, s in share.items())
+        return box if less < 0 else None
+
+    def check(self) -> None:
+        """Raise if not even the smallest boxes are within the budget."""
+        boxes = self.smallest()
+        if self.met(boxes):
+            return
+        used = self.used(boxes)
+        parts = [
+            f"{u}={self.budget.limits[u]:.4g} asks for at most {self.allowed[u]:,} of {self.totals[u]:,} {u}; feasible "
+            f"are {used[u]:,} ({used[u] / self.totals[u]:.4g}) to {self.totals[u]:,} (1)"
+            for u in self.allowed
+            if used[u] > self.allowed[u]
+        ]
+        raise SecateurError(f"the budget cannot be met: {'; '.join(parts)}: raise it, or lower at_least= or round_to=")
+
+
+def lagrangian(room: Room) -> list[Box]:
+    """The boxes of least loss within a budget, by a price on cost; then filled up.
+
+    With two limits the price is split between them in several ways, and the best outcome is taken.
+    """
+    room.check()
+    best: tuple[float, list[Box]] | None = None
+    for share in room.shares(9):
+        boxes = _bisected(room, share)
+        if boxes is not None:
+            boxes = fill(room, boxes)
+            lost = sum(c.loss[b] if b else 0.0 for c, b in zip(room.choices, boxes, strict=True))
+            if best is None or lost < best[0]:
+                best = float(lost), boxes
+    return best[1] if best is not None else fill(room, room.smallest())
+
+
+def _bisected(room: Room, share: Mapping[str, float]) -> list[Box] | None:
+    """The boxes at the least price that meets the budget."""
+    tables = [_table(room, choice, share) for choice in room.choices]
+
+    def at(price: float) -> list[Box]:
+        return [_best(room, choice, table, price) for choice, table in zip(room.choices, tables, strict=True)]
+
+    low, high = -60.0, 60.0  # of the price's logarithm; losses are relative to what all layers together can lose
+    if room.met(at(0.0)):
+        return at(0.0)
+    if not room.met(at(math.exp(high))):
+        return None
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if room.met(at(math.exp(middle))) else (middle, high)
+    return at(math.exp(high))
+
+
+def _table(room: Room, choice: Choice, share: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Losses and costs of all boxes that are allowed, relative to the network's, and the cost of the whole layer."""
+    rows, columns = room.sides(choice)
+    total = sum(c.loss[0, 0] for c in room.choices) or 1.0
+    cost = sum(s * choice.cost[u].of(rows[:, None], columns[None]) / room.totals[u] for u, s in share.items())
+    whole = sum(s * choice.cost[u].whole / room.totals[u] for u, s in share.items())
+    return choice.loss[np.ix_(rows, columns)] / total, np.asarray(cost), float(whole)
+
+
+def _best(room: Room, choice: Choice, table: tuple[np.ndarray, np.ndarray, float], price: float) -> Box:
+    loss, cost, whole = table
+    value = loss + price * cost
+    at = int(value.argmin())
+    if price * whole <= value.flat[at]:
+        return None
+    rows, columns = room.sides(choice)
+    row, column = divmod(at, len(columns))
+    return int(rows[row]), int(columns[column])
+
+
+def fill(room: Room, boxes: list[Box]) -> list[Box]:
+    """Use up what room there is: the row, column or whole layer that saves most per cost, until nothing fits."""
+    boxes = list(boxes)
+    while True:
+        used = room.used(boxes)
+        best: tuple[float, int, Box] = (-1.0, -1, None)
+        for i, (choice, box) in enumerate(zip(room.choices, boxes, strict=True)):
+            if box is None:
+                continue
+            for new in (None, *_larger(room, choice, box)):
+                gain = float(choice.loss[box] - (choice.loss[new] if new else 0.0))
+                more = {u: choice.costs(u, new) - choice.costs(u, box) for u in room.allowed}
+                if all(used[u] + extra <= room.allowed[u] for u, extra in more.items()):
+                    rate = gain / max(sum(max(e, 0) / room.totals[u] for u, e in more.items()), 1e-12)
+                    best = max(best, (rate, i, new), key=lambda found: found[0])
+        if best[1] < 0:
+            return boxes
+        boxes[best[1]] = best[2]
+
+
+def _larger(room: Room, choice: Choice, box: tuple[int, int]) -> list[tuple[int, int]]:
+    rows, columns = room.sides(choice)
+    found = []
+    if box[0] < rows[-1]:
+        found.append((int(rows[np.searchsorted(rows, box[0], "right")]), box[1]))
+    if box[1] < columns[-1]:
+        found.append((box[0], int(columns[np.searchsorted(columns, box[1], "right")])))
+    return found
+
+
+def threshold(room: Room, limit: float = 0.95) -> list[Box]:
+    """The published rule at the lowest threshold that meets the budget.
+
+    Args:
+        room: the budget.
+        limit: no layer loses a larger part of its rows or of its columns.
+    """
+    room.check()
+    scores = [(c.damage.sum(1), c.damage.sum(0)) for c in room.choices]
+    pool = np.sort(np.concatenate([side for pair in scores for side in pair]))
+    for fraction in np.linspace(0, 1, 513)[:-1]:
+        bound = pool[int(fraction * len(pool))]
+        boxes = [_kept(choice, pair, bound, limit) for choice, pair in zip(room.choices, scores, strict=True)]
+        if room.met(boxes):
+            return boxes
+    raise SecateurError(f"rule='threshold' cannot meet the budget with limit={limit}: raise the limit, or the budget")
+
+
+def _kept(choice: Choice, scores: tuple[np.ndarray, np.ndarray], bound: float, limit: float) -> Box:
+    kept = tuple(max(int((side > bound).sum()), len(side) - int(limit * len(side)), 1) for side in scores)
+    smaller = choice.cost["params"].of(*kept) <= choice.cost["params"].whole
+    return (kept[0], kept[1]) if smaller else None

@@ -1,0 +1,1 @@
+"""Widths by trying them: a factored bandit on mini-batches."""

@@ -1,0 +1,142 @@
+"""Data sets by name: digits (inside scikit-learn), MNIST and CIFAR-10 (parquet), or ``package.module:factory``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from secateur._internal import importing as factory
+from secateur._internal.errors import SecateurError, unknown
+from secateur.lab.data import parquet
+from secateur.lab.data.dataset import Dataset, Split, hold_out, stratified
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set in parquet files.
+
+    Attributes:
+        repository: where huggingface_hub finds it.
+        layout: what its files hold.
+        mean: of each channel of the training images, after division by 255.
+        std: likewise.
+    """
+
+    repository: str
+    layout: parquet.Layout
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+MNIST = Source("ylecun/mnist", parquet.Layout(("image", "img"), (1, 28, 28), 10), (0.1307,), (0.3081,))
+CIFAR10 = Source(
+    "uoft-cs/cifar10",
+    parquet.Layout(("img", "image"), (3, 32, 32), 10),
+    (0.4914, 0.4822, 0.4465),
+    (0.2470, 0.2435, 0.2616),
+)
+
+
+def digits(root: str | Path | None, validation: float) -> Dataset:
+    """The 1,797 8x8 digits inside scikit-learn, values in [0, 1]; a fixed fifth of every class is the test split."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    images = torch.from_numpy((raw.images / 16).astype(np.float32))[:, None]
+    everything = Split(images, torch.from_numpy(raw.target.astype(np.int64)))
+    rest, test = stratified(everything.labels, 0.2)
+    train, held_out = hold_out(everything[rest], validation)
+    notes = "8x8 digits of scikit-learn, lossless"
+    return Dataset("digits", train, held_out, everything[test], 10, (0.305,), (0.376,), notes)
+
+
+def from_parquet(name: str, source: Source, root: str | Path | None, validation: float) -> Dataset:
+    """A data set from local parquet files, or fetched where there is a network."""
+    files = find(name, source, root)
+    train, test = (parquet.read(files[split], source.layout) for split in ("train", "test"))
+    splits = [Split(torch.from_numpy(part.images), torch.from_numpy(part.labels)) for part in (train, test)]
+    kept, held_out = hold_out(splits[0], validation)
+    notes = "images stored as JPEG (lossy)" if train.jpeg or test.jpeg else "lossless"
+    return Dataset(name, kept, held_out, splits[1], source.layout.classes, source.mean, source.std, notes)
+
+
+DATA: dict[str, Callable[[str | Path | None, float], Dataset]] = {
+    "digits": digits,
+    "mnist": partial(from_parquet, "mnist", MNIST),
+    "cifar10": partial(from_parquet, "cifar10", CIFAR10),
+}
+
+
+def load(
+    name: str, *, root: str | Path | None = None, device: str | torch.device = "cpu", validation: float = 0.1
+) -> Dataset:
+    """A data set, wholly on the device.
+
+    Args:
+        name: a key of ``DATA``, or ``package.module:factory``, called without arguments, that returns a ``Dataset``.
+        root: a folder that holds ``NAME/train.parquet`` and ``NAME/test.parquet``. Without it: ``$SECATEUR_DATA``,
+            ``data`` and ``../shared/data`` beside the working directory or this repository, then huggingface_hub.
+        device: where the tensors are put.
+        validation: share of every class of the training images held out, always the same ones, because nothing may
+            be chosen by the test images; 0 for none. A user's own data set brings its own.
+
+    Raises:
+        SecateurError: unknown name, missing or damaged files, a factory that returns something else.
+    """
+    if factory.is_import_string(name):
+        dataset = factory.import_string("data", name)()
+        if not isinstance(dataset, Dataset):
+            raise SecateurError(
+                f"data {name!r}: the factory returned a {type(dataset).__name__}, not a secateur Dataset"
+            )
+        return dataset.to(device)
+    if name not in DATA:
+        raise unknown("data", name, DATA)
+    return DATA[name](root, validation).to(device)
+
+
+def find(name: str, source: Source, root: str | Path | None) -> dict[str, list[Path]]:
+    """The files of the splits ``train`` and ``test``: local ones, or fetched."""
+    for folder in folders(root):
+        files = {split: parquet.files_of(folder / name, split) for split in ("train", "test")}
+        if all(files.values()):
+            return files
+    if root is not None:
+        raise SecateurError(f"data {name!r}: {root} holds no {name}/train.parquet and {name}/test.parquet")
+    fetched = fetch(name, source.repository)
+    files = {split: parquet.files_of(fetched, split) for split in ("train", "test")}
+    if not all(files.values()):
+        raise SecateurError(f"data {name!r}: {source.repository} was fetched but has no train and test parquet files")
+    return files
+
+
+def folders(root: str | Path | None) -> Iterator[Path]:
+    """Where to look, in order."""
+    if root is not None:
+        yield Path(root)
+        return
+    if os.environ.get("SECATEUR_DATA"):
+        yield Path(os.environ["SECATEUR_DATA"])
+    for base in (Path.cwd(), Path(__file__).resolve().parents[4]):
+        yield base / "data"
+        yield base.parent / "shared" / "data"
+
+
+def fetch(name: str, repository: str) -> Path:
+    """Fetch a data set's parquet files by huggingface_hub, which keeps them in its own cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=["*.parquet"]))
+    except Exception as error:  # no network, a proxy, a moved repository: the library has many errors for it
+        raise SecateurError(
+            f"data {name!r} is not here and cannot be fetched from {repository} ({type(error).__name__}): put "
+            f"train.parquet and test.parquet of that data set into data/{name}/, or set SECATEUR_DATA to a folder "
+            f"that holds {name}/"
+        ) from error

@@ -1,0 +1,22 @@
+"""A recipe: one validated description of a run, from a YAML file and ``key=value`` overrides.
+
+::
+
+    name: digits-taylor
+    seeds: [0]
+    data: {name: digits, batch_size: 64, validation: 0.1}
+    model: {name: digits_cnn}
+    train: {optimizer: sgd, epochs: 20, lr: 0.1, momentum: 0.9}
+    prune: {method: taylor, budget: {macs: 0.5}, batches: 8}
+    finetune: {epochs: 5, lr: 0.01, momentum: 0.9}
+    measure: {batch_sizes: [1, 32], repeats: 50, threads: 1}
+
+Unknown keys, keys given twice and settings that contradict each other are refused, each with one message.
+"""
+
+from __future__ import annotations
+
+from secateur.lab.recipe.reading import read, validate
+from secateur.lab.recipe.sections import METHODS, OPTIMIZERS, Recipe, Train, Tune
+
+__all__ = ["METHODS", "OPTIMIZERS", "Recipe", "Train", "Tune", "read", "validate"]

@@ -1,0 +1,99 @@
+"""``run``: a recipe carried out in a folder, from where it stands to the end."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from secateur._internal.errors import SecateurError
+from secateur.lab.data.registry import load
+from secateur.lab.recipe.sections import Recipe
+from secateur.lab.run import folder, stages
+from secateur.lab.run.setting import Setting
+from secateur.lab.run.table import summary
+from secateur.measure.latency import threads_set
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    fresh: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Carry out a recipe, or go on with it where an earlier call was interrupted.
+
+    On the CPU the result does not depend on interruptions, bit for bit; only times do, and what a budget in
+    ``latency_ms`` makes of them. The global random states are
+    set from the seeds.
+
+    Args:
+        recipe: from :func:`secateur.recipe.read`.
+        out: the folder to keep everything in: ``run.json``, and ``seed-N/STAGE`` with a model that
+            :func:`secateur.load` reads.
+        fresh: replace another run in the folder.
+        progress: show progress bars.
+        say: is told each stage as it begins.
+
+    Returns:
+        What ``run.json`` holds.
+
+    Raises:
+        SecateurError: what the recipe asks for cannot be done (told before anything is written), a loss that is not
+            finite, a folder that holds something else or is in use.
+    """
+    out = Path(out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SecateurError(
+            "a run is one process; under `accelerate launch`, call secateur.lab.training.loop.fit instead"
+        )
+    before = folder.earlier(out, recipe, fresh=fresh)
+    if before is not None and before["finished"]:
+        return before
+    with threads_set(recipe.threads) as threads:
+        accelerator = Accelerator(cpu=recipe.device == "cpu")
+        data = load(
+            recipe.data.name, root=recipe.data.root, device=accelerator.device, validation=recipe.data.validation
+        )
+        setting = Setting(recipe, data, accelerator, progress, say)
+        stages.check_setting(setting, new=before is None)
+        new = not out.exists()
+        with folder.held(out):
+            folder.sweep(out)
+            if fresh:
+                folder.clear(out)
+            begun = {
+                "recipe": folder.dump(recipe),
+                "versions": folder.versions(),
+                "platform": f"{platform.platform()} {platform.machine()}",
+                "device": str(accelerator.device),
+                "threads": threads,
+                "data": data.notes,
+                "finished": False,
+            }
+            if before is None:
+                folder.write(out, begun)
+            try:
+                return _finish(setting, out, begun)
+            except SecateurError:
+                if before is None and not any(out.glob("seed-*/*/secateur.json")):  # nothing that could be gone on with
+                    folder.clear(out)
+                    if new:
+                        out.rmdir()
+                raise
+
+
+def _finish(setting: Setting, out: Path, begun: dict[str, Any]) -> dict[str, Any]:
+    seeds = {}
+    for seed in setting.recipe.seeds:
+        at = out / f"seed-{seed}"
+        at.mkdir(exist_ok=True)
+        seeds[str(seed)] = stages.one_seed(setting, seed, at)
+    folder.write(out, {**begun, "finished": True, "summary": summary(list(seeds.values())), "seeds": seeds})
+    return folder.read(out)

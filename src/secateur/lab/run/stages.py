@@ -1,0 +1,218 @@
+"""The stages of one seed: baseline, trained, pruned, tuned, measured.
+
+Each begins from what the one before has left on disk, with the seed's own random state, whether the run was interrupted
+or not; so it ends the same. Inside a training stage the loop's checkpoints do that.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from secateur import storage as store
+from secateur._internal.errors import SecateurError
+from secateur.curvature.layers import CONVOLUTIONS
+from secateur.lab.recipe.sections import Train, Tune
+from secateur.lab.run.folder import write_json
+from secateur.lab.run.pruning import packed, pruned, timed
+from secateur.lab.run.setting import TEST_BATCH, Facts, Setting
+from secateur.lab.run.training import fitted, make_handle, make_optimizer, plain
+from secateur.measure.accuracy import accuracy
+from secateur.measure.counting import counted
+from secateur.measure.latency import file_size, latency
+from secateur.methods import GENTLE
+from secateur.methods.eigendamage import EIGENDAMAGE, check_budget
+from secateur.methods.pivoting import Pivoting
+from secateur.methods.sdprun import SDPrun
+from secateur.pruning import check_feasible
+from secateur.surgery.blocks.pivots import PIVOT, remembered
+from secateur.surgery.low_rank.bottleneck import Bottleneck
+from secateur.tracing.api import trace
+
+
+def check_setting(setting: Setting, *, new: bool) -> None:
+    """Try what can be tried before any work: the weights, one image through the network, the budget.
+
+    Args:
+        setting: what all stages share.
+        new: whether the run begins; one that goes on has times of its own.
+
+    Raises:
+        SecateurError: the network does not take the images, has too few outputs, or cannot meet the budget.
+    """
+    models = [setting.begin(seed) for seed in setting.recipe.seeds]
+    model = models[0].to(setting.device)
+    graph = trace(model, setting.inputs)
+    with torch.no_grad():
+        output = model.eval()(setting.inputs)
+    classes = setting.data.classes
+    if not isinstance(output, Tensor) or output.shape != (1, classes):
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise SecateurError(
+            f"model {setting.recipe.model.name!r}: for one image of data {setting.data.name!r} it gives {shape}, and "
+            f"[1, {classes}] is due, one value a class; see model.options"
+        )
+    if setting.recipe.train is not None:
+        make_optimizer(setting, model, setting.recipe.train)  # it refuses what it cannot do
+    budget = setting.recipe.prune.make_budget()
+    section = setting.recipe.prune
+    if budget is not None and section.method == EIGENDAMAGE:
+        layers = section.options.get("layers")
+        check_budget(model, setting.inputs, budget, layers)
+        named = dict(model.named_modules())
+        if section.options.get("separable") and not any(
+            isinstance(named[name], (*CONVOLUTIONS, Bottleneck)) for name in layers or named
+        ):
+            raise SecateurError("prune.options.separable: no layer is a convolution that could be; leave it out")
+    elif budget is not None:
+        if budget.latency_ms is None:
+            check_feasible(graph, budget, approximate=section.approximate)
+        elif new:
+            check_feasible(graph, budget, approximate=section.approximate, timing=timed(setting, model, samples=4))
+    if section.method in GENTLE:
+        assert section.train is not None
+        handle = make_handle(setting, model, graph, make_optimizer(setting, model, section.train), 0)
+        handle.detach()
+        batches = len(setting.data.loader("train", setting.recipe.data.batch_size))
+        if section.train.epochs * batches < handle.steps_needed():
+            raise SecateurError(
+                f"prune.train.epochs={section.train.epochs} are {section.train.epochs * batches} steps, and "
+                f"{section.method} takes {handle.steps_needed()} at least until everything is out: train longer, or "
+                f"{handle.advice()}"
+            )
+    if section.method == PIVOT:
+        _try_pivoting(setting, model)
+
+
+def _try_pivoting(setting: Setting, model: nn.Module) -> None:
+    """Raise if no layer can have blocks, or the training ends before the last update."""
+    section = setting.recipe.prune
+    gradual = Pivoting(model, **section.options)
+    if section.train is not None:
+        steps = section.train.epochs * len(setting.data.loader("train", setting.recipe.data.batch_size))
+        if steps < gradual.steps_needed:
+            raise SecateurError(
+                f"prune.train.epochs={section.train.epochs} are {steps} steps; pivoting takes every={gradual.every} "
+                f"times {gradual.times}: train longer, or give less of one"
+            )
+
+
+def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
+    """All stages of one seed; what is already in the folder is not done again.
+
+    Returns:
+        ``before``, ``round 1``, ... and ``after`` (metrics; ``after`` is missing if nothing is pruned) and ``stages``
+        (what each noted).
+    """
+    recipe, train = setting.recipe, setting.recipe.train
+    stage = partial(_stage, setting, folder)
+    stages: dict[str, Facts] = {}
+    before: Path | None = None
+
+    def kept(name: str, make: Callable[[Path], tuple[nn.Module, Facts]]) -> Path:
+        stages[name] = stage(name, make)
+        return folder / name
+
+    if train is None:
+        last = before = kept("baseline", lambda _: (setting.begin(seed), {}))
+    elif train.optimizer != "sdprun" or train.baseline:
+        last = before = kept("baseline", lambda at: _train(setting, setting.begin(seed), plain(train), seed, at))
+    if train is not None and train.optimizer == "sdprun":
+        last = kept("trained", lambda at: _train(setting, setting.begin(seed), train, seed, at))
+        before = before or last
+    assert before is not None
+    columns = {"before": before}
+    rounds = recipe.prune.rounds if recipe.prune.method != "none" else 0
+    for number in range(1, rounds + 1):
+        mark = "" if number == rounds else f"-{number}"
+        last = kept(f"pruned{mark}", partial(_prune, setting, last, seed, number))
+        if recipe.finetune is not None:
+            last = kept(f"tuned{mark}", partial(_tune, setting, last, recipe.finetune, seed))
+        columns["after" if number == rounds else f"round {number}"] = last
+    if recipe.prune.method == PIVOT:
+        columns["after"] = last = kept("packed", lambda _: packed(setting, _load(setting, last)))
+    if last != before:  # sdprun beside its baseline, even where nothing is pruned
+        columns["after"] = last
+    return {**_measured(setting, folder, columns), "stages": stages}
+
+
+def _stage(setting: Setting, folder: Path, name: str, make: Callable[[Path], tuple[nn.Module, Facts]]) -> Facts:
+    """Do a stage unless it is there; what it noted."""
+    at, checkpoints = folder / name, folder / f"{name}-checkpoints"
+    if not (at / store.FILE).exists():
+        setting.say(f"{folder.name}: {name}")
+        model, facts = make(checkpoints)
+        store.save(model, at, notes=facts)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return dict(store.read_head(at)["notes"])
+
+
+def _load(setting: Setting, at: Path) -> nn.Module:
+    try:
+        return store.load(at, setting.build)
+    except SecateurError as error:
+        raise SecateurError(f"{error}; delete {at} to have this stage done again") from error
+
+
+def _train(setting: Setting, model: nn.Module, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
+    optimizer = make_optimizer(setting, model, section)
+    facts = fitted(setting, model, optimizer, section, seed, checkpoints)
+    if isinstance(section, Train) and section.budget is not None and isinstance(optimizer, SDPrun):
+        facts["reached"] = optimizer.reached
+        if not optimizer.reached:
+            setting.say(
+                f"the budget {section.budget} was not reached in {section.epochs} epochs with c={section.c:g}: give a "
+                "larger c, or more epochs; what is zero by now is cut"
+            )
+    return model, facts
+
+
+def _tune(setting: Setting, source: Path, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
+    model = _load(setting, source)
+    if setting.recipe.prune.method != PIVOT:
+        return _train(setting, model, section, seed, checkpoints)
+    blocks = Pivoting(model, patterns=remembered(model))
+    return model, fitted(setting, model, make_optimizer(setting, model, section), section, seed, checkpoints, blocks)
+
+
+def _prune(setting: Setting, source: Path, seed: int, number: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
+    return pruned(setting, _load(setting, source), seed, number, checkpoints)
+
+
+def _measured(setting: Setting, folder: Path, columns: Mapping[str, Path]) -> Facts:
+    """Metrics of the models in these directories, by column; the test images are looked at here alone."""
+    path = folder / "measured.json"
+    if not path.exists():
+        setting.say(f"{folder.name}: measured")
+        write_json(path, {name: metrics(setting, _load(setting, at)) for name, at in columns.items()})
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except ValueError as error:
+        raise SecateurError(f"{path} is damaged ({error}); delete it to have this stage done again") from error
+
+
+def metrics(setting: Setting, model: nn.Module) -> Facts:
+    """Accuracies, counts, bytes of the file, and latencies on the CPU, of a model on the CPU."""
+    how, data = setting.recipe.measure, setting.data
+    image = torch.zeros(1, *data.image)
+    found: Facts = {
+        **counted(model, image),
+        "file_bytes": file_size(model),
+        "latency": {
+            str(size): latency(
+                model, image.expand(size, -1, -1, -1).contiguous(), repeats=how.repeats, threads=how.threads
+            )
+            for size in how.batch_sizes
+        },
+    }
+    model.to(setting.device)
+    for split in ("validation", "test"):
+        if getattr(data, split) is not None:
+            found[f"{split}_accuracy"] = accuracy(model, data.loader(split, TEST_BATCH))
+    return found

@@ -1,5 +1,0 @@
-"""The papers' networks, by name."""
-
-from secateur.models.registry import MODELS, Entry, build, example_input
-
-__all__ = ["MODELS", "Entry", "build", "example_input"]

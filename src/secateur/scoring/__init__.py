@@ -1,0 +1,1 @@
+"""Criteria: how much each channel matters."""

@@ -1,0 +1,124 @@
+r"""Structured directional pruning for a trained network, at once (arXiv 2107.05328).
+
+With ``theta_g`` all that writes channel ``g``, ``u_g = theta_g / ||theta_g||`` and ``P_0`` the projector on the flat
+directions of the loss::
+
+    s_g = <u_g, (P_0 u)_g>                    how much of the way to zero is flat; may be negative
+    theta_g(lambda) = max(0, 1 - lambda * s_g / ||theta_g||) * theta_g
+
+A channel is zero from ``lambda = ||theta_g|| / s_g`` on, and never where ``s_g <= 0``: that ``lambda`` is its score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur._internal.errors import SecateurError
+from secateur.curvature.null_space import NullSpaceProjector, null_space_projector
+from secateur.scoring.sums import by_group, channel_sums, rows
+from secateur.tracing.channel_rows import along, producer_axes
+from secateur.tracing.graph import Axis, ChannelGraph
+
+
+class Directions:
+    """The unit vectors of all channels, and where the flat valley lets them go.
+
+    Args:
+        model: a trained model.
+        graph: its graph.
+        flat: its projector.
+
+    Attributes:
+        axes: what writes channels, in parameters that the projector knows; one dim each.
+        norm: ``||theta_g||`` by channel id.
+        unit: ``u``, one tensor for each parameter of ``axes``.
+        eta: ``P_0 u``, one tensor for each parameter that the projector knows.
+        score: ``s_g`` by channel id.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, flat: NullSpaceProjector) -> None:
+        flat.check_model(model)
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        names = {p: name for name, p in model.named_parameters()}
+        self.axes = [
+            Axis(names[p], dim, ids.numpy())
+            for p, (dim, ids) in producer_axes(model, graph).items()
+            if names[p] in flat.shapes
+        ]
+        if not self.axes:
+            raise SecateurError("no exact group is written by a parameter that the projector knows: graph.summary()")
+        known = {a.name for a in self.axes}
+        self.whole = {  # other groups would have too low scores
+            g.name
+            for g in graph.groups
+            if g.exact and all(a.name in known for a in g.producers if parameters.get(a.name, torch.empty(0)).ndim > 1)
+        }
+        self.norm = channel_sums(graph, self.axes, lambda a: rows(parameters[a.name].double().square(), a.dim)).sqrt()
+        self.unit = {a.name: self.scaled(a, parameters[a.name], self._inverse()) for a in self.axes}
+        self.eta = flat.project(self.unit)
+        products = {a.name: self.unit[a.name] * self.eta[a.name] for a in self.axes}
+        self.score = channel_sums(graph, self.axes, lambda a: rows(products[a.name], a.dim))
+        self.score[0] = 0
+
+    def _inverse(self) -> Tensor:
+        inverse = torch.where(self.norm > 0, 1 / self.norm, torch.zeros_like(self.norm))
+        inverse[0] = 0  # no channel
+        return inverse
+
+    @staticmethod
+    def scaled(axis: Axis, tensor: Tensor, factor: Tensor) -> Tensor:
+        """A parameter with every channel's rows times its factor."""
+        return tensor * along(factor[torch.from_numpy(axis.channels)].to(tensor.dtype), axis.dim, tensor)
+
+    def strength(self) -> Tensor:
+        """The least lambda at which a channel is zero, by channel id; infinite where there is none."""
+        ratio = torch.where(self.score > 0, self.norm / self.score, torch.full_like(self.norm, torch.inf))
+        return torch.where(self.norm > 0, ratio, torch.zeros_like(ratio))
+
+
+def directional_scores(model: nn.Module, graph: ChannelGraph, flat: NullSpaceProjector) -> dict[str, Tensor]:
+    """``s_g`` of every channel, in ``[(1 - sqrt(G))/2, (1 + sqrt(G))/2]`` for G channels; their sum is ``||P_0 u||^2``.
+
+    Args:
+        model: a trained model.
+        graph: its graph.
+        flat: its projector, from :func:`secateur.null_space_projector`.
+
+    Returns:
+        Group name -> float64, one value a channel. Not what goes first: that is small and flat, see ``"directional"``.
+    """
+    found = Directions(model, graph, flat)
+    return {name: s for name, s in by_group(graph, found.score).items() if name in found.whole}
+
+
+def directional(
+    model: nn.Module, graph: ChannelGraph, data: Iterable[Any] | None = None, loss_fn: Any = None, *,
+    flat: NullSpaceProjector | None = None, **options: Any,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The strength ``lambda`` at which structured directional pruning takes a channel.
+
+    Args:
+        model: the model.
+        graph: its graph.
+        data: batches ``(inputs, targets)``, where ``flat`` is not given.
+        loss_fn: as for :func:`secateur.null_space_projector`.
+        flat: a projector found before.
+        **options: of :func:`secateur.null_space_projector`.
+    """
+    if flat is not None and options:
+        raise SecateurError(
+            f"directional: flat= is given, and {', '.join(options)} for finding it: leave one of them out"
+        )
+    found = Directions(model, graph, flat or projector(model, data, loss_fn, **options))
+    return {name: values for name, values in by_group(graph, found.strength()).items() if name in found.whole}
+
+
+def projector(model: nn.Module, data: Iterable[Any] | None, loss_fn: Any, **options: Any) -> NullSpaceProjector:
+    """:func:`secateur.null_space_projector`, for a method that may not have been given data."""
+    if data is None or loss_fn is None:
+        raise SecateurError("directional needs data= (batches of inputs and targets) and loss_fn=, or flat=")
+    return null_space_projector(model, data, loss_fn, **options)

@@ -1,0 +1,336 @@
+"""Saving and loading: weights as safetensors, everything else as JSON, never pickle.
+
+A directory holds the weights and ``secateur.json``: what was done to which model, and the name and checksum of the
+weights' file. The JSON is replaced last, so a crash at any moment leaves the old save or the new one.
+``load`` builds the original anew, replays the record on it and fills in the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.files import write_atomically
+from secateur.plan import Plan
+from secateur.surgery.blocks import packing, pivots
+from secateur.surgery.channels import cut
+from secateur.surgery.low_rank import bottleneck, separable
+from secateur.surgery.records import record
+from secateur.tracing.graph import fingerprint
+
+VERSION = 1
+FILE = "secateur.json"
+WEIGHTS = re.compile(r"model(-\d+)?\.safetensors")
+
+Replay = Callable[[nn.Module, Any], nn.Module]
+REPLAY: dict[str, Replay] = {
+    "cut": lambda model, plan: cut(model, Plan.from_json(plan)),
+    "eigendamage": bottleneck.replay,
+    "merge_bases": lambda model, _: bottleneck.merge_bases(model),
+    separable.SEPARATE: separable.replay,
+    pivots.PIVOT: pivots.replay,
+    packing.PACK: packing.replay,
+}
+"""How each kind of step in a record is done again: ``(model, JSON text) -> the next model``.
+
+The JSON of every kind has a ``fingerprint``: that of the model the step was made for.
+"""
+
+
+def save(model: nn.Module, directory: str | Path, *, notes: Mapping[str, Any] | None = None) -> None:
+    """Write a model: its weights, what was done to it, and the built-in model it began as, if it did.
+
+    Args:
+        model: a model, cut or not; nothing of it is changed.
+        directory: made if it is not there; an earlier save in it is replaced, other files stay.
+        notes: anything JSON can hold, kept beside.
+
+    Raises:
+        SecateurError: tensors without data or of a kind that safetensors cannot hold, state that is not a tensor, notes
+            that are not JSON, a directory that cannot be written.
+    """
+    folder = Path(directory)
+    tensors = _tensors(model, "save")
+    _warn_not_finite(tensors)
+    try:
+        content = to_bytes({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
+    except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        raise SecateurError(f"save: a tensor of this model cannot be stored ({error})") from error
+    steps, before, file, original = record(model), _before(folder), _free_name(folder), _original(model)
+    head = {
+        "secateur": VERSION,
+        "model": _built_in(model, original),
+        "original": original,
+        "record": steps,
+        "final": fingerprint(model),
+        "weights": {"file": file, "sha256": hashlib.sha256(content).hexdigest()},
+        "dtypes": {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in _not_stored(model)},
+        "notes": dict(notes or {}),
+    }
+    try:
+        text = json.dumps(head, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SecateurError(f"save(notes): what JSON can hold is expected ({error})") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / file, content)
+        write_atomically(folder / FILE, text.encode())
+        if before is not None:
+            (folder / before).unlink(missing_ok=True)
+    except OSError as error:
+        raise SecateurError(f"save: {folder} cannot be written ({error})") from error
+
+
+def load(directory: str | Path, build: Callable[[], nn.Module] | str | None = None) -> nn.Module:
+    """Read a model that :func:`save` wrote. Nothing is unpickled, and no code is run but ``build`` and secateur's own.
+
+    Args:
+        directory: what was given to ``save``.
+        build: makes the original, as it was before anything was cut: a function without arguments, or the name of a
+            built-in model; not needed if the model began as a built-in one. Its weights do not matter.
+
+    Returns:
+        The model in the mode, and on the device, in which ``build`` made it.
+
+    Raises:
+        SecateurError: no such directory, not secateur's, written by a later version, damaged, or of another model than
+            ``build`` makes; the message says which.
+    """
+    folder = Path(directory)
+    head = read_head(folder)
+    tensors = _read_weights(folder, head["weights"])
+    model = _build(folder, head, build)
+    for number, step in enumerate(head["record"]):
+        kind, what = _step(folder, step, number)
+        try:
+            model = REPLAY[kind](model, what)
+        except SecateurError as error:
+            raise SecateurError(
+                f"{folder}: step {number + 1} of its record, {kind!r}, cannot be replayed: {error}"
+            ) from error
+    if fingerprint(model) != head["final"]:
+        raise SecateurError(
+            f"{folder}: replaying its record gives other shapes than were saved: {FILE} is damaged, or secateur "
+            "has changed"
+        )
+    _fill(folder, model, tensors)
+    for name, buffer in _not_stored(model):  # a mean that was subtracted in half precision, say, still is
+        dtype = getattr(torch, str(head.get("dtypes", {}).get(name)), None)
+        if isinstance(dtype, torch.dtype):
+            buffer.data = buffer.data.to(dtype)
+    return model
+
+
+def load_weights(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
+    """What ``build`` makes, with weights from a safetensors file of its state or from a directory that was saved.
+
+    Raises:
+        SecateurError: no such file, a damaged one, or weights of another model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return load(path, build)
+    if not path.is_file():
+        raise SecateurError(
+            f"weights {path}: there is no such file; a safetensors file or a saved directory is expected"
+        )
+    try:
+        tensors = load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise SecateurError(f"weights {path}: not a readable safetensors file ({error})") from error
+    model = build()
+    _fill(path, model, tensors)
+    return model
+
+
+def read_head(directory: str | Path) -> dict[str, Any]:
+    """What ``secateur.json`` says, checked: ``model``, ``original``, ``record``, ``final``, ``weights``, ``notes``."""
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise SecateurError(f"{folder}: there is no such directory")
+    if not (folder / FILE).is_file():
+        raise SecateurError(f"{folder}: not a directory that secateur saved: it has no {FILE}")
+    try:
+        head = json.loads((folder / FILE).read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise SecateurError(f"{folder / FILE} is damaged: it cannot be read as JSON ({error})") from error
+    if not isinstance(head, dict) or "secateur" not in head:
+        raise SecateurError(f"{folder / FILE} was not written by secateur: it has no 'secateur' entry")
+    if head["secateur"] != VERSION:
+        raise SecateurError(
+            f"{folder / FILE} has version {head['secateur']!r}, this release knows version {VERSION}: use a newer "
+            "secateur"
+        )
+    kinds: dict[str, type] = {"original": str, "record": list, "final": str, "weights": dict, "notes": dict}
+    kinds |= {"dtypes": dict} if "dtypes" in head else {}  # earlier saves have none
+    wrong = [key for key, kind in kinds.items() if not isinstance(head.get(key), kind)]
+    if wrong or not isinstance(head.get("model"), dict | None) or not _is_weights(head["weights"]):
+        raise SecateurError(
+            f"{folder / FILE} is damaged: {', '.join(wrong) or 'an entry'} is missing or not as expected"
+        )
+    return head
+
+
+def _is_weights(given: Mapping[str, Any]) -> bool:
+    """The file is one of this directory: no path leads out of it."""
+    file, digest = given.get("file"), given.get("sha256")
+    return isinstance(file, str) and isinstance(digest, str) and WEIGHTS.fullmatch(file) is not None
+
+
+def _tensors(model: nn.Module, verb: str) -> dict[str, Tensor]:
+    """What is stored: parameters and persistent buffers, shared ones once, under their first name."""
+    tensors: dict[int, tuple[str, Tensor]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise SecateurError(f"{verb}: {name!r} of the model's state is a {type(value).__name__}, not a tensor")
+        if value.is_meta:
+            raise SecateurError(f"{verb}: {name!r} of the model is on the meta device: it has no data")
+        tensors.setdefault(id(value), (name, value))
+    return dict(tensors.values())
+
+
+def _not_stored(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that ``build`` makes, and no file holds."""
+    stored = model.state_dict(keep_vars=True).keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name not in stored]
+
+
+def _original(model: nn.Module) -> str:
+    """The fingerprint of what the model was before the first step of its record."""
+    steps = record(model)
+    return str(json.loads(next(iter(steps[0].values())))["fingerprint"]) if steps else fingerprint(model)
+
+
+def _warn_not_finite(tensors: Mapping[str, Tensor]) -> None:
+    bad = [
+        n for n, t in tensors.items() if t.is_floating_point() and not math.isfinite(float(t.detach().double().sum()))
+    ]
+    if bad:
+        warnings.warn(f"save: not all values of {', '.join(bad)} are finite", stacklevel=3)
+
+
+def _built_in(model: nn.Module, original: str) -> dict[str, Any] | None:
+    """Name and options of the built-in model it began as; none if that has been changed by other hands since."""
+    from secateur.lab.models.registry import BUILT, build
+
+    built = getattr(model, BUILT, None)
+    if built is None:
+        return None
+    with torch.device("meta"):
+        fresh = fingerprint(build(built["name"], **built["options"]))
+    return built if fresh == original else None
+
+
+def _before(folder: Path) -> str | None:
+    """The weights of an earlier save in the folder, which are the only ones that may go."""
+    try:
+        return str(read_head(folder)["weights"]["file"])
+    except SecateurError:
+        return None
+
+
+def _free_name(folder: Path) -> str:
+    """A name for the weights that nothing in the folder has."""
+    number, name = 0, "model.safetensors"
+    while (folder / name).exists():
+        number, name = number + 1, f"model-{number + 1}.safetensors"
+    return name
+
+
+def _read_weights(folder: Path, weights: Mapping[str, str]) -> dict[str, Tensor]:
+    path = folder / weights["file"]
+    if not path.is_file():
+        raise SecateurError(f"{folder}: its weights, {weights['file']}, are missing")
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != weights["sha256"]:
+            raise SecateurError(
+                f"{path} is damaged, cut short or of another save: its checksum is not the one in {FILE}"
+            )
+        return from_bytes(content)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise SecateurError(f"{path} cannot be read ({error})") from error
+
+
+def _build(folder: Path, head: Mapping[str, Any], build: Callable[[], nn.Module] | str | None) -> nn.Module:
+    from secateur.lab.models.registry import build as build_named
+
+    saved = head["model"]
+    if build is None and saved is None:
+        raise SecateurError(
+            f"{folder} does not begin with a built-in model: load(..., build=make_model) needs a function that makes it"
+        )
+    with torch.random.fork_rng(devices=[]):  # the fresh weights do not matter, the caller's random state does
+        if callable(build):
+            model = build()
+        elif build is not None:
+            model = build_named(build)
+        else:
+            try:
+                model = build_named(_known(folder, saved["name"]), **saved["options"])
+            except (KeyError, TypeError) as error:
+                raise SecateurError(f"{folder / FILE} is damaged: its 'model' is not as expected") from error
+    if not isinstance(model, nn.Module):
+        raise SecateurError(f"load(build): it made a {type(model).__name__}, not an nn.Module")
+    if record(model):
+        raise SecateurError("load(build): it made a model that has been cut already; make the original")
+    if fingerprint(model) != head["original"]:
+        raise SecateurError(
+            f"{folder} was saved from another model: names or shapes of the tensors of the {type(model).__name__} that "
+            "was built are not the original's"
+        )
+    return model
+
+
+def _known(folder: Path, name: str) -> str:
+    """A built-in name; never a path into somebody's code, which a foreign file could make us run."""
+    from secateur.lab.models.registry import MODELS
+
+    if name not in MODELS:
+        raise unknown(f"model in {folder / FILE}", name, MODELS)
+    return name
+
+
+def _step(folder: Path, step: Any, number: int) -> tuple[str, Any]:
+    if not isinstance(step, dict) or len(step) != 1:
+        raise SecateurError(f"{folder / FILE} is damaged: step {number + 1} of its record is not one kind of step")
+    ((kind, what),) = step.items()
+    if kind not in REPLAY:
+        raise unknown(f"step in the record of {folder}", kind, REPLAY)
+    return kind, what
+
+
+def _fill(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the weights in, all names and shapes checked before the first."""
+    own = _tensors(model, "load")
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - model.state_dict().keys())
+    shapes = [
+        f"{name} {list(tensors[name].shape)} where {list(t.shape)} is due"
+        for name, t in own.items()
+        if name in tensors and tensors[name].shape != t.shape
+    ]
+    if missing or extra or shapes:
+        parts = [("missing", missing), ("too many", extra), ("of wrong shape", shapes)]
+        raise SecateurError(
+            f"{path}: the weights do not fit the model: "
+            + "; ".join(f"{word}: {', '.join(names[:5])}" for word, names in parts if names)
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.dtype != tensors[name].dtype:
+                tensor.data = tensor.data.to(tensors[name].dtype)
+            tensor.data.copy_(tensors[name])

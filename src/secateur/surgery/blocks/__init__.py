@@ -1,0 +1,1 @@
+"""Dense blocks in a layer's weight, and packed layers that compute only these."""

@@ -1,0 +1,1 @@
+"""Layers as bottlenecks in another basis."""

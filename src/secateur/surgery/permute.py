@@ -1,0 +1,68 @@
+r"""Relabelling: the channels of a group in another order, everywhere, so that the network computes what it did.
+
+For a chain ``y = W2 f(W1 x)`` in which ``f`` works channel by channel, any permutation ``pi`` of the channels is free::
+
+    W1 <- W1[pi, :]        W2 <- W2[:, pi]        biases, norms and running statistics with W1
+
+The channel graph knows all positions of a channel, in residual streams, depthwise convolutions and behind a flattening
+too: the positions of the channel that was k-th take the contents of the channel that shall be k-th.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from secateur._internal.errors import SecateurError
+from secateur.tracing.graph import ChannelGraph
+
+Index = dict[str, dict[int, np.ndarray]]
+"""Tensor name -> dim -> for each position, the old position whose contents it takes."""
+
+
+def moves(graph: ChannelGraph, orders: Mapping[str, Sequence[int]]) -> Index:
+    """What a relabelling means for the tensors.
+
+    Args:
+        graph: the channel graph.
+        orders: group name -> the old position (in ``group.channels``) of the channel that shall be k-th, for each k.
+
+    Raises:
+        SecateurError: an unknown group, or an order that is no permutation of its channels.
+    """
+    found: Index = {}
+    for name, order in orders.items():
+        group = graph.group(name)
+        wanted = np.asarray(order, dtype=np.int64)
+        if sorted(wanted.tolist()) != list(range(len(group))):
+            raise SecateurError(f"orders[{name!r}]: a permutation of the numbers below {len(group)} is expected")
+        rank = np.full(int(max(axis.channels.max() for axis in group.axes)) + 1, -1)
+        rank[group.channels] = np.arange(len(group))
+        for axis in group.axes:
+            at = np.flatnonzero(rank[axis.channels] >= 0)
+            # one row of positions a channel: all channels of a group occur equally often on an axis
+            slots = at[np.argsort(rank[axis.channels[at]], kind="stable")].reshape(len(group), -1)
+            index = found.setdefault(axis.name, {}).setdefault(axis.dim, np.arange(len(axis.channels)))
+            index[slots] = slots[wanted]
+    return found
+
+
+def permuted(model: nn.Module, graph: ChannelGraph, orders: Mapping[str, Sequence[int]]) -> nn.Module:
+    """A copy of the model with the channels of some groups in another order.
+
+    Args:
+        model: the traced model; it is left untouched.
+        graph: its graph.
+        orders: see :func:`moves`.
+    """
+    copied = copy.deepcopy(model)
+    tensors = dict((*copied.named_parameters(), *copied.named_buffers()))
+    with torch.no_grad():
+        for name, dims in moves(graph, orders).items():
+            for dim, index in dims.items():
+                tensors[name].copy_(tensors[name].index_select(dim, torch.from_numpy(index).to(tensors[name].device)))
+    return copied

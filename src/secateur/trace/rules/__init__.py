@@ -1,8 +1,0 @@
-"""The rules: how names flow through each ATen operation. Importing this room fills the table."""
-
-from __future__ import annotations
-
-from secateur.trace.rules import constants, contractions, layout, norms, pointwise, reductions
-from secateur.trace.rules.table import RULES, unknown_operation
-
-__all__ = ["RULES", "constants", "contractions", "layout", "norms", "pointwise", "reductions", "unknown_operation"]

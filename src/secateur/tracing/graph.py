@@ -1,0 +1,283 @@
+"""The channel graph: which positions of which tensors live and die together, and what they cost.
+
+Every size in the network is ``fixed + sum of the kept widths of some groups``, so with ``k[g]`` the kept width of group
+``g`` and ``M`` the sparse matrix of multiplicities, all axis lengths are one product ``fixed + M @ k``; MACs and
+parameters are sums of products of axis lengths. Nothing is run or built to count a plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from scipy.sparse import coo_matrix, csr_matrix
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from secateur._internal.errors import SecateurError, unknown
+
+
+@runtime_checkable
+class HasRemoved(Protocol):
+    """Anything that says which positions of which group go (a :class:`secateur.Plan` does)."""
+
+    @property
+    def removed(self) -> Mapping[str, Sequence[int]]:
+        """Group name to sorted positions in ``group.channels``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """One axis of one parameter or buffer.
+
+    Attributes:
+        name: qualified name of the parameter or buffer, as in ``state_dict`` (the first name if it is shared).
+        dim: the axis, counted from 0.
+        channels: int64 array, one channel id a position; 0 is frozen.
+    """
+
+    name: str
+    dim: int
+    channels: np.ndarray
+
+    def __repr__(self) -> str:
+        return f"{self.name}:{self.dim}"
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that occur on exactly the same axes, and so compete with each other.
+
+    Attributes:
+        name: module path of the first producer (with ``#2``, ``#3``... if it begins several groups).
+        channels: int64 ids in the order of the first producer's rows.
+        producers: axes that write the channel: zero there means that the channel is zero.
+        consumers: axes that read it.
+        carried: axes that merely follow (running statistics, slopes of activations).
+        exact: whether removing a channel that is zero at its producers changes nothing else.
+        reason: why not, if not.
+        least: how many channels must stay (2 where a single one sends the model's forward another way).
+    """
+
+    name: str
+    channels: np.ndarray
+    producers: tuple[Axis, ...]
+    consumers: tuple[Axis, ...]
+    carried: tuple[Axis, ...]
+    exact: bool
+    reason: str = ""
+    least: int = 1
+
+    def __len__(self) -> int:
+        return len(self.channels)
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """All axes, each once."""
+        seen: dict[tuple[str, int], Axis] = {}
+        for axis in (*self.producers, *self.consumers, *self.carried):
+            seen.setdefault((axis.name, axis.dim), axis)
+        return tuple(seen.values())
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Positions of one axis that cannot be removed, with the operation and the reason."""
+
+    axis: str
+    dim: int
+    positions: int
+    operation: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """Sums of products of lengths: ``total = sum_t factor[t] * prod_d length[index[t, d]]`` (index -1 counts 1)."""
+
+    factor: np.ndarray
+    index: np.ndarray
+
+    def total(self, lengths: np.ndarray) -> int:
+        """The exact value for the given axis lengths."""
+        return int(self.totals(lengths))
+
+    def totals(self, lengths: np.ndarray) -> np.ndarray:
+        """The exact values for axis lengths [..., axes]."""
+        return self.each(lengths).sum(axis=-1)
+
+    def each(self, lengths: np.ndarray) -> np.ndarray:
+        """The summands for axis lengths [..., axes], [..., terms]."""
+        return self.factor * self._columns(lengths).prod(axis=-1)
+
+    def gradient(self, lengths: np.ndarray) -> np.ndarray:
+        """D total / d length, one value an axis (float64)."""
+        columns = self._columns(lengths).astype(np.float64)
+        slope = np.zeros(len(lengths) + 1)
+        for d in range(columns.shape[1]):
+            others = np.delete(columns, d, axis=1).prod(axis=1)
+            np.add.at(slope, self.index[:, d], self.factor * others)
+        return slope[:-1]  # the last entry gathered index -1
+
+    def _columns(self, lengths: np.ndarray) -> np.ndarray:
+        return np.concatenate([lengths, np.ones((*lengths.shape[:-1], 1), lengths.dtype)], -1)[..., self.index]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the names and shapes of all parameters and buffers: the model a plan was made for."""
+    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    text = "\n".join(sorted(f"{name}{list(tensor.shape)}" for name, tensor in tensors))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(eq=False)
+class ChannelGraph:
+    """What :func:`secateur.trace` returns: the groups, what is frozen and why, and exact counts of any plan.
+
+    Attributes:
+        groups: removable groups, exact ones and approximate ones, in the order of the model's parameters.
+        frozen: what cannot be removed, with reasons.
+        axes: every axis of every parameter and buffer, in the model's order.
+        fingerprint: hash of the traced model's names and shapes.
+        inputs: the example inputs.
+        verify: runs the traced skeleton as a plan would cut it; says what is wrong, or nothing.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    frozen: tuple[Frozen, ...]
+    axes: tuple[Axis, ...]
+    fingerprint: str
+    fixed: np.ndarray = field(repr=False)
+    multiplicity: csr_matrix = field(repr=False)
+    macs_terms: Terms = field(repr=False)
+    params_terms: Terms = field(repr=False)
+    inputs: Any = field(default=None, repr=False)
+    verify: Callable[[HasRemoved], str] = field(default=lambda plan: "", repr=False)
+
+    def __post_init__(self) -> None:
+        self._index = {group.name: i for i, group in enumerate(self.groups)}
+
+    @property
+    def widths(self) -> np.ndarray:
+        """The number of channels of each group, before anything is removed (int64)."""
+        return np.array([len(group) for group in self.groups], dtype=np.int64)
+
+    def group(self, name: str) -> ChannelGroup:
+        """The group of that name."""
+        if name not in self._index:
+            raise unknown("group", name, self._index)
+        return self.groups[self._index[name]]
+
+    def kept(self, plan: HasRemoved | None = None) -> np.ndarray:
+        """Widths of all groups after a plan (int64), in the order of ``groups``."""
+        widths = self.widths
+        for name, positions in (plan.removed if plan is not None else {}).items():
+            if name not in self._index:
+                raise unknown("group in the plan", name, self._index)
+            widths[self._index[name]] -= len(positions)
+        return widths
+
+    def lengths(self, widths: np.ndarray) -> np.ndarray:
+        """Lengths of all counted axes if the groups have these widths, [..., groups] -> [..., axes]."""
+        return self.fixed + (self.multiplicity @ widths.T).T
+
+    def macs(self, plan: HasRemoved | None = None) -> int:
+        """Multiply-accumulates of one forward on the example inputs, after a plan."""
+        return self.macs_terms.total(self.lengths(self.kept(plan)))
+
+    def params(self, plan: HasRemoved | None = None) -> int:
+        """Number of parameters (buffers not counted; shared ones once), after a plan."""
+        return self.params_terms.total(self.lengths(self.kept(plan)))
+
+    def feasible(self, *, approximate: bool = False) -> dict[str, tuple[int, int]]:
+        """The smallest and the largest MACs and params that any plan can reach."""
+        widths = self.widths
+        least = np.array([g.least if g.exact or approximate else len(g) for g in self.groups], dtype=np.int64)
+        low, high = self.lengths(least), self.lengths(widths)
+        return {
+            "macs": (self.macs_terms.total(low), self.macs_terms.total(high)),
+            "params": (self.params_terms.total(low), self.params_terms.total(high)),
+        }
+
+    def slices(self, plan: HasRemoved) -> dict[str, dict[int, list[int]]]:
+        """Removed positions by tensor name and dim: what a plan means for the weights."""
+        ids = [self.group(name).channels[list(positions)] for name, positions in plan.removed.items()]
+        gone = np.zeros(1 + max((int(a.channels.max(initial=0)) for a in self.axes), default=0), dtype=bool)
+        if ids:
+            gone[np.concatenate(ids)] = True
+        result: dict[str, dict[int, list[int]]] = {}
+        for axis in self.axes:
+            positions = np.flatnonzero(gone[axis.channels])
+            if len(positions):
+                result.setdefault(axis.name, {})[axis.dim] = positions.tolist()
+        return result
+
+    def summary(self) -> str:
+        """A table of the groups, and what is frozen and why, as text."""
+        rows = [("group", "width", "exact", "producers", "consumers")]
+        rows += [
+            (g.name, _width(g), "yes" if g.exact else "no", _names(g.producers), _names(g.consumers))
+            for g in self.groups
+        ]
+        lines = _columns(rows)
+        lines.append(f"{self.macs():,} MACs, {self.params():,} params, {int(self.widths.sum()):,} removable channels")
+        approximate = [("not exact", "reason"), *((g.name, g.reason) for g in self.groups if not g.exact)]
+        if len(approximate) > 1:
+            lines += ["", *_columns(approximate)]
+        if self.frozen:
+            frozen = [("frozen axis", "positions", "operation", "reason")]
+            frozen += [(f"{f.axis}:{f.dim}", str(f.positions), f.operation, f.reason) for f in self.frozen]
+            lines += ["", *_columns(frozen)]
+        return "\n".join(lines)
+
+
+def _width(group: ChannelGroup) -> str:
+    return f"{len(group)}" + (f" (at least {group.least})" if group.least > 1 else "")
+
+
+def _names(axes: Iterable[Axis], most: int = 4) -> str:
+    names = [repr(axis) for axis in axes]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def multiplicities(axes: Sequence[np.ndarray], group_of: np.ndarray, groups: int) -> tuple[np.ndarray, csr_matrix]:
+    """How often each channel of each group occurs on each axis, and how many positions of each axis are fixed.
+
+    Args:
+        axes: one int64 array of channel ids an axis.
+        group_of: group index of every channel id, -1 for frozen ones.
+        groups: number of groups.
+    """
+    sizes = np.array([len(ids) for ids in axes], dtype=np.int64)
+    row = np.repeat(np.arange(len(axes)), sizes)
+    column = group_of[np.concatenate(axes)] if len(axes) else np.zeros(0, dtype=np.int64)
+    moving = column >= 0
+    matrix = coo_matrix(
+        (np.ones(int(moving.sum()), dtype=np.int64), (row[moving], column[moving])), shape=(len(axes), groups)
+    ).tocsr()
+    fixed = sizes - np.bincount(row[moving], minlength=len(axes))
+    widths = np.bincount(group_of[group_of >= 0], minlength=groups)
+    matrix.data //= widths[matrix.indices]  # all channels of a group occur equally often
+    return fixed, matrix
+
+
+def no_removable_channel(frozen: Sequence[Frozen], model: nn.Module) -> SecateurError:
+    """The error for a model in which nothing can go."""
+    reasons = "; ".join(sorted({f"{f.axis}:{f.dim}: {f.reason}" for f in frozen})[:5])
+    computed = [name for name, module in model.named_modules() if is_parametrized(module)]
+    advice = (
+        f"; weights of {', '.join(computed[:3])} are computed from others in every forward: call "
+        "torch.nn.utils.parametrize.remove_parametrizations(module, name) on such first"
+    )
+    return SecateurError(
+        f"the model has no removable channel ({reasons or 'no parameter was used in its forward'})"
+        + (advice if computed else "")
+    )

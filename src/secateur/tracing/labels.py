@@ -1,0 +1,155 @@
+"""The table of names: every position of every axis gets one, and equalities between names are only ever added.
+
+A name is an integer. Its absolute value says which positions live and die together; its sign says whether the values
+there *vanish with the channel*: positive where zero producers mean zero values, negative where they do not (after a
+sigmoid, say). ``0`` is a frozen position. Arrays of names flow through the network unchanged, so that equal names stay
+recognisable; equalities are collected and resolved once, at the end, as connected components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+Ids = np.ndarray
+Dim = Ids | None
+"""Labels of one dim of a tensor: int64 array of its length, or None if all its positions are fixed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """The names of a tensor.
+
+    Attributes:
+        dims: one entry a dim.
+        weight: True if it was computed from parameters and constants only, never from the model's inputs.
+    """
+
+    dims: tuple[Dim, ...]
+    weight: bool
+
+    @property
+    def named(self) -> bool:
+        """Whether any dim carries names."""
+        return any(ids is not None for ids in self.dims)
+
+
+def anonymous(ndim: int, *, weight: bool) -> Labelled:
+    """A tensor all of whose positions are fixed."""
+    return Labelled((None,) * ndim, weight)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The axis of a parameter or buffer that a run of fresh names belongs to."""
+
+    name: str
+    dim: int
+    start: int
+    size: int
+
+
+class Labels:
+    """Labels given so far and what is known of them."""
+
+    def __init__(self) -> None:
+        self.count = 1  # 0 is frozen
+        self.owners: list[Owner] = []
+        self.arrays: list[Ids] = []  # the array of each owner, by reference
+        self.freezes: list[tuple[Ids, str, str]] = []
+        self.approximations: list[tuple[Ids, str]] = []
+        self.roles: dict[str, list[Ids]] = {"producer": [], "consumer": [], "carried": []}
+        self.aliases: list[tuple[int, int]] = []
+        self.places: list[Ids] = []  # what slices and views treat by positions and sizes, which may be another's
+        self.moved: list[tuple[Ids, Ids, str]] = []  # an axis, what is kept of it by its place, and by which operation
+        self.terms: list[tuple[int, tuple[Ids, ...]]] = []
+        self.edges: list[tuple[Ids, Ids]] = []
+
+    def fresh(self, size: int) -> Ids:
+        """New names, all different, all vanishing."""
+        ids = np.arange(self.count, self.count + size, dtype=np.int64)
+        self.count += size
+        return ids
+
+    def own(self, name: str, dim: int, size: int) -> Ids:
+        """New names for an axis of a parameter or buffer."""
+        self.owners.append(Owner(name, dim, self.count, size))
+        self.arrays.append(self.fresh(size))
+        return self.arrays[-1]
+
+    def unite(self, a: Ids, b: Ids) -> None:
+        """Position by position, the names of ``a`` and ``b`` are one (both broadcast to one shape)."""
+        if a is not b:
+            self.edges.append((a, b))
+
+    def freeze(self, ids: Dim, operation: str, reason: str) -> None:
+        """These names cannot be removed."""
+        if ids is not None and len(ids):
+            self.freezes.append((ids, operation, reason))
+
+    def approximate(self, ids: Dim, reason: str) -> None:
+        """Removing these names changes something else."""
+        if ids is not None and len(ids):
+            self.approximations.append((ids, reason))
+
+    def read(self, ids: Dim, operation: str) -> None:
+        """A consumer sums over these names: exact only where the values vanish with the channel."""
+        if ids is not None and (ids < 0).any():
+            self.approximate(ids[ids < 0], f"{operation} reads a channel that is not zero when its producers are")
+
+    def mark(self, role: str, ids: Dim) -> None:
+        """The axes that own these names are producers, consumers or merely carried."""
+        if ids is not None and len(ids):
+            self.roles[role].append(ids)
+
+    def alias(self, a: Dim, b: Dim) -> None:
+        """The axes that own these names (all of them weights) play the same roles."""
+        if a is not None and b is not None and len(a) and len(b):
+            self.aliases.append((abs(int(a[0])), abs(int(b[0]))))
+
+    def term(self, factor: int, *dims: tuple[Dim, int]) -> None:
+        """Count ``factor * product of the lengths`` multiply-accumulates; a dim is its names and its size."""
+        named = tuple(ids for ids, _ in dims if ids is not None)
+        for ids, size in dims:
+            if ids is None:
+                factor *= size
+        self.terms.append((factor, named))
+
+    def state(self) -> dict[str, int]:
+        """How much is known by now."""
+        facts = {name: len(value) for name, value in vars(self).items() if isinstance(value, list)}
+        return facts | {role: len(value) for role, value in self.roles.items()}
+
+    def forget(self, state: Mapping[str, int]) -> None:
+        """Drop what was added since then (of the kinds that are given)."""
+        for name, length in state.items():
+            facts: list = self.roles[name] if name in self.roles else getattr(self, name)
+            del facts[length:]
+
+    def components(self) -> np.ndarray:
+        """The component label of every name (label of name 0 is its own)."""
+        if not self.edges:
+            return np.arange(self.count)
+        pairs = [np.broadcast_arrays(a, b) for a, b in self.edges]
+        a = np.abs(np.concatenate([p[0].ravel() for p in pairs]))
+        b = np.abs(np.concatenate([p[1].ravel() for p in pairs]))
+        touching = (a == 0) != (b == 0)  # one side fixed: the other is frozen
+        if touching.any():
+            self.freeze((a + b)[touching], "add", "meets positions that are fixed")
+        free = (a > 0) & (b > 0)
+        matrix = coo_matrix((np.ones(int(free.sum()), dtype=np.int8), (a[free], b[free])), shape=(self.count,) * 2)
+        return connected_components(matrix, directed=False)[1]
+
+
+def vanishing(ids: Ids, where: np.ndarray) -> Ids:
+    """The same names, positive exactly where asked."""
+    return np.where(where, np.abs(ids), -np.abs(ids))
+
+
+def lasting(ids: Dim) -> Dim:
+    """The same names, of values that do not vanish."""
+    return None if ids is None else -np.abs(ids)

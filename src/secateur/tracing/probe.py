@@ -1,0 +1,143 @@
+"""What a model's own Python cannot bear: cut a skeleton, run it again, and compare every tensor with the first run.
+
+The second run starts from the channel ids that survive. Every tensor in it must then carry exactly the names that the
+first run's tensor has without the removed ones; a slice at a constant position, a view with a remembered width or an
+index table betray themselves at the operation where they happen, even where the shapes agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from secateur.tracing.graph import ChannelGraph, ChannelGroup
+from secateur.tracing.labels import Dim, Labels
+from secateur.tracing.op_log import Step, compare, remaining
+from secateur.tracing.slices import shrink, shrunk, sliced
+from secateur.tracing.tracer import Skeleton, quiet, watch
+
+Refused = tuple[ChannelGroup, str]
+"""A group and the reason."""
+
+
+class Chosen:
+    """Removed positions by group name: the least that counts as a plan here."""
+
+    def __init__(self, removed: Mapping[str, Sequence[int]]) -> None:
+        self.removed = {name: positions for name, positions in removed.items() if len(positions)}
+
+    def of(self, groups: Iterable[ChannelGroup]) -> Chosen:
+        """The part that concerns these groups."""
+        return Chosen({g.name: self.removed.get(g.name, ()) for g in groups})
+
+
+def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen: Chosen) -> str:
+    """Why the model does not bear this removal, or an empty string.
+
+    Args:
+        skeleton: the traced skeleton; it is changed and changed back.
+        steps: the first run, with final channel ids.
+        graph: where the groups are looked up.
+        chosen: what to remove.
+    """
+    if not chosen.removed:
+        return ""
+    removed = graph.slices(chosen)
+    ids = [graph.group(name).channels[list(p)] for name, p in chosen.removed.items()]
+    gone = np.zeros(1 + max((int(a.channels.max(initial=0)) for a in graph.axes), default=0), dtype=bool)
+    gone[np.concatenate(ids)] = True
+    left = {(a.name, a.dim): a.channels[~gone[a.channels]] for a in graph.axes}
+    expected = remaining(steps, gone)
+
+    def survivors(_: Labels, key: str, tensor: Tensor) -> tuple[Dim, ...]:
+        return tuple(ids if ids.any() else None for ids in (left[key, d] for d in range(tensor.ndim)))
+
+    try:
+        undo = shrink(skeleton.module, removed, shrunk if skeleton.kind != "real" else sliced)
+    except Exception as error:
+        return f"a module cannot be made smaller: {_words(error)}"
+    try:
+        with quiet():
+            watcher = watch(skeleton, survivors, expected)
+    except Exception as error:  # whatever the user's forward raises is the answer
+        return f"the model's forward cannot bear it: {_words(error)}"
+    finally:
+        undo()
+    return compare(expected, watcher.steps, watcher.agree, free=skeleton.kind == "real")
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def unbearable(groups: Sequence[ChannelGroup], probe: Callable[[Sequence[ChannelGroup]], str]) -> list[Refused]:
+    """The groups that the model does not bear to lose a channel of, by bisection: few forwards in the usual case.
+
+    Args:
+        groups: candidates.
+        probe: removes one unit of each of some groups; gives a reason or an empty string.
+    """
+    bad: list[Refused] = []
+    left = list(groups)
+    while left:
+        found = _bisect(left, probe)
+        bad += found
+        names = {g.name for g, _ in found}
+        left = [g for g in left if g.name not in names]
+        if not found:
+            break
+    return bad
+
+
+def _bisect(groups: Sequence[ChannelGroup], probe: Callable[[Sequence[ChannelGroup]], str]) -> list[Refused]:
+    if not groups:
+        return []
+    reason = probe(groups)
+    if not reason:
+        return []
+    if len(groups) == 1:
+        return [(groups[0], reason)]
+    half = len(groups) // 2
+    found = _bisect(groups[:half], probe) + _bisect(groups[half:], probe)
+    return found or [(g, reason) for g in groups]  # each alone is borne, together they are not
+
+
+def ends(groups: Iterable[ChannelGroup]) -> Chosen:
+    """The first and the last channel of each group (only the first of two), so that both ends of a slice move."""
+    return Chosen({g.name: [0, len(g) - 1] if len(g) > 2 else [0] for g in groups if len(g) > 1})
+
+
+def uneven(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
+    """Removals that move places and sizes unevenly: they find widths that are halved, or computed from a sibling's.
+
+    First every group loses a channel at one end, at the other, and some anywhere; then only some groups do, such that
+    of any two groups each is cut once while the other is whole. At least two channels of a group stay (see
+    :func:`lone`), so that pairs are left alone.
+    """
+    wide = [g for g in groups if len(g) > 2]
+    if not wide:
+        return
+    yield Chosen({g.name: [0] for g in wide})
+    yield Chosen({g.name: [len(g) - 1] for g in wide})
+    source = np.random.default_rng(0)
+    for some in _telling_apart(wide):
+        yield Chosen({g.name: source.permutation(len(g))[: source.integers(1, len(g) - 1)].tolist() for g in some})
+
+
+def lone(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
+    """All channels but one: with a single one left, broadcasting and contractions take other paths.
+
+    Of all groups at once, and of only some, as in :func:`uneven`.
+    """
+    for some in _telling_apart(groups):
+        yield Chosen({g.name: [p for p in range(len(g)) if p != len(g) // 2] for g in some})
+
+
+def _telling_apart(groups: Sequence[ChannelGroup]) -> Iterable[list[ChannelGroup]]:
+    """All groups, then about half of them a time, such that any two are told apart once in each way."""
+    yield list(groups)
+    for bit in range(max(len(groups) - 1, 0).bit_length()):
+        for side in (1, 0):
+            yield [g for i, g in enumerate(groups) if i >> bit & 1 == side]

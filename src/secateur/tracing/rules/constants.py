@@ -1,0 +1,22 @@
+"""Labels of tensors that are made of nothing."""
+
+from __future__ import annotations
+
+from secateur.tracing.call import Call, Result
+from secateur.tracing.labels import Labelled, anonymous, lasting
+from secateur.tracing.rules.table import rule
+
+
+@rule("zeros ones full new_zeros new_ones new_full empty new_empty scalar_tensor")
+def _constant(call: Call) -> Result:
+    """A tensor filled with one value has no positions of its own: it takes the names it meets."""
+    out = call.results()[0]
+    dims = [call.names.fresh(n) if n > 1 else None for n in out.shape]
+    if not call.base.endswith("zeros"):
+        return Labelled(tuple(lasting(ids) for ids in dims), weight=True)
+    return Labelled(tuple(dims), weight=True)
+
+
+@rule("arange linspace eye randn rand randint randperm tril_indices triu_indices")
+def _numbers(call: Call) -> Result:
+    return anonymous(call.results()[0].ndim, weight=True)

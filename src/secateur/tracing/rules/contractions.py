@@ -1,0 +1,197 @@
+"""How names flow through contractions: inner axes become one, outer axes pass, kernel positions freeze."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+import numpy as np
+from torch import Tensor
+
+from secateur.tracing.call import Call, Result, merge
+from secateur.tracing.labels import Dim, Labelled, anonymous, lasting, vanishing
+from secateur.tracing.rules.table import rule
+
+
+def _inner(call: Call, left: Dim, right: Dim, *, left_weight: bool, right_weight: bool) -> None:
+    """Two dims are summed against each other: equal names, and one side must vanish."""
+    names = call.names
+    if left is not None and right is not None:
+        names.unite(left, right)
+    else:
+        call.freeze(left, "is contracted with fixed positions")
+        call.freeze(right, "is contracted with fixed positions")
+    if right_weight and not left_weight:
+        names.read(left, call.op)
+        names.mark("consumer", right)
+    elif left_weight and not right_weight:
+        names.read(right, call.op)
+        names.mark("consumer", left)
+    elif left_weight:
+        names.read(right, call.op)
+        names.mark("consumer", left)
+        names.mark("producer", right)
+    elif left is not None and right is not None and ((left < 0) & (right < 0)).any():
+        names.approximate(
+            left[(left < 0) & (right < 0)], f"{call.op} contracts a channel that is not zero on either side"
+        )
+
+
+def _produce(call: Call, named: Labelled, *dims: Dim) -> None:
+    for ids in dims if named.weight else ():
+        call.names.mark("producer", ids)
+
+
+def _matmul(call: Call, a: Tensor, b: Tensor, batch: int) -> Labelled:
+    left, right = call.of(a), call.of(b)
+    assert left is not None and right is not None
+    shared: tuple[Dim, ...] = ()
+    if batch:
+        heads = [(Labelled(n.dims[:batch], n.weight), t.shape[:batch]) for n, t in ((left, a), (right, b))]
+        shared = merge(call, heads, a.shape[:batch], "any")
+    _inner(call, left.dims[-1], right.dims[-2], left_weight=left.weight, right_weight=right.weight)
+    rows, inner, columns = left.dims[-2], right.dims[-2], right.dims[-1]
+    weight = left.weight and right.weight
+    if not weight:
+        _produce(call, left, rows, *left.dims[:batch])
+        _produce(call, right, columns, *right.dims[:batch])
+    if left.weight and not right.weight:
+        inner = left.dims[-1]
+    sizes = [(ids, n) for ids, n in zip(shared, a.shape[:batch], strict=True)]
+    call.names.term(1, *sizes, (rows, a.shape[-2]), (inner, a.shape[-1]), (columns, b.shape[-1]))
+    return Labelled((*shared, rows, columns), weight)
+
+
+def _plus_bias(call: Call, product: Labelled, bias: Tensor) -> Labelled:
+    added = call.of(bias)
+    assert added is not None
+    shape = call.results()[0].shape
+    dims = merge(call, [(product, shape), (added, bias.shape)], shape, "all")
+    if not product.weight:
+        _produce(call, added, *added.dims)
+    return Labelled(dims, product.weight and added.weight)
+
+
+@rule("mm bmm")
+def _mm(call: Call) -> Result:
+    a, b = call.tensors()
+    return _matmul(call, a, b, a.ndim - 2)
+
+
+@rule("addmm baddbmm")
+def _addmm(call: Call) -> Result:
+    bias, a, b = call.tensors()
+    return _plus_bias(call, _matmul(call, a, b, a.ndim - 2), bias)
+
+
+@rule("mv dot addmv")
+def _mv(call: Call) -> Result:
+    *bias, a, b = call.tensors()
+    left, right = call.of(a), call.of(b)
+    assert left is not None and right is not None
+    _inner(call, left.dims[-1], right.dims[0], left_weight=left.weight, right_weight=right.weight)
+    if not right.weight:
+        _produce(call, left, *left.dims[:-1])
+    inner = (left if left.weight else right).dims[-1 if left.weight else 0]
+    call.names.term(1, *zip(left.dims[:-1], a.shape[:-1], strict=True), (inner, b.shape[0]))
+    product = Labelled(left.dims[:-1], left.weight and right.weight)
+    return _plus_bias(call, product, bias[0]) if bias else product
+
+
+@rule("convolution _convolution convolution_overrideable")
+def _convolution(call: Call) -> Result:
+    x, w, b = call.arg("input"), call.arg("weight"), call.arg("bias")
+    groups, transposed = call.arg("groups"), call.arg("transposed")
+    data, weight = call.of(x), call.of(w)
+    assert data is not None and weight is not None
+    for ids in weight.dims[2:]:
+        call.freeze(ids, "kernel position")
+    for ids in data.dims[2:]:
+        call.freeze(ids, "is a spatial position")
+    names, channels, first, second = call.names, data.dims[1], weight.dims[0], weight.dims[1]
+    space = x.shape[2:] if transposed else call.results()[0].shape[2:]
+    factor = x.shape[0] * prod(space) * prod(w.shape[2:])
+    names.term(factor, (first, w.shape[0]), (second, w.shape[1]))
+
+    if groups == 1:
+        outer, inner = (second, first) if transposed else (first, second)
+        _inner(call, channels, inner, left_weight=data.weight, right_weight=weight.weight)
+    else:
+        outer = _grouped(call, channels, first, second, groups, transposed=transposed, shape=w.shape)
+    _produce(call, weight, outer if groups == 1 or not transposed else (first if w.shape[0] == groups else second))
+    batch = data.dims[0]
+    if b is not None and outer is not None:
+        bias = call.of(b)
+        assert bias is not None
+        outer = merge(call, [(Labelled((outer,), weight=False), (len(outer),)), (bias, b.shape)], (len(outer),), "all")[
+            0
+        ]
+        _produce(call, bias, bias.dims[0])
+        batch = lasting(batch)
+    elif b is not None:
+        call.freeze((call.of(b) or anonymous(1, weight=True)).dims[0], "meets fixed positions")
+    return Labelled((batch, outer, *(None,) * (x.ndim - 2)), data.weight and weight.weight)
+
+
+def _grouped(
+    call: Call, channels: Dim, first: Dim, second: Dim, groups: int, *, transposed: bool, shape: Iterable[int]
+) -> Dim:
+    """Grouped convolution: the unit is the whole group if it reads one channel, else the offset within all groups.
+
+    Returns the names of the output channels; ``first`` and ``second`` are the names of the weight's first two dims.
+    """
+    names, (rows, columns, *_) = call.names, tuple(shape)
+    per_input = rows // groups if transposed else columns
+    if per_input == 1:  # depthwise: every channel has its own filters
+        call.freeze(second, "kernel position")
+        if channels is None or first is None:
+            call.freeze(channels, "depthwise convolution of fixed positions")
+            call.freeze(first, "depthwise convolution of fixed positions")
+            return None
+        names.unite(channels[:, None], first.reshape(groups, -1))
+        outer = np.repeat(first, columns) if transposed else first
+        return vanishing(outer, (outer > 0) | (np.repeat(channels, len(outer) // groups) > 0))
+
+    if first is not None:
+        table = first.reshape(groups, -1)
+        names.unite(table[:1], table[1:])
+    inner = first if transposed else second
+    names.read(channels, call.op)
+    names.mark("consumer", inner)
+    if channels is None or inner is None:
+        call.freeze(channels, "is contracted with fixed positions")
+        call.freeze(inner, "is contracted with fixed positions")
+    else:
+        offsets = channels.reshape(groups, per_input)
+        names.unite(offsets[:1], offsets[1:])
+        names.unite(offsets if transposed else offsets[0], inner.reshape(groups, -1) if transposed else inner)
+    if transposed:
+        return None if second is None else np.tile(second, groups)
+    return first
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math "
+    "_scaled_dot_product_fused_attention_overrideable"
+)
+def _attention(call: Call) -> Result:
+    q, k, v = (call.arg(n) for n in ("query", "key", "value"))
+    names = [call.of(t) for t in (q, k, v)]
+    for named in names:
+        for ids in named.dims if named is not None else ():
+            call.freeze(ids, "attention heads are not cut")
+    *batch, length, depth = q.shape
+    call.names.term(prod(batch) * length * k.shape[-2] * (depth + v.shape[-1]))
+    return None
+
+
+@rule("embedding")
+def _embedding(call: Call) -> Result:
+    weight, index = call.of(call.arg("weight")), call.of(call.arg("indices"))
+    assert weight is not None and index is not None
+    call.freeze(weight.dims[0], "rows of a table are looked up by number")
+    for ids in index.dims:
+        call.freeze(ids, "is used as an index")
+    _produce(call, weight, weight.dims[1])
+    return Labelled((*(None,) * len(index.dims), weight.dims[1]), weight.weight and index.weight)

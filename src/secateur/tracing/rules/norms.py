@@ -1,0 +1,94 @@
+"""How names flow through norms: what they hold lives and dies with what they normalise."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from secateur.tracing.call import Call, Result
+from secateur.tracing.labels import Dim, Labelled, lasting, vanishing
+from secateur.tracing.rules.table import rule
+
+
+def _affine(call: Call, ids: Dim, *, zero: bool) -> Dim:
+    """Unite a normalised dim with the norm's own tensors; zero: whether the plain normalised value vanishes."""
+    scale = bias = None
+    for argument in ("weight", "bias", "running_mean", "running_var"):
+        tensor = call.arg(argument)
+        named = call.of(tensor)
+        if named is None:
+            continue
+        own = named.dims[0]
+        if ids is None or own is None:
+            call.freeze(own, "normalises fixed positions")
+            call.freeze(ids, "is normalised by fixed positions")
+            continue
+        call.names.unite(ids, own)
+        if named.weight:
+            call.names.mark("carried" if argument.startswith("running") else "producer", own)
+        if argument == "weight":
+            scale = own
+        if argument == "bias":
+            bias = own
+    if ids is None:
+        return None
+    vanishes = scale > 0 if scale is not None else (ids > 0) & zero
+    return vanishing(ids, vanishes if bias is None else vanishes & (bias > 0))
+
+
+@rule(
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
+    "miopen_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm_with_update"
+)
+def _batch_norm(call: Call) -> Result:
+    named = call.of(call.arg("input"))
+    assert named is not None
+    for d, ids in enumerate(named.dims):
+        if d != 1:
+            call.freeze(ids, "batch norm takes its statistics over it")
+    own_statistics = call.arg("running_mean") is None or bool(call.arg("training", default=False))
+    dims = [None] * len(named.dims)
+    return [Labelled((dims[0], _affine(call, named.dims[1], zero=own_statistics), *dims[2:]), named.weight)]
+
+
+@rule("native_layer_norm _fused_rms_norm")
+def _layer_norm(call: Call) -> Result:
+    named = call.of(call.arg("input"))
+    assert named is not None
+    over = len(call.arg("normalized_shape"))
+    kind = "layer norm" if call.base == "native_layer_norm" else "root-mean-square norm"
+    dims = [*named.dims]
+    tensors = [call.of(call.arg(a)) for a in ("weight", "bias")]
+    scale = tensors[0] is not None
+    for back in range(1, over + 1):
+        ids = dims[-back]
+        present = [n.dims[-back] for n in tensors if n is not None]
+        for own in present:
+            if ids is None or own is None:
+                call.freeze(own, "normalises fixed positions")
+                call.freeze(ids, "is normalised by fixed positions")
+            else:
+                call.names.unite(ids, own)
+                call.names.mark("producer", own)
+        if ids is not None:
+            call.names.approximate(ids, f"{kind} takes its statistics over it")
+            keeps = scale or kind != "layer norm"
+            dims[-back] = vanishing(ids, np.full(len(ids), keeps))
+    if tensors[1] is not None:
+        dims[: len(dims) - over] = [lasting(ids) for ids in dims[: len(dims) - over]]
+    return [Labelled(tuple(dims), named.weight)]
+
+
+@rule("native_group_norm")
+def _group_norm(call: Call) -> Result:
+    named, groups = call.of(call.arg("input")), call.arg("group")
+    assert named is not None
+    for d, ids in enumerate(named.dims):
+        if d != 1:
+            call.freeze(ids, "group norm takes its statistics over it")
+    ids = named.dims[1]
+    if ids is not None and groups < len(ids):
+        offsets = ids.reshape(groups, -1)
+        call.names.unite(offsets[:1], offsets[1:])
+        call.names.approximate(ids, "group norm takes its statistics over it")
+    out = _affine(call, ids, zero=ids is not None and groups == len(ids))
+    return [Labelled((None, out, *(None,) * (len(named.dims) - 2)), named.weight)]

@@ -1,0 +1,202 @@
+"""How names flow through pointwise operations: aligned positions become one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from torch import Tensor
+
+from secateur.tracing.call import Call, Result, merge
+from secateur.tracing.labels import Labelled, anonymous, vanishing
+from secateur.tracing.rules.table import rule, unknown_operation
+
+
+def pointwise(call: Call, operands: Iterable[Tensor], zero: str) -> Labelled:
+    """Labels of a pointwise result of these operands; ``zero`` as for :func:`secateur.tracing.call.merge`."""
+    tensors = list(operands)
+    named = [call.of(t) or anonymous(t.ndim, weight=True) for t in tensors]
+    dims = merge(call, [(n, t.shape) for n, t in zip(named, tensors, strict=True)], call.results()[0].shape, zero)
+    weight = all(n.weight for n in named)
+    for n in named:
+        for ids in n.dims if n.weight else ():
+            if not weight:
+                call.names.mark("producer", ids)
+    if weight:
+        for n, t in zip(named[1:], tensors[1:], strict=True):
+            for back in range(1, min(t.ndim, tensors[0].ndim) + 1):
+                call.names.alias(named[0].dims[-back], n.dims[-back])
+    return Labelled(dims, weight)
+
+
+def _is_zero(value: object) -> bool:
+    return isinstance(value, (int, float)) and value == 0
+
+
+@rule(
+    "abs neg relu gelu silu tanh sqrt sin sinh asin tan atan asinh erf expm1 log1p sign sgn floor ceil round trunc "
+    "leaky_relu elu celu selu mish hardswish hardshrink softshrink clone detach alias contiguous _to_copy lift_fresh "
+    "lift_fresh_copy lift zero nan_to_num zeros_like to dropout square frac deg2rad rad2deg isnan isinf positive"
+)
+def _keeps(call: Call) -> Result:
+    return pointwise(call, [call.first()], "any")
+
+
+@rule(
+    "sigmoid exp exp2 softplus cos cosh acos hardsigmoid erfc logical_not bitwise_not "
+    "ones_like full_like rand_like randn_like empty_like fill isfinite"
+)
+def _loses(call: Call) -> Result:
+    return pointwise(call, [call.first()], "lose")
+
+
+def _not_at_zero(call: Call) -> None:
+    named = call.of(call.first())
+    for ids in named.dims if named is not None else ():
+        if ids is not None and (ids > 0).any():
+            call.freeze(ids[ids > 0], "is not finite where a channel is zero")
+
+
+@rule("log log2 log10 rsqrt reciprocal digamma lgamma")
+def _loses_and_breaks(call: Call) -> Result:
+    _not_at_zero(call)
+    return pointwise(call, [call.first()], "lose")
+
+
+@rule("log_sigmoid_forward")
+def _loses_first(call: Call) -> Result:
+    return [pointwise(call, [call.first()], "lose")]
+
+
+@rule("hardtanh clamp clamp_min clamp_max")
+def _clamp(call: Call) -> Result:
+    low = call.arg("min_val" if call.base == "hardtanh" else "min")
+    high = call.arg("max_val" if call.base == "hardtanh" else "max")
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return pointwise(call, call.tensors(), "lose")
+    keeps = (low is None or low <= 0) and (high is None or high >= 0)
+    return pointwise(call, [call.first()], "any" if keeps else "lose")
+
+
+@rule("threshold")
+def _threshold(call: Call) -> Result:
+    # y = x where x > threshold, else value
+    keeps = _is_zero(call.arg("value")) or call.arg("threshold") < 0
+    return pointwise(call, [call.first()], "any" if keeps else "lose")
+
+
+@rule("add sub rsub maximum minimum fmax fmin")
+def _sums(call: Call) -> Result:
+    tensors = call.tensors()
+    scalar = call.arg("other")
+    if len(tensors) == 1 and not isinstance(scalar, Tensor):
+        return pointwise(call, tensors, "any" if _is_zero(scalar) else "lose")
+    return pointwise(call, tensors, "all")
+
+
+@rule("mul logical_and bitwise_and")
+def _products(call: Call) -> Result:
+    return pointwise(call, call.tensors(), "any")
+
+
+@rule("div true_divide floor_divide remainder fmod")
+def _quotients(call: Call) -> Result:
+    tensors = call.tensors()
+    below = call.arg("other")
+    if not isinstance(below, Tensor):
+        return pointwise(call, [call.first()], "any")
+    over = call.of(below)
+    if over is not None:
+        for ids in over.dims:
+            if ids is not None and (ids > 0).any():
+                call.freeze(ids[ids > 0], "divides by a channel that may be zero")
+    return pointwise(call, tensors, "any")
+
+
+@rule("pow")
+def _power(call: Call) -> Result:
+    exponent = call.arg("exponent")
+    if isinstance(exponent, (int, float)) and exponent > 0:
+        return pointwise(call, [call.first()], "any")
+    if isinstance(call.first(), Tensor):
+        _not_at_zero(call)
+    return pointwise(call, call.tensors(), "lose")
+
+
+@rule(
+    "eq ne lt le gt ge logical_or logical_xor bitwise_or bitwise_xor atan2 bernoulli uniform normal exponential random"
+)
+def _compares(call: Call) -> Result:
+    return pointwise(call, call.tensors(), "lose")
+
+
+@rule("where")
+def _where(call: Call) -> Result:
+    values = [t for t in (call.arg("self"), call.arg("other")) if isinstance(t, Tensor)]
+    if call.overload not in {"self", "ScalarSelf", "ScalarOther", "Scalar"}:
+        return unknown_operation(call)
+    numbers = [v for v in (call.arg("self"), call.arg("other")) if not isinstance(v, Tensor)]
+    result = pointwise(call, [call.arg("condition"), *values], "lose")
+    if all(_is_zero(v) for v in numbers) and values:
+        kept = merge(call, [(call.of(v) or anonymous(v.ndim, weight=True), v.shape) for v in values],
+                     call.results()[0].shape, "all")  # fmt: skip
+        dims = tuple(
+            ids if ids is None or k is None or len(k) != len(ids) else vanishing(ids, k > 0)
+            for ids, k in zip(result.dims, kept, strict=True)
+        )
+        return Labelled(dims, result.weight)
+    return result
+
+
+@rule("masked_fill")
+def _masked_fill(call: Call) -> Result:
+    x = call.first()
+    result = pointwise(call, [x, call.arg("mask")], "lose")
+    named = call.of(x)
+    if not _is_zero(call.arg("value")) or named is None or len(named.dims) != len(result.dims):
+        return result
+    own = zip(result.dims, named.dims, strict=True)  # zeros stay zeros where x has them, whatever the mask is
+    return Labelled(tuple(d if d is None or x is None else vanishing(d, x > 0) for d, x in own), result.weight)
+
+
+@rule("copy")
+def _copy(call: Call) -> Result:
+    target, source = call.first(), call.arg("src")
+    shape = call.results()[0].shape
+    into, given = (call.of(t) or anonymous(t.ndim, weight=True) for t in (target, source))
+    merged = merge(call, [(given, source.shape), (into, target.shape)], shape, "lose")
+    alone = merge(call, [(given, source.shape)], shape, "all")
+    dims = tuple(
+        m
+        if m is None or into_ids is None
+        else vanishing(into_ids, a > 0 if a is not None else np.zeros(len(m), dtype=bool))
+        for m, a, into_ids in zip(merged, alone, into.dims, strict=True)
+    )
+    if not given.weight:
+        return Labelled(dims, weight=False)
+    return Labelled(dims, into.weight)
+
+
+@rule("_prelu_kernel prelu")
+def _prelu(call: Call) -> Result:
+    x, slope = call.tensors()
+    named = [call.of(t) or anonymous(t.ndim, weight=True) for t in (x, slope)]
+    for ids in named[1].dims:
+        call.names.mark("carried", ids)
+    dims = merge(call, [(n, t.shape) for n, t in zip(named, (x, slope), strict=True)], call.results()[0].shape, "any")
+    own = [None if ids is None or x_ids is None else vanishing(ids, x_ids > 0)
+           for ids, x_ids in zip(dims, named[0].dims, strict=True)]  # fmt: skip
+    return Labelled(tuple(own), named[0].weight)
+
+
+@rule("glu")
+def _glu(call: Call) -> Result:
+    named, axis = call.of(call.first()), call.arg("dim", -1) % call.first().ndim
+    assert named is not None
+    dims = list(named.dims)
+    ids = dims[axis]
+    if ids is not None:
+        half = len(ids) // 2
+        call.names.unite(ids[:half], ids[half:])
+        dims[axis] = ids[:half]
+    return Labelled(tuple(dims), named.weight)

@@ -1,0 +1,231 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import secateur as sc
+from secateur.cli import RECIPES
+from secateur.lab import recipe
+
+BASE = """
+name: small
+data: {name: digits, batch_size: 64}
+model: {name: digits_cnn, options: {width: 0.25}}
+train: {optimizer: sgd, epochs: 2, lr: 1e-1, momentum: 0.9}
+prune: {method: taylor, budget: {macs: 0.5}, batches: 4}
+finetune: {epochs: 1, lr: 0.01}
+"""
+SDPRUN = """
+data: {name: digits}
+model: {name: digits_cnn}
+train: {optimizer: sdprun, epochs: 2, lr: 0.1, c: 0.02, mu: 0.6, weights: sqrt, baseline: true}
+prune: {method: dead}
+"""
+
+UNPRUNED = SDPRUN[: SDPRUN.index("prune:")] + "prune: {method: none}\n"
+
+
+def written(folder: Path, text: str = BASE) -> Path:
+    (folder / "r.yaml").write_text(text)
+    return folder / "r.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_sound_and_named_as_their_files(path: Path) -> None:
+    found = recipe.read(path)
+    assert found.name == path.stem and found.about
+
+
+def test_there_are_shipped_recipes() -> None:
+    assert {"digits-sdprun", "digits-taylor"} <= {path.stem for path in RECIPES.glob("*.yaml")}
+
+
+def test_recipes_make_the_networks_of_the_measurements() -> None:
+    index = Path(__file__).parents[3] / "bench" / "checkpoints" / "index.json"
+    if not index.exists():
+        pytest.skip("bench/checkpoints is not here")
+    for entry in json.loads(index.read_text()):
+        found = recipe.read(RECIPES / f"{entry['data']}-{entry['model'].replace('_', '-')}.yaml")
+        settings = {**entry["optimizer"], **entry}
+        assert (found.train.optimizer, found.model.name, found.prune.method) == ("sgd", entry["model"], "none")
+        assert {s["seed"] for s in entry["seeds"]} == set(found.seeds)
+        for section in (found, found.data, found.train):
+            for name in ("device", "threads", "batch_size", "augment", "validation", "epochs", "lr", "momentum",
+                         "nesterov", "weight_decay", "schedule", "channels_last"):  # fmt: skip
+                assert getattr(section, name, settings[name]) == settings[name], name
+
+
+@pytest.mark.parametrize("text", [BASE, SDPRUN, UNPRUNED], ids=["sgd", "sdprun", "unpruned"])
+def test_dumped_and_read_again_it_is_the_same(tmp_path: Path, text: str) -> None:
+    first = recipe.read(written(tmp_path, text))
+    again = yaml.safe_dump(first.model_dump(mode="json"))  # all defaults written out
+    assert recipe.read(written(tmp_path, again)).model_dump() == first.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "value"),
+    [
+        ("train.epochs=3", ("train", "epochs"), 3),
+        ("train.lr=1e-3", ("train", "lr"), 0.001),
+        ("prune.budget.macs=0.25", ("prune", "budget"), {"macs": 0.25}),
+        ("prune.budget.params=0.3", ("prune", "budget"), {"macs": 0.5, "params": 0.3}),
+        ("prune.budget={channels: 0.5}", ("prune", "budget"), {"channels": 0.5}),
+        ("seeds=[1, 2]", ("seeds",), [1, 2]),
+        ("seeds=7", ("seeds",), [7]),
+        ("finetune=null", ("finetune",), None),
+        ("measure.threads=2", ("measure", "threads"), 2),
+        ("model.options={}", ("model", "options"), {}),
+    ],
+)
+def test_overrides(tmp_path: Path, override: str, where: tuple[str, ...], value: object) -> None:
+    found = recipe.read(written(tmp_path), [override, override])  # twice the same is no contradiction
+    for name in where:
+        found = getattr(found, name)
+    assert found == value
+
+
+BAD = {
+    "train.epoch=3": "unknown key in train 'epoch': did you mean 'epochs'",
+    "sede=3": "unknown key 'sede'.*known: about, data",
+    "measure.thread=1": "did you mean 'threads'",
+    "prune.method=tailor": "unknown method 'tailor': did you mean 'taylor'",
+    "prune.strategy=globl": "unknown strategy 'globl': did you mean 'global'",
+    "model.name=digits_cn": "unknown model 'digits_cn': did you mean 'digits_cnn'",
+    "data.name=digit": "unknown data 'digit': did you mean 'digits'",
+    "train.schedule=onecycle": "did you mean 'one_cycle'",
+    "train.optimizer=sdg": "unknown optimizer 'sdg': did you mean 'sgd'",
+    "finetune.optimizer=sdprun": "finetune: unknown optimizer 'sdprun'",
+    "prune.budget.mac=0.5": "unknown budget 'mac': did you mean 'macs'",
+    "prune.budget.macs=0": "Budget.macs=0.*keeps nothing",
+    "prune.budget.macs=-1": "Budget.macs=-1.*keeps nothing",
+    "prune.budget.macs=1.5": "Budget.macs=1.5.*keeps more than everything",
+    "prune.budget.macs=.nan": "Budget.macs=nan.*not a number",
+    "prune.budget.macs=nan": "Budget.macs='nan'.*not a number",
+    "prune.budget={}": "nothing is limited",
+    "prune.budget={macs: 0.5, macs: 0.3}": "override.*the key 'macs' is given twice",
+    "prune.budget=null": "method 'taylor' needs a budget",
+    "prune.method=dead": "method 'dead' takes what training has driven to zero, but budget is given",
+    "prune.method=none": "method 'none' prunes nothing, but batches, budget is given",
+    "prune=null": "prune=None must be",
+    "prune.options.damping=1": "unknown option of method 'taylor' 'damping'",
+    "prune={method: obs, budget: {macs: 0.5}, options: {dampin: 1}}": "did you mean 'damping'",
+    "prune={method: eigendamage, budget: {macs: 0.5}, strategy: uniform}": "removes no channels, but strategy",
+    "prune={method: eigendamage, budget: {macs: 0.5}, refit: true}": "removes no channels, but refit",
+    "prune={method: eigendamage}": "needs a budget",
+    "prune={method: increg, budget: {macs: 0.5}}": "but it has no train section",
+    "prune={method: spp, budget: {macs: 0.5}, refit: true, train: {epochs: 1, lr: 1}}": "but refit is given",
+    "prune={method: spp, train: {epochs: 1, lr: 0.1}}": "method 'spp' needs a budget",
+    "prune={method: increg, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {pick: 0.1}}": "of 'greg2'",
+    "prune.train={epochs: 1, lr: 0.1}": "method 'taylor' does not train",
+    "prune={method: increg, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {rule: gregg1}}": "greg1",
+    "prune={method: increg, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {limit: 0}}": "above 0",
+    "prune={method: spp, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {limit: 1}}": "of method 'spp'",
+    "prune={method: increg, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {settle: -1}}": "from 0 on",
+    "prune.search={evaluations: 100}": "strategy 'global' searches nothing",
+    "prune={method: magnitude, budget: {macs: 0.5}, strategy: bandit, search: {evaluation: 9}}": "'evaluations'",
+    "prune={method: magnitude, budget: {macs: 0.5}, strategy: bandit, search: {minutes: -1}}": "minutes=-1",
+    "prune={method: spp, budget: {macs: 0.5}, strategy: bandit, train: {epochs: 1, lr: 0.1}}": "'spp' does not",
+    "prune={method: pivot}": "how much stays is not given",
+    "prune={method: pivot, budget: {macs: 0.5}, options: {keep: 0.5}}": "but budget is given",
+    "prune={method: pivot, options: {keep: 1.5}}": "in .0, 1.",
+    "prune={method: pivot, options: {keep: 0.5, layout: diag}}": "did you mean 'diagonal'",
+    "prune={method: pivot, options: {keep: 0.5, times: 2}}": "leave every and times out",
+    "prune={method: pivot, options: {keep: 0.5, exclude: [1]}}": "a list of the layers' paths",
+    "prune={method: obs, budget: {macs: 0.5}, options: {damping: -1}}": "from 0 on",
+    "prune={method: obd, budget: {macs: 0.5}, options: {fisher: true}}": "'sampled'",
+    "prune={method: obd, budget: {macs: 0.5}, options: {samples: 0}}": "from 1 on",
+    "prune.compensate=true": "compensate: the methods obs",
+    "prune={method: magnitude, budget: {macs: 0.5}, options: {p: 3}}": "p=3: 1 or 2",
+    "prune={method: kron_obd, budget: {macs: 0.5}, options: {positions: 0.5}}": "a whole number from 1",
+    "prune={method: eigendamage, budget: {macs: 0.5}, options: {ekfac: 1}}": "true or false",
+    "prune={method: eigendamage, budget: {macs: 0.5}, options: {layers: conv1}}": "a list of the layers' paths",
+    "prune={method: eigendamage, budget: {macs: 0.5}, options: {rule: threshhold}}": "did you mean 'threshold'",
+    "prune={method: eigendamage, budget: {macs: 0.5, round_to: 4}, options: {rule: threshold}}": "knows no round_to",
+    "prune.rounds=0": "greater than or equal to 1",
+    "prune={method: dead, rounds: 2}": "takes what training has driven to zero, but rounds is given",
+    "prune={method: taylor, budget: {macs: 0.5, at_least: 0.1}, rounds: 2}": "are others in every round",
+    "prune={method: taylor, budget: {channels: 0.5}, rounds: 2}": "is none any more",
+    "prune={method: eigendamage, budget: {macs: 0.5}, options: {separable: true}}": "known: cp, svd",
+    "prune={}": "a finetune section needs a prune section",
+    "prune={method: dead}": "'dead' needs optimizer 'sdprun'",
+    "prune={method: directional, budget: {macs: 0.5}, options: {basis: exact, soft: true}}": "soft: basis 'exact' has",
+    "prune={method: directional, budget: {macs: 0.5}, options: {k: 9}}": "k: basis 'kfe' has no such option",
+    "train.optimizer=sdprun": "optimizer 'sdprun' takes no momentum",
+    "train.optimizer=adam": "optimizer 'adam' takes no momentum",
+    "train.c=0.1": "optimizer 'sgd' takes no c",
+    "train.baseline=true": "optimizer 'sgd' takes no baseline",
+    "finetune.nesterov=true": "nesterov: true needs a momentum",
+    "train=null": "give either a train section or model.weights; neither is given",
+    "model.weights=w.safetensors": "either a train section or model.weights; both",
+    "train.epochs=0": "train.epochs=0 must be greater than or equal to 1",
+    "train.epochs=yes": "train.epochs=True must be a valid integer",
+    "train.lr=.nan": "train.lr=nan must be a finite number",
+    "train.lr=-1": "train.lr=-1 must be greater than 0",
+    "train.lr=fast": "train.lr='fast' must be a valid number",
+    "data.validation=1": "must be less than 1",
+    "data=3": "data=3 must be a valid section",
+    "finetune={lr: 0.1}": "finetune.epochs is missing",
+    "seeds=[]": "different numbers from 0 on",
+    "seeds=[1, 1]": "different numbers from 0 on",
+    "measure.batch_sizes=[0]": "different numbers from 1 on",
+    "device=gpu": "device='gpu' must be 'cpu' or 'auto'",
+    "train.epochs": "key=value is expected",
+    "train..epochs=1": "key=value is expected",
+    "train.epochs=[1": "not YAML",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_settings_are_told_in_one_line(tmp_path: Path, override: str) -> None:
+    with pytest.raises(sc.SecateurError, match=BAD[override]) as caught:
+        recipe.read(written(tmp_path), [override])
+    assert "\n" not in str(caught.value) and "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("train.lr=0.1", "train.lr=0.2"),
+        ("prune.budget={macs: 0.5}", "prune.budget.macs=0.3"),
+        ("prune.budget.macs=0.5", "prune.budget.macs=0.3"),
+        ("prune.budget.macs=0.3", "prune={method: random, budget: {macs: 0.3}}"),
+    ],
+)
+def test_two_overrides_that_contradict(tmp_path: Path, pair: tuple[str, str]) -> None:
+    with pytest.raises(sc.SecateurError, match="contradicts"):
+        recipe.read(written(tmp_path), pair)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SDPRUN.replace("mu: 0.6", "momentum: 0.9"), "takes no momentum .either breaks"),
+        (SDPRUN.replace("mu: 0.6", "weight_decay: 0.1"), "takes no weight_decay"),
+        (SDPRUN.replace("sqrt", "root"), "unknown weights 'root'"),
+        (SDPRUN.replace("mu: 0.6", "mu: 2"), "train.mu=2 must be less than or equal to 1"),
+        (SDPRUN + "name: a\nname: b\n", "the key 'name' is given twice"),
+        ("model: {name: lenet5}\n", "data is missing; train|data is missing"),
+        ("- a\n- b\n", "keys and values are expected"),
+        ("", "keys and values are expected"),
+        ("a: [", "not YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "not YAML"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(sc.SecateurError, match=message):
+        recipe.read(written(tmp_path, text))
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(sc.SecateurError, match=r"train.lr=-1 must.*; unknown key in train 'epoch'"):
+        recipe.read(written(tmp_path), ["train.epoch=3", "train.lr=-1"])
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"], ids=["missing", "not text"])
+def test_unreadable_files(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "r.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(sc.SecateurError, match="cannot be read"):
+        recipe.read(path)

@@ -1,0 +1,434 @@
+"""Refit: against least squares by NumPy, where the answer is exact, and on trained networks."""
+
+from __future__ import annotations
+
+import copy
+from collections import UserDict
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+import secateur as sc
+from secateur._internal.errors import SecateurError
+from secateur.curvature.layers import spread
+from secateur.lab.models.registry import build
+from secateur.lab.training.loop import fit
+from secateur.measure.accuracy import accuracy
+from secateur.repair.refit import least_squares
+
+
+def examples(*shape, n=64, seed=0):
+    torch.manual_seed(seed)
+    return [(torch.randn(n, *shape, dtype=torch.float64), torch.zeros(n, dtype=torch.int64))]
+
+
+def removing(model, x, group, positions):
+    graph = sc.trace(model, x)
+    return sc.make_plan(graph, {group: positions})
+
+
+class Residual(nn.Module):
+    """A stream of four channels and a block on it, one convolution of it grouped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.wide = nn.Conv2d(4, 8, 3, padding=1, groups=2)
+        self.back = nn.Conv2d(8, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        x = x + self.back(self.wide(x).relu())
+        return self.head(x.mean((2, 3)))
+
+
+class Sequence(nn.Module):
+    """Tokens through a feed-forward of two linears, with a 1-D convolution before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(3, 6, 3, stride=2, padding=2, dilation=2)
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 2)
+
+    def forward(self, x):
+        return self.down(self.up(self.first(x).transpose(1, 2)).tanh())
+
+
+NETWORKS = {
+    "perceptron": (
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)),
+        (5,),
+    ),
+    "residual": (Residual, (2, 6, 6)),
+    "sequence": (Sequence, (3, 12)),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    make, shape = NETWORKS[request.param]
+    torch.manual_seed(1)
+    return make().double().eval(), examples(*shape)
+
+
+def test_the_step_is_that_of_least_squares():
+    rng = np.random.default_rng(0)
+    x, y, w = rng.normal(size=(64, 5)), rng.normal(size=(64, 3)), rng.normal(size=(3, 5))
+    step = least_squares(*(torch.tensor(a)[None] for a in (x, y, w)), damping=0.0)[0].numpy()
+    seen, held = slice(0, 48), slice(48, 64)
+    best = np.linalg.lstsq(x[seen], y[seen], rcond=None)[0].T - w
+    missing, moved = y[held] - x[held] @ w.T, x[held] @ best.T
+    length = np.clip((moved * missing).sum() / (moved**2).sum(), 0, 1)
+    np.testing.assert_allclose(step, length * best, atol=1e-10)
+
+
+def test_a_step_that_other_images_do_not_bear_out_is_not_taken():
+    torch.manual_seed(0)
+    x, y = torch.randn(1, 64, 5).double(), torch.randn(1, 64, 3).double()
+    y[:, :48] += 5 * x[:, :48, :3]  # what is seen says one thing, what is held out the contrary
+    y[:, 48:] -= 5 * x[:, 48:, :3]
+    assert least_squares(x, y, torch.zeros(1, 3, 5), 1e-3).abs().max() == 0
+
+
+def test_inputs_of_zero_leave_a_layer_alone():
+    x = torch.zeros(2, 16, 4)
+    assert not least_squares(x, torch.ones(2, 16, 2), torch.ones(2, 2, 4), 0.0).any()
+    x[1] = torch.randn(16, 4)  # one group alone sees zeros
+    step = least_squares(x, torch.ones(2, 16, 2), torch.ones(2, 2, 4), 1e-3)
+    assert not step[0].any()
+    assert step[1].any()
+    x[1, :, 3] = 0
+    with pytest.raises(SecateurError, match=r"inputs of 'a.b' are linearly dependent, and damping=0"):
+        least_squares(x, torch.ones(2, 16, 2), torch.ones(2, 2, 4), 0.0, "a.b")
+
+
+def test_what_other_channels_can_say_is_restored_wholly():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    with torch.no_grad():  # channel 6 is twice channel 1; channel 2 is constant
+        model[0].weight[6], model[0].bias[6] = 2 * model[0].weight[1], 2 * model[0].bias[1]
+        model[0].weight[2], model[0].bias[2] = 0, 3
+    data = examples(5)
+    plan = removing(model, data[0][0], "0", [2, 6])
+    small = sc.cut(model, plan)
+    assert (small(data[0][0]) - model(data[0][0])).abs().max() > 0.1
+    assert sc.refit(model, small, plan, data, damping=1e-12) == {}
+    fresh = torch.randn(100, 5).double()
+    torch.testing.assert_close(small(fresh), model(fresh), rtol=1e-7, atol=1e-7)
+
+
+def test_grouped_and_depthwise_layers_are_restored_too():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)]
+    model = nn.Sequential(*layers).double().eval()
+    with torch.no_grad():
+        for layer in model[:2]:
+            layer.weight[5], layer.bias[5] = layer.weight[0], layer.bias[0]
+    data = examples(2, 6, 6, n=200)
+    sc.recalibrate(model, data)
+    plan = removing(model, data[0][0], "0", [5])
+    small = sc.cut(model, plan)
+    sc.refit(model, small, plan, data, damping=1e-12)
+    torch.testing.assert_close(small(data[0][0]), model(data[0][0]), rtol=1e-5, atol=1e-5)
+    assert small[1].groups == 5
+
+
+@pytest.mark.parametrize("examples", [2, 7, 64])
+def test_where_nothing_goes_nothing_changes(network, examples):
+    model, data = network
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):  # statistics of other images than those seen
+                m.running_mean.normal_()
+                m.running_var.uniform_(0.5, 2)
+    plan = removing(model, data[0][0], sc.trace(model, data[0][0]).groups[0].name, [])
+    small = sc.cut(model, plan)
+    assert sc.refit(model, small, plan, data, examples=examples) == {}
+    for (name, one), two in zip(model.state_dict().items(), small.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 20])
+@pytest.mark.parametrize("columns", [3, 40])
+def test_few_samples_do_little_harm(samples, columns):
+    worse = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, noise = torch.randn(1, samples, columns), torch.randn(1, samples, 4)
+        step = least_squares(x, noise, torch.zeros(1, 4, columns), 1e-3)
+        worse.append(float((torch.randn(500, columns).double() @ step[0].T).square().mean()))
+    assert sum(worse) / 20 < 0.5  # the noise's variance is 1
+
+
+def test_through_the_samples_products_the_step_is_the_same():
+    torch.manual_seed(0)
+    x, y, table = torch.randn(2, 60, 50).double(), torch.randn(2, 60, 3).double(), torch.randn(2, 3, 50).double()
+    few = least_squares(x, y, table, 1e-2)  # 44 samples are seen, fewer than columns
+    missing, seen = y - x @ table.mT, x[:, :44]
+    ridge = 1e-2 * seen.square().sum((1, 2)) / 50
+    step = torch.linalg.solve(seen.mT @ seen + ridge[:, None, None] * torch.eye(50), seen.mT @ missing[:, :44]).mT
+    moved = x[:, 44:] @ step.mT
+    length = ((moved * missing[:, 44:]).sum((1, 2)) / moved.square().sum((1, 2))).clamp(0, 1)
+    torch.testing.assert_close(few, step * length[:, None, None])
+
+
+def test_it_comes_closer_and_leaves_everything_else_as_it_was(network):
+    model, data = network
+    sc.recalibrate(model, data)
+    graph = sc.trace(model, data[0][0])
+    plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(params=0.6))
+    small = sc.cut(model, plan)
+    fresh = torch.randn(200, *data[0][0].shape[1:], dtype=torch.float64)
+    before_fit, recalibrated = copy.deepcopy(small), copy.deepcopy(small)
+    sc.recalibrate(recalibrated, data)
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    small.train()
+    assert sc.refit(model, small, plan, data) == {}
+    assert small.training
+    assert all(p.requires_grad and p.grad is None for p in small.parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for both in (model, small) for m in both.modules())
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    small.eval()
+    away = [(s(fresh) - model(fresh)).square().mean() for s in (before_fit, recalibrated, small)]
+    assert away[2] < 0.85 * min(away[:2])
+
+
+def test_in_order_each_layer_sees_what_the_fitted_ones_before_it_give():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    data = examples(4)
+    x = data[0][0]
+    plan = removing(model, x, "0", [0, 3])
+    small = sc.cut(model, plan)
+    by_hand = copy.deepcopy(small)
+    with torch.no_grad():
+        for i in (0, 2, 4):
+            inputs, wanted = (torch.cat([by_hand[:i](x), torch.ones(64, 1)], 1), model[: i + 1](x))
+            wanted = wanted[:, [1, 2, 4, 5]] if i == 0 else wanted
+            table = torch.cat([by_hand[i].weight, by_hand[i].bias[:, None]], 1)
+            table = table + least_squares(inputs[None], wanted[None], table[None], 1e-3)[0]
+            by_hand[i].weight.copy_(table[:, :-1])
+            by_hand[i].bias.copy_(table[:, -1])
+    sc.refit(model, small, plan, data)
+    for one, two in zip(small.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+class Shared(nn.Module):
+    """One linear twice, one tied, one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.last, self.never = (nn.Linear(6, 6) for _ in range(4))
+        self.tied = nn.Linear(6, 6)
+        self.tied.weight = self.last.weight
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.last(self.tied(self.twice(self.twice(self.first(x).relu()).relu()).relu())))
+
+
+def test_layers_that_run_twice_or_share_a_weight_stay_and_are_told():
+    torch.manual_seed(0)
+    model = Shared().double()
+    data = examples(6)
+    plan = removing(model, data[0][0], "first", [1])
+    small = sc.cut(model, plan)
+    before = small.twice.weight.clone()
+    left = sc.refit(model, small, plan, data)
+    assert left == {
+        "twice": "it runs 2 times in a forward", "never": "its own forward does not run",
+        "last": "its weight or bias is used at several places", "tied": "its weight or bias is used at several places",
+    }  # fmt: skip
+    assert torch.equal(before, small.twice.weight)
+
+
+class Strange(nn.Module):
+    """A norm that runs twice, a linear with a forward of its own, one called by keyword, an input changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(4, 6), Tenth(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        x.mul_(2)
+        x = self.norm(5 * self.a(x) + 2).relu()
+        return self.head(self.norm(self.c(input=self.b(x).relu())).relu())
+
+
+class Tenth(nn.Linear):
+    """Its weight counts a tenth."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, 0.1 * self.weight, self.bias)
+
+
+def test_what_does_not_compute_what_its_weight_says_stays_and_is_told():
+    torch.manual_seed(0)
+    model = Strange().double().eval()
+    data = examples(4, n=300)
+    plan = removing(model, data[0][0].clone(), "a", [1])
+    small = sc.cut(model, plan)
+    before = [t.clone() for t in (small.b.weight, small.norm.running_mean, small.c.weight)]
+    x = data[0][0].clone()
+    assert sc.refit(model, small, plan, [x]) == {
+        "b": "its forward is not its weight times its input", "norm": "it runs 2 times in a forward"
+    }  # fmt: skip
+    after = (small.b.weight, small.norm.running_mean, small.c.weight)
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, False]
+
+
+class Several(nn.Module):
+    """Two inputs and a mask without examples, tokens first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x, y, mask, scale):
+        return self.b((self.a((x + y).transpose(0, 1)).relu() * mask) * scale)
+
+
+def test_several_inputs_masks_and_mappings_are_taken():
+    torch.manual_seed(0)
+    model = Several().double()
+    x, y, mask = torch.randn(40, 7, 4).double(), torch.randn(40, 7, 4).double(), torch.rand(7, 1, 1).double()
+    plan = removing(model, (x[:2], y[:2], mask, torch.tensor(2.0)), "a", [1])
+    ways = [
+        [((x, y, mask, torch.tensor(2.0)), 0)],
+        [((x[:30], y[:30], mask, torch.tensor(2.0)), 0), ((x[30:], y[30:], mask, torch.tensor(2.0)), 0)],
+        [UserDict(x=x[:30], y=y[:30], mask=mask, scale=2.0), {"x": x[30:], "y": y[30:], "mask": mask, "scale": 2.0}],
+    ]
+    found = []
+    for data in ways:
+        small = sc.cut(model, plan)
+        assert sc.refit(model, small, plan, data) == {}
+        found.append(small.b.weight)
+    assert not torch.equal(found[0], sc.cut(model, plan).b.weight)
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "batches are expected"), (5, "batches are expected"), ([None], "batch 0 is a NoneType"),
+        ([(np.zeros((3, 5)), 0)], "batch 0 is a tuple of ndarray"), ([{"x": 3}], "the data is empty"),
+        ([torch.zeros(3, 4)], "does not fit the model"), ([torch.zeros(3, 5), torch.zeros(3, 6)], "cannot be joined"),
+    ],
+)  # fmt: skip
+def test_data_that_does_not_fit_is_told(data, message):
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    plan = removing(model, torch.zeros(2, 5), "0", [0])
+    small = sc.cut(model, plan)
+    with pytest.raises(SecateurError, match=message):
+        sc.refit(model, small, plan, data)
+
+
+def test_models_that_do_not_go_together_are_told():
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    plan, nothing = (removing(model, torch.zeros(2, 5), "0", gone) for gone in ([0], []))
+    data = [torch.randn(20, 5)]
+    with pytest.raises(SecateurError, match="share parameters"):
+        sc.refit(model, model, nothing, data)
+    with pytest.raises(SecateurError, match="a module is expected"):
+        sc.refit(model, "small", plan, data)
+    with pytest.raises(SecateurError, match=r"dtype torch\.float32 in the original and torch\.float64"):
+        sc.refit(model, sc.cut(model, plan).double(), plan, data)
+    with pytest.raises(SecateurError, match="examples=None"):
+        sc.refit(model, sc.cut(model, plan), plan, data, examples=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_reduced_precision_is_fitted_too(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 24), nn.ReLU(), nn.Linear(24, 3))
+    x = torch.randn(400, 5)
+    plan = removing(model, x[:2], "0", list(range(8)))
+    model.to(dtype)
+    small = sc.cut(model, sc.Plan.from_json(plan.to_json()))
+    before = (small(x.to(dtype)) - model(x.to(dtype))).float().square().mean()
+    assert sc.refit(model, small, plan, [x.to(dtype)]) == {}
+    assert (small(x.to(dtype)) - model(x.to(dtype))).float().square().mean() < 0.5 * before
+
+
+def test_a_failure_leaves_the_smaller_model_as_it_was(network):
+    model, data = network
+    plan = removing(model, data[0][0], sc.trace(model, data[0][0]).groups[0].name, [0])
+    small = sc.cut(model, plan)
+    before = copy.deepcopy(small.state_dict())
+    with torch.no_grad():
+        list(model.parameters())[-1].fill_(torch.nan)
+    with pytest.raises(SecateurError, match="not finite"):
+        sc.refit(model, small, plan, data)
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"examples": 0}, "examples=0"), ({"positions": -1}, "positions=-1"), ({"damping": -1}, "damping=-1"),
+        ({"data": []}, "empty"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(network, given, message):
+    model, data = network
+    plan = removing(model, data[0][0], sc.trace(model, data[0][0]).groups[0].name, [0])
+    small = sc.cut(model, plan)
+    with pytest.raises(SecateurError, match=message):
+        sc.refit(model, small, plan, **({"data": data} | given))
+    with pytest.raises(SecateurError, match="the smaller model has shape"):
+        sc.refit(model, copy.deepcopy(model), plan, data)
+
+
+def test_so_many_examples_are_used(network):
+    model, data = network
+    x = data[0][0]
+    plan = removing(model, x, sc.trace(model, x).groups[0].name, [0])
+    one, other = sc.cut(model, plan), sc.cut(model, plan)
+    sc.refit(model, one, plan, [(x[:20],), x[20:50], (x[50:], None)], examples=40)
+    sc.refit(model, other, plan, [x[:40]])
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("total", "wanted"), [(10, 20), (10, 9), (12000, 8192), (25000, 8192), (1000, 100), (2**20, 8192)]
+)
+def test_positions_are_spread_over_images_and_within_them(total, wanted):
+    at = spread(total, wanted)
+    assert len(at) == min(total, wanted)
+    assert at.min() >= 0
+    assert at.max() < total
+    assert at.diff().min() > 0
+    if 3 * wanted < total:
+        assert at.diff().min() > 0.3 * total / wanted
+        columns = torch.bincount(at % 32, minlength=32)  # of an image 32 wide: even distances of 128 see just one
+        assert columns.max() < 2 * columns.float().mean() + 1
+
+
+def test_on_digits_it_brings_back_most_of_what_is_lost():
+    digits = load_digits()
+    x, y = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = build("digits_cnn")
+    batches = [(x[i : i + 64], y[i : i + 64]) for i in range(0, 1280, 64)]
+    fit(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), batches, epochs=8, progress=False)
+    test = (x[1280:], y[1280:])
+    lost = []
+    for refit in (False, True):
+        result = sc.prune(
+            model.eval(), x[:1], method="magnitude", budget=sc.Budget(macs=0.3), data=batches, recalibrate=not refit,
+            refit=refit,
+        )  # fmt: skip
+        lost.append(accuracy(model, test) - accuracy(result.model, test))
+    assert lost[0] > 0.1
+    assert lost[1] < 0.35 * lost[0]

@@ -1,0 +1,324 @@
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import secateur as sc
+from secateur import storage as store
+from secateur.lab.models.registry import build
+
+
+class Tied(nn.Module):
+    """One matrix used twice, a buffer that is kept and one that is not."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, width)
+        self.first = nn.Linear(width, width, bias=False)
+        self.second = nn.Linear(width, width, bias=False)
+        self.second.weight = self.first.weight
+        self.down = nn.Linear(width, 3)
+        self.register_buffer("kept", torch.ones(3))
+        self.register_buffer("made", torch.zeros(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.second(self.first(self.up(x)).relu()).relu()) * self.kept + self.made
+
+
+def halved(model: nn.Module, inputs: Tensor) -> nn.Module:
+    graph = sc.trace(model, inputs)
+    return sc.cut(model, sc.allocate(graph, sc.score(model, graph), sc.Budget(channels=0.5)))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        t.dtype == theirs[n].dtype and torch.equal(t, theirs[n]) for n, t in ours.items()
+    )
+
+
+@pytest.fixture
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return halved(build("digits_cnn", width=0.25), torch.zeros(1, 1, 8, 8))
+
+
+@pytest.fixture
+def saved(small: nn.Module, tmp_path: Path) -> Path:
+    store.save(small, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("times", [0, 1, 2], ids=["whole", "cut", "cut twice"])
+def test_a_built_in_model_comes_back_without_its_builder(times: int, tmp_path: Path) -> None:
+    inputs = torch.randn(2, 1, 8, 8)
+    model = build("digits_cnn", width=0.5)
+    for _ in range(times):
+        model = halved(model, inputs)
+    store.save(model, tmp_path)
+    back = sc.load(tmp_path)
+    assert same(model, back)
+    assert sc.record(back) == sc.record(model) and len(sc.record(back)) == times
+    assert torch.equal(model.eval()(inputs), back.eval()(inputs))
+    assert sc.trace(back, inputs).macs() == sc.trace(model, inputs).macs()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_shared_tensors_stay_shared_and_types_stay(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = halved(Tied().to(dtype), torch.zeros(1, 4, dtype=dtype))
+    store.save(model, tmp_path)
+    back = store.load(tmp_path, Tied)
+    assert same(model, back)
+    assert back.second.weight is back.first.weight
+    assert len(list(back.parameters())) == len(list(model.parameters()))
+
+
+def test_nothing_is_changed_by_saving_and_loading(small: nn.Module, tmp_path: Path) -> None:
+    before = {name: t.clone() for name, t in small.state_dict().items()}
+    small.eval()
+    state = torch.get_rng_state()
+    store.save(small, tmp_path)
+    store.load(tmp_path)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not small.training and all(torch.equal(t, before[n]) for n, t in small.state_dict().items())
+
+
+def test_memory_layout_does_not_matter(small: nn.Module, tmp_path: Path) -> None:
+    store.save(small.to(memory_format=torch.channels_last), tmp_path)
+    assert same(small, store.load(tmp_path))
+
+
+def test_notes_and_foreign_files_stay(saved: Path, small: nn.Module) -> None:
+    (saved / "README").write_text("mine")
+    store.save(small, saved, notes={"accuracy": 0.5})
+    assert store.read_head(saved)["notes"] == {"accuracy": 0.5}
+    assert (saved / "README").read_text() == "mine"
+    assert same(small, store.load(saved))
+    assert len(list(saved.glob("*.safetensors"))) == 1  # the earlier weights are gone
+
+
+def test_a_crash_while_saving_again_leaves_the_old_save(
+    saved: Path, small: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {name: t.clone() for name, t in small.state_dict().items()}
+    replace = os.replace
+
+    def crash(source: str, target: str) -> None:
+        if Path(target).name == store.FILE:
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with torch.no_grad():
+        small.head.weight.add_(1)
+    with pytest.raises(sc.SecateurError, match=r"cannot be written.*no space left"):
+        store.save(small, saved)
+    monkeypatch.undo()
+    assert all(torch.equal(t, old[n]) for n, t in store.load(saved).state_dict().items())
+
+
+def test_a_model_changed_by_other_hands_is_not_called_built_in(tmp_path: Path) -> None:
+    model = build("digits_cnn", width=0.25)
+    model.head = nn.Linear(16, 3)
+    store.save(model, tmp_path)
+    with pytest.raises(sc.SecateurError, match="does not begin with a built-in model"):
+        store.load(tmp_path)
+
+
+def test_values_that_are_not_finite_warn(small: nn.Module, tmp_path: Path) -> None:
+    with torch.no_grad():
+        small.head.bias[0] = float("nan")
+    with pytest.warns(UserWarning, match="head.bias"):
+        store.save(small, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert store.load(tmp_path).head.bias.isnan().any()
+
+
+class Remembers(nn.Linear):
+    """State that is not a tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(nn.Linear(2, 2).to("meta"), "meta device"), (Remembers(2, 2), "'_extra_state'.*is a dict, not a tensor")],
+    ids=["meta", "extra state"],
+)
+def test_what_cannot_be_saved_leaves_nothing(tmp_path: Path, model: nn.Module, message: str) -> None:
+    with pytest.raises(sc.SecateurError, match=message):
+        store.save(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_notes_must_be_json(small: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(sc.SecateurError, match="notes"):
+        store.save(small, tmp_path / "x", notes={"a": object()})
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_is_in_the_way(small: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    with pytest.raises(sc.SecateurError, match="cannot be written"):
+        store.save(small, tmp_path / "x")
+
+
+def edited(**changes: object):
+    def edit(folder: Path) -> None:
+        head = json.loads((folder / store.FILE).read_text())
+        head.update(changes)
+        (folder / store.FILE).write_text(json.dumps({k: v for k, v in head.items() if v != "gone"}))
+
+    return edit
+
+
+def cut_short(name: str):
+    def spoil(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return spoil
+
+
+def flipped(folder: Path) -> None:
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def other_plan(folder: Path) -> None:
+    """A record whose plan removes something else."""
+    head = json.loads((folder / store.FILE).read_text())
+    plan = json.loads(head["record"][0]["cut"])
+    name = next(iter(plan["slices"]))
+    plan["slices"][name] = {d: positions[:-1] for d, positions in plan["slices"][name].items()}
+    edited(record=[{"cut": json.dumps(plan)}])(folder)
+
+
+CASES = {
+    "no JSON file": (lambda f: (f / store.FILE).unlink(), "not a directory that secateur saved"),
+    "JSON cut short": (cut_short(store.FILE), "secateur.json is damaged"),
+    "JSON of somebody else": (lambda f: (f / store.FILE).write_text('{"a": 1}'), "was not written by secateur"),
+    "a list": (lambda f: (f / store.FILE).write_text("[]"), "was not written by secateur"),
+    "later version": (edited(secateur=2), "version 2.*newer"),
+    "an entry is gone": (edited(record="gone"), "damaged: record is missing"),
+    "a path out of the directory": (edited(weights={"file": "../x.safetensors", "sha256": ""}), "damaged"),
+    "weights gone": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors, are missing"),
+    "weights cut short": (cut_short("model.safetensors"), "cut short"),
+    "one bit flipped": (flipped, "checksum"),
+    "unknown model": (edited(model={"name": "digits_cn", "options": {}}), "did you mean 'digits_cnn'"),
+    "a path to code": (edited(model={"name": "os:abort", "options": {}}), "unknown model"),
+    "damaged model entry": (edited(model={"name": "digits_cnn"}), "'model' is not as expected"),
+    "another original": (edited(original="0" * 16), "saved from another model"),
+    "another final": (edited(final="0" * 16), "other shapes than were saved"),
+    "another plan": (other_plan, "replaying its record gives other shapes"),
+    "unknown step": (edited(record=[{"cutt": ""}]), "unknown step.*did you mean 'cut'"),
+    "no step": (edited(record=["cut"]), "not one kind of step"),
+    "damaged step": (edited(record=[{"cut": "{}"}]), "cannot be replayed"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_damaged_or_foreign_says_so(case: str, saved: Path) -> None:
+    spoil, message = CASES[case]
+    spoil(saved)
+    with pytest.raises(sc.SecateurError, match=message):
+        store.load(saved)
+
+
+def test_no_such_directory(tmp_path: Path) -> None:
+    with pytest.raises(sc.SecateurError, match="no such directory"):
+        store.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build("digits_cnn"), "saved from another model"),
+        (lambda: build("lenet5"), "saved from another model"),
+        (lambda: halved(build("digits_cnn", width=0.25), torch.zeros(1, 1, 8, 8)), "cut already"),
+        (lambda: 3, "made a int"),
+        (lambda: build("digits_cnn", width=0.25).to("meta"), "meta device"),
+        ("digits_cn", "did you mean"),
+    ],
+    ids=["other width", "other model", "cut already", "no module", "meta", "unknown name"],
+)
+def test_the_wrong_builder_is_refused(saved: Path, make, message: str) -> None:
+    with pytest.raises(sc.SecateurError, match=message):
+        store.load(saved, make)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("head.bias"), "missing: head.bias"),
+        (lambda t: t.update(more=torch.zeros(1)), "too many: more"),
+        (lambda t: t.update({"head.bias": torch.zeros(11)}), r"head.bias \[11\] where \[10\]"),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_weights_that_do_not_fit(tmp_path: Path, change, message: str) -> None:
+    tensors = build("digits_cnn").state_dict()
+    change(tensors)
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(sc.SecateurError, match=message):
+        store.load_weights(tmp_path / "w.safetensors", lambda: build("digits_cnn"))
+
+
+def test_plain_weights_and_saved_directories_are_weights(saved: Path, small: nn.Module, tmp_path: Path) -> None:
+    model = build("digits_cnn")
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    assert same(model, store.load_weights(tmp_path / "w.safetensors", lambda: build("digits_cnn")))
+    assert same(small, store.load_weights(saved, lambda: build("digits_cnn", width=0.25)))
+    with pytest.raises(sc.SecateurError, match="no such file"):
+        store.load_weights(tmp_path / "none", lambda: build("digits_cnn"))
+    (tmp_path / "w.safetensors").write_bytes(b"not weights")
+    with pytest.raises(sc.SecateurError, match="not a readable safetensors file"):
+        store.load_weights(tmp_path / "w.safetensors", lambda: build("digits_cnn"))
+
+
+def test_files_of_others_stay_and_earlier_weights_go(tmp_path: Path) -> None:
+    others = {"model.safetensors": b"weights of another tool", "model-2.safetensors": b"also", "notes.txt": b"text"}
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    for _ in range(4):
+        sc.save(build("digits_cnn", width=0.25), tmp_path)
+        sc.load(tmp_path)
+        assert {name: (tmp_path / name).read_bytes() for name in others} == others
+        assert len(list(tmp_path.iterdir())) == len(others) + 2
+
+
+class Shifted(nn.Module):
+    """Subtracts a mean that no file holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("mean", torch.full((4,), 0.5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x - self.mean).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_no_file_holds_keeps_its_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 4).to(dtype)
+    small = halved(Shifted().to(dtype), x)
+    sc.save(small, tmp_path)
+    loaded = sc.load(tmp_path, build=Shifted)
+    assert loaded.mean.dtype == dtype and torch.equal(loaded(x), small(x))
+    head = json.loads((tmp_path / store.FILE).read_text())
+    for dtypes, message in ((5, "dtypes"), ({"mean": "load"}, None)):
+        (tmp_path / store.FILE).write_text(json.dumps(head | {"dtypes": dtypes}))
+        if message is None:
+            assert sc.load(tmp_path, build=Shifted).mean.dtype == torch.float32  # not a dtype: nothing is guessed
+        else:
+            with pytest.raises(sc.SecateurError, match=message):
+                sc.load(tmp_path, build=Shifted)
