@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from secateur._internal.batches import call_model
 from secateur._internal.errors import SecateurError, unknown
-from secateur._internal.state import batch_statistics
+from secateur._internal.state import preserved
 from secateur.scoring.sums import by_group, channel_sums, producers, rows
 from secateur.tracing.graph import Axis, ChannelGraph
 
@@ -68,7 +68,7 @@ def taylor(
     names = list(dict.fromkeys(a.name for a in axes))
     needed = [parameters[name] for name in names]
     total, seen = torch.zeros(()), 0
-    with batch_statistics(model):
+    with preserved(model, "batch_statistics"):
         for batch in data:
             if batches is not None and seen >= batches:
                 break

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from secateur._internal.batches import arguments
 from secateur._internal.distributed import all_reduce, rank, world_size
 from secateur._internal.errors import SecateurError
-from secateur._internal.state import batch_statistics, eval_mode
+from secateur._internal.state import eval_mode, preserved
 from secateur.allocation.strategies import Problem
 from secateur.scoring.taylor import Loss, loss_of, not_finite
 from secateur.tracing.graph import ChannelGraph
@@ -50,7 +50,7 @@ class Evaluator:
         norms: str = "batch",
     ) -> None:
         self.model, self.problem, self.batches, self.loss_fn, self.seed = model, problem, batches, loss_fn, seed
-        self.mode = batch_statistics if norms == "batch" else eval_mode
+        self.mode = partial(preserved, mode="batch_statistics") if norms == "batch" else eval_mode
         self.seconds = 0.0
         self.last: tuple[np.ndarray, dict[str, Tensor]] = (np.zeros(0), {})
         graph: ChannelGraph = problem.meter.graph
