@@ -80,7 +80,7 @@ class Registry(Generic[T]):
         return self._known[name]
 
     def make(self, given: Any, options: Mapping[str, Any] | None = None) -> T:
-        """Settings from what a user gives: a name (short for the defaults), a class, or settings, which are taken as they are.
+        """Settings from what a user gives: a name (short for the defaults), a class, or settings, taken as they are.
 
         Raises:
             SecateurError: an unknown name or option, a value that is not allowed, something else.
