@@ -76,3 +76,27 @@ def test_the_import_brings_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == "[]"
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, for types alone left out."""
+    tree = ast.parse(path.read_text("utf-8"))
+    typing = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    lines = [node for node in ast.walk(tree) if id(node) not in typing]
+    whole = {alias.name for node in lines if isinstance(node, ast.Import) for alias in node.names}
+    return whole | {
+        f"{node.module}.{alias.name}" for node in lines if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+
+
+def test_nothing_below_the_lab_imports_it() -> None:
+    """Only the command line is above: ``load`` knows the built-in networks by a name that the lab registers."""
+    root = Path(sc.__file__).parent
+    below = [p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in {"lab", "cli.py", "__main__.py"}]
+    up = {str(p.relative_to(root)): [n for n in imported(p) if n.startswith("secateur.lab")] for p in below}
+    assert len(up) > 90 and not {path: names for path, names in up.items() if names}

@@ -57,7 +57,7 @@ class Data(_Section):
 
     Attributes:
         name: built-in, or ``package.module:factory``.
-        root: the folder that holds it; ``None`` to look where ``secateur.data.load`` looks.
+        root: the folder that holds it; ``None`` to look where ``secateur.lab.data.load`` looks.
         batch_size: images a step.
         augment: random crops and mirror images while training.
         validation: share of the training images held out, to choose settings by.
