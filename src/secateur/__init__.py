@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import (
+    BadBatch,
+    BadFile,
+    CannotCut,
+    InfeasibleBudget,
+    NothingToPrune,
+    SecateurError,
+    SecateurWarning,
+)
+from secateur._internal.workload import Needs, Workload
 from secateur.allocation.api import allocate
 from secateur.allocation.budget import Budget
+from secateur.allocation.contract import STRATEGIES
 from secateur.allocation.latency.model import Timing
-from secateur.allocation.search.search import Search
+from secateur.allocation.search.search import Bandit
+from secateur.allocation.strategies import Global, Threshold, Uniform
 from secateur.curvature.kronecker import kronecker_factors
 from secateur.curvature.null_space import null_space_projector
 from secateur.methods.eigendamage import eigendamage
@@ -15,16 +26,24 @@ from secateur.methods.pivoting import Pivoting
 from secateur.methods.sdprun import SDPrun
 from secateur.methods.spp import SPP
 from secateur.plan import Plan, make_plan
-from secateur.pruning import Result, prune
-from secateur.repair.compensate import compensated
-from secateur.repair.directed import directed
-from secateur.repair.refit import refit
+from secateur.pruning import prune
+from secateur.repair.api import apply_repair
+from secateur.repair.compensate import Compensate
+from secateur.repair.contract import REPAIRS
+from secateur.repair.directed import Directed
+from secateur.repair.recalibrate import Recalibrate, recalibrate
+from secateur.repair.refit import Refit, refit
+from secateur.result import Counts, Result
 from secateur.scoring.api import score
-from secateur.scoring.directional import directional_scores
+from secateur.scoring.contract import CRITERIA, Scores
+from secateur.scoring.directional import Directional, directional_scores
+from secateur.scoring.hessian import OBD, OBS, KronOBD, KronOBS
+from secateur.scoring.magnitude import BNScale, Magnitude, Random
+from secateur.scoring.taylor import Taylor
 from secateur.storage import load, save
 from secateur.surgery.blocks.packing import pack
 from secateur.surgery.blocks.pivots import pivot
-from secateur.surgery.channels import check, cut, masked, recalibrate
+from secateur.surgery.channels import check, cut, masked
 from secateur.surgery.low_rank.bottleneck import merge_bases
 from secateur.surgery.low_rank.separable import separate
 from secateur.surgery.records import record
@@ -35,23 +54,51 @@ from secateur.tracing.graph import ChannelGraph, ChannelGroup
 __version__ = "0.1.0"
 
 __all__ = [
+    "CRITERIA",
+    "OBD",
+    "OBS",
+    "REPAIRS",
     "SPP",
+    "STRATEGIES",
+    "BNScale",
+    "BadBatch",
+    "BadFile",
+    "Bandit",
     "Budget",
+    "CannotCut",
     "ChannelGraph",
     "ChannelGroup",
+    "Compensate",
+    "Counts",
+    "Directed",
+    "Directional",
+    "Global",
     "IncReg",
+    "InfeasibleBudget",
+    "KronOBD",
+    "KronOBS",
+    "Magnitude",
+    "Needs",
+    "NothingToPrune",
     "Pivoting",
     "Plan",
+    "Random",
+    "Recalibrate",
+    "Refit",
     "Result",
     "SDPrun",
-    "Search",
+    "Scores",
     "SecateurError",
+    "SecateurWarning",
+    "Taylor",
+    "Threshold",
     "Timing",
+    "Uniform",
+    "Workload",
     "allocate",
+    "apply_repair",
     "check",
-    "compensated",
     "cut",
-    "directed",
     "directional_scores",
     "eigendamage",
     "kronecker_factors",

@@ -1,7 +1,8 @@
 """Several processes that work on one thing, where ``torch.distributed`` runs; otherwise there is one.
 
 One contract for all that takes data: every process sees its own shard, sums are added up over the processes, and what
-decides (a plan, widths, whether to stop) is taken on rank 0 and told to the others. ``group=None`` is the default group.
+decides (a plan, widths, whether to stop) is taken on rank 0 and told to the others. ``group=None`` is the default
+group.
 """
 
 from __future__ import annotations

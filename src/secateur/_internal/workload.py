@@ -54,6 +54,7 @@ class Workload:
     Attributes:
         forwards: batches that were run through the model so far.
         notices: what was substituted or left out, in the order in which it was told.
+        facts: what a seat wants the result to say, as what JSON can hold.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Workload:
         self._known: dict[Hashable, Any] = {}
         self.forwards = 0
         self.notices: list[str] = []
+        self.facts: dict[str, Any] = {}
 
     @property
     def has_data(self) -> bool:
@@ -148,11 +150,6 @@ class Workload:
         if self.data is None:
             raise BadBatch("data= is needed: batches of inputs and targets")
         return self.data
-
-
-def quiet_workload(model: nn.Module) -> Workload:
-    """A workload without data, for what needs none."""
-    return Workload(model)
 
 
 def generator_on(device: torch.device, seed: int) -> torch.Generator:

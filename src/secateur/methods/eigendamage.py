@@ -12,12 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur._internal.batches import Inputs, call_model
 from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.workload import Workload
 from secateur.allocation.budget import Budget
 from secateur.allocation.rank_allocation import Choice, Room, Shape, lagrangian, threshold
 from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, second_moments
+from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import kronecker_factors
 from secateur.curvature.layers import measurable
-from secateur.curvature.losses import Loss
 from secateur.surgery.low_rank.bottleneck import Bottleneck, bottlenecked, three
 
 EIGENDAMAGE = "eigendamage"
@@ -32,7 +33,7 @@ def eigendamage(
     *,
     data: Iterable[Any],
     budget: Budget,
-    loss_fn: str | Loss = "cross_entropy",
+    loss: Any = "cross_entropy",
     rule: str = "lagrangian",
     limit: float = 0.95,
     ekfac: bool = False,
@@ -53,7 +54,7 @@ def eigendamage(
         example_inputs: as for :func:`secateur.trace`; MACs refer to their shapes.
         data: batches (inputs, targets), passed over once (twice with ``ekfac``): something that can be iterated again.
         budget: what may remain, in MACs, parameters or both.
-        loss_fn: as for :func:`secateur.kronecker_factors`.
+        loss: as for :func:`secateur.kronecker_factors`.
         rule: ``"lagrangian"``: the least total damage within the budget; ``"threshold"``: the published rule, one
             threshold for all rows and columns.
         limit: for ``"threshold"``: no layer loses a larger part of its rows or columns.
@@ -74,7 +75,7 @@ def eigendamage(
     check_rule(rule, limit, budget)
     check_budget(model, example_inputs, budget, layers)
     damages = measure_damage(
-        model, example_inputs, data=data, loss_fn=loss_fn, ekfac=ekfac, layers=layers, fisher=fisher, samples=samples,
+        model, example_inputs, data=data, loss=loss, ekfac=ekfac, layers=layers, fisher=fisher, samples=samples,
         batches=batches, seed=seed,
     )  # fmt: skip
     return damages.cut(budget, rule=rule, limit=limit, train_rotations=train_rotations)
@@ -144,7 +145,7 @@ def measure_damage(
     example_inputs: Inputs,
     *,
     data: Iterable[Any],
-    loss_fn: str | Loss = "cross_entropy",
+    loss: Any = "cross_entropy",
     ekfac: bool = False,
     layers: Sequence[str] | None = None,
     fisher: str = "sampled",
@@ -156,12 +157,11 @@ def measure_damage(
     parts, skipped = _parts(model, layers)
     seen = _measure(model, example_inputs, parts)
     passing: dict[str, Any] = {"fisher": fisher, "samples": samples, "batches": batches}
-    curvature = kronecker_factors(
-        model, data, loss_fn, layers=[p.core for p in parts], bias=False, seed=seed, **passing
-    )
+    curvature = kronecker_factors(model, data, loss, layers=[p.core for p in parts], bias=False, seed=seed, **passing)
     bases = {name: eigenbasis_of(factors) for name, factors in curvature.items()}
     if ekfac:
-        bases = second_moments(model, bases, data, loss_fn, seed=seed + 1, **passing)
+        moments = second_moments(Workload(model, data, loss), bases, Fisher(fisher, samples, batches, seed + 1))
+        bases, skipped = dict(moments.bases), {**skipped, **moments.skipped}
     sorted_bases = {p.name: _sorted(bases[p.core]) for p in parts if p.core in bases}
     choices = [_choice(p, sorted_bases[p.name], seen.positions[p.name]) for p in parts if p.core in bases]
     return Damages(model, example_inputs, sorted_bases, choices, {**skipped, **curvature.skipped}, seen)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from secateur._internal.errors import SecateurError, unknown
 from secateur.allocation.api import allocate
 from secateur.allocation.budget import Budget
-from secateur.scoring.magnitude import magnitude
+from secateur.scoring.magnitude import filter_norms
 from secateur.tracing.channel_rows import along, producer_axes
 from secateur.tracing.graph import Axis, ChannelGraph
 
@@ -202,7 +202,7 @@ def targets(
     if (budget is None) == (keep is None):
         raise SecateurError("give either budget=, such as Budget(macs=0.5), or keep=, a fraction of every group")
     if budget is not None:
-        scores = {n: s for n, s in magnitude(model, graph).items() if n not in exclude}
+        scores = {n: s for n, s in filter_norms(model, graph).items() if n not in exclude}
         found = {name: len(gone) for name, gone in allocate(graph, scores, budget, strategy=strategy).removed.items()}
         if not found:
             raise SecateurError(f"{budget}: the model is within it already; there is nothing to prune")
