@@ -105,7 +105,7 @@ def prune(
         facts["latency_ms"] = {"allowed": budget.latency_ms, **timing.facts(plan)}
     facts |= work.facts
     facts["chosen"] = {"criterion": _settings(one), "strategy": _settings(two), "repair": [_settings(r) for r in three]}
-    facts |= {"forwards": work.forwards, "notices": list(work.notices)}
+    facts |= {"forwards": work.forwards, "notices": list(work.notices), "remarks": list(work.remarks)}
     return Result(small, counts_of(graph), counts_of(graph, plan), plan, graph, scores, facts)
 
 

@@ -53,8 +53,9 @@ def _overridden(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
         *path, last = key.split(".")
         section = given
         for part in path:
-            if not isinstance(section.get(part), dict):
-                section[part] = {}
+            before = section.get(part)
+            if not isinstance(before, dict):  # a name alone is short for a mapping of a name
+                section[part] = {"name": before} if isinstance(before, str) else {}
             section = section[part]
         section[last] = value
     return given
