@@ -207,8 +207,9 @@ class Prune(_Section):
                 )
             if self.train is not None:
                 raise SecateurError("train: only a method trains; leave prune.train out (finetune comes after pruning)")
-            for seat in (self.make_criterion(), self.make_strategy(), *self.make_repairs()):
-                assert seat is not None
+            self.make_criterion()
+            self.make_strategy()
+            self.make_repairs()
         else:
             wrong = given & {"criterion", "strategy", "approximate"}
             if wrong:
