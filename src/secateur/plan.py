@@ -7,14 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import CannotCut, SecateurError
 from secateur.tracing.graph import ChannelGraph
+from secateur.tracing.probe import Chosen
+from secateur.tracing.proof import has_skeleton, verify
 
 VERSION = 1
-
-
-class CannotCut(SecateurError):
-    """Each group may be cut, but the model's Python does not bear this combination."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +26,8 @@ class Plan:
         skipped: group name to the reason for which it was left alone.
         patched: attributes of the model's own modules that the cut changes (``"path.attribute": [old, new]``).
         graph: the graph it was made with, where there is one (not part of the data).
+        proven: whether a cut skeleton has shown that the model bears it. Where none has, as for plans from a copy of a
+            graph, :func:`secateur.cut` proves it first. Plans are equal whether they are proven or not.
     """
 
     removed: Mapping[str, Sequence[int]]
@@ -36,12 +36,13 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)
     patched: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     graph: ChannelGraph | None = field(default=None, repr=False)
+    proven: bool = False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self._data() == other._data()
 
     def __hash__(self) -> int:
-        return hash(self.to_json())
+        return hash(json.dumps(self._data()))
 
     def __len__(self) -> int:
         return sum(len(positions) for positions in self.removed.values())
@@ -58,7 +59,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text."""
-        return json.dumps(self._data())
+        return json.dumps(self._data() | {"proven": self.proven})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -87,11 +88,18 @@ class Plan:
                 fingerprint=str(data["fingerprint"]),
                 skipped={str(k): str(v) for k, v in data.get("skipped", {}).items()},
                 patched={str(k): (int(v[0]), int(v[1])) for k, v in data.get("patched", {}).items()},
+                proven=_flag(data.get("proven", True)),  # what was written without this was proven
             )
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             if isinstance(error, SecateurError):
                 raise
             raise SecateurError(f"Plan.from_json: the plan is damaged ({type(error).__name__}: {error})") from error
+
+
+def _flag(given: object) -> bool:
+    if not isinstance(given, bool):
+        raise SecateurError(f"Plan.from_json: 'proven' must be true or false, not {given!r}")
+    return given
 
 
 def _dim(given: str, name: object) -> int:
@@ -131,9 +139,9 @@ def make_plan(
 
     Raises:
         SecateurError: an unknown group, positions out of range, a group that would keep too few channels, an
-        approximate
-            group that was not asked for.
-        CannotCut: a combination that the model's Python does not bear.
+            approximate group that was not asked for.
+        CannotCut: a combination that the model's Python does not bear. Of a copy of a graph, :func:`secateur.cut`
+            raises it.
     """
     clean: dict[str, list[int]] = {}
     for name, given in removed.items():
@@ -154,10 +162,13 @@ def make_plan(
                 f"plan: group {name!r} is not exact ({group.reason}); ask for approximate=True to cut it"
             )
         clean[name] = positions
-    plan = Plan(clean, {}, graph.fingerprint, dict(skipped or {}), {}, graph)
-    if clean:
-        object.__setattr__(plan, "slices", graph.slices(plan))
-        wrong = graph.verify(plan)
-        if wrong:
-            raise CannotCut(f"plan: this combination of channels cannot be removed from the model: {wrong}")
-    return plan
+    chosen = Chosen(clean)
+    proven = has_skeleton(graph)
+    if proven and (wrong := verify(None, graph, chosen)):
+        raise cannot_cut(wrong)
+    return Plan(clean, graph.slices(chosen), graph.fingerprint, dict(skipped or {}), {}, graph, proven)
+
+
+def cannot_cut(wrong: str) -> CannotCut:
+    """The error for a combination that the model's Python does not bear."""
+    return CannotCut(f"plan: this combination of channels cannot be removed from the model: {wrong}")

@@ -8,8 +8,9 @@ parameters are sums of products of axis lengths. Nothing is run or built to coun
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -133,17 +134,20 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """What :func:`secateur.trace` returns: the groups, what is frozen and why, and exact counts of any plan.
+
+    It is data: it can be copied, pickled and sent to another process. Only plans from the graph that ``trace`` itself
+    returned are proven as they are made; those from a copy are proven when they are cut
+    (:mod:`secateur.tracing.proof`).
 
     Attributes:
         groups: removable groups, exact ones and approximate ones, in the order of the model's parameters.
         frozen: what cannot be removed, with reasons.
         axes: every axis of every parameter and buffer, in the model's order.
         fingerprint: hash of the traced model's names and shapes.
-        inputs: the example inputs.
-        verify: runs the traced skeleton as a plan would cut it; says what is wrong, or nothing.
+        inputs: the example inputs, without their gradients.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -155,10 +159,10 @@ class ChannelGraph:
     macs_terms: Terms = field(repr=False)
     params_terms: Terms = field(repr=False)
     inputs: Any = field(default=None, repr=False)
-    verify: Callable[[HasRemoved], str] = field(default=lambda plan: "", repr=False)
 
-    def __post_init__(self) -> None:
-        self._index = {group.name: i for i, group in enumerate(self.groups)}
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {group.name: i for i, group in enumerate(self.groups)}
 
     @property
     def widths(self) -> np.ndarray:
