@@ -11,6 +11,7 @@ from secateur._internal.errors import CannotCut, SecateurError
 from secateur.tracing.graph import ChannelGraph
 from secateur.tracing.probe import Chosen
 from secateur.tracing.proof import has_skeleton, verify
+from secateur.tracing.slices import Patched, Value, patches
 
 VERSION = 1
 
@@ -24,7 +25,9 @@ class Plan:
         slices: the same for the weights: tensor name to dim to sorted positions.
         fingerprint: names and shapes of the model it was made for, hashed.
         skipped: group name to the reason for which it was left alone.
-        patched: attributes of the model's own modules that the cut changes (``"path.attribute": [old, new]``).
+        patched: what the cut changes in the model's modules: ``"path.attribute"`` to the values before and after, such
+            as ``"conv1.out_channels": (16, 8)``. Values are whole numbers; ``normalized_shape`` is a tuple of them, a
+            list in JSON.
         graph: the graph it was made with, where there is one (not part of the data).
         proven: whether a cut skeleton has shown that the model bears it. Where none has, as for plans from a copy of a
             graph, :func:`secateur.cut` proves it first. Plans are equal whether they are proven or not.
@@ -34,7 +37,7 @@ class Plan:
     slices: Mapping[str, Mapping[int, list[int]]]
     fingerprint: str
     skipped: Mapping[str, str] = field(default_factory=dict)
-    patched: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    patched: Patched = field(default_factory=dict)
     graph: ChannelGraph | None = field(default=None, repr=False)
     proven: bool = False
 
@@ -54,7 +57,7 @@ class Plan:
             "removed": {name: list(positions) for name, positions in self.removed.items()},
             "slices": {name: {str(d): p for d, p in dims.items()} for name, dims in self.slices.items()},
             "skipped": dict(self.skipped),
-            "patched": {name: list(values) for name, values in self.patched.items()},
+            "patched": {key: [_listed(v) for v in values] for key, values in self.patched.items()},
         }
 
     def to_json(self) -> str:
@@ -87,13 +90,28 @@ class Plan:
                 },
                 fingerprint=str(data["fingerprint"]),
                 skipped={str(k): str(v) for k, v in data.get("skipped", {}).items()},
-                patched={str(k): (int(v[0]), int(v[1])) for k, v in data.get("patched", {}).items()},
+                patched={str(key): _change(values, key) for key, values in data.get("patched", {}).items()},
                 proven=_flag(data.get("proven", True)),  # what was written without this was proven
             )
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             if isinstance(error, SecateurError):
                 raise
             raise SecateurError(f"Plan.from_json: the plan is damaged ({type(error).__name__}: {error})") from error
+
+
+def _listed(value: Value) -> int | list[int]:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _change(given: object, key: object) -> tuple[Value, Value]:
+    """What a module remembers before and after."""
+    if not isinstance(given, list) or len(given) != 2:
+        raise SecateurError(f"Plan.from_json: 'patched' must say what {key!r} is before and after, not {given!r}")
+    values = [tuple(v) if isinstance(v, list) else v for v in given]
+    flat = [n for v in values for n in (v if isinstance(v, tuple) else (v,))]
+    if any(type(n) is not int or n < 0 for n in flat):
+        raise SecateurError(f"Plan.from_json: {key!r} must be whole numbers from 0 on, or lists of them, not {given!r}")
+    return values[0], values[1]
 
 
 def _flag(given: object) -> bool:
@@ -166,7 +184,9 @@ def make_plan(
     proven = has_skeleton(graph)
     if proven and (wrong := verify(None, graph, chosen)):
         raise cannot_cut(wrong)
-    return Plan(clean, graph.slices(chosen), graph.fingerprint, dict(skipped or {}), {}, graph, proven)
+    slices = graph.slices(chosen)
+    patched = patches(graph.sizes, slices)
+    return Plan(clean, slices, graph.fingerprint, dict(skipped or {}), patched, graph, proven)
 
 
 def cannot_cut(wrong: str) -> CannotCut:

@@ -114,6 +114,15 @@ def check_cut(model: nn.Module, big: nn.Module, small: nn.Module, removed: Any) 
     assert modes[0] == modes[1] == modes[2], "training flags changed"
 
 
+def check_patched(model: nn.Module, small: nn.Module, plan: sc.Plan) -> None:
+    """What the modules of the cut network remember is another only where the plan says so, and as it says."""
+    old, new = (
+        {f"{path}.{k}": v for path, m in network.named_modules() for k, v in _plain(m).items() if k != "training"}
+        for network in (model, small)
+    )
+    assert {key: (old[key], new[key]) for key in old if old[key] != new[key]} == plan.patched
+
+
 def check_exact(big: nn.Module, small: nn.Module, removed: Any, inputs: Any) -> None:
     """The cut network computes what the masked one computes: values, gradients and statistics, in both modes."""
     for model in (big, small):
@@ -354,6 +363,7 @@ def check_everything(spec: Spec) -> bool:
 
     check_slices(graph, plan)
     check_cut(model, big, small, removed)
+    check_patched(model, small, plan)
     check_counts(small, graph, inputs, plan)
     check_exact(big, small, removed, inputs)
     check_counts(model, graph, inputs)

@@ -22,7 +22,7 @@ from secateur.surgery.records import add_to_record
 from secateur.tracing.copying import copy_module
 from secateur.tracing.graph import fingerprint
 from secateur.tracing.proof import verify
-from secateur.tracing.slices import remember_sizes, sliced
+from secateur.tracing.slices import Patched, patch, patches, remembered, sliced
 from secateur.tracing.tracer import copyable
 
 
@@ -48,13 +48,13 @@ def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> 
 
 def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None) -> nn.Module:
     check_plan(model, plan)
-    plan = proven(model, plan)
+    plan = replace(proven(model, plan), patched=patched(model, plan))
     follower = OptimizerRemapper(model, plan, optimizer) if optimizer is not None else None
     new = {id(t): _remaining(t, plan.slices.get(n, {})) for n, t in (*model.named_parameters(), *model.named_buffers())}
     small = copy_module(
         model, dict(new)
     )  # wherever the copy meets an old tensor, in a plain list too, it takes the new
-    remember_sizes(small)
+    patch(small, plan.patched)
     if plan.graph is not None and plan.graph.inputs is not None:
         _try(small, plan.graph.inputs)
     add_to_record(small, model, {"cut": replace(plan, graph=None)})
@@ -85,6 +85,22 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 raise SecateurError(
                     f"the plan is damaged: it removes positions of {name}:{dim} that the model does not have"
                 )
+
+
+def patched(model: nn.Module, plan: Plan) -> Patched:
+    """What modules must remember otherwise after the cut; a plan that does not say it is told by the model.
+
+    Raises:
+        SecateurError: the plan says something else.
+    """
+    due = patches(remembered(model), plan.slices)
+    for key, (before, after) in due.items():
+        if plan.patched.get(key, due[key]) != (before, after):
+            raise SecateurError(
+                f"the plan is damaged: it changes {key} from {plan.patched[key][0]} to {plan.patched[key][1]}, where "
+                f"its slices make {after} of {before}"
+            )
+    return {**due, **plan.patched}
 
 
 def proven(model: nn.Module, plan: Plan) -> Plan:

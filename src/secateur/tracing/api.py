@@ -17,6 +17,7 @@ from secateur.tracing.graph import ChannelGraph, ChannelGroup, fingerprint, no_r
 from secateur.tracing.labels import Ids, Labels
 from secateur.tracing.probe import Chosen, Refused, ends, lone, unbearable, uneven
 from secateur.tracing.proof import Proof, keep_proof, no_collection, observe
+from secateur.tracing.slices import remembered
 
 
 def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
@@ -41,11 +42,11 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
 
 
 def _trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
-    observed, mark = observe(model, inputs), fingerprint(model)
+    observed, mark, sizes = observe(model, inputs), fingerprint(model), remembered(model)
     labels, params = observed.labels, observed.params
     extra: list[tuple[Ids, str, str]] = []
     while True:
-        graph, channel_of = build(labels, params, mark, extra)
+        graph, channel_of = build(labels, params, mark, sizes, extra)
         proof = Proof(observed, channel_of)
         probe = _prober(graph, proof)
         placed = _placed(graph, labels, channel_of)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from secateur._internal.errors import SecateurError, unknown
+from secateur.tracing.slices import Size
 
 
 @runtime_checkable
@@ -147,6 +148,7 @@ class ChannelGraph:
         frozen: what cannot be removed, with reasons.
         axes: every axis of every parameter and buffer, in the model's order.
         fingerprint: hash of the traced model's names and shapes.
+        sizes: what its standard modules remember of the lengths of axes.
         inputs: the example inputs, without their gradients.
     """
 
@@ -154,6 +156,7 @@ class ChannelGraph:
     frozen: tuple[Frozen, ...]
     axes: tuple[Axis, ...]
     fingerprint: str
+    sizes: tuple[Size, ...] = field(repr=False)
     fixed: np.ndarray = field(repr=False)
     multiplicity: csr_matrix = field(repr=False)
     macs_terms: Terms = field(repr=False)
