@@ -12,6 +12,7 @@ from small_networks import Run, conv
 from torch import nn
 
 import secateur as sc
+from secateur._internal.errors import NothingToPrune
 
 
 def image(channels=3, size=8):
@@ -183,7 +184,7 @@ UNKNOWN = {
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_is_not_understood_freezes_and_says_so(name):
     model = Run(lambda m, x: m.b(UNKNOWN[name](m.a(x))), a=nn.Linear(5, 8), b=nn.Linear(8, 3))
-    with pytest.raises(sc.SecateurError, match="no removable channel"):
+    with pytest.raises(NothingToPrune, match="no removable channel"):
         sc.trace(model, torch.randn(4, 5))
     wider = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), model)
     graph = sc.trace(wider, torch.randn(4, 4))
@@ -262,6 +263,15 @@ def test_bad_input_is_told_at_the_door(name):
     call, message = BAD[name]
     with pytest.raises(sc.SecateurError, match=message):
         call()
+
+
+def test_nothing_to_prune_is_an_error_of_its_own():
+    for model in (nn.Linear(3, 3), nn.ReLU()):
+        with pytest.raises(NothingToPrune):
+            sc.trace(model, torch.randn(1, 3))
+    with pytest.raises(sc.SecateurError) as caught:  # a forward that fails is no model without channels
+        sc.trace(Run(lambda m, x: m.a(x).no_removable_channel, a=nn.Linear(3, 3)), torch.randn(1, 3))
+    assert not isinstance(caught.value, NothingToPrune)
 
 
 def test_the_table_names_everything():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs, tensors_in
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import NothingToPrune, SecateurError
 from secateur.tracing.build import build
 from secateur.tracing.graph import ChannelGraph, ChannelGroup, fingerprint, no_removable_channel
 from secateur.tracing.labels import Ids, Labels
@@ -34,7 +34,8 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
         The channel graph; counts refer to the example inputs' shapes.
 
     Raises:
-        SecateurError: nothing is removable, the forward fails on the example inputs, they are on another device.
+        NothingToPrune: no channel can go, with the reasons.
+        SecateurError: the forward fails on the example inputs, they are on another device.
     """
     check_traceable(model, example_inputs)
     with no_collection(), torch.inference_mode(False):
@@ -103,7 +104,7 @@ def check_traceable(model: nn.Module, inputs: Inputs, who: str = "trace") -> Non
         raise SecateurError(f"{who}(model): a torch.nn.Module is expected, {type(model).__name__} was given")
     tensors = [*model.parameters(), *model.buffers()]
     if not any(isinstance(t, nn.Parameter) for t in tensors):
-        raise SecateurError(f"{type(model).__name__} has no parameters: there is nothing to prune")
+        raise NothingToPrune(f"{type(model).__name__} has no parameters: there is nothing to prune")
     if any(isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer)) for t in tensors):
         raise SecateurError(f"{type(model).__name__} has lazy parameters without a shape: run one forward first")
     if isinstance(inputs, list) or not isinstance(inputs, (Tensor, tuple, Mapping)):

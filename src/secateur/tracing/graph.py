@@ -18,7 +18,7 @@ from scipy.sparse import coo_matrix, csr_matrix
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.errors import NothingToPrune, unknown
 from secateur.tracing.slices import Size
 
 
@@ -276,7 +276,7 @@ def multiplicities(axes: Sequence[np.ndarray], group_of: np.ndarray, groups: int
     return fixed, matrix
 
 
-def no_removable_channel(frozen: Sequence[Frozen], model: nn.Module) -> SecateurError:
+def no_removable_channel(frozen: Sequence[Frozen], model: nn.Module) -> NothingToPrune:
     """The error for a model in which nothing can go."""
     reasons = "; ".join(sorted({f"{f.axis}:{f.dim}: {f.reason}" for f in frozen})[:5])
     computed = [name for name, module in model.named_modules() if is_parametrized(module)]
@@ -284,7 +284,7 @@ def no_removable_channel(frozen: Sequence[Frozen], model: nn.Module) -> Secateur
         f"; weights of {', '.join(computed[:3])} are computed from others in every forward: call "
         "torch.nn.utils.parametrize.remove_parametrizations(module, name) on such first"
     )
-    return SecateurError(
+    return NothingToPrune(
         f"the model has no removable channel ({reasons or 'no parameter was used in its forward'})"
         + (advice if computed else "")
     )
