@@ -151,7 +151,7 @@ def make_plan(
 
     Args:
         graph: the traced graph.
-        removed: group name to positions in ``group.channels``.
+        removed: group name (or what else :meth:`secateur.ChannelGraph.group` takes) to positions in ``group.channels``.
         skipped: groups left alone, with reasons, for the record.
         approximate: allow groups whose removal changes more than the removed channels.
 
@@ -162,7 +162,7 @@ def make_plan(
             raises it.
     """
     clean: dict[str, list[int]] = {}
-    for name, given in removed.items():
+    for name, given in graph.by_name(removed).items():
         group, positions = graph.group(name), sorted({int(p) for p in given})
         if not positions:
             continue

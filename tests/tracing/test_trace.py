@@ -372,3 +372,53 @@ def test_parametrized_weights_are_named_where_nothing_can_go():
     for index in (0, 2):
         torch.nn.utils.parametrize.remove_parametrizations(model[index], "weight")
     assert len(sc.trace(model, torch.zeros(1, 4)).groups) == 1
+
+
+def blocks():
+    """Two blocks on one stream, each with a layer of its own between; the stream ends in a head."""
+
+    def forward(m, x):
+        x = m.stem(x)
+        for up, down in zip(m.ups, m.downs, strict=True):
+            x = x + down(F.relu(up(x)))
+        return m.head(torch.cat([x, m.side(x)], 1))
+
+    ups, downs = nn.ModuleList([nn.Linear(6, 9), nn.Linear(6, 10)]), nn.ModuleList([nn.Linear(9, 6), nn.Linear(10, 6)])
+    return Run(forward, stem=nn.Linear(5, 6), ups=ups, downs=downs, side=nn.Linear(6, 3), head=nn.Linear(9, 2))
+
+
+def test_a_group_is_found_by_any_layer_whose_output_it_is():
+    graph = sc.trace(blocks(), torch.randn(2, 5))
+    assert [g.name for g in graph.groups] == ["stem", "ups.0", "ups.1", "side"]
+    for path in ("stem", "stem.weight", "stem.bias", "downs.0", "downs.1.bias", "downs"):
+        assert graph.group(path).name == "stem"
+    assert [g.name for g in graph.groups_of("ups")] == ["ups.0", "ups.1"]
+    assert [g.name for g in graph.groups_of("")] == [g.name for g in graph.groups]
+    assert graph.groups_of("head") == graph.groups_of("up") == ()  # a path is no prefix of a name
+    with pytest.raises(
+        sc.SecateurError, match=r"group 'ups': this layer writes channels of 2 groups, 'ups.0', 'ups.1'"
+    ):
+        graph.group("ups")
+    with pytest.raises(
+        sc.SecateurError, match=r"group 'head': .* no channel that can be removed \(head.bias:0 belongs"
+    ):
+        graph.group("head")
+    with pytest.raises(sc.SecateurError, match=r"unknown group 'downs.2': did you mean 'downs.[01]'"):
+        graph.group("downs.2")
+    with pytest.raises(sc.SecateurError, match="unknown group ''"):
+        graph.group("")
+
+
+def test_a_layers_path_means_its_group_wherever_groups_are_named():
+    model = blocks()
+    graph = sc.trace(model, torch.randn(2, 5))
+    plan = sc.make_plan(graph, {"downs.0": [1, 2]})
+    assert plan == sc.make_plan(graph, {"stem": [1, 2]}) and set(plan.removed) == {"stem"}
+    with pytest.raises(sc.SecateurError, match=r"group 'stem' is named twice, once as 'downs.1'"):
+        sc.make_plan(graph, {"stem": [1], "downs.1": [2]})
+    scores = {g.name: torch.arange(float(len(g))) for g in graph.groups}
+    by_layer = {("downs.0" if name == "stem" else name): values for name, values in scores.items()}
+    budget = sc.Budget(params=0.6)
+    assert sc.allocate(graph, by_layer, budget) == sc.allocate(graph, scores, budget)
+    floors = sc.Budget(params=0.6, at_least={"downs.0": 5}).floors(graph)
+    assert floors.tolist() == [5, 1, 1, 1]

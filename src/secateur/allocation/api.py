@@ -112,13 +112,13 @@ def allocated(
     without = dict(without or {})
     skipped = dict(without)
     skipped |= {g.name: f"not exact: {g.reason}" for g in graph.groups if not g.exact and not approximate}
-    reasons = getattr(scores, "skipped", {})
+    reasons, given = getattr(scores, "skipped", {}), graph.by_name(scores)
     skipped |= {
         g.name: f"has no scores: {reasons[g.name]}" if g.name in reasons else "has no scores"
         for g in graph.groups
-        if g.name not in scores and g.name not in skipped
+        if g.name not in given and g.name not in skipped
     }
-    ranked = {name: _ranked(graph, name, values) for name, values in scores.items() if name not in skipped}
+    ranked = {name: _ranked(graph, name, values) for name, values in given.items() if name not in skipped}
     meter = Meter(graph, budget, timing)
     floors = budget.floors(graph)
     problem, orders = _problem(graph, meter, ranked, floors, budget.round_to)

@@ -11,15 +11,17 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from secateur._internal.errors import NothingToPrune, unknown
+from secateur._internal.errors import NothingToPrune, SecateurError, unknown
 from secateur.tracing.slices import Size
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -173,18 +175,66 @@ class ChannelGraph:
         return np.array([len(group) for group in self.groups], dtype=np.int64)
 
     def group(self, name: str) -> ChannelGroup:
-        """The group of that name."""
-        if name not in self._index:
-            raise unknown("group", name, self._index)
-        return self.groups[self._index[name]]
+        """The group of that name, or the one that the output channels of a layer form.
+
+        Args:
+            name: a group's name, or the path of a layer, or of one of its parameters, that writes channels of exactly
+                one group.
+
+        Raises:
+            SecateurError: nothing has this name, or the layer writes channels of several groups or of none; the message
+                lists them, or says why.
+        """
+        return self.groups[self._at(name)]
+
+    def groups_of(self, path: str) -> tuple[ChannelGroup, ...]:
+        """The groups whose channels a module, or a parameter, writes.
+
+        Args:
+            path: of a module (with all that is in it) or of a parameter; the empty path is the whole model.
+        """
+        return tuple(group for group in self.groups if any(_is_in(axis.name, path) for axis in group.producers))
+
+    def by_name(self, values: Mapping[str, T]) -> dict[str, T]:
+        """Values by whatever :meth:`group` takes, as values by the groups' own names.
+
+        Raises:
+            SecateurError: see :meth:`group`; two of them are one group.
+        """
+        found: dict[str, T] = {}
+        for given, value in values.items():
+            name = self.group(given).name
+            if name in found:
+                raise SecateurError(f"group {name!r} is named twice, once as {given!r}: name it once")
+            found[name] = value
+        return found
+
+    def _at(self, name: str) -> int:
+        """The index of a group."""
+        if name in self._index:
+            return self._index[name]
+        found = self.groups_of(name) if name else ()
+        if len(found) == 1:
+            return self._index[found[0].name]
+        if found:
+            listed = ", ".join(repr(group.name) for group in found)
+            raise SecateurError(
+                f"group {name!r}: this layer writes channels of {len(found)} groups, {listed}: name one"
+            )
+        own = [axis.name for axis in self.axes if name and _is_in(axis.name, name)]
+        if own:
+            why = {f"{f.axis}:{f.dim} {f.reason}" for f in self.frozen if f.axis in own and f.dim == 0}
+            raise SecateurError(
+                f"group {name!r}: this layer writes no channel that can be removed ({'; '.join(sorted(why)[:3])})"
+            )
+        paths = {axis.name.rpartition(".")[0] for axis in self.axes} - {""}
+        raise unknown("group", name, self._index, also=paths)
 
     def kept(self, plan: HasRemoved | None = None) -> np.ndarray:
         """Widths of all groups after a plan (int64), in the order of ``groups``."""
         widths = self.widths
         for name, positions in (plan.removed if plan is not None else {}).items():
-            if name not in self._index:
-                raise unknown("group in the plan", name, self._index)
-            widths[self._index[name]] -= len(positions)
+            widths[self._at(name)] -= len(positions)
         return widths
 
     def lengths(self, widths: np.ndarray) -> np.ndarray:
@@ -239,6 +289,11 @@ class ChannelGraph:
             frozen += [(f"{f.axis}:{f.dim}", str(f.positions), f.operation, f.reason) for f in self.frozen]
             lines += ["", *_columns(frozen)]
         return "\n".join(lines)
+
+
+def _is_in(name: str, path: str) -> bool:
+    """Whether a parameter is the one of that path, or in the module of that path."""
+    return not path or name == path or name.startswith(f"{path}.")
 
 
 def _width(group: ChannelGroup) -> str:
