@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from secateur._internal.batches import Inputs, tensors_in
 from secateur._internal.errors import SecateurError
+from secateur._internal.state import Switch
 from secateur.tracing.build import unused
 from secateur.tracing.graph import ChannelGraph, HasRemoved, fingerprint
 from secateur.tracing.labels import Dim, Ids, Labels
@@ -187,13 +187,9 @@ def _in_training(skeleton: Skeleton, watcher: Watcher) -> dict[bool, list[Step]]
     return {True: again.steps}
 
 
-@contextmanager
-def no_collection() -> Iterator[None]:
+_COLLECTOR = Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable())
+
+
+def no_collection() -> AbstractContextManager[None]:
     """No garbage collection: a trace makes many small objects, and the collector would look at each again and again."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
+    return _COLLECTOR.off()
