@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import secateur as sc
 from secateur._internal.errors import NothingToPrune
+from secateur.measure.counting import count_macs, count_params
 
 from .networks import Network, Spec, network
 
@@ -165,19 +165,9 @@ def _compare(big: nn.Module, small: nn.Module, singles: Any, inputs: Any, remove
 # ---------------------------------------------------------------------------------------------- counts are exact
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # PyTorch's counter has it for GPUs only
-
-
 def real_counts(model: nn.Module, inputs: Any) -> tuple[int, int]:
-    """MACs as PyTorch's own counter sees them, and parameters."""
-    model.eval()
-    with FlopCounterMode(display=False, custom_mapping={ATTENTION: _attention}) as counter:
-        run(model, fresh(inputs))
-    return counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters())
+    """MACs and parameters of the network as it is."""
+    return count_macs(model, inputs), count_params(model)
 
 
 def check_counts(model: nn.Module, graph: sc.ChannelGraph, inputs: Any, plan: sc.Plan | None = None) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 import secateur as sc
 from secateur._internal.errors import NothingToPrune
+from secateur.measure.counting import count_macs, count_params
 
 
 def image(channels=3, size=8):
@@ -144,6 +145,7 @@ def test_groups_are_as_expected(name):
     assert {g.name: len(g) for g in graph.groups} == groups
     assert tuple(g.name for g in graph.groups if not g.exact) == approximate
     assert all(g.reason for g in graph.groups if not g.exact)
+    assert (graph.macs(), graph.params()) == (count_macs(model, inputs), count_params(model))
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if set(c[2]) - set(c[3])])
@@ -159,7 +161,8 @@ def test_cut_equals_masked(name):
     plan = sc.make_plan(graph, removed)
     small = sc.cut(model, plan)
     assert sc.check(model, small, plan, inputs) < 1e-10
-    assert graph.params(plan) == sum(p.numel() for p in small.parameters()) < graph.params()
+    assert graph.params(plan) == count_params(small) < graph.params()
+    assert graph.macs(plan) == count_macs(small, inputs)
 
 
 def test_every_operation_of_attention_is_borne_and_heads_are_frozen():
