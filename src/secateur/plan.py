@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from secateur._internal.errors import CannotCut, SecateurError
+from secateur.tracing.display import LONGEST, html_table, listed
 from secateur.tracing.graph import ChannelGraph
 from secateur.tracing.probe import Chosen
 from secateur.tracing.proof import has_skeleton, verify
@@ -49,6 +50,32 @@ class Plan:
 
     def __len__(self) -> int:
         return sum(len(positions) for positions in self.removed.values())
+
+    def __repr__(self) -> str:
+        parts = [f"{name}: {len(positions)}" for name, positions in self.removed.items()]
+        text = f"<Plan: {len(self):,} channels go ({listed(parts, LONGEST, 4)})" if parts else "<Plan: nothing goes"
+        if self.graph is not None and parts:
+            macs, params = self._parts()
+            text += f"; {macs:.1%} of the MACs and {params:.1%} of the params stay"
+        if self.skipped:
+            text += f"; {len(self.skipped)} group{'s are' if len(self.skipped) > 1 else ' is'} left alone"
+        return text + ("" if self.proven else "; not proven yet") + ">"
+
+    def _repr_html_(self) -> str:
+        of = {g.name: len(g) for g in self.graph.groups} if self.graph is not None else {}
+        rows: list[tuple[object, ...]] = [("group", "channels", "go", "stay", "left alone")]
+        for name in dict.fromkeys((*of, *self.removed, *self.skipped)):
+            gone = len(self.removed.get(name, ()))
+            rows.append(
+                (name, of.get(name, ""), gone, of[name] - gone if name in of else "", self.skipped.get(name, ""))
+            )
+        return html_table(rows, repr(self)[1:-1])
+
+    def _parts(self) -> tuple[float, float]:
+        """The parts of MACs and params that stay."""
+        assert self.graph is not None
+        whole = max(self.graph.macs(), 1), max(self.graph.params(), 1)
+        return self.graph.macs(self) / whole[0], self.graph.params(self) / whole[1]
 
     def _data(self) -> dict[str, Any]:
         return {

@@ -254,6 +254,9 @@ BAD = {
     "a list": (lambda: sc.trace(nn.Linear(3, 3), [torch.randn(1, 3)]), "a tensor, a tuple or a dict"),
     "wrong shape": (lambda: sc.trace(nn.Linear(3, 3), torch.randn(1, 4)), r"fails on the example inputs \(\[1, 4\]"),
     "nothing removable": (lambda: sc.trace(nn.Linear(3, 3), torch.randn(1, 3)), "no removable channel"),
+    "no examples": (lambda: sc.trace(nn.Linear(3, 3), torch.randn(0, 3)), r"shape \[0, 3\] is empty, .*at least one"),
+    "an empty second input": (
+        lambda: sc.trace(nn.Linear(3, 3), (torch.randn(1, 3), {"y": torch.ones(2, 0)})), r"of shape \[2, 0\] is empty"),
     "another device": (
         lambda: sc.trace(nn.Linear(3, 3, device="meta"), torch.randn(1, 3)),
         "the model is on meta, the example inputs"),

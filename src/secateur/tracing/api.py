@@ -35,7 +35,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
 
     Raises:
         NothingToPrune: no channel can go, with the reasons.
-        SecateurError: the forward fails on the example inputs, they are on another device.
+        SecateurError: the forward fails on the example inputs, they are on another device, or empty.
     """
     check_traceable(model, example_inputs)
     with no_collection(), torch.inference_mode(False):
@@ -110,6 +110,12 @@ def check_traceable(model: nn.Module, inputs: Inputs, who: str = "trace") -> Non
     if isinstance(inputs, list) or not isinstance(inputs, (Tensor, tuple, Mapping)):
         raise SecateurError(
             f"{who}(example_inputs): a tensor, a tuple or a dict is expected, {type(inputs).__name__} was given"
+        )
+    empty = [t for t in tensors_in(inputs) if not t.numel()]
+    if empty:
+        raise SecateurError(
+            f"{who}(example_inputs): a tensor of shape {list(empty[0].shape)} is empty, and nothing can be learnt from "
+            "it: give at least one example"
         )
     given = {t.device for t in tensors_in(inputs)}
     own = {t.device for t in tensors}

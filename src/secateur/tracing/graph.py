@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from secateur._internal.errors import NothingToPrune, SecateurError, unknown
+from secateur.tracing.display import LONGEST, Cell, html_table, listed, paragraph, terminal_width, text_table, wrapped
 from secateur.tracing.slices import Size
 
 T = TypeVar("T")
@@ -77,6 +78,13 @@ class ChannelGroup:
 
     def __len__(self) -> int:
         return len(self.channels)
+
+    def __repr__(self) -> str:
+        exact = "exact" if self.exact else f"not exact: {self.reason}"
+        return (
+            f"<ChannelGroup {self.name!r}: {len(self)} channels, {exact}; written by "
+            f"{listed([repr(axis) for axis in self.producers], LONGEST, 2)}>"
+        )
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -272,42 +280,61 @@ class ChannelGraph:
                 result.setdefault(axis.name, {})[axis.dim] = positions.tolist()
         return result
 
-    def summary(self) -> str:
-        """A table of the groups, and what is frozen and why, as text."""
-        rows = [("group", "width", "exact", "producers", "consumers")]
-        rows += [
-            (g.name, _width(g), "yes" if g.exact else "no", _names(g.producers), _names(g.consumers))
-            for g in self.groups
-        ]
-        lines = _columns(rows)
-        lines.append(f"{self.macs():,} MACs, {self.params():,} params, {int(self.widths.sum()):,} removable channels")
-        approximate = [("not exact", "reason"), *((g.name, g.reason) for g in self.groups if not g.exact)]
-        if len(approximate) > 1:
-            lines += ["", *_columns(approximate)]
-        if self.frozen:
-            frozen = [("frozen axis", "positions", "operation", "reason")]
-            frozen += [(f"{f.axis}:{f.dim}", str(f.positions), f.operation, f.reason) for f in self.frozen]
-            lines += ["", *_columns(frozen)]
+    def summary(self, width: int | None = None) -> str:
+        """The groups, what is not exact or frozen, and why, as text.
+
+        Args:
+            width: columns of the text; those of the terminal if not given. Long names and lists are shortened to it.
+        """
+        width = terminal_width(width)
+        lines = text_table([_HEADS, *map(_row, self.groups)], width)
+        lines += wrapped(self._counts(), width)
+        for reason, names in _by_reason((g.reason, g.name, 1) for g in self.groups if not g.exact):
+            lines += ["", *paragraph(f"not exact: {reason}", [name for name, _ in names], width)]
+        frozen = ((f"{f.reason} ({f.operation})", f"{f.axis}:{f.dim}", f.positions) for f in self.frozen)
+        for reason, axes in _by_reason(frozen):
+            count = sum(positions for _, positions in axes)
+            lines += ["", *paragraph(f"frozen, {count:,} positions: {reason}", [name for name, _ in axes], width)]
         return "\n".join(lines)
+
+    def _counts(self) -> str:
+        return (
+            f"{self.macs():,} MACs, {self.params():,} params, {int(self.widths.sum()):,} removable channels in "
+            f"{len(self.groups)} group{'s' * (len(self.groups) != 1)}"
+        )
+
+    def __repr__(self) -> str:
+        loose = sum(not group.exact for group in self.groups)
+        return (
+            f"<ChannelGraph: {self._counts()}{f' ({loose} not exact)' * bool(loose)}, {len(self.frozen)} frozen axes; "
+            "summary() tells more>"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [[cell if isinstance(cell, str) else listed(cell, LONGEST, 4) for cell in _row(g)] for g in self.groups]
+        return html_table([_HEADS, *rows], self._counts(), [f"{len(self.frozen)} axes are frozen: see summary()"])
+
+
+_HEADS = ("group", "width", "exact", "producers", "consumers")
+
+
+def _row(group: ChannelGroup) -> tuple[Cell, ...]:
+    width = f"{len(group)}" + (f" (at least {group.least})" if group.least > 1 else "")
+    names = [[repr(axis) for axis in axes] for axes in (group.producers, group.consumers)]
+    return group.name, width, "yes" if group.exact else "no", *names
+
+
+def _by_reason(entries: Iterable[tuple[str, str, int]]) -> Iterable[tuple[str, list[tuple[str, int]]]]:
+    """Reasons with all that have them, in the order in which the reasons first occur."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for reason, name, count in entries:
+        found.setdefault(reason, []).append((name, count))
+    return found.items()
 
 
 def _is_in(name: str, path: str) -> bool:
     """Whether a parameter is the one of that path, or in the module of that path."""
     return not path or name == path or name.startswith(f"{path}.")
-
-
-def _width(group: ChannelGroup) -> str:
-    return f"{len(group)}" + (f" (at least {group.least})" if group.least > 1 else "")
-
-
-def _names(axes: Iterable[Axis], most: int = 4) -> str:
-    names = [repr(axis) for axis in axes]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def multiplicities(axes: Sequence[np.ndarray], group_of: np.ndarray, groups: int) -> tuple[np.ndarray, csr_matrix]:
