@@ -55,7 +55,7 @@ class Data(_Section):
 
     Attributes:
         name: built-in, or ``package.module:factory``.
-        root: the folder that holds it; ``None`` to look where ``secateur.data.load`` looks.
+        root: the folder that holds it; ``None`` to look where ``secateur.lab.data.load`` looks.
         batch_size: images a step.
         augment: random crops and mirror images while training.
         validation: share of the training images held out, to choose settings by.
@@ -355,8 +355,8 @@ class Recipe(_Section):
         wanted = getattr(self.prune.make_method(), "needs_optimizer", None)
         if wanted is not None and self.train is not None and self.train.optimizer != wanted:
             raise SecateurError(
-                f"method {name_of(self.prune.method or '')!r} needs optimizer {wanted!r}: {self.train.optimizer!r} leaves "
-                "nothing that it could take"
+                f"method {name_of(self.prune.method or '')!r} needs optimizer {wanted!r}: {self.train.optimizer!r} "
+                "leaves nothing that it could take"
             )
         if self.finetune is not None and not self.prune.prunes:
             raise SecateurError("a finetune section needs a prune section: nothing is pruned")
