@@ -11,9 +11,11 @@ from jaxtyping import install_import_hook
 from safetensors.torch import load_file
 
 install_import_hook(
-    ["secateur.scoring", "secateur.methods.sdprun", "secateur.tracing.channel_rows"], "beartype.beartype"
+    ["secateur.scoring.sums", "secateur.methods.sdprun", "secateur.tracing.channel_rows"], "beartype.beartype"
 )  # for good, since each of these is imported when it is first used; nothing of secateur is imported yet
 torch.set_num_threads(1)
+# a test dependency brings torchvision, which need not fit the PyTorch that is here; transformers shall not look at it
+sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
 
 
 @pytest.fixture

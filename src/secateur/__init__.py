@@ -6,29 +6,50 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from secateur._internal.errors import SecateurError
+    from secateur._internal.errors import (
+        BadBatch,
+        BadFile,
+        CannotCut,
+        InfeasibleBudget,
+        NothingToPrune,
+        SecateurError,
+        SecateurWarning,
+    )
+    from secateur._internal.workload import Needs, Workload
     from secateur.allocation.api import allocate
     from secateur.allocation.budget import Budget
+    from secateur.allocation.contract import STRATEGIES
     from secateur.allocation.latency.model import Timing
-    from secateur.allocation.search.search import Search
+    from secateur.allocation.problem import Problem
+    from secateur.allocation.search.search import Bandit
+    from secateur.allocation.strategies import Global, Threshold, Uniform
     from secateur.curvature.kronecker import kronecker_factors
     from secateur.curvature.null_space import null_space_projector
+    from secateur.methods.contract import METHODS, TRAINING_METHODS
     from secateur.methods.eigendamage import eigendamage
     from secateur.methods.increg import IncReg
     from secateur.methods.pivoting import Pivoting
     from secateur.methods.sdprun import SDPrun
     from secateur.methods.spp import SPP
     from secateur.plan import Plan, make_plan
-    from secateur.pruning import Result, prune
-    from secateur.repair.compensate import compensated
-    from secateur.repair.directed import directed
-    from secateur.repair.refit import refit
+    from secateur.pruning import prune
+    from secateur.repair.api import apply_repair
+    from secateur.repair.compensate import Compensate
+    from secateur.repair.contract import REPAIRS
+    from secateur.repair.directed import Directed
+    from secateur.repair.recalibrate import Recalibrate, recalibrate
+    from secateur.repair.refit import Refit, refit
+    from secateur.result import Counts, Result
     from secateur.scoring.api import score
-    from secateur.scoring.directional import directional_scores
+    from secateur.scoring.contract import CRITERIA, Scores
+    from secateur.scoring.directional import Directional, directional_scores
+    from secateur.scoring.hessian import OBD, OBS, KronOBD, KronOBS
+    from secateur.scoring.magnitude import BNScale, Magnitude, Random
+    from secateur.scoring.taylor import Taylor
     from secateur.storage import load, save
     from secateur.surgery.blocks.packing import pack
     from secateur.surgery.blocks.pivots import pivot
-    from secateur.surgery.channels import check, cut, masked, recalibrate
+    from secateur.surgery.channels import check, cut, masked
     from secateur.surgery.low_rank.bottleneck import merge_bases
     from secateur.surgery.low_rank.separable import separate
     from secateur.surgery.records import record
@@ -39,23 +60,54 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CRITERIA",
+    "METHODS",
+    "OBD",
+    "OBS",
+    "REPAIRS",
     "SPP",
+    "STRATEGIES",
+    "TRAINING_METHODS",
+    "BNScale",
+    "BadBatch",
+    "BadFile",
+    "Bandit",
     "Budget",
+    "CannotCut",
     "ChannelGraph",
     "ChannelGroup",
+    "Compensate",
+    "Counts",
+    "Directed",
+    "Directional",
+    "Global",
     "IncReg",
+    "InfeasibleBudget",
+    "KronOBD",
+    "KronOBS",
+    "Magnitude",
+    "Needs",
+    "NothingToPrune",
     "Pivoting",
     "Plan",
+    "Problem",
+    "Random",
+    "Recalibrate",
+    "Refit",
     "Result",
     "SDPrun",
-    "Search",
+    "Scores",
     "SecateurError",
+    "SecateurWarning",
+    "Taylor",
+    "Threshold",
     "Timing",
+    "Uniform",
+    "Workload",
     "allocate",
+    "apply_repair",
     "check",
-    "compensated",
     "cut",
-    "directed",
     "directional_scores",
     "eigendamage",
     "kronecker_factors",
@@ -78,29 +130,50 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "_internal.errors": ("SecateurError",),
+    "_internal.errors": (
+        "BadBatch",
+        "BadFile",
+        "CannotCut",
+        "InfeasibleBudget",
+        "NothingToPrune",
+        "SecateurError",
+        "SecateurWarning",
+    ),
+    "_internal.workload": ("Needs", "Workload"),
     "allocation.api": ("allocate",),
     "allocation.budget": ("Budget",),
+    "allocation.contract": ("STRATEGIES",),
     "allocation.latency.model": ("Timing",),
-    "allocation.search.search": ("Search",),
+    "allocation.problem": ("Problem",),
+    "allocation.search.search": ("Bandit",),
+    "allocation.strategies": ("Global", "Threshold", "Uniform"),
     "curvature.kronecker": ("kronecker_factors",),
     "curvature.null_space": ("null_space_projector",),
+    "methods.contract": ("METHODS", "TRAINING_METHODS"),
     "methods.eigendamage": ("eigendamage",),
     "methods.increg": ("IncReg",),
     "methods.pivoting": ("Pivoting",),
     "methods.sdprun": ("SDPrun",),
     "methods.spp": ("SPP",),
     "plan": ("Plan", "make_plan"),
-    "pruning": ("Result", "prune"),
-    "repair.compensate": ("compensated",),
-    "repair.directed": ("directed",),
-    "repair.refit": ("refit",),
+    "pruning": ("prune",),
+    "repair.api": ("apply_repair",),
+    "repair.compensate": ("Compensate",),
+    "repair.contract": ("REPAIRS",),
+    "repair.directed": ("Directed",),
+    "repair.recalibrate": ("Recalibrate", "recalibrate"),
+    "repair.refit": ("Refit", "refit"),
+    "result": ("Counts", "Result"),
     "scoring.api": ("score",),
-    "scoring.directional": ("directional_scores",),
+    "scoring.contract": ("CRITERIA", "Scores"),
+    "scoring.directional": ("Directional", "directional_scores"),
+    "scoring.hessian": ("OBD", "OBS", "KronOBD", "KronOBS"),
+    "scoring.magnitude": ("BNScale", "Magnitude", "Random"),
+    "scoring.taylor": ("Taylor",),
     "storage": ("load", "save"),
     "surgery.blocks.packing": ("pack",),
     "surgery.blocks.pivots": ("pivot",),
-    "surgery.channels": ("check", "cut", "masked", "recalibrate"),
+    "surgery.channels": ("check", "cut", "masked"),
     "surgery.low_rank.bottleneck": ("merge_bases",),
     "surgery.low_rank.separable": ("separate",),
     "surgery.records": ("record",),

@@ -111,20 +111,23 @@ def list_command(
 ) -> None:
     """List what there is: models, data, criteria, strategies, methods, optimizers, schedules, recipes."""
     with told("nothing was changed"):
-        from secateur.allocation.strategies import BANDIT, STRATEGIES
+        from secateur.allocation.contract import STRATEGIES
         from secateur.lab.data.registry import DATA
         from secateur.lab.models.registry import MODELS
-        from secateur.lab.recipe.sections import METHODS, OPTIMIZERS
+        from secateur.lab.recipe.sections import OPTIMIZERS
         from secateur.lab.recipe.shipped import shipped
         from secateur.lab.training.schedule import SCHEDULES
-        from secateur.scoring.api import CRITERIA
+        from secateur.methods.contract import METHODS, TRAINING_METHODS
+        from secateur.repair.contract import REPAIRS
+        from secateur.scoring.contract import CRITERIA
 
         lists = {
             "models": list(MODELS),
             "data": list(DATA),
             "criteria": list(CRITERIA),
-            "strategies": [*STRATEGIES, BANDIT],
-            "methods": list(METHODS),
+            "strategies": list(STRATEGIES),
+            "repairs": list(REPAIRS),
+            "methods": sorted({*METHODS, *TRAINING_METHODS}),
             "optimizers": list(OPTIMIZERS),
             "schedules": list(SCHEDULES),
             "recipes": sorted(shipped()),

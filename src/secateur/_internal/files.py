@@ -60,8 +60,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.close(folder)
     except OSError as error:
         raise BadFile(
-            f"{path} cannot be written: {error.strerror or error} ({len(content):,} bytes are to be written"
-            f"{_free(path)}); what was there before still is: make room, or give another folder, and run the same again"
+            f"{path} cannot be written: {error.strerror or error} ({len(content):,} bytes are "
+            f"to be written{_free(path)}); "
+            "what was there before still is: make room, or give another folder, and run the same again"
         ) from error
 
 

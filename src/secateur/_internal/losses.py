@@ -126,11 +126,12 @@ def _cross_entropy(outputs: Tensor, targets: Any, reduction: str) -> Tensor:
 
 
 def _draw_classes(outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
-    """One class for each position, [positions]; -100 where the data's targets do not count."""
-    rows = _rows(outputs.detach(), targets)
-    drawn = torch.multinomial(rows.float().softmax(-1), 1, generator=generator).flatten()
-    if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.numel() == len(drawn):
-        drawn = torch.where(targets.flatten() == IGNORED, IGNORED, drawn)
+    """One class for each position, in the shape of the outputs without their classes; -100 where the data's is."""
+    logits = outputs.detach().movedim(class_axis(outputs, targets), -1)
+    drawn = torch.multinomial(logits.flatten(0, -2).float().softmax(-1), 1, generator=generator)
+    drawn = drawn.view(logits.shape[:-1])
+    if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.shape == drawn.shape:
+        drawn = torch.where(targets == IGNORED, IGNORED, drawn)
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""What takes longer than a few seconds says what it does, how far it is and how long it will take, where asked to.
+"""Progress: what takes longer than a few seconds says what it does, how far it is and how long it will take.
 
 On a terminal it is a bar that goes away; elsewhere (a log file, a job's output) a line now and then.
 """

@@ -80,7 +80,7 @@ class Registry(Generic[T]):
         return self._known[name]
 
     def make(self, given: Any, options: Mapping[str, Any] | None = None) -> T:
-        """Settings from what a user gives: a name (short for the defaults), a class, or settings, taken as they are.
+        """Settings from what a user gives: a name (short for the defaults), a dict with a name, a class, or settings.
 
         Raises:
             SecateurError: an unknown name or option, a value that is not allowed, something else.
@@ -122,14 +122,14 @@ class Registry(Generic[T]):
                 inspect.signature(function).bind(*[None] * (count + 1))
             except TypeError as error:
                 raise SecateurError(
-                    f"{self.kind} {name!r}: its {method}() must take {count} arguments: {error}"
+                    f"{self.kind} {name!r}: its {method}() must take {count} arguments ({error})"
                 ) from error
 
     def _look(self) -> None:
         if not self._looked:
             self._looked = True
             room = importlib.import_module(self.room)
-            for module in pkgutil.iter_modules(room.__path__, f"{self.room}."):
+            for module in pkgutil.walk_packages(room.__path__, f"{self.room}."):
                 importlib.import_module(module.name)
 
 

@@ -32,10 +32,12 @@ class Needs:
     Attributes:
         data: batches.
         loss: a loss, and targets for it.
+        plan: a plan of channels that went (of a repair).
     """
 
     data: bool = False
     loss: bool = False
+    plan: bool = False
 
 
 class Workload:
@@ -54,6 +56,8 @@ class Workload:
     Attributes:
         forwards: batches that were run through the model so far.
         notices: what was substituted or left out, in the order in which it was told.
+        facts: what a seat wants the result to say, as what JSON can hold.
+        remarks: what whoever reads the result should know, in a sentence each.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class Workload:
         self._known: dict[Hashable, Any] = {}
         self.forwards = 0
         self.notices: list[str] = []
+        self.facts: dict[str, Any] = {}
+        self.remarks: list[str] = []
 
     @property
     def has_data(self) -> bool:
@@ -148,11 +154,6 @@ class Workload:
         if self.data is None:
             raise BadBatch("data= is needed: batches of inputs and targets")
         return self.data
-
-
-def quiet_workload(model: nn.Module) -> Workload:
-    """A workload without data, for what needs none."""
-    return Workload(model)
 
 
 def generator_on(device: torch.device, seed: int) -> torch.Generator:

@@ -1,20 +1,26 @@
-"""Which channels go: scores and a strategy make a plan that meets a budget."""
+"""``allocate``: which channels go. Scores and a strategy make a plan that meets a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.distributed import Group
+from secateur._internal.errors import CannotCut, SecateurError, unknown
+from secateur._internal.workload import Needs, Workload
 from secateur.allocation.budget import LATENCY, Budget, Meter
+from secateur.allocation.contract import STRATEGIES, Strategy
 from secateur.allocation.latency.clock import Clock, by_the_clock, check_clock, checked
-from secateur.allocation.strategies import BANDIT, STRATEGIES, Problem, Strategy, fill
-from secateur.plan import CannotCut, Plan, make_plan
-from secateur.tracing.graph import ChannelGraph
+from secateur.allocation.problem import Problem, fill
+from secateur.plan import Plan, make_plan
+from secateur.tracing.graph import ChannelGraph, fingerprint
 from secateur.tracing.probe import Chosen, unbearable
+from secateur.tracing.proof import verify
 
 
 def allocate(
@@ -22,9 +28,15 @@ def allocate(
     scores: Mapping[str, Tensor],
     budget: Budget,
     *,
-    strategy: str | Strategy = "global",
+    strategy: str | Strategy = "uniform",
+    exclude: Sequence[str] = (),
     approximate: bool = False,
     timing: Clock | None = None,
+    model: nn.Module | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Any = None,
+    group: Group = None,
+    progress: bool = False,
 ) -> Plan:
     """Choose the channels to remove so that a budget is met and used.
 
@@ -32,74 +44,123 @@ def allocate(
         graph: the traced graph.
         scores: group name to one score a channel; groups without scores are left alone.
         budget: what may remain.
-        strategy: ``"global"`` (least score per unit of the budget that the channel frees), ``"threshold"`` (lowest
-            score),
-            ``"uniform"`` (the same fraction everywhere), or a callable from :class:`Problem` to items taken per group,
-            such as a :class:`secateur.Search`.
+        strategy: a name (``secateur list strategies`` shows them) for its defaults, or settings such as
+            ``Bandit(evaluations=1000)``: ``"uniform"`` (the same fraction everywhere), ``"global"`` (least score per
+            unit of the budget that the channel frees), ``"threshold"`` (lowest score), ``"bandit"`` (widths are tried).
+        exclude: groups that stay whole, by name or pattern.
         approximate: also cut groups whose removal changes more than the removed channels.
         timing: for a budget in ``latency_ms``, how long networks take (a :class:`secateur.Timing`).
+        model: the traced model, for strategies that try widths.
+        data: batches, likewise; every process gives its shard.
+        loss: the loss, likewise.
+        group: the processes that work along; rank 0 decides.
+        progress: show how far it is.
 
     Returns:
         A plan within the budget; giving back any one channel (block of ``round_to``) would break it. With
         ``latency_ms`` the answer was cut and measured: that was within the budget, and most of it is used.
 
     Raises:
-        SecateurError: unknown strategy or group, scores of the wrong length or NaN, a budget that cannot be met.
+        SecateurError: unknown strategy or group, scores of the wrong length or NaN.
+        InfeasibleBudget: a budget that cannot be met.
     """
-    if strategy == BANDIT:
-        raise SecateurError(
-            "allocate(strategy='bandit') tries widths on the model: give strategy=secateur.Search(model, data, "
-            "loss_fn), or call secateur.prune(..., strategy='bandit')"
-        )
-    if isinstance(strategy, str) and strategy not in STRATEGIES:
-        raise unknown("strategy", strategy, STRATEGIES)
-    if not isinstance(strategy, str) and not callable(strategy):
-        raise SecateurError(f"strategy={strategy!r}: {', '.join(STRATEGIES)} or a callable is expected")
+    made = STRATEGIES.make(strategy)
     if not isinstance(budget, Budget):
         raise SecateurError(f"allocate(budget): a Budget is expected, for instance Budget(macs=0.5), not {budget!r}")
     if timing is not None and budget.latency_ms is None:
         raise SecateurError("allocate(timing=...): the budget does not limit latency_ms; leave the timing out")
     check_clock(timing, graph)
-    choose = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
-    return _allocate(graph, scores, budget, choose, approximate, timing, {})
+    needs: Needs = getattr(made, "needs", Needs())
+    if (needs.data or needs.loss) and model is None:
+        raise SecateurError(
+            f"allocate(strategy={getattr(made, 'name', made)!r}) tries widths on the model: give model=, "
+            "data= and loss=, or call secateur.prune"
+        )
+    if model is not None and fingerprint(model) != graph.fingerprint:
+        raise SecateurError("allocate(model=...): the graph is of another model; give the one that was traced")
+    work = Workload(
+        nn.Module() if model is None else model, data, loss, inputs=graph.inputs, group=group, progress=progress
+    )
+    work.require(needs, f"strategy {getattr(made, 'name', made)!r}")
+    without = dict.fromkeys(matching_groups(graph, exclude), "excluded")
+    return allocated(graph, scores, budget, made, work, approximate=approximate, timing=timing, without=without)
 
 
-def _allocate(
+def allocated(
     graph: ChannelGraph,
     scores: Mapping[str, Tensor],
     budget: Budget,
-    choose: Strategy,
-    approximate: bool,
-    timing: Clock | None,
-    without: Mapping[str, str],
+    strategy: Strategy,
+    work: Workload,
+    *,
+    approximate: bool = False,
+    timing: Clock | None = None,
+    without: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Allocate without some groups, whose reasons go into the plan."""
+    """:func:`allocate` at a table that is laid; the same plan on all processes, which rank 0 decides.
+
+    Args:
+        graph: the traced graph.
+        scores: by group.
+        budget: what may remain.
+        strategy: who chooses the widths.
+        work: the table.
+        approximate: also cut groups that are not exact.
+        timing: for a budget in ``latency_ms``.
+        without: groups that are left alone -> why, for the plan.
+    """
+    without = dict(without or {})
     skipped = dict(without)
     skipped |= {g.name: f"not exact: {g.reason}" for g in graph.groups if not g.exact and not approximate}
-    skipped |= {g.name: "has no scores" for g in graph.groups if g.name not in scores and g.name not in skipped}
-    ranked = {name: _ranked(graph, name, values) for name, values in scores.items() if name not in skipped}
+    reasons, given = getattr(scores, "skipped", {}), graph.by_name(scores)
+    skipped |= {
+        g.name: f"has no scores: {reasons[g.name]}" if g.name in reasons else "has no scores"
+        for g in graph.groups
+        if g.name not in given and g.name not in skipped
+    }
+    ranked = {name: _ranked(graph, name, values) for name, values in given.items() if name not in skipped}
     meter = Meter(graph, budget, timing)
     floors = budget.floors(graph)
     problem, orders = _problem(graph, meter, ranked, floors, budget.round_to)
-    meter.check_feasible(problem.widths(problem.count), approximate=approximate)
+    meter.check_feasible(problem.least, approximate=approximate)
     plain: dict[str, list[int]] = {}
 
     def plan_of(taken: np.ndarray) -> Plan:
         nonlocal plain
-        gone = problem.start - problem.widths(taken)
+        gone = work.agree((problem.start - problem.widths(taken)).tolist())
         plain = {group.name: orders[i][: gone[i]].tolist() for i, group in enumerate(graph.groups) if gone[i] > 0}
+        plain = work.agree(plain)
         return make_plan(graph, plain, skipped=skipped, approximate=approximate)
+
+    def choose(some: Problem) -> np.ndarray:
+        return checked(some, some.taken(strategy.widths(some, work)))
 
     try:
         if timing is not None and LATENCY in meter.allowed:
             return plan_of(by_the_clock(problem, choose, timing, plan_of))
-        return plan_of(fill(problem, checked(problem, choose(problem))))
+        return plan_of(fill(problem, choose(problem)))
     except CannotCut:  # what tracing did not meet: do without the groups that it takes
-        guilty = unbearable([graph.group(name) for name in plain], lambda some: graph.verify(Chosen(plain).of(some)))
+        groups = [graph.group(name) for name in plain]
+        guilty = unbearable(groups, lambda some: verify(None, graph, Chosen(plain).of(some)))
         if not guilty:
             raise
-        reasons = {**without, **{g.name: f"this combination cannot be cut: {reason}" for g, reason in guilty}}
-        return _allocate(graph, scores, budget, choose, approximate, timing, reasons)
+        why = {**without, **{g.name: f"this combination cannot be cut: {reason}" for g, reason in guilty}}
+        return allocated(graph, scores, budget, strategy, work, approximate=approximate, timing=timing, without=why)
+
+
+def matching_groups(graph: ChannelGraph, patterns: Sequence[str]) -> list[str]:
+    """The groups that any of the patterns names.
+
+    Raises:
+        SecateurError: a pattern that names none.
+    """
+    found: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        own = [g.name for g in graph.groups if fnmatch.fnmatchcase(g.name, pattern)]
+        if not own:
+            raise unknown("group", pattern, [g.name for g in graph.groups])
+        found += own
+    return found
 
 
 def _ranked(graph: ChannelGraph, name: str, values: Tensor) -> np.ndarray:

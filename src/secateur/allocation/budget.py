@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.checks import is_number
+from secateur._internal.errors import InfeasibleBudget, SecateurError, unknown
 from secateur.tracing.graph import ChannelGraph
 
 UNITS = ("macs", "params", "channels")
@@ -40,8 +41,8 @@ class Budget:
         channels: removable channels.
         latency_ms: the time of one forward in milliseconds, no fraction, as a :class:`secateur.Timing` measures it.
         round_to: every layer that is cut ends with a multiple of this many channels.
-        at_least: no group ends with fewer: a number of channels, a fraction of its width in (0, 1), or either by group
-            name.
+        at_least: no group ends with fewer: a whole number of channels, a fraction of its width in (0, 1), ``"all"``, or
+            any of these by group name. 1 is one channel; 1.0, which could mean all as well, is refused.
     """
 
     macs: float | None = None
@@ -49,12 +50,12 @@ class Budget:
     channels: float | None = None
     latency_ms: float | None = None
     round_to: int = 1
-    at_least: float | Mapping[str, float] = 1
+    at_least: float | str | Mapping[str, float | str] = 1
 
     def __post_init__(self) -> None:
         for unit in UNITS:
             _check_fraction(unit, getattr(self, unit))
-        if self.latency_ms is not None and not (_is_number(self.latency_ms) and self.latency_ms > 0):
+        if self.latency_ms is not None and not (is_number(self.latency_ms) and self.latency_ms > 0):
             raise SecateurError(f"Budget(latency_ms={self.latency_ms!r}): milliseconds, a number above 0, are expected")
         if not self.limits and self.latency_ms is None:
             raise SecateurError(
@@ -64,10 +65,7 @@ class Budget:
             raise SecateurError(f"Budget(round_to={self.round_to!r}): a whole number from 1 on is expected")
         floors = self.at_least.values() if isinstance(self.at_least, Mapping) else [self.at_least]
         for floor in floors:
-            if not _is_number(floor) or not (0 < floor < 1 or (floor >= 1 and float(floor).is_integer())):
-                raise SecateurError(
-                    f"Budget(at_least={floor!r}): a number of channels (1, 2, ...) or a fraction in (0, 1) is expected"
-                )
+            _check_floor(floor)
 
     @property
     def limits(self) -> dict[str, float]:
@@ -84,13 +82,11 @@ class Budget:
 
     def floors(self, graph: ChannelGraph) -> np.ndarray:
         """The least width of every group (int64), ``round_to`` respected."""
-        named = self.at_least if isinstance(self.at_least, Mapping) else {}
-        for name in named:
-            graph.group(name)  # raises with the nearest name
+        named = graph.by_name(self.at_least) if isinstance(self.at_least, Mapping) else {}
         floors = []
         for group in graph.groups:
             wanted = named.get(group.name, 1) if isinstance(self.at_least, Mapping) else self.at_least
-            least = math.ceil(wanted * len(group)) if wanted < 1 else int(wanted)
+            least = floor_of(wanted, len(group))
             least = -(-max(group.least, least) // self.round_to) * self.round_to
             floors.append(min(least, len(group)))
         return np.array(floors, dtype=np.int64)
@@ -127,15 +123,30 @@ def check_rounds(budget: Budget, rounds: int) -> None:
             f"Budget(channels=...) with rounds={rounds}: a group that has one channel left is none any more, and would "
             "not be counted; limit macs= or params="
         )
-    if isinstance(budget.at_least, Mapping) or budget.at_least < 1:
+    if not isinstance(budget.at_least, int):
         raise SecateurError(
             f"Budget(at_least={budget.at_least!r}) with rounds={rounds}: groups and their widths are others in every "
             "round; give one number of channels"
         )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _check_floor(floor: object) -> None:
+    counts = isinstance(floor, int) and not isinstance(floor, bool) and floor >= 1
+    fraction = isinstance(floor, float) and 0 < floor < 1
+    if floor == "all" or counts or fraction:
+        return
+    trap = "at_least=1 is one channel, at_least='all' is every channel; " if floor in (1.0, True) else ""
+    raise SecateurError(
+        f"Budget(at_least={floor!r}): {trap}a whole number of channels (1, 2, ...), a fraction in (0, 1) or 'all' is "
+        "expected"
+    )
+
+
+def floor_of(wanted: float | str, width: int) -> int:
+    """How many of so many channels must stay at least."""
+    if isinstance(wanted, str):
+        return width
+    return math.ceil(wanted * width) if wanted < 1 else int(wanted)
 
 
 def _check_fraction(unit: str, value: object) -> None:
@@ -248,7 +259,7 @@ class Meter:
             if approximate or all(g.exact for g in self.graph.groups)
             else " (approximate=True would allow more groups)"
         )
-        raise SecateurError(
+        raise InfeasibleBudget(
             f"the budget cannot be met: {'; '.join(parts)}: raise it, or lower at_least= or round_to={advice}"
         )
 

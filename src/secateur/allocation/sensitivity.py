@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from secateur.allocation.strategies import Problem
+from secateur.allocation.problem import Problem
 
 STEPS = 8
 """Widths of each group that are tried, at most: every eighth of what may go."""

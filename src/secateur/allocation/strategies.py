@@ -1,150 +1,72 @@
-"""From scores to widths: which channels go so that a budget is met.
-
-Within a group the lowest scores go first, and all channels of a group free the same; so a strategy only chooses how
-many each group keeps. Channels go in *items*: single channels, or blocks that keep widths multiples of ``round_to``.
-"""
+"""Widths from scores alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from secateur._internal.errors import SecateurError
-from secateur.allocation.budget import Meter
-
-Strategy = Callable[["Problem"], np.ndarray]
-"""Gives the number of items taken from every group (int64)."""
+from secateur._internal.workload import Needs, Workload
+from secateur.allocation.contract import STRATEGIES
+from secateur.allocation.problem import Problem, narrowed, nested
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """What a strategy sees.
+@STRATEGIES.register("uniform")
+@dataclass(frozen=True)
+class Uniform:
+    """The same fraction of every group."""
 
-    Attributes:
-        meter: counts widths against the budget.
-        start: widths of all groups before anything is removed.
-        group: group index of every item.
-        rank: position of every item in its group's order of removal.
-        size: channels in every item.
-        score: summed score of every item.
-        orders: by index of a group, the positions of its channels in the order of their removal.
-    """
+    needs: ClassVar[Needs] = Needs()
 
-    meter: Meter
-    start: np.ndarray
-    group: np.ndarray
-    rank: np.ndarray
-    size: np.ndarray
-    score: np.ndarray
-    orders: Mapping[int, np.ndarray] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        count = np.bincount(self.group, minlength=len(self.start))
-        object.__setattr__(self, "count", count)
-        table = np.zeros((len(self.start), int(count.max(initial=0)) + 1), dtype=np.int64)
-        table[self.group, self.rank + 1] = self.size
-        object.__setattr__(self, "_channels", table.cumsum(axis=1))
-
-    count: np.ndarray = None  # type: ignore[assignment]  # items of every group
-    _channels: np.ndarray = None  # type: ignore[assignment]
-
-    def widths(self, taken: np.ndarray) -> np.ndarray:
-        """Widths of all groups when the first ``taken`` items of each are gone."""
-        return self.start - self._channels[np.arange(len(self.start)), taken]
-
-    def first(self, order: np.ndarray, number: int) -> np.ndarray:
-        """How many items each group loses when the first ``number`` of an order go (the order is nested)."""
-        return np.bincount(self.group[order[:number]], minlength=len(self.start))
-
-    def least_prefix(self, order: np.ndarray, taken: np.ndarray) -> int:
-        """The least number of items of an order, after those taken, that meets the budget."""
-        low, high = 0, len(order)
-        while low < high:
-            middle = (low + high) // 2
-            if self.meter.met(self.widths(taken + self.first(order, middle))):
-                high = middle
-            else:
-                low = middle + 1
-        return low
+    def widths(self, problem: Problem, work: Workload) -> np.ndarray:
+        """See the class."""
+        return problem.widths(uniform_items(problem))
 
 
-def global_order(problem: Problem) -> np.ndarray:
+@STRATEGIES.register("threshold")
+@dataclass(frozen=True)
+class Threshold:
+    """One threshold for all: the lowest mean score goes first, whatever it frees."""
+
+    needs: ClassVar[Needs] = Needs()
+
+    def widths(self, problem: Problem, work: Workload) -> np.ndarray:
+        """See the class."""
+        return problem.widths(threshold_items(problem))
+
+
+@STRATEGIES.register("global")
+@dataclass(frozen=True)
+class Global:
     """Least score per unit of the budget that the channel frees, what it frees kept current as widths shrink."""
+
+    needs: ClassVar[Needs] = Needs()
+
+    def widths(self, problem: Problem, work: Workload) -> np.ndarray:
+        """See the class."""
+        return problem.widths(global_items(problem))
+
+
+# ------------------------------------------------------------------------------- items taken from every group, [groups]
+
+
+def global_items(problem: Problem) -> np.ndarray:
+    """Of :class:`Global`."""
     return narrowed(problem, np.zeros(len(problem.start), dtype=np.int64))
 
 
-def narrowed(problem: Problem, taken: np.ndarray) -> np.ndarray:
-    """Take more, after these, until the budget is met: least score first per unit of it that the channel frees."""
-    meter = problem.meter
-    while not meter.met(problem.widths(taken)):
-        widths = problem.widths(taken)
-        excess = meter.excess(widths)
-        over = [unit for unit, n in excess.items() if n > 0]
-        freed = meter.freed(widths, over)
-        left = (problem.rank >= taken[problem.group]) & (freed[problem.group] > 0)
-        items = np.flatnonzero(left)
-        if not len(items):
-            raise SecateurError("the budget cannot be met: nothing that is left frees any of it")
-        price = problem.score[items] / (problem.size[items] * freed[problem.group[items]])
-        order = items[_nested(problem, items, price)]
-        # as many as free a fifth of what is missing, so that what channels free is never much out of date
-        gain = np.cumsum(problem.size[order] * freed[problem.group[order]])
-        missing = sum(excess[unit] / meter.full[unit] for unit in over)
-        chunk = max(1, int(np.searchsorted(gain, missing / 5)))
-        needed = problem.least_prefix(order[:chunk], taken)
-        taken = taken + problem.first(order[:chunk], max(1, needed))
-    return taken
+def threshold_items(problem: Problem) -> np.ndarray:
+    """Of :class:`Threshold`."""
+    return _prefix(problem, nested(problem, np.arange(len(problem.group)), problem.score / problem.size))
 
 
-def threshold_order(problem: Problem) -> np.ndarray:
-    """Raw global order: the lowest mean score goes first, whatever it frees."""
-    order = _nested(problem, np.arange(len(problem.group)), problem.score / problem.size)
+def uniform_items(problem: Problem) -> np.ndarray:
+    """Of :class:`Uniform`."""
+    share = (problem.rank + 1) / problem.count[problem.group]
+    return _prefix(problem, nested(problem, np.arange(len(problem.group)), share))
+
+
+def _prefix(problem: Problem, order: np.ndarray) -> np.ndarray:
     nothing = np.zeros(len(problem.start), dtype=np.int64)
     return problem.first(order, problem.least_prefix(order, nothing))
-
-
-def uniform_order(problem: Problem) -> np.ndarray:
-    """The same fraction of every group."""
-    order = _nested(problem, np.arange(len(problem.group)), (problem.rank + 1) / problem.count[problem.group])
-    nothing = np.zeros(len(problem.start), dtype=np.int64)
-    return problem.first(order, problem.least_prefix(order, nothing))
-
-
-def _nested(problem: Problem, items: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Indices into ``items`` by ascending key, no item before an earlier one of its group, ties by group and rank."""
-    by_rank = np.lexsort((problem.rank[items], problem.group[items]))
-    group, sorted_key = problem.group[items][by_rank], key[by_rank]
-    begins = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
-    for begin, end in zip(begins, np.r_[begins[1:], len(group)], strict=True):
-        sorted_key[begin:end] = np.maximum.accumulate(sorted_key[begin:end])
-    raised = np.empty_like(key, dtype=np.float64)
-    raised[by_rank] = sorted_key
-    return np.lexsort((problem.rank[items], problem.group[items], raised))
-
-
-def fill(problem: Problem, taken: np.ndarray) -> np.ndarray:
-    """Give back what the budget leaves room for, highest score first, until no single item fits any more."""
-    taken, meter = taken.copy(), problem.meter
-    offset = np.cumsum(problem.count) - problem.count  # items are stored group by group
-    while True:
-        widths = problem.widths(taken)
-        room = {unit: -over / meter.full[unit] for unit, over in meter.excess(widths).items()}
-        groups = np.flatnonzero(taken > 0)
-        items = offset[groups] + taken[groups] - 1
-        for unit, space in room.items():  # what an item costs is at least what its channels cost at these widths
-            cost = problem.size[items] * meter.freed(widths, [unit])[groups]
-            groups, items = groups[cost <= space * (1 + 1e-9)], items[cost <= space * (1 + 1e-9)]
-        for item in items[np.argsort(-problem.score[items], kind="stable")]:
-            taken[problem.group[item]] -= 1
-            if meter.met(problem.widths(taken)):
-                break
-            taken[problem.group[item]] += 1
-        else:
-            return taken
-
-
-BANDIT = "bandit"
-"""The strategy that looks at the model (:class:`secateur.allocation.search.search.Search`)."""
-STRATEGIES: dict[str, Strategy] = {"global": global_order, "threshold": threshold_order, "uniform": uniform_order}

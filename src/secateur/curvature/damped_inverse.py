@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur._internal.checks import check_nonnegative
 from secateur._internal.errors import SecateurError
 
 
 def check_damping(damping: object) -> None:
     """Raise if it is not a number from 0 on."""
-    if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0 <= damping < float("inf"):
-        raise SecateurError(f"damping={damping!r}: a number from 0 on is expected")
+    check_nonnegative("damping", damping)
 
 
 def damped(matrix: Tensor, damping: float) -> Tensor:

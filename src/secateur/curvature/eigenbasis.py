@@ -12,22 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateur._internal.distributed import world_size
+from secateur._internal.distributed import all_reduce_
 from secateur._internal.errors import SecateurError
-from secateur.curvature.kronecker import Factors, wide
-from secateur.curvature.layers import Layer, input_samples, output_samples
-from secateur.curvature.losses import Loss, Pass, loss_of
+from secateur._internal.workload import Workload
+from secateur.curvature.fisher import Fisher
+from secateur.curvature.kronecker import Factors
+from secateur.curvature.layers import Layer, input_samples, output_samples, wide
 from secateur.curvature.passes import watch
 
 NULL = 1e-10
 """Eigenvalues up to this fraction of the largest count as zero."""
-MOST = 2**26
+GRADIENTS_AT_ONCE = 2**26
 """Numbers that gradients of single examples may take at a time."""
 
 
@@ -89,6 +88,14 @@ def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.to(matrix), values.to(matrix)
 
 
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Bases with second moments, and the layers that have none, with reasons."""
+
+    bases: Mapping[str, Eigenbasis]
+    skipped: Mapping[str, str]
+
+
 def identity_basis(layer: Layer) -> Eigenbasis:
     """The basis in which the coordinates are the weights themselves (curvature unknown until moments are taken)."""
     table = wide(layer.table())
@@ -100,58 +107,53 @@ def identity_basis(layer: Layer) -> Eigenbasis:
     return Eigenbasis(layer, eye(columns), table.new_zeros(groups, columns), eye(rows), table.new_zeros(groups, rows))
 
 
-def second_moments(
-    model: nn.Module,
-    bases: Mapping[str, Eigenbasis],
-    data: Iterable[Any],
-    loss: str | Loss = "cross_entropy",
-    *,
-    fisher: str = "sampled",
-    samples: int = 1,
-    batches: int | None = None,
-    seed: int = 0,
-) -> dict[str, Eigenbasis]:
+def second_moments(work: Workload, bases: Mapping[str, Eigenbasis], how: Fisher) -> Moments:
     """The bases with the mean over examples of the squared gradient in their coordinates (EKFAC's second pass).
 
-    In the identity's coordinates this is the diagonal of the Fisher.
+    In the identity's coordinates this is the diagonal of the Fisher. The gradient of a weight that several layers share
+    is the sum over all its uses.
 
     Args:
-        model: the model the bases are of.
-        bases: by name.
-        data: as for :func:`secateur.curvature.kronecker_factors`, like the rest.
-        loss: the loss.
-        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``.
-        samples: draws of targets for each example.
-        batches: use at most so many.
-        seed: for the drawn targets.
+        work: the model that the bases are of, the data and the loss.
+        bases: by the layers' names.
+        how: the targets.
 
     Raises:
         SecateurError: as for the factors; an input without a batch dim.
     """
-    how = Pass(fisher, samples, batches, seed)
     layers = [basis.layer for basis in bases.values()]
+    owner = {id(layer.module.weight): layer.name for layer in reversed(layers)}
     sums = {name: torch.zeros_like(_both(b.layer.table().to(b.qa), b.qg.mT, b.qa)) for name, b in bases.items()}
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def on_gradient(layer: Layer, g: Tensor, x: Tensor) -> None:
-        seen.setdefault(layer.name, []).append((x, g))
+        calls.setdefault(owner[id(layer.module.weight)], []).append((x, g))
 
     def on_draw() -> None:
-        for name, calls in seen.items():
-            sums[name] += _squares(bases[name], calls)
-        seen.clear()
+        for name, own in calls.items():
+            sums[name] += _squares(bases[name], own)
+        calls.clear()
 
-    examples = watch(
-        model, layers, data, loss_of(loss), on_input=lambda layer, x: x.clone(), on_gradient=on_gradient,
-        on_draw=on_draw, how=how,
+    seen = watch(
+        work, layers, on_input=lambda layer, x: x.clone(), on_gradient=on_gradient, on_draw=on_draw, how=how,
+        what="second moments",
     )  # fmt: skip
-    if world_size() > 1:
-        total = torch.tensor(examples, device=layers[0].module.weight.device)
-        dist.all_reduce(total)
-        examples = int(total)
-        for moments in sums.values():
-            dist.all_reduce(moments)
-    return {name: replace(basis, moments=sums[name] / (examples * samples)) for name, basis in bases.items()}
+    examples = int(all_reduce_(torch.tensor(seen.examples, device=work.device), work.group))
+    for moments in sums.values():
+        all_reduce_(moments, work.group)
+    left = dict(seen.strange)
+    for layer in layers:
+        of = owner[id(layer.module.weight)]
+        if of != layer.name:
+            left[layer.name] = f"its weight is that of {of}, which has the moments of both"
+        elif layer.name not in left and not seen.calls[layer.name]:
+            left[layer.name] = "the data never reached it"
+    found = {
+        name: replace(basis, moments=sums[name] / (examples * seen.how.samples))
+        for name, basis in bases.items()
+        if name not in left
+    }
+    return Moments(found, left)
 
 
 def _squares(basis: Eigenbasis, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -172,7 +174,7 @@ def _squares(basis: Eigenbasis, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
 def _parts(basis: Eigenbasis, calls: list[tuple[Tensor, Tensor]], batch: int) -> Iterable[Tensor]:
     """Gradients of single examples in the basis, [examples, groups, rows, taps, columns], a part of the batch each."""
     groups, rows, taps, columns = basis.layer.table().shape
-    step = max(1, MOST // (groups * rows * taps * columns))
+    step = max(1, GRADIENTS_AT_ONCE // (groups * rows * taps * columns))
     for begin in range(0, batch, step):
         end = begin + step
         yield sum(_gradients(basis, wide(x[begin:end]), wide(g[begin:end])) for x, g in calls)  # type: ignore[misc]

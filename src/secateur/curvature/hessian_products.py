@@ -8,21 +8,22 @@ With ``L(theta)`` the mean loss over fixed batches, in eval mode::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from secateur._internal.distributed import world_size
-from secateur._internal.errors import SecateurError, unknown
-from secateur.curvature.losses import Loss, loss_of
-from secateur.curvature.passes import at_rest, checked, examples_of, forward, split_batch
+from secateur._internal.batches import Batch, call_model
+from secateur._internal.checks import check_choice
+from secateur._internal.distributed import all_reduce_
+from secateur._internal.errors import SecateurError
+from secateur._internal.losses import checked_loss, logits_of, needs_gradient, outputs_of
+from secateur._internal.state import preserved
+from secateur._internal.workload import Workload
 
 MATRICES = ("hessian", "gauss_newton")
 Vector = Mapping[str, Tensor]
@@ -32,13 +33,11 @@ Vector = Mapping[str, Tensor]
 class Products:
     """``H @ v`` for blocks of vectors.
 
-    The batches are kept, so that every product is with the same matrix. Where ``torch.distributed`` runs, each process
-    gives its part of the data and all get the product with the whole.
+    The batches are kept, so that every product is with the same matrix. Every process gives its shard of the data, and
+    all get the product with the whole.
 
     Args:
-        model: any module; parameters that do not want a gradient are taken as given.
-        data: batches (inputs, targets).
-        loss: ``"cross_entropy"``, ``"mse"`` (half the squared error) or a callable of outputs and targets.
+        work: the model (parameters that do not want a gradient are taken as given), the data and the loss.
         matrix: ``"hessian"`` or ``"gauss_newton"``.
         batches: use at most so many.
 
@@ -51,25 +50,19 @@ class Products:
         SecateurError: an unknown matrix or loss, no data, no parameter that wants a gradient.
     """
 
-    def __init__(
-        self, model: nn.Module, data: Iterable[Any], loss: str | Loss, *, matrix: str = "hessian",
-        batches: int | None = None,
-    ) -> None:  # fmt: skip
-        if matrix not in MATRICES:
-            raise unknown("matrix", matrix, MATRICES)
-        self.model, self.loss, self.matrix = model, loss_of(loss), matrix
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, work: Workload, *, matrix: str = "hessian", batches: int | None = None) -> None:
+        check_choice("matrix", matrix, MATRICES)
+        self.work, self.model, self.matrix = work, work.model, matrix
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise SecateurError(f"no parameter of this {type(model).__name__} wants a gradient: nothing can be curved")
+            raise SecateurError(
+                f"no parameter of this {type(self.model).__name__} wants a gradient: nothing can be curved"
+            )
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
         self.size = sum(p.numel() for p in self.parameters.values())
         self.device = next(iter(self.parameters.values())).device
-        self._batches = [
-            split_batch(batch, "empirical", number, self.device) for number, batch in enumerate(islice(data, batches))
-        ]
-        if not self._batches:
-            raise SecateurError("data: the loader is empty; give at least one batch")
-        self.examples = self._sum(torch.tensor(sum(examples_of(x) for x, _ in self._batches), device=self.device))
+        self._batches = list(work.batches(batches))
+        self.examples = self._sum(torch.tensor(sum(batch.examples for batch in self._batches), device=self.device))
 
     def __call__(self, vectors: Float[Tensor, "m size"]) -> Float[Tensor, "m size"]:
         """The products with each of ``m`` vectors, in the parameters' precision (float32 at least).
@@ -79,9 +72,10 @@ class Products:
         """
         total = torch.zeros_like(vectors)
         one = self._hessian if self.matrix == "hessian" else self._gauss_newton
-        with at_rest(self.model, gradients=True), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            for number, (inputs, targets) in enumerate(self._batches):
-                total += one(inputs, targets, vectors, number)
+        with preserved(self.model), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for batch in self._batches:
+                self.work.forwards += 1
+                total += one(batch, vectors)
         return torch.as_tensor(self._sum(total)) / self.examples
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
@@ -98,36 +92,38 @@ class Products:
         ])  # fmt: skip
 
     def _sum(self, own: Tensor) -> Tensor:
-        if world_size() > 1:
-            dist.all_reduce(own)
-        return own
+        return all_reduce_(own, self.work.group)
 
-    def _loss(self, outputs: Any, targets: Any, number: int) -> Tensor:
-        return next(checked(iter([self.loss(outputs, targets, torch.Generator(self.device))]), number))
+    def _outputs(self, batch: Batch) -> Any:
+        return outputs_of(lambda inputs: call_model(self.model, inputs), batch, self.work.loss)
 
-    def _hessian(self, inputs: Any, targets: Any, vectors: Tensor, number: int) -> Tensor:
+    def _loss(self, outputs: Any, batch: Batch) -> Tensor:
+        loss = self.work.loss
+        return needs_gradient(checked_loss(lambda: loss.total(outputs, batch.targets, batch.examples), batch.number))
+
+    def _hessian(self, batch: Batch, vectors: Tensor) -> Tensor:
         parameters = list(self.parameters.values())
-        value = self._loss(forward(self.model, inputs, number), targets, number)
-        with _twice(number):
+        value = self._loss(self._outputs(batch), batch)
+        with _twice(batch.number):
             slope = _joined(_slope(value, parameters), parameters)
             return self._pull(slope, vectors)
 
-    def _gauss_newton(self, inputs: Any, targets: Any, vectors: Tensor, number: int) -> Tensor:
+    def _gauss_newton(self, batch: Batch, vectors: Tensor) -> Tensor:
         parameters = list(self.parameters.values())
-        outputs = forward(self.model, inputs, number)
-        if not isinstance(outputs, Tensor):
+        if self.work.loss.of_model:
             raise SecateurError(
-                f"matrix='gauss_newton' needs a model whose output is one tensor, this one gives a "
-                f"{type(outputs).__name__}: use matrix='hessian'"
+                "matrix='gauss_newton' needs a loss of the outputs, and loss='model' is computed inside of the model: "
+                "use matrix='hessian', or loss='cross_entropy'"
             )
-        with _twice(number):
+        outputs = logits_of(self._outputs(batch))
+        with _twice(batch.number):
             dual = torch.zeros_like(outputs, requires_grad=True)  # J^T dual is linear in dual, with derivative J^T
             pulled = _joined(
                 torch.autograd.grad(outputs, parameters, dual, create_graph=True, allow_unused=True), parameters
             )
             moved = _grads(pulled, [dual], vectors)[0]
             leaf = outputs.detach().requires_grad_()
-            bent = _grads(_slope(self._loss(leaf, targets, number), [leaf])[0], [leaf], moved)[0]
+            bent = _grads(_slope(self._loss(leaf, batch), [leaf])[0], [leaf], moved)[0]
             return self._pull(outputs, bent)
 
     def _pull(self, of: Tensor, weights: Tensor) -> Tensor:

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from secateur._internal.distributed import world_size
-from secateur._internal.errors import SecateurError
-from secateur.curvature.layers import MEASURED, Layer, input_products, layers_of, measurable, output_products
-from secateur.curvature.losses import Loss, Pass, loss_of
+from secateur._internal.checks import check_count
+from secateur._internal.distributed import Group, all_reduce_, world_size
+from secateur._internal.errors import BadBatch, SecateurError
+from secateur._internal.workload import Workload
+from secateur.curvature.fisher import Fisher
+from secateur.curvature.layers import MEASURED, Layer, input_products, layers_of, measurable, output_products, wide
 from secateur.curvature.passes import watch
 
 
@@ -88,7 +89,7 @@ class _Sums:
 def kronecker_factors(
     model: nn.Module,
     data: Iterable[Any],
-    loss: str | Loss = "cross_entropy",
+    loss: Any = None,
     *,
     form: str = "channel",
     layers: Sequence[str] | None = None,
@@ -98,27 +99,29 @@ def kronecker_factors(
     positions: int | None = None,
     bias: bool = True,
     seed: int = 0,
+    group: Group = None,
+    progress: bool = False,
 ) -> Curvature:
     """Factors of all linears and convolutions, from one pass over the data in eval mode.
 
-    Where ``torch.distributed`` runs, each process gives its part of the data and all get the factors of the whole.
+    Every process gives its shard of the data, and all get the factors of the whole.
 
     Args:
-        model: any module; it is not changed.
-        data: batches (inputs, targets); bare inputs will do where targets are drawn.
-        loss: ``"cross_entropy"``, ``"mse"`` (half the squared error: a normal distribution of variance 1) or a
-            callable, see :data:`secateur.curvature.losses.Loss`.
+        model: any module; it is left untouched.
+        data: batches, see :mod:`secateur._internal.batches`; bare inputs will do where targets are drawn.
+        loss: ``"cross_entropy"``, ``"mse"`` (half the squared error: a normal distribution of variance 1), or any other
+            of :mod:`secateur._internal.losses`, for which the empirical Fisher is taken, and told.
         form: ``"channel"``: the taps of a kernel share a factor of the input channels; ``"full"``: one factor for all
             pairs of channel and tap.
         layers: paths of modules, all if not given.
-        fisher: ``"sampled"``: targets are drawn from the model's own distribution (the true Fisher); ``"exact"``: the
-            mean over all that could be drawn, a backward pass a class (cross-entropy) or output (mse);
-            ``"empirical"``: the data's.
+        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``, see :class:`secateur.curvature.fisher.Fisher`.
         samples: how many targets are drawn for each example.
         batches: use at most so many batches.
         positions: in full form, use so many positions of each batch, spread over all of it.
         bias: a layer's bias is one more column of its weight; without, it is taken as given.
         seed: for the drawn targets.
+        group: the processes.
+        progress: show how far it is.
 
     Returns:
         The factors, and what has none.
@@ -126,7 +129,25 @@ def kronecker_factors(
     Raises:
         SecateurError: an empty loader, batches that do not fit, losses or activations that are not finite.
     """
-    how = Pass(fisher, samples, batches, seed)
+    work = Workload(model, data, loss, group=group, progress=progress)
+    how = Fisher(fisher, samples, batches, seed)
+    return factors_of(work, how, form=form, layers=layers, positions=positions, bias=bias)
+
+
+def factors_of(
+    work: Workload, how: Fisher, *, form: str, layers: Sequence[str] | None = None, positions: int | None = None,
+    bias: bool = True,
+) -> Curvature:  # fmt: skip
+    """:func:`kronecker_factors` at a table that is laid; what was measured there before is not measured again."""
+    check_count("positions", positions, optional=True)
+    key = ("kronecker", how, form, None if layers is None else tuple(layers), positions, bias)
+    return work.once(key, lambda: _factors(work, how, form, layers, positions, bias))
+
+
+def _factors(
+    work: Workload, how: Fisher, form: str, layers: Sequence[str] | None, positions: int | None, bias: bool
+) -> Curvature:
+    model = work.model
     chosen = layers_of(model, form, layers, biased=bias)
     first = {id(layer.module.weight): layer for layer in reversed(chosen)}
     sums = {id(layer.module.weight): _Sums() for layer in chosen}
@@ -140,48 +161,45 @@ def kronecker_factors(
         mine = sums[id(layer.module.weight)]
         mine.g = output_products(layer, wide(g), mine.g)
 
-    examples = watch(
-        model, chosen, data, loss_of(loss), on_input=on_input, on_gradient=on_gradient, how=how,
-    )  # fmt: skip
-    examples = _gathered(first, sums, examples)
+    seen = watch(work, chosen, on_input=on_input, on_gradient=on_gradient, how=how, what="Kronecker factors")
+    examples = _gathered(first, sums, seen.examples, work.group)
     found: dict[str, Factors] = {}
     skipped = {
         name: "its weight is computed from other parameters"
         for name, module in model.named_modules()
         if layers is None and isinstance(module, MEASURED) and not measurable(module)
     }
+    strange = {id(layer.module.weight): seen.strange[layer.name] for layer in chosen if layer.name in seen.strange}
     for layer in chosen:
         of, mine = first[id(layer.module.weight)], sums[id(layer.module.weight)]
-        if of is not layer:
+        if id(layer.module.weight) in strange:
+            skipped[layer.name] = strange[id(layer.module.weight)]
+        elif of is not layer:
             skipped[layer.name] = f"its weight is that of {of.name}, which has the factors of both"
         elif mine.a is None or mine.g is None:
             skipped[layer.name] = "the data never reached it"
         else:
-            found[layer.name] = Factors(layer, mine.a.div_(mine.count), mine.g.div_(examples * samples))
+            found[layer.name] = Factors(layer, mine.a.div_(mine.count), mine.g.div_(examples * seen.how.samples))
     for name, factors in found.items():
         a, g = factors.a.diagonal(dim1=1, dim2=2), factors.g.diagonal(dim1=1, dim2=2)  # the squares tell of all
         if not (a.isfinite().all() and g.isfinite().all()):
             which = "inputs" if g.isfinite().all() else "gradients"
-            raise SecateurError(f"the {which} of {name!r} are not finite: check the data and the model's weights")
+            raise BadBatch(f"the {which} of {name!r} are not finite: check the data and the model's weights")
     if not found:
-        raise SecateurError("the data reached no linear or convolution of the model")
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+        raise SecateurError(f"the data reached no linear or convolution of the model that can be measured ({why})")
     return Curvature(found, examples, skipped)
 
 
-def wide(x: Tensor) -> Tensor:
-    """In single precision at least."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _gathered(first: Mapping[int, Layer], sums: Mapping[int, _Sums], examples: int) -> int:
+def _gathered(first: Mapping[int, Layer], sums: Mapping[int, _Sums], examples: int, group: Group) -> int:
     """Add up over processes; a layer that one process never reached counts as zero there."""
-    if world_size() == 1:
+    if world_size(group) == 1:
         return examples
     device = next(iter(first.values())).module.weight.device
     for key, layer in first.items():
         mine = sums[key]
         reached = torch.tensor([mine.a is not None, mine.g is not None], device=device, dtype=torch.int64)
-        dist.all_reduce(reached)
+        all_reduce_(reached, group)
         if not bool(reached.all()):
             mine.a = mine.g = None
             continue
@@ -190,11 +208,11 @@ def _gathered(first: Mapping[int, Layer], sums: Mapping[int, _Sums], examples: i
         for name, size in (("a", columns), ("g", rows)):
             own = getattr(mine, name)
             own = torch.zeros(layer.groups, size, size, device=device, dtype=dtype) if own is None else own
-            dist.all_reduce(own)
+            all_reduce_(own, group)
             setattr(mine, name, own)
         count = torch.tensor(mine.count, device=device)
-        dist.all_reduce(count)
+        all_reduce_(count, group)
         mine.count = int(count)
     total = torch.tensor(examples, device=device)
-    dist.all_reduce(total)
+    all_reduce_(total, group)
     return int(total)

@@ -282,3 +282,35 @@ def layers_of(model: nn.Module, form: str, names: Sequence[str] | None = None, *
     if not chosen:
         raise SecateurError(f"{type(model).__name__} has no linear or convolution to measure the curvature of")
     return [Layer(name, module, form, biased) for name, module in chosen.items()]
+
+
+CHECKED = 64
+"""At so many positions a layer must compute what its weight says."""
+
+
+def computes_its_weight(layer: Layer, x: object, y: object) -> bool:
+    """Whether a layer's output is its weight times its input (and its bias), at some positions.
+
+    A module of a linear's or a convolution's class may compute something else: its weight standardised, its input
+    padded by itself.
+    """
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return False
+    whole = Layer(layer.name, layer.module, "full")
+    try:
+        samples, outputs = input_samples_at(whole, wide(x), CHECKED), output_samples_at(whole, wide(y), CHECKED)
+    except (RuntimeError, IndexError, ValueError):  # shapes that its weight could not take
+        return False
+    if samples.shape[:2] != outputs.shape[:2]:
+        return False
+    expected = samples.double() @ whole.table().double().squeeze(2).mT
+    size = float(expected.norm())
+    # single precision on a GPU may be reduced inside; reduced precision is off by less than a hundredth
+    exact = y.dtype == torch.float64 or (y.dtype == torch.float32 and y.device.type == "cpu")
+    allowed = 1e-3 if exact else 0.02
+    return not math.isfinite(size) or float((outputs - expected).norm()) <= allowed * size  # not finite: told later
+
+
+def wide(x: Tensor) -> Tensor:
+    """In single precision at least."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -18,7 +18,7 @@ would count as steep.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -27,18 +27,29 @@ import torch
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
+from secateur._internal.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_open_fraction,
+    check_positive,
+    check_seed,
+)
+from secateur._internal.distributed import Group
 from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.registry import options_of
+from secateur._internal.workload import Workload
 from secateur.curvature.damped_inverse import check_damping
 from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, second_moments
-from secateur.curvature.hessian_products import Products, Vector
-from secateur.curvature.kronecker import Factors, kronecker_factors
-from secateur.curvature.losses import Loss
+from secateur.curvature.fisher import Fisher
+from secateur.curvature.hessian_products import MATRICES, Products, Vector
+from secateur.curvature.kronecker import Factors, factors_of
+from secateur.curvature.layers import FORMS
 from secateur.curvature.obs_update import obs_update_columns, obs_update_rows
 from secateur.tracing.channel_rows import along
 
 Fixed = Mapping[str, Mapping[int, Tensor]]
-BASES = ("kfe", "lanczos", "exact")
-MOST = 20_000
+EXACT_PARAMETERS = 20_000
 """Parameters up to which all eigenpairs are found."""
 
 
@@ -84,43 +95,109 @@ class NullSpaceProjector(ABC):
         """
 
 
+@dataclass(frozen=True)
+class NullSpace:
+    """How the flat directions are found.
+
+    Attributes:
+        basis: ``"kfe"``, ``"lanczos"`` or ``"exact"``.
+        share: in (0, 1), the share of the curvature's mass that is steep; with ``"lanczos"``, ``k`` decides.
+        soft: of ``"kfe"``: flatness falls gradually.
+        ekfac: of ``"kfe"``: second moments are taken in the eigenbasis, in a second pass over the data.
+        form: of ``"kfe"``: see :func:`secateur.kronecker_factors`.
+        fisher: of ``"kfe"``: likewise.
+        samples: of ``"kfe"``: likewise.
+        layers: of ``"kfe"``: paths of the layers that have directions; all if not given.
+        positions: of ``"kfe"`` in full form: likewise.
+        k: of ``"lanczos"``: how many steep directions.
+        tolerance: of ``"lanczos"``: of the eigenvalues.
+        iterations: of ``"lanczos"``: at most so many.
+        matrix: of ``"lanczos"`` and ``"exact"``: ``"gauss_newton"`` or ``"hessian"``.
+        batches: use at most so many batches.
+        seed: of the drawn targets and of Lanczos' first vector.
+
+    Raises:
+        SecateurError: an unknown basis, a setting that is not its own or has no such value.
+    """
+
+    basis: str = "kfe"
+    share: float = 0.99
+    soft: bool | None = None
+    ekfac: bool | None = None
+    form: str | None = None
+    fisher: str | None = None
+    samples: int | None = None
+    layers: tuple[str, ...] | None = None
+    positions: int | None = None
+    k: int | None = None
+    tolerance: float | None = None
+    iterations: int | None = None
+    matrix: str | None = None
+    batches: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("basis", self.basis, OF_BASIS)
+        check_open_fraction("share", self.share)
+        own = OF_BASIS[self.basis]
+        for name in {name for names in OF_BASIS.values() for name in names}:
+            if getattr(self, name) is not None and name not in own:
+                raise SecateurError(f"{name}: basis {self.basis!r} has no such option; it takes {', '.join(own)}")
+        for name in ("soft", "ekfac"):
+            if getattr(self, name) is not None:
+                check_flag(name, getattr(self, name))
+        if self.form is not None:
+            check_choice("form", self.form, FORMS)
+        if self.matrix is not None:
+            check_choice("matrix", self.matrix, MATRICES)
+        for name in ("k", "iterations", "batches", "positions"):
+            check_count(name, getattr(self, name), optional=True)
+        check_positive("tolerance", self.tolerance, optional=True)
+        check_seed(self.seed)
+        self.targets()
+
+    def targets(self) -> Fisher:
+        """Where the targets of a Fisher come from."""
+        return Fisher(self.fisher or "sampled", self.samples or 1, self.batches, self.seed)
+
+
+OF_BASIS = {
+    "kfe": ("soft", "ekfac", "form", "fisher", "samples", "layers", "positions"),
+    "lanczos": ("k", "tolerance", "iterations", "matrix"),
+    "exact": ("matrix",),
+}
+"""The settings that belong to one basis."""
+
+
 def null_space_projector(
-    model: nn.Module,
-    data: Iterable[Any],
-    loss_fn: str | Loss = "cross_entropy",
-    *,
-    basis: str = "kfe",
-    share: float = 0.99,
-    **options: Any,
-) -> NullSpaceProjector:
+    model: nn.Module, data: Iterable[Any], loss: Any = None, *, group: Group = None, progress: bool = False,
+    **settings: Any,
+) -> NullSpaceProjector:  # fmt: skip
     """The projector on the flat directions of a trained model's loss, in eval mode.
 
     Args:
-        model: any module; it is not changed.
+        model: any module; it is left untouched.
         data: batches (inputs, targets).
-        loss_fn: ``"cross_entropy"``, ``"mse"`` (half the squared error) or a callable, see
+        loss: ``"cross_entropy"``, ``"mse"`` (half the squared error) or another, see
             :func:`secateur.kronecker_factors`.
-        basis: ``"kfe"``, ``"lanczos"`` or ``"exact"``.
-        share: in (0, 1), the share of the curvature's mass that is steep; with ``"lanczos"``, ``k`` decides.
-        **options: of ``"kfe"``: ``soft``, ``ekfac``, ``form`` and those of :func:`secateur.kronecker_factors`; of
-            ``"lanczos"``: ``k``, ``tolerance``, ``iterations``, ``seed``; of it and ``"exact"``: ``matrix``
-            (``"gauss_newton"`` or ``"hessian"``, see the module), ``batches``.
+        group: the processes, each with its shard of the data.
+        progress: show how far it is.
+        **settings: of :class:`NullSpace`.
 
     Raises:
-        SecateurError: unknown basis or options, data that does not fit, Lanczos that does not converge, a loss that
-            cannot be differentiated twice, no flat direction.
+        SecateurError: unknown settings, data that does not fit, Lanczos that does not converge, a loss that cannot be
+            differentiated twice, no flat direction.
     """
-    if basis not in BASES:
-        raise unknown("basis", basis, BASES)
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-        raise SecateurError(f"null_space_projector(share={share!r}): a number in (0, 1) is expected, usually 0.99")
-    found: dict[str, Callable[..., NullSpaceProjector]] = {"kfe": _kronecker, "lanczos": _lanczos, "exact": _exact}
-    try:
-        return found[basis](model, data, loss_fn, share, **options)
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error):
-            raise SecateurError(f"null_space_projector(basis={basis!r}) does not take this option: {error}") from error
-        raise
+    for name in settings:
+        if name not in options_of(NullSpace):
+            raise unknown("option of null_space_projector", name, options_of(NullSpace))
+    return projector_of(Workload(model, data, loss, group=group, progress=progress), NullSpace(**settings))
+
+
+def projector_of(work: Workload, settings: NullSpace) -> NullSpaceProjector:
+    """:func:`null_space_projector` at a table that is laid; what was found there before is not found again."""
+    found = {"kfe": _kronecker, "lanczos": _lanczos, "exact": _exact}[settings.basis]
+    return work.once(("null space", settings), lambda: found(work, settings))
 
 
 def steep(curvature: Tensor, share: float, times: Tensor | None = None) -> tuple[int, float]:
@@ -205,14 +282,13 @@ def _positions(dims: Mapping[int, Tensor], zeros: Tensor) -> Tensor:
     return zeros
 
 
-def _exact(
-    model: nn.Module, data: Iterable[Any], loss_fn: str | Loss, share: float, *, matrix: str = "gauss_newton",
-    batches: int | None = None,
-) -> Deflated:  # fmt: skip
-    products = Products(model, data, loss_fn, matrix=matrix, batches=batches)
-    if products.size > MOST:
+def _exact(work: Workload, settings: NullSpace) -> Deflated:
+    share, matrix = settings.share, settings.matrix or "gauss_newton"
+    products = Products(work, matrix=matrix, batches=settings.batches)
+    if products.size > EXACT_PARAMETERS:
         raise SecateurError(
-            f"basis='exact' is for up to {MOST:,} parameters, this model has {products.size:,}: use 'kfe' or 'lanczos'"
+            f"basis='exact' is for up to {EXACT_PARAMETERS:,} parameters, this model has {products.size:,}: "
+            "use 'kfe' or 'lanczos'"
         )
     p = next(iter(products.parameters.values()))
     eye = torch.eye(products.size, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
@@ -228,19 +304,17 @@ def _exact(
     return Deflated(products, values, vectors, count, facts)
 
 
-def _lanczos(
-    model: nn.Module, data: Iterable[Any], loss_fn: str | Loss, share: float, *, k: int = 50,
-    tolerance: float = 1e-3, iterations: int | None = None, matrix: str = "gauss_newton", batches: int | None = None,
-    seed: int = 0,
-) -> Deflated:  # fmt: skip
-    products = Products(model, data, loss_fn, matrix=matrix, batches=batches)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < products.size:
+def _lanczos(work: Workload, settings: NullSpace) -> Deflated:
+    k, matrix = settings.k or 50, settings.matrix or "gauss_newton"
+    products = Products(work, matrix=matrix, batches=settings.batches)
+    if k >= products.size:
         raise SecateurError(
             f"null_space_projector(k={k!r}): a whole number of steep directions, from 1 to {products.size - 1:,} (the "
             f"model has {products.size:,} parameters that want a gradient), is expected"
         )
     p = next(iter(products.parameters.values()))
     dtype = torch.promote_types(p.dtype, torch.float32)
+    tolerance = 1e-3 if settings.tolerance is None else settings.tolerance
 
     def times(x: np.ndarray) -> np.ndarray:
         found = products(torch.as_tensor(x.reshape(1, -1), dtype=dtype, device=p.device))
@@ -248,9 +322,9 @@ def _lanczos(
 
     width = np.dtype(str(dtype).removeprefix("torch."))
     operator = LinearOperator((products.size, products.size), matvec=times, dtype=width)
-    start = np.random.default_rng(seed).standard_normal(products.size).astype(width)
+    start = np.random.default_rng(settings.seed).standard_normal(products.size).astype(width)
     try:
-        found, basis = eigsh(operator, k=k, which="LM", v0=start, tol=tolerance, maxiter=iterations)
+        found, basis = eigsh(operator, k=k, which="LM", v0=start, tol=tolerance, maxiter=settings.iterations)
     except ArpackNoConvergence as error:
         raise SecateurError(
             f"Lanczos found {len(error.eigenvalues)} of k={k} steep directions and did not converge: give fewer, a "
@@ -326,11 +400,10 @@ class Kronecker(NullSpaceProjector):
         return found
 
 
-def _kronecker(
-    model: nn.Module, data: Iterable[Any], loss_fn: str | Loss, share: float, *, soft: bool = False,
-    ekfac: bool = False, form: str = "channel", **passing: Any,
-) -> Kronecker:  # fmt: skip
-    curvature = kronecker_factors(model, data, loss_fn, form=form, **passing)
+def _kronecker(work: Workload, settings: NullSpace) -> Kronecker:
+    model, share, form = work.model, settings.share, settings.form or "channel"
+    soft, ekfac, how = bool(settings.soft), bool(settings.ekfac), settings.targets()
+    curvature = factors_of(work, how, form=form, layers=settings.layers, positions=settings.positions)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     factors = {
         name: _isometric(own) for name, own in curvature.items() if all(n in trained for n in _names(own))
@@ -340,8 +413,9 @@ def _kronecker(
     skipped = {**curvature.skipped, **{name: "it wants no gradient" for name in curvature if name not in factors}}
     bases = {name: eigenbasis_of(own) for name, own in factors.items()}
     if ekfac:
-        passing = {key: value for key, value in passing.items() if key not in {"layers", "positions", "bias"}}
-        bases = second_moments(model, bases, data, loss_fn, **passing)
+        moments = second_moments(work, bases, how)
+        bases, skipped = dict(moments.bases), {**skipped, **moments.skipped}
+        factors = {name: factors[name] for name in bases}
     every = {name: basis.curvature() for name, basis in bases.items()}
     values = torch.cat([c.flatten() for c in every.values()])
     times = torch.cat([  # where taps share their curvature, each value is that of several directions

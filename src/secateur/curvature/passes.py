@@ -1,108 +1,162 @@
-"""One pass over the data that shows every layer's inputs and the gradients at its outputs."""
+"""One pass over the data that shows every layer's inputs and the gradients at its outputs.
+
+A layer is measured only if it computes its weight times its input, and nothing else uses its weight: both are looked at
+in the first batch. What is not so is left out, with the reason.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.overrides import TorchFunctionMode
 
-from secateur._internal.batches import call_model, tensors_in
-from secateur._internal.errors import SecateurError
-from secateur.curvature.layers import Layer
-from secateur.curvature.losses import Loss, Pass, draws
+from secateur._internal.batches import Batch, call_model, first_argument
+from secateur._internal.errors import BadBatch
+from secateur._internal.losses import checked_loss, needs_gradient, outputs_of
+from secateur._internal.state import preserved
+from secateur._internal.workload import Workload, generator_on
+from secateur.curvature.fisher import Fisher, draws
+from secateur.curvature.layers import Layer, computes_its_weight
 
+STRANGE = "its forward is not its weight times its input"
+USED_ELSEWHERE = "its weight is used outside of its own forward too"
+NOT_RUN = "its own forward does not run: its weight is used elsewhere"
 OnInput = Callable[[Layer, Tensor], Any]
 """Gets each input of each layer; what it returns is handed to :data:`OnGradient` with the gradient of the same call."""
 OnGradient = Callable[[Layer, Tensor, Any], None]
 
 
+@dataclass
+class Seen:
+    """What a pass has seen.
+
+    Attributes:
+        examples: how many examples.
+        how: the Fisher that was used.
+        calls: how often each layer ran.
+        strange: layers that were left out -> why.
+        looking: whether it is us who use a weight at this moment.
+    """
+
+    examples: int = 0
+    how: Fisher = field(default_factory=Fisher)
+    calls: Counter[str] = field(default_factory=Counter)
+    strange: dict[str, str] = field(default_factory=dict)
+    looking: bool = False
+
+
 def watch(
-    model: nn.Module,
+    work: Workload,
     layers: Sequence[Layer],
-    data: Iterable[Any],
-    loss: Loss,
     *,
     on_input: OnInput,
     on_gradient: OnGradient,
     on_draw: Callable[[], None] = lambda: None,
-    how: Pass,
-) -> int:
+    how: Fisher,
+    what: str = "curvature",
+) -> Seen:
     """Run the data through the model, in eval mode, forward and back.
 
     No gradient of a parameter is computed, and nothing is kept between batches.
 
     Args:
-        model: the model.
+        work: the model, the data and the loss.
         layers: what to look at.
-        data: batches (inputs, targets); targets may be missing where they are drawn.
-        loss: see :data:`secateur.curvature.losses.Loss`.
         on_input: called with each input of each layer.
         on_gradient: called with the gradient of the summed loss at each output, once a draw.
         on_draw: called when all gradients of one batch and one draw of targets have been seen.
         how: the targets, and how much of the data.
+        what: what is measured, for the progress bar.
 
     Returns:
-        The number of examples seen.
+        What was seen. Layers in ``strange`` may have been shown to the callbacks before they were found to be so: what
+        was made of them is worth nothing.
 
     Raises:
-        SecateurError: no data, batches that do not fit, a loss that is not finite or has no gradient.
+        BadBatch: no data, batches that do not fit, a loss that is not finite or has no gradient.
     """
-    device = layers[0].module.weight.device
-    generator = torch.Generator(device).manual_seed(how.seed)
-    examples = 0
+    model, how = work.model, how.of(work)
+    seen = Seen(how=how)
+    generator = generator_on(work.device, how.seed)
     with ExitStack() as stack:
-        stack.enter_context(at_rest(model))
-        anchor = torch.zeros((), device=device, requires_grad=True)
-        stack.callback(_hooked(layers, anchor, on_input, on_gradient))
-        for number, batch in enumerate(data):
-            if how.batches is not None and number >= how.batches:
-                break
-            inputs, targets = split_batch(batch, how.fisher, number, device)
-            _there_and_back(
-                model, inputs, partial(draws, loss, targets=targets, generator=generator, how=how), on_draw, number
-            )
-            examples += examples_of(inputs)
-    if not examples:
-        raise SecateurError("data: the loader is empty; give at least one batch")
-    return examples
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(preserved(model, gradients=False, fast_path=False))
+        anchor = torch.zeros((), device=work.device, requires_grad=True)
+        stack.callback(_hooked(layers, anchor, on_input, on_gradient, seen))
+        for batch in work.batches(how.batches, what):
+            first = not seen.examples
+            with _Uses(layers, seen) if first else ExitStack() as uses, torch.enable_grad():
+                outputs = outputs_of(lambda inputs: call_model(model, inputs), batch, work.loss)
+            if isinstance(uses, _Uses):
+                seen.strange |= uses.elsewhere()
+            _back_and_forth(work, outputs, batch, generator, how, on_draw)
+            del outputs  # its activations are gone before those of the next batch come
+            seen.examples += batch.examples
+    return seen
 
 
-def _there_and_back(
-    model: nn.Module, inputs: Any, values: Callable[..., Iterator[Tensor]], on_draw: Callable[[], None], number: int
+def _back_and_forth(
+    work: Workload, outputs: Any, batch: Batch, generator: torch.Generator, how: Fisher, on_draw: Callable[[], None]
 ) -> None:
-    """One batch; its activations are gone when this returns, before those of the next come."""
+    """Every draw of one batch, each once back through the model."""
     with torch.enable_grad():
-        drawn = checked(values(outputs=forward(model, inputs, number)), number)
+        drawn = _sound(draws(work.loss, outputs, batch, generator, how), batch.number)
         value = next(drawn)
         for following in drawn:  # the next loss is there before this one goes back, for the last one to be known
-            _back(value, number, retain=True)
+            _back(value, batch.number, retain=True)
             on_draw()
             value = following
-        _back(value, number, retain=False)  # it frees the activations as it goes
+        _back(value, batch.number, retain=False)  # it frees the activations as it goes
         on_draw()
+
+
+def _sound(found: Iterator[Tensor], number: int) -> Iterator[Tensor]:
+    """Losses of a batch, each one finite number with a gradient."""
+    end = object()
+    while True:
+        value: Any = end
+
+        def following() -> Tensor:
+            nonlocal value
+            value = next(found, end)
+            return torch.zeros(()) if value is end else value
+
+        checked = checked_loss(following, number)
+        if value is end:
+            return
+        yield needs_gradient(checked)
 
 
 def _back(value: Tensor, number: int, *, retain: bool) -> None:
     try:
         value.backward(retain_graph=retain)
     except RuntimeError as error:
-        raise SecateurError(f"no gradient of batch {number} can be found: {error}") from error
+        raise BadBatch(f"no gradient of batch {number} can be found: {error}") from error
 
 
-def _hooked(layers: Sequence[Layer], anchor: Tensor, on_input: OnInput, on_gradient: OnGradient) -> Callable[[], None]:
+def _hooked(
+    layers: Sequence[Layer], anchor: Tensor, on_input: OnInput, on_gradient: OnGradient, seen: Seen
+) -> Callable[[], None]:
     """Attach to the layers; what is returned detaches."""
-    plain = torch.autocast(layers[0].module.weight.device.type, enabled=False)  # sums keep their precision
+    plain = torch.autocast(anchor.device.type, enabled=False)  # sums keep their precision
 
     def attach(layer: Layer) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            with plain:
-                kept = on_input(layer, inputs[0].detach())
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+            seen.calls[layer.name] += 1
+            if layer.name in seen.strange:
+                return None
+            x = first_argument(args, kwargs)
+            with plain, torch.no_grad(), _looking(seen):
+                if not seen.examples and not computes_its_weight(layer, x, output):
+                    seen.strange[layer.name] = STRANGE
+                    return None
+                kept = on_input(layer, x.detach())
             if not output.requires_grad:  # nothing before it wants a gradient
                 output = output + anchor
 
@@ -113,7 +167,7 @@ def _hooked(layers: Sequence[Layer], anchor: Tensor, on_input: OnInput, on_gradi
             output.register_hook(back)
             return output
 
-        return layer.module.register_forward_hook(hook)
+        return layer.module.register_forward_hook(hook, with_kwargs=True)
 
     handles = [attach(layer) for layer in layers]
 
@@ -125,72 +179,44 @@ def _hooked(layers: Sequence[Layer], anchor: Tensor, on_input: OnInput, on_gradi
 
 
 @contextmanager
-def at_rest(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """Eval mode, no parameter wants a gradient (or those that do still do), the random state comes back."""
-    modes = [(m, m.training) for m in model.modules()]
-    wanting = [] if gradients else [p for p in model.parameters() if p.requires_grad]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    model.eval()
+def _looking(seen: Seen) -> Iterator[None]:
+    seen.looking = True
     try:
-        for p in wanting:
-            p.requires_grad_(False)
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
-        for p in wanting:
-            p.requires_grad_(True)
-        for m, mode in modes:
-            m.training = mode
+        seen.looking = False
 
 
-def split_batch(batch: Any, fisher: str, number: int, device: torch.device) -> tuple[Any, Any]:
-    """Inputs and targets on the device; no targets where they are to be drawn."""
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        inputs, targets = batch
-    elif fisher != "empirical":
-        inputs, targets = (batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 1 else batch), None
-    else:
-        raise SecateurError(f"data: batches (inputs, targets) are expected, batch {number} is a {type(batch).__name__}")
-    inputs, targets = tree_map(lambda v: v.detach().to(device) if isinstance(v, Tensor) else v, (inputs, targets))
-    return inputs, (targets if fisher == "empirical" else None)
+class _Uses(TorchFunctionMode):
+    """Counts how often the weights of layers go into anything that gives tensors."""
+
+    def __init__(self, layers: Sequence[Layer], seen: Seen) -> None:
+        super().__init__()
+        self.layers, self.seen = layers, seen
+        self.weights = {id(layer.module.weight) for layer in layers}
+        self.uses: Counter[int] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.seen.looking:
+            for value in (*args, *(kwargs or {}).values()):
+                if isinstance(value, Tensor) and id(value) in self.weights and _gives_tensors(result):
+                    self.uses[id(value)] += 1
+        return result
+
+    def elsewhere(self) -> dict[str, str]:
+        """The layers whose weight is used more often than by their own forwards."""
+        own: Counter[int] = Counter()
+        for layer in self.layers:
+            own[id(layer.module.weight)] += self.seen.calls[layer.name]
+        used = {layer.name: self.uses[id(layer.module.weight)] for layer in self.layers}
+        return {
+            layer.name: USED_ELSEWHERE if own[id(layer.module.weight)] else NOT_RUN
+            for layer in self.layers
+            if own[id(layer.module.weight)] < used[layer.name] and layer.name not in self.seen.strange
+        }
 
 
-def examples_of(inputs: Any) -> int:
-    """How many examples a batch of inputs holds."""
-    first = tensors_in(list(inputs.values()) if isinstance(inputs, Mapping) else inputs)[0]
-    return first.shape[0] if first.ndim else 1
-
-
-def forward(model: nn.Module, inputs: Any, number: int) -> Any:
-    """The outputs, or an error that says which batch does not fit."""
-    try:
-        return call_model(model, inputs)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        if isinstance(error, SecateurError):
-            raise
-        shapes = ", ".join(str(list(t.shape)) for t in tensors_in(inputs))
-        raise SecateurError(
-            f"data: batch {number} (inputs of shape {shapes}) does not fit the model: {error}"
-        ) from error
-
-
-def checked(found: Iterator[Tensor], number: int) -> Iterator[Tensor]:
-    """Losses of a batch, each one finite number with a gradient."""
-    while True:
-        try:
-            value = next(found)
-        except StopIteration:
-            return
-        except SecateurError:
-            raise
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-            raise SecateurError(f"the loss does not fit the outputs and targets of batch {number}: {error}") from error
-        yield _sound(value, number)
-
-
-def _sound(value: Any, number: int) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
-        raise SecateurError("the loss must be one number that depends on the outputs, as a tensor")
-    if not math.isfinite(value.item()):
-        raise SecateurError(f"the loss of batch {number} is {value.item()}: check the data and the model's weights")
-    return value
+def _gives_tensors(result: Any) -> bool:
+    first = result[0] if isinstance(result, tuple) and result else result
+    return isinstance(first, Tensor)

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from secateur._internal.batches import Inputs, call_model
+from secateur._internal.batches import Inputs
 from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.workload import Workload
 from secateur.allocation.budget import Budget
 from secateur.allocation.rank_allocation import Choice, Room, Shape, lagrangian, threshold
 from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, second_moments
+from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import kronecker_factors
 from secateur.curvature.layers import measurable
-from secateur.curvature.losses import Loss
+from secateur.measure.counting import count_macs, count_params, counted
 from secateur.surgery.low_rank.bottleneck import Bottleneck, bottlenecked, three
 
 EIGENDAMAGE = "eigendamage"
@@ -32,7 +33,7 @@ def eigendamage(
     *,
     data: Iterable[Any],
     budget: Budget,
-    loss_fn: str | Loss = "cross_entropy",
+    loss: Any = "cross_entropy",
     rule: str = "lagrangian",
     limit: float = 0.95,
     ekfac: bool = False,
@@ -53,7 +54,7 @@ def eigendamage(
         example_inputs: as for :func:`secateur.trace`; MACs refer to their shapes.
         data: batches (inputs, targets), passed over once (twice with ``ekfac``): something that can be iterated again.
         budget: what may remain, in MACs, parameters or both.
-        loss_fn: as for :func:`secateur.kronecker_factors`.
+        loss: as for :func:`secateur.kronecker_factors`.
         rule: ``"lagrangian"``: the least total damage within the budget; ``"threshold"``: the published rule, one
             threshold for all rows and columns.
         limit: for ``"threshold"``: no layer loses a larger part of its rows or columns.
@@ -74,7 +75,7 @@ def eigendamage(
     check_rule(rule, limit, budget)
     check_budget(model, example_inputs, budget, layers)
     damages = measure_damage(
-        model, example_inputs, data=data, loss_fn=loss_fn, ekfac=ekfac, layers=layers, fisher=fisher, samples=samples,
+        model, example_inputs, data=data, loss=loss, ekfac=ekfac, layers=layers, fisher=fisher, samples=samples,
         batches=batches, seed=seed,
     )  # fmt: skip
     return damages.cut(budget, rule=rule, limit=limit, train_rotations=train_rotations)
@@ -129,7 +130,7 @@ class Damages:
             if box is not None
         }
         small = bottlenecked(self.model, self.bases, kept, train_rotations=train_rotations)
-        real = {"macs": _measure(small, self.inputs, ()).macs, "params": sum(p.numel() for p in small.parameters())}
+        real = counted(small, self.inputs)
         over = [unit for unit, allowed in room.allowed.items() if real[unit] > allowed]
         if over:
             raise SecateurError(
@@ -144,7 +145,7 @@ def measure_damage(
     example_inputs: Inputs,
     *,
     data: Iterable[Any],
-    loss_fn: str | Loss = "cross_entropy",
+    loss: Any = "cross_entropy",
     ekfac: bool = False,
     layers: Sequence[str] | None = None,
     fisher: str = "sampled",
@@ -156,12 +157,11 @@ def measure_damage(
     parts, skipped = _parts(model, layers)
     seen = _measure(model, example_inputs, parts)
     passing: dict[str, Any] = {"fisher": fisher, "samples": samples, "batches": batches}
-    curvature = kronecker_factors(
-        model, data, loss_fn, layers=[p.core for p in parts], bias=False, seed=seed, **passing
-    )
+    curvature = kronecker_factors(model, data, loss, layers=[p.core for p in parts], bias=False, seed=seed, **passing)
     bases = {name: eigenbasis_of(factors) for name, factors in curvature.items()}
     if ekfac:
-        bases = second_moments(model, bases, data, loss_fn, seed=seed + 1, **passing)
+        moments = second_moments(Workload(model, data, loss), bases, Fisher(fisher, samples, batches, seed + 1))
+        bases, skipped = dict(moments.bases), {**skipped, **moments.skipped}
     sorted_bases = {p.name: _sorted(bases[p.core]) for p in parts if p.core in bases}
     choices = [_choice(p, sorted_bases[p.name], seen.positions[p.name]) for p in parts if p.core in bases]
     return Damages(model, example_inputs, sorted_bases, choices, {**skipped, **curvature.skipped}, seen)
@@ -170,7 +170,7 @@ def measure_damage(
 def _room(model: nn.Module, seen: _Seen, choices: Sequence[Choice], budget: Budget) -> Room:
     if not isinstance(budget, Budget):
         raise SecateurError(f"eigendamage(budget={budget!r}): a Budget is expected, for instance Budget(params=0.3)")
-    return Room(choices, {"macs": seen.macs, "params": sum(p.numel() for p in model.parameters())}, budget)
+    return Room(choices, {"macs": seen.macs, "params": count_params(model)}, budget)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,21 +244,12 @@ def _measure(model: nn.Module, inputs: Inputs, parts: Sequence[_Part]) -> _Seen:
         return part.module.register_forward_hook(hook)
 
     handles = [attach(p) for p in parts]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            call_model(model, inputs)
-    except Exception as error:
-        raise SecateurError(
-            f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
-        ) from error
+        macs = count_macs(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for m, mode in modes:
-            m.training = mode
-    return _Seen(counter.get_total_flops() // 2, {n: (a, b) for n, (a, b) in positions.items()})
+    return _Seen(macs, {n: (a, b) for n, (a, b) in positions.items()})
 
 
 def _width(layer: Any, *, inward: bool) -> int:

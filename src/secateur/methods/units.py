@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from secateur._internal.errors import SecateurError, unknown
 from secateur.allocation.api import allocate
 from secateur.allocation.budget import Budget
-from secateur.scoring.magnitude import magnitude
+from secateur.scoring.magnitude import filter_norms
 from secateur.tracing.channel_rows import along, producer_axes
 from secateur.tracing.graph import Axis, ChannelGraph
 
@@ -197,12 +197,12 @@ def targets(
         raise SecateurError(
             f"the graph names {strange[0]}, which the model lacks: give the traced model, not a wrapper"
         )
-    for name in (*exclude, *(keep if isinstance(keep, Mapping) else ())):
-        graph.group(name)
+    exclude = [graph.group(name).name for name in exclude]
+    keep = graph.by_name(keep) if isinstance(keep, Mapping) else keep
     if (budget is None) == (keep is None):
         raise SecateurError("give either budget=, such as Budget(macs=0.5), or keep=, a fraction of every group")
     if budget is not None:
-        scores = {n: s for n, s in magnitude(model, graph).items() if n not in exclude}
+        scores = {n: s for n, s in filter_norms(model, graph).items() if n not in exclude}
         found = {name: len(gone) for name, gone in allocate(graph, scores, budget, strategy=strategy).removed.items()}
         if not found:
             raise SecateurError(f"{budget}: the model is within it already; there is nothing to prune")

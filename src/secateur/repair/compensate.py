@@ -11,15 +11,20 @@ A consumer whose input vanishes predicts it from its other inputs, by least squa
 
 from __future__ import annotations
 
-import copy
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from secateur._internal.errors import unknown
-from secateur.curvature.kronecker import Curvature
+from secateur._internal.checks import check_choice, check_count, check_nonnegative
+from secateur._internal.workload import Needs, Workload
+from secateur.curvature.fisher import Fisher
+from secateur.curvature.kronecker import Curvature, factors_of
 from secateur.curvature.obs_update import obs_update_columns, obs_update_rows
 from secateur.plan import Plan
+from secateur.repair.contract import REPAIRS, Facts, copy_remaining
+from secateur.scoring.hessian import producing_factors
 from secateur.tracing.channel_rows import along
 
 DAMPING = 1e-3
@@ -27,40 +32,92 @@ SIDES = {"producers": (0, obs_update_rows), "consumers": (1, obs_update_columns)
 """By name: the dim of the weight that loses channels, and what makes up for it."""
 
 
-def compensated(
+def compensated_weights(
     model: nn.Module, plan: Plan, curvature: Curvature, *, at: str = "producers", damping: float = DAMPING
-) -> nn.Module:
-    """A copy of the model, of full size, in which what stays makes up for what the plan removes.
-
-    The weights that go stay in it; ``cut`` takes them away, ``masked`` sets them to zero.
+) -> dict[str, Tensor]:
+    """The weights, of full size, in which what stays makes up for what the plan removes; what goes is as it was.
 
     Args:
-        model: the model the plan was made for.
+        model: the model that the plan was made for; it is left untouched.
         plan: what goes.
-        curvature: factors of the model's layers, in either form; layers without any stay as they are.
+        curvature: factors of the model's layers, in either form; layers without any are not among the answer.
         at: ``"producers"`` or ``"consumers"`` of the channels.
         damping: added to the diagonal of the factor that is inverted, in units of its mean eigenvalue.
+
+    Returns:
+        Weights and biases that change, by name.
 
     Raises:
         SecateurError: unknown side, factors of another model, singular factors.
     """
-    if at not in SIDES:
-        raise unknown("at", at, SIDES)
-    dim, make_up = SIDES[at]
-    changed = copy.deepcopy(model)
+    check_choice("at", at, SIDES)
+    dim, obs_update = SIDES[at]
+    found: dict[str, Tensor] = {}
     for name, factors in curvature.items():
-        removed = plan.slices.get(f"{name}.weight" if name else "weight", {}).get(dim, [])
+        prefix = f"{name}." if name else ""
+        removed = plan.slices.get(f"{prefix}weight", {}).get(dim, [])
         if not removed:
             continue
-        layer = factors.of(changed).layer
+        layer = factors.of(model).layer
         gone = torch.zeros(layer.module.weight.shape[dim], dtype=torch.bool)
         gone[removed] = True
         before = layer.table().double()
-        weight, bias = layer.weights(before + make_up(factors, -before, gone, damping))
-        gone = gone.to(weight.device)  # what goes stays as it was, until it goes
-        with torch.no_grad():
-            module = layer.module
-            module.weight.copy_(torch.where(along(gone, dim, weight), module.weight, weight))
-            if bias is not None:
-                module.bias.copy_(torch.where(gone, module.bias, bias) if dim == 0 else bias)
-    return changed
+        weight, bias = layer.weights(before + obs_update(factors, -before, gone, damping))
+        gone = gone.to(weight.device)
+        old = layer.module.weight.detach()
+        found[f"{prefix}weight"] = torch.where(along(gone, dim, weight), old.to(weight), weight)
+        if bias is not None:
+            found[f"{prefix}bias"] = torch.where(gone, layer.module.bias.detach().to(bias), bias) if dim == 0 else bias
+    return found
+
+
+@REPAIRS.register("compensate")
+@dataclass(frozen=True)
+class Compensate:
+    """The OBS update: by Kronecker factors, what stays makes up for what goes.
+
+    With the same settings as the criterion (``obs``, ``kron_obd``, ``kron_obs``) the same factors are used.
+
+    Attributes:
+        at: ``"producers"`` or ``"consumers"`` of the channels.
+        damping: added to the diagonal of the factor that is inverted, in units of its mean eigenvalue.
+        fisher: as for :class:`secateur.OBS`, like the rest.
+        samples: draws of targets for each example.
+        batches: use at most so many batches.
+        seed: of the drawn targets.
+        positions: use so many positions of each batch.
+    """
+
+    needs: ClassVar[Needs] = Needs(data=True, loss=True, plan=True)
+    at: str = "producers"
+    damping: float = DAMPING
+    fisher: str = "sampled"
+    samples: int = 1
+    batches: int | None = None
+    seed: int = 0
+    positions: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("at", self.at, SIDES)
+        check_nonnegative("damping", self.damping)
+        check_count("positions", self.positions, optional=True)
+        self.targets()
+
+    def targets(self) -> Fisher:
+        """Where the targets come from."""
+        return Fisher(self.fisher, self.samples, self.batches, self.seed)
+
+    def apply(self, original: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> Facts:
+        """See :func:`compensated_weights`."""
+        how = self.targets()
+        if self.at == "producers" and plan.graph is not None:
+            curvature = producing_factors(plan.graph, work, how, self.positions)
+        else:
+            curvature = factors_of(work, how, form="full", positions=self.positions)
+        new = compensated_weights(original, plan, curvature, at=self.at, damping=self.damping)
+        copy_remaining(new, small, plan)
+        changed = {name.rpartition(".")[0] for name in new}
+        dim = SIDES[self.at][0]
+        due = {name.rpartition(".")[0] for name, dims in plan.slices.items() if name.endswith("weight") and dim in dims}
+        left = {name: curvature.skipped.get(name, "it has no factors") for name in sorted(due - changed)}
+        return {"compensated": sorted(changed), "left whole": left}

@@ -17,73 +17,93 @@ gone once a channel is, and it is the consumers that make up for it.
 
 from __future__ import annotations
 
-import copy
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from secateur._internal.errors import SecateurError, unknown
-from secateur.curvature.null_space import NullSpaceProjector
+from secateur._internal.checks import check_choice, check_nonnegative, is_number
+from secateur._internal.errors import SecateurError
+from secateur._internal.workload import Needs, Workload
+from secateur.curvature.null_space import NullSpace, NullSpaceProjector, projector_of
 from secateur.plan import Plan
-from secateur.scoring.directional import Directions
+from secateur.repair.contract import REPAIRS, Facts, copy_remaining
+from secateur.scoring.directional import Directions, null_space_of
 from secateur.surgery.channels import check_plan
 from secateur.tracing.channel_rows import along
 
 MODES = ("valley", "radial")
 
 
-def directed(
+def directed_weights(
     model: nn.Module, plan: Plan, flat: NullSpaceProjector, *, mode: str = "valley", shift: float = 0.0,
     damping: float | None = None,
-) -> nn.Module:  # fmt: skip
-    """A copy of the model, of full size, moved to where the pruning ends; the plan's channels stay as they were.
+) -> dict[str, Tensor]:  # fmt: skip
+    """The weights, of full size, where the pruning ends; the plan's channels stay as they were.
 
     Args:
-        model: the model the plan was made for, by ``"directional"`` scores.
+        model: the model that the plan was made for, by ``"directional"`` scores; it is left untouched.
         plan: what goes.
         flat: the model's projector.
         mode: ``"valley"`` or ``"radial"``.
         shift: of ``"valley"``: the fraction of the way ``-lambda * P_0 u`` that is gone before channels are taken out.
         damping: of ``"valley"``: keeps the rest from moving far for little, see the projector's ``complete``.
 
+    Returns:
+        Parameters that change, by name.
+
     Raises:
         SecateurError: an unknown mode, a shift outside [0, 1], a plan without its graph or of another model.
     """
-    check_mode(mode)
-    check_shift(shift)
+    Directed(mode=mode, shift=shift, damping=damping)
     check_plan(model, plan)
     if plan.graph is None:
         raise SecateurError("directed(plan): the plan has no graph (it came from JSON): trace the model and remake it")
     found = Directions(model, plan.graph, flat)
     gone = gone_of(plan, len(found.norm))
-    changed = copy.deepcopy(model)
-    parameters = dict(changed.named_parameters())
     strength = found.strength()
     reached = strength[gone & strength.isfinite()]
     size = float(reached.max()) if len(reached) else 0.0
-    if mode == "radial":
-        ratio = torch.where(found.norm > 0, size * found.score / found.norm, torch.zeros_like(found.norm))
-        factor = torch.where(gone | (ratio >= 1), 1.0, 1 - ratio)  # one that must stay although it is due stays whole
-        factor[0] = 1
-        new = {a.name: found.scaled(a, parameters[a.name].detach(), factor) for a in found.axes}
-    else:
-        new = _valley(model, plan, found, flat, shift * size, damping)
-    with torch.no_grad():
-        for name, value in new.items():
-            parameters[name].copy_(value)
-    return changed
+    if mode == "valley":
+        return _valley(model, plan, found, flat, shift * size, damping)
+    ratio = torch.where(found.norm > 0, size * found.score / found.norm, torch.zeros_like(found.norm))
+    factor = torch.where(gone | (ratio >= 1), 1.0, 1 - ratio)  # one that must stay although it is due stays whole
+    factor[0] = 1
+    parameters = dict(model.named_parameters())
+    return {a.name: found.scaled(a, parameters[a.name].detach(), factor) for a in found.axes}
 
 
-def check_mode(mode: object) -> None:
-    """Raise if there is no such mode."""
-    if mode not in MODES:
-        raise unknown("mode", str(mode), MODES)
+@REPAIRS.register("directed")
+@dataclass(frozen=True)
+class Directed(NullSpace):
+    """Move what stays along the flat valley of the loss; the projector's settings are those of the criterion.
 
+    Attributes:
+        mode: ``"valley"`` or ``"radial"``.
+        shift: see :func:`directed_weights`, like ``damping``.
+        damping: likewise.
+    """
 
-def check_shift(shift: object) -> None:
-    """Raise if it is no fraction."""
-    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 <= shift <= 1:
-        raise SecateurError(f"shift={shift!r}: a number in [0, 1] is expected")
+    needs: ClassVar[Needs] = Needs(data=True, loss=True, plan=True)
+    mode: str = "valley"
+    shift: float = 0.0
+    damping: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("mode", self.mode, MODES)
+        if not is_number(self.shift) or not 0 <= self.shift <= 1:
+            raise SecateurError(f"shift={self.shift!r}: a number in [0, 1] is expected")
+        if self.damping is not None:
+            check_nonnegative("damping", self.damping)
+
+    def apply(self, original: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> Facts:
+        """See :func:`directed_weights`."""
+        flat = projector_of(work, null_space_of(self))
+        new = directed_weights(original, plan, flat, mode=self.mode, shift=self.shift, damping=self.damping)
+        copy_remaining(new, small, plan)
+        return {"flat": dict(flat.facts)}
 
 
 def gone_of(plan: Plan, size: int) -> Tensor:

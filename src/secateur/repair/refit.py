@@ -18,32 +18,40 @@ No label is needed, and where the cut changes nothing, nothing changes.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from secateur._internal.batches import tensors_in
+from secateur._internal.batches import Batch, call_model, first_argument
+from secateur._internal.checks import check_count, check_nonnegative
+from secateur._internal.distributed import Group
 from secateur._internal.errors import SecateurError
-from secateur._internal.state import without_fast_path
-from secateur.curvature.damped_inverse import check_damping
-from secateur.curvature.kronecker import wide
-from secateur.curvature.layers import MEASURED, Layer, input_samples_at, layers_of, output_samples_at
-from secateur.curvature.passes import at_rest, examples_of, forward
+from secateur._internal.losses import outputs_of
+from secateur._internal.state import preserved
+from secateur._internal.workload import Needs, Workload
+from secateur.curvature.layers import (
+    MEASURED,
+    Layer,
+    computes_its_weight,
+    input_samples_at,
+    layers_of,
+    output_samples_at,
+    wide,
+)
 from secateur.plan import Plan
-from secateur.surgery.channels import check_plan, inputs_of
+from secateur.repair.contract import REPAIRS, Facts
+from secateur.surgery.channels import check_plan
 
 DAMPING = 1e-3
 HELD_OUT = 8
 """One in so many samples, the last ones, is held out to find the length of the step; of few samples 16, or half."""
-CHECKED = 64
-"""At so many positions a layer must compute what its weight says."""
 
 
 def refit(
@@ -55,8 +63,10 @@ def refit(
     examples: int = 1024,
     positions: int | None = None,
     damping: float = DAMPING,
+    group: Group = None,
+    progress: bool = False,
 ) -> dict[str, str]:
-    """Fit the smaller model, in place, to what the original computes.
+    """Change the smaller model in place: fit it to what the original computes.
 
     Args:
         model: the original; it is left untouched.
@@ -69,6 +79,8 @@ def refit(
         positions: how many positions of a layer's outputs are fitted over all examples; by default four for each
             column of the layer's weight and not less than 8192.
         damping: in units of the mean square of the layer's inputs.
+        group: the processes, each with its shard of the data.
+        progress: show how far it is.
 
     Returns:
         The layers and batch norms that stay as they are: path -> reason.
@@ -76,13 +88,42 @@ def refit(
     Raises:
         SecateurError: models and plan that do not belong together, no data, layers whose outputs are not finite.
     """
+    settings = Refit(examples=examples, positions=positions, damping=damping)
+    return refitted(settings, model, small, plan, Workload(model, data, group=group, progress=progress))
+
+
+@REPAIRS.register("refit")
+@dataclass(frozen=True)
+class Refit:
+    """Fit the smaller model's layers, one after the other, to what the original computes; norms follow.
+
+    Attributes:
+        examples: how many are used.
+        positions: of a layer's outputs, over all examples; by default four for each column and not less than 8192.
+        damping: in units of the mean square of the layer's inputs.
+    """
+
+    needs: ClassVar[Needs] = Needs(data=True, plan=True)
+    examples: int = 1024
+    positions: int | None = None
+    damping: float = DAMPING
+
+    def __post_init__(self) -> None:
+        check_count("examples", self.examples)
+        check_count("positions", self.positions, optional=True)
+        check_nonnegative("damping", self.damping)
+
+    def apply(self, original: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> Facts:
+        """See :func:`refit`."""
+        return {"left whole": refitted(self, original, small, plan, work)}
+
+
+def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> dict[str, str]:
+    """:func:`refit` at a table that is laid."""
     check_plan(model, plan)
-    check_damping(damping)
-    for name, value in {"examples": examples, **({} if positions is None else {"positions": positions})}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SecateurError(f"refit({name}={value!r}): a whole number from 1 on is expected")
+    examples, positions, damping = settings.examples, settings.positions, settings.damping
     pairs, left = _pairs(model, small, plan)
-    inputs, count = _joined(data, examples, next(model.parameters()).device)
+    inputs, count = _joined(work, examples)
     many = {name: positions or max(8192, 4 * one.table().shape[-1]) for name, (one, _) in pairs.items()}
     seen = _Seen(model, pairs, many, count)
     seen.watch(inputs)
@@ -91,7 +132,7 @@ def refit(
     left |= {name: f"it runs {seen.calls[name]} times in a forward" for name in norms if name not in seen.statistics}
 
     def fit(name: str, args: Any, kwargs: Any) -> None:
-        x, y = _first(args, kwargs), seen.outputs[name]
+        x, y = first_argument(args, kwargs), seen.outputs[name]
         layer, missing = pairs[name][1], plan.slices.get(_of(name, "weight"), {}).get(0, [])
         places = _by_example(layer, x, count).shape
         if places[:1] + places[2:] != seen.places[name] if layer.kernel else places[:-1] != seen.places[name]:
@@ -107,7 +148,7 @@ def refit(
 
     def follow(name: str, args: Any, kwargs: Any) -> None:
         norm, missing = norms[name], plan.slices.get(_of(name, "running_mean"), {}).get(0, [])
-        then, now = _without(seen.statistics[name], missing), _moments(_first(args, kwargs))
+        then, now = _without(seen.statistics[name], missing), _moments(first_argument(args, kwargs))
         norm.running_mean += now[:, 0] - then[:, 0]
         norm.running_var *= (now[:, 1] / then[:, 1].clamp(min=1e-12)).clamp(max=1e6)
 
@@ -122,8 +163,8 @@ def refit(
     tensors = (*small.parameters(), *small.buffers())
     before = [t.detach().clone() for t in tensors]
     try:
-        with torch.no_grad(), at_rest(small), without_fast_path():
-            forward(small, inputs, 0)
+        with torch.no_grad(), preserved(small, fast_path=False):
+            outputs_of(partial(call_model, small), Batch(0, inputs))
     except BaseException:
         with torch.no_grad():
             for t, was in zip(tensors, before, strict=True):
@@ -208,16 +249,19 @@ class _Seen:
         norms = {name: m for name, m in self.model.named_modules() if _has_statistics(m)}
         handles = [
             one.module.register_forward_hook(
-                lambda _, a, k, y, name=name: self._layer(name, _first(a, k), y), with_kwargs=True, prepend=True
+                lambda _, a, k, y, name=name: self._layer(name, first_argument(a, k), y), with_kwargs=True, prepend=True
             )
             for name, (one, _) in self.pairs.items()
         ] + [
-            m.register_forward_pre_hook(lambda _, a, k, name=name: self._norm(name, _first(a, k)), with_kwargs=True)
+            m.register_forward_pre_hook(
+                lambda _, a, k, name=name: self._norm(name, first_argument(a, k)), with_kwargs=True
+            )
             for name, m in norms.items()
         ]
         try:
-            with torch.no_grad(), at_rest(self.model), without_fast_path():
-                forward(self.model, tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs), 0)
+            with torch.no_grad(), preserved(self.model, fast_path=False):
+                copied = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+                outputs_of(partial(call_model, self.model), Batch(0, copied))
         finally:
             for handle in handles:
                 handle.remove()
@@ -237,7 +281,7 @@ class _Seen:
     def _layer(self, name: str, x: Any, y: Any) -> None:
         self.calls[name] += 1
         layer = self.pairs[name][0]
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not _computes(layer, x, y):
+        if not computes_its_weight(layer, x, y):
             self.strange.add(name)
             return
         x, y = _by_example(layer, x, self.count), _by_example(layer, y, self.count)
@@ -247,19 +291,6 @@ class _Seen:
     def _norm(self, name: str, x: Tensor) -> None:
         self.calls[name] += 1
         self.statistics[name] = _moments(x)
-
-
-def _computes(layer: Layer, x: Tensor, y: Tensor) -> bool:
-    """Whether a layer's output is its weight times its input, at some positions."""
-    samples, outputs = input_samples_at(layer, wide(x), CHECKED), output_samples_at(layer, wide(y), CHECKED)
-    if samples.shape[:2] != outputs.shape[:2]:
-        return False
-    expected = samples.double() @ layer.table().double().squeeze(2).mT
-    size = float(expected.norm())
-    # single precision on a GPU may be reduced inside; reduced precision is off by less than a hundredth
-    exact = y.dtype == torch.float64 or (y.dtype == torch.float32 and y.is_cpu)
-    allowed = 1e-3 if exact else 0.02
-    return not math.isfinite(size) or float((outputs - expected).norm()) <= allowed * size  # not finite: told later
 
 
 def _moments(x: Tensor) -> Tensor:
@@ -326,10 +357,6 @@ def _has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
 
 
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
 def _by_example(layer: Layer, x: Tensor, count: int) -> Tensor:
     """Inputs or outputs of a layer with the examples first, so that the last samples are of other examples."""
     if not layer.kernel and x.ndim > 2 and x.shape[0] != count and x.shape[1] == count:
@@ -337,26 +364,16 @@ def _by_example(layer: Layer, x: Tensor, count: int) -> Tensor:
     return x
 
 
-def _tensors(inputs: Any) -> list[Tensor]:
-    return tensors_in(list(inputs.values()) if isinstance(inputs, Mapping) else inputs)
-
-
-def _joined(data: Iterable[Any], examples: int, device: torch.device) -> tuple[Any, int]:
+def _joined(work: Workload, examples: int) -> tuple[Any, int]:
     """The inputs of as many examples as one batch, and how many there are."""
     parts: list[Any] = []
-    count = 0
-    if not isinstance(data, Iterable):
-        raise SecateurError(f"refit(data={data!r}): batches are expected")
     sizes: list[int] = []
-    for number, batch in enumerate(data):
-        inputs = inputs_of(batch, number)
-        parts.append(tree_map(lambda v: v.detach().to(device) if isinstance(v, Tensor) else v, inputs))
-        sizes.append(examples_of(parts[-1]) if _tensors(parts[-1]) else 0)
-        count += sizes[-1]
-        if count >= examples:
+    for batch in work.batches(None, "refit"):
+        parts.append(batch.inputs)
+        sizes.append(batch.examples)
+        if sum(sizes) >= examples:
             break
-    if not count:
-        raise SecateurError("refit: the data is empty; give at least one batch of tensors")
+    count = sum(sizes)
 
     def join(*tensors: Any) -> Any:
         same = [isinstance(t, Tensor) and t.ndim > 0 and len(t) == n for t, n in zip(tensors, sizes, strict=True)]

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from secateur._internal.errors import SecateurError, unknown
-from secateur.scoring.directional import directional
-from secateur.scoring.hessian import kron_obd, kron_obs, obd, obs
-from secateur.scoring.magnitude import bn_scale, magnitude, random
-from secateur.scoring.taylor import Loss, taylor
+from secateur._internal.distributed import Group
+from secateur._internal.errors import SecateurError
+from secateur._internal.state import is_on_meta
+from secateur._internal.workload import Needs, Workload
+from secateur.scoring.contract import CRITERIA, Criterion, Scores
 from secateur.tracing.graph import ChannelGraph, fingerprint
-
-Criterion = Callable[..., dict[str, Tensor]]
-"""``criterion(model, graph, data, loss_fn, **options)`` -> group name to one score a channel."""
-
-CRITERIA: dict[str, Criterion] = {
-    "magnitude": magnitude, "taylor": taylor, "bn_scale": bn_scale, "random": random,
-    "obd": obd, "obs": obs, "kron_obd": kron_obd, "kron_obs": kron_obs, "directional": directional,
-}  # fmt: skip
 
 
 def score(
@@ -30,50 +22,59 @@ def score(
     criterion: str | Criterion = "magnitude",
     *,
     data: Iterable[Any] | None = None,
-    loss_fn: Loss | str | None = None,
-    **options: Any,
-) -> dict[str, Tensor]:
+    loss: Any = None,
+    batches: int | None = None,
+    group: Group = None,
+    progress: bool = False,
+) -> Scores:
     """How much each channel matters: the estimated increase of the loss if it goes.
 
     Args:
-        model: the traced model; nothing of it is changed.
+        model: the traced model; it is left untouched.
         graph: its graph.
-        criterion: ``"magnitude"``, ``"taylor"``, ``"bn_scale"``, ``"random"``, ``"obd"``, ``"obs"``, ``"kron_obd"``,
-            ``"kron_obs"``, ``"directional"``, or a callable with their signature.
-        data: batches, for criteria that need them.
-        loss_fn: the loss, for criteria that need it: a callable, or ``"cross_entropy"``, ``"mse"``.
-        **options: the criterion's own.
+        criterion: a name (``secateur list criteria`` shows them) for its defaults, or settings such as
+            ``Taylor(batches=50)``.
+        data: batches, for criteria that need them (:mod:`secateur._internal.batches`); with ``torch.distributed``,
+            every process gives its shard, and all get the scores of the whole.
+        loss: the loss, for criteria that need it (:mod:`secateur._internal.losses`).
+        batches: use at most so many.
+        group: the processes that work along; ``None`` for all there are.
+        progress: show how far it is.
 
     Returns:
-        Group name -> float64 tensor, one score a channel; lower goes first.
+        Group name -> float64 tensor, one score a channel; lower goes first. ``skipped`` says which groups have none.
 
     Raises:
         SecateurError: unknown criterion, a graph of another model, scores of a wrong shape or that are NaN.
     """
-    if isinstance(criterion, str) and criterion not in CRITERIA:
-        raise unknown("criterion", criterion, CRITERIA)
-    if fingerprint(model) != graph.fingerprint:
+    made = CRITERIA.make(criterion)
+    work = Workload(model, data, loss, inputs=graph.inputs, batches=batches, group=group, progress=progress)
+    return scored(made, graph, work)
+
+
+def scored(criterion: Criterion, graph: ChannelGraph, work: Workload) -> Scores:
+    """What a criterion gives, checked.
+
+    Raises:
+        SecateurError: see :func:`score`.
+    """
+    name = getattr(criterion, "name", type(criterion).__name__)
+    if fingerprint(work.model) != graph.fingerprint:
         raise SecateurError("score: the graph was traced from another model; trace this one")
-    if isinstance(criterion, str) and criterion != "random" and any(p.is_meta for p in model.parameters()):
+    if name != "random" and is_on_meta(work.model):
         raise SecateurError("score: the model is on the meta device, without weights that could be judged; load some")
-    function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
-    try:
-        scores = function(model, graph, data, loss_fn, **options)
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error):
-            raise SecateurError(f"score: {criterion!r} does not take this option: {error}") from error
-        raise
-    return _checked(scores, graph)
+    work.require(getattr(criterion, "needs", Needs()), name)
+    return _checked(criterion.scores(graph, work), graph)
 
 
-def _checked(scores: object, graph: ChannelGraph) -> dict[str, Tensor]:
+def _checked(scores: object, graph: ChannelGraph) -> Scores:
     """What a criterion gave, as tensors, or an error that says what is wrong with it."""
     if not isinstance(scores, Mapping):
         raise SecateurError(
             f"score: a criterion gives a dict from group name to scores, this one gave {type(scores).__name__}"
         )
-    result = {}
-    for name, values in scores.items():
+    result = Scores(skipped=getattr(scores, "skipped", {}))
+    for name, values in graph.by_name(scores).items():
         due = len(graph.group(name))
         try:
             tensor = torch.as_tensor(values).detach()

@@ -11,14 +11,16 @@ A channel is zero from ``lambda = ||theta_g|| / s_g`` on, and never where ``s_g 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from secateur._internal.errors import SecateurError
-from secateur.curvature.null_space import NullSpaceProjector, null_space_projector
+from secateur._internal.workload import Needs, Workload
+from secateur.curvature.null_space import NullSpace, NullSpaceProjector, projector_of
+from secateur.scoring.contract import CRITERIA, Scores
 from secateur.scoring.sums import by_group, channel_sums, rows
 from secateur.tracing.channel_rows import along, producer_axes
 from secateur.tracing.graph import Axis, ChannelGraph
@@ -95,30 +97,27 @@ def directional_scores(model: nn.Module, graph: ChannelGraph, flat: NullSpacePro
     return {name: s for name, s in by_group(graph, found.score).items() if name in found.whole}
 
 
-def directional(
-    model: nn.Module, graph: ChannelGraph, data: Iterable[Any] | None = None, loss_fn: Any = None, *,
-    flat: NullSpaceProjector | None = None, **options: Any,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The strength ``lambda`` at which structured directional pruning takes a channel.
+@CRITERIA.register("directional")
+@dataclass(frozen=True)
+class Directional(NullSpace):
+    """The strength ``lambda`` at which structured directional pruning takes a channel; settings of :class:`NullSpace`.
 
-    Args:
-        model: the model.
-        graph: its graph.
-        data: batches ``(inputs, targets)``, where ``flat`` is not given.
-        loss_fn: as for :func:`secateur.null_space_projector`.
-        flat: a projector found before.
-        **options: of :func:`secateur.null_space_projector`.
+    The repair ``"directed"`` with the same settings moves what stays along the valley.
     """
-    if flat is not None and options:
-        raise SecateurError(
-            f"directional: flat= is given, and {', '.join(options)} for finding it: leave one of them out"
+
+    needs: ClassVar[Needs] = Needs(data=True, loss=True)
+
+    def scores(self, graph: ChannelGraph, work: Workload) -> Scores:
+        """One number a channel; infinite where no strength takes it."""
+        found = Directions(work.model, graph, projector_of(work, null_space_of(self)))
+        values = by_group(graph, found.strength())
+        why = "it is written by something that the projector does not know"
+        return Scores(
+            {name: v for name, v in values.items() if name in found.whole},
+            {name: why for name in values if name not in found.whole},
         )
-    found = Directions(model, graph, flat or projector(model, data, loss_fn, **options))
-    return {name: values for name, values in by_group(graph, found.strength()).items() if name in found.whole}
 
 
-def projector(model: nn.Module, data: Iterable[Any] | None, loss_fn: Any, **options: Any) -> NullSpaceProjector:
-    """:func:`secateur.null_space_projector`, for a method that may not have been given data."""
-    if data is None or loss_fn is None:
-        raise SecateurError("directional needs data= (batches of inputs and targets) and loss_fn=, or flat=")
-    return null_space_projector(model, data, loss_fn, **options)
+def null_space_of(settings: NullSpace) -> NullSpace:
+    """The settings of the projector alone, so that criterion and repair find the same one."""
+    return NullSpace(**{f.name: getattr(settings, f.name) for f in fields(NullSpace)})

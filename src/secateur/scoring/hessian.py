@@ -7,78 +7,143 @@ For a layer with Fisher ``F ~ G (x) A`` and ``w_r`` the weights (and the bias) t
     obs        1/2 sum_j w_rj^2 / ([G^-1]_rr [A^-1]_jj)    all other weights make up for each single one
     kron_obs   1/2 w_r^T A w_r / [G^-1]_rr                 the other rows make up for the row
 
-A channel's score is the sum over the linears and convolutions that write it. The rows that stay make up for those that
-go where ``cut`` is given the same factors (:func:`secateur.cut.compensated`).
+A channel's score is the sum over the linears and convolutions that write it. The repair ``"compensate"`` lets the rows
+that stay make up for those that go, with the same factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from secateur._internal.checks import check_count, check_nonnegative
 from secateur._internal.errors import SecateurError
+from secateur._internal.workload import Needs, Workload
 from secateur.curvature.damped_inverse import inverse
 from secateur.curvature.eigenbasis import identity_basis, second_moments
-from secateur.curvature.kronecker import Curvature, Factors, kronecker_factors
+from secateur.curvature.fisher import Fisher
+from secateur.curvature.kronecker import Curvature, Factors, factors_of
 from secateur.curvature.layers import layers_of, measurable
+from secateur.scoring.contract import CRITERIA, Scores
 from secateur.scoring.sums import by_group, channel_sums, producers
 from secateur.tracing.graph import ChannelGraph
 
 DAMPING = 1e-3
 
 
-def obd(
-    model: nn.Module, graph: ChannelGraph, data: Iterable[Any] | None = None, loss_fn: Any = None, **passing: Any
-) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Hessian:
+    """What all four take: how the Fisher is found, see :class:`secateur.curvature.fisher.Fisher`."""
+
+    needs: ClassVar[Needs] = Needs(data=True, loss=True)
+    fisher: str = "sampled"
+    samples: int = 1
+    batches: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.targets()
+
+    def targets(self) -> Fisher:
+        """Where the targets come from."""
+        return Fisher(self.fisher, self.samples, self.batches, self.seed)
+
+
+@CRITERIA.register("obd")
+@dataclass(frozen=True)
+class OBD(_Hessian):
     """C-OBD: the diagonal of the Fisher.
 
-    Args:
-        model: the model.
-        graph: its graph.
-        data: batches ``(inputs, targets)``.
-        loss_fn: as for :func:`secateur.kronecker_factors`.
-        **passing: ``fisher``, ``samples``, ``batches``, ``seed`` of the pass over the data.
+    Attributes:
+        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``.
+        samples: how many targets are drawn for each example.
+        batches: use at most so many batches.
+        seed: of the drawn targets.
     """
-    _check(data, loss_fn, "obd")
-    names = _measured(model, graph)
-    bases = {layer.name: identity_basis(layer) for layer in layers_of(model, "full", names)}
-    bases = second_moments(model, bases, data or (), loss_fn, **passing)
-    return _by_group(model, graph, {name: (0.5 * b.energy().double()).sum((2, 3)) for name, b in bases.items()})
+
+    def scores(self, graph: ChannelGraph, work: Workload) -> Scores:
+        """One number a channel."""
+        names = producing_layers(work.model, graph)
+        bases = {layer.name: identity_basis(layer) for layer in layers_of(work.model, "full", names)}
+        found = second_moments(work, bases, self.targets())
+        rows = {name: (0.5 * b.energy().double()).sum((2, 3)) for name, b in found.bases.items()}
+        return _by_group(work.model, graph, rows, found.skipped)
 
 
-def kron_obd(
-    model: nn.Module, graph: ChannelGraph, data: Iterable[Any] | None = None, loss_fn: Any = None, **options: Any
-) -> dict[str, Tensor]:
-    """Kron-OBD; the options are those of :func:`kron_obs`, without ``damping``."""
-    return _kron(model, graph, data, loss_fn, _kron_obd, **options)
+@dataclass(frozen=True)
+class _Kronecker(_Hessian, ABC):
+    """Scores of Kronecker factors in full form.
+
+    Attributes:
+        positions: use so many positions of each batch, spread over all of it.
+    """
+
+    positions: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("positions", self.positions, optional=True)
+
+    def scores(self, graph: ChannelGraph, work: Workload) -> Scores:
+        """One number a channel."""
+        curvature = producing_factors(graph, work, self.targets(), self.positions)
+        rows = {name: self.rows(factors) for name, factors in curvature.items()}
+        return _by_group(work.model, graph, rows, curvature.skipped)
+
+    @abstractmethod
+    def rows(self, factors: Factors) -> Tensor:
+        """The rise of the loss for each row of a layer, [groups, rows]."""
 
 
-def obs(
-    model: nn.Module, graph: ChannelGraph, data: Iterable[Any] | None = None, loss_fn: Any = None, *,
-    damping: float = DAMPING, **options: Any,
-) -> dict[str, Tensor]:  # fmt: skip
-    """C-OBS; the options are those of :func:`kron_obs`."""
-    return _kron(model, graph, data, loss_fn, lambda f: _obs(f, damping), **options)
+@CRITERIA.register("kron_obd")
+@dataclass(frozen=True)
+class KronOBD(_Kronecker):
+    """Kron-OBD: products within a row count; nothing makes up for it."""
+
+    def rows(self, factors: Factors) -> Tensor:
+        """See the module."""
+        return _kron_obd(factors)
 
 
-def kron_obs(
-    model: nn.Module, graph: ChannelGraph, data: Iterable[Any] | None = None, loss_fn: Any = None, *,
-    damping: float = DAMPING, **options: Any,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Kron-OBS.
+@dataclass(frozen=True)
+class _Damped(_Kronecker):
+    damping: float = DAMPING
 
-    Args:
-        model: the model.
-        graph: its graph.
-        data: batches ``(inputs, targets)``, where ``curvature`` is not given.
-        loss_fn: as for :func:`secateur.kronecker_factors`.
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_nonnegative("damping", self.damping)
+
+
+@CRITERIA.register("obs")
+@dataclass(frozen=True)
+class OBS(_Damped):
+    """C-OBS: all other weights make up for each single one.
+
+    Attributes:
         damping: what is added to the factors' diagonals before they are inverted, in units of their mean eigenvalue.
-        **options: ``curvature``: factors in full form, taken before; or ``fisher``, ``samples``, ``batches``,
-            ``positions``, ``seed`` of the pass over the data.
     """
-    return _kron(model, graph, data, loss_fn, lambda f: _kron_obs(f, damping), **options)
+
+    def rows(self, factors: Factors) -> Tensor:
+        """See the module."""
+        return _obs(factors, self.damping)
+
+
+@CRITERIA.register("kron_obs")
+@dataclass(frozen=True)
+class KronOBS(_Damped):
+    """Kron-OBS: the other rows make up for a row.
+
+    Attributes:
+        damping: as for :class:`OBS`.
+    """
+
+    def rows(self, factors: Factors) -> Tensor:
+        """See the module."""
+        return _kron_obs(factors, self.damping)
 
 
 # ------------------------------------------------------------------------------------ rows of one layer, [groups, rows]
@@ -108,29 +173,13 @@ def _obs(factors: Factors, damping: float) -> Tensor:
 # ------------------------------------------------------------------------------------------------ from rows to channels
 
 
-def _kron(
-    model: nn.Module, graph: ChannelGraph, data: Iterable[Any] | None, loss_fn: Any, rows: Callable[[Factors], Tensor],
-    *, curvature: Curvature | None = None, **passing: Any,
-) -> dict[str, Tensor]:  # fmt: skip
-    names = _measured(model, graph)
-    if curvature is None:
-        _check(data, loss_fn, "this criterion")
-        curvature = kronecker_factors(model, data or (), loss_fn, form="full", layers=names, **passing)
-    elif passing:
-        raise SecateurError(f"curvature= is given, and {', '.join(passing)} for taking it: leave one of them out")
-    for name in curvature:
-        if curvature[name].layer.form != "full":
-            raise SecateurError("curvature: factors in full form are needed, kronecker_factors(..., form='full')")
-    own = {name: curvature[name].of(model) for name in names if name in curvature}
-    return _by_group(model, graph, {name: rows(factors) for name, factors in own.items()})
+def producing_factors(graph: ChannelGraph, work: Workload, how: Fisher, positions: int | None = None) -> Curvature:
+    """Kronecker factors, in full form, of the layers whose rows write channels; measured once."""
+    names = producing_layers(work.model, graph)
+    return factors_of(work, how, form="full", layers=names, positions=positions)
 
 
-def _check(data: Any, loss_fn: Any, who: str) -> None:
-    if data is None or loss_fn is None:
-        raise SecateurError(f"{who} needs data= (batches of inputs and targets) and loss_fn= ('cross_entropy', ...)")
-
-
-def _measured(model: nn.Module, graph: ChannelGraph) -> list[str]:
+def producing_layers(model: nn.Module, graph: ChannelGraph) -> list[str]:
     """The linears and convolutions whose rows write channels."""
     measured = [path for path, module in model.named_modules() if measurable(module)]
     paths = {f"{path}.weight" if path else "weight": path for path in measured}
@@ -140,11 +189,20 @@ def _measured(model: nn.Module, graph: ChannelGraph) -> list[str]:
     return names
 
 
-def _by_group(model: nn.Module, graph: ChannelGraph, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _by_group(model: nn.Module, graph: ChannelGraph, rows: Mapping[str, Tensor], skipped: Mapping[str, str]) -> Scores:
     """Sums over producers; a group that anything else writes as well has no score, for it would be too low."""
     known = {f"{name}.weight" if name else "weight": values.flatten() for name, values in rows.items()}
     dims = {name: p.ndim for name, p in model.named_parameters()}
     total = channel_sums(graph, producers(graph), lambda a: known.get(a.name) if a.dim == 0 else None)
-    whole = [g for g in graph.groups if all(a.name in known and a.dim == 0 for a in g.producers if dims[a.name] > 1)]
-    scores = by_group(graph, total)
-    return {g.name: scores[g.name] for g in whole if any(dims[a.name] > 1 for a in g.producers)}
+    sums, found = by_group(graph, total), Scores()
+    for group in graph.groups:
+        filters = [a for a in group.producers if dims[a.name] > 1]
+        missing = [a for a in filters if a.name not in known or a.dim]
+        if filters and not missing:
+            found[group.name] = sums[group.name]
+        elif missing:
+            layer = missing[0].name.rpartition(".")[0]
+            found.skipped[group.name] = f"{layer}: {skipped.get(layer, 'it is no linear or convolution of its own')}"
+        else:
+            found.skipped[group.name] = "no linear or convolution writes it"
+    return found

@@ -46,6 +46,7 @@ def by_group(graph: ChannelGraph, values: Float[Tensor, " channels"]) -> dict[st
 
 
 def rows(tensor: Float[Tensor, ...], dim: int) -> Float[Tensor, " positions"]:
-    """The sum over all dims but one."""
+    """The sum over all dims but one, in float32 at least: half precision would tie what is not equal."""
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     others = [d for d in range(tensor.ndim) if d != dim]
     return tensor.sum(dim=others) if others else tensor

@@ -14,22 +14,19 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs, call_model, tensors_in
-from secateur._internal.errors import SecateurError
-from secateur._internal.state import eval_mode, fork_rng_of
-from secateur.curvature.kronecker import Curvature
-from secateur.plan import Plan
-from secateur.repair.compensate import compensated
+from secateur._internal.errors import CannotCut, SecateurError
+from secateur._internal.state import eval_mode
+from secateur.plan import Plan, cannot_cut
 from secateur.surgery.optimizer_remapper import OptimizerRemapper
 from secateur.surgery.records import add_to_record
 from secateur.tracing.copying import copy_module
 from secateur.tracing.graph import fingerprint
-from secateur.tracing.slices import remember_sizes, sliced
+from secateur.tracing.proof import verify
+from secateur.tracing.slices import Patched, patch, patches, remembered, sliced
 from secateur.tracing.tracer import copyable
 
 
-def cut(
-    model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None, compensate: Curvature | None = None
-) -> nn.Module:
+def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
     """Build the smaller model.
 
     Args:
@@ -37,32 +34,27 @@ def cut(
         plan: what to remove.
         optimizer: an optimizer of ``model``; it is handed over to the new model: its parameters are replaced and its
             state follows the slices, so that training goes on with the smaller model.
-        compensate: factors of the model's layers, with which the rows that stay make up for those that go
-            (:func:`secateur.cut.compensated`).
 
     Returns:
         A new module, which remembers its plan (:func:`secateur.record`).
 
     Raises:
         SecateurError: the plan was made for another model, or the result does not run on the traced example inputs.
+        CannotCut: the plan was made without the proof (:attr:`secateur.Plan.proven`), and the model does not bear it.
     """
     with torch.inference_mode(False):  # what is made in it could never be trained
-        return _cut(model, plan, optimizer, compensate)
+        return _cut(model, plan, optimizer)
 
 
-def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None, compensate: Curvature | None) -> nn.Module:
+def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None) -> nn.Module:
     check_plan(model, plan)
+    plan = replace(proven(model, plan), patched=patched(model, plan))
     follower = OptimizerRemapper(model, plan, optimizer) if optimizer is not None else None
-    source = model if compensate is None else compensated(model, plan, compensate)
-    weights = dict((*source.named_parameters(), *source.named_buffers()))
-    new = {
-        id(t): _remaining(weights[n], plan.slices.get(n, {}))
-        for n, t in (*model.named_parameters(), *model.named_buffers())
-    }
+    new = {id(t): _remaining(t, plan.slices.get(n, {})) for n, t in (*model.named_parameters(), *model.named_buffers())}
     small = copy_module(
         model, dict(new)
     )  # wherever the copy meets an old tensor, in a plain list too, it takes the new
-    remember_sizes(small)
+    patch(small, plan.patched)
     if plan.graph is not None and plan.graph.inputs is not None:
         _try(small, plan.graph.inputs)
     add_to_record(small, model, {"cut": replace(plan, graph=None)})
@@ -93,6 +85,41 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 raise SecateurError(
                     f"the plan is damaged: it removes positions of {name}:{dim} that the model does not have"
                 )
+
+
+def patched(model: nn.Module, plan: Plan) -> Patched:
+    """What modules must remember otherwise after the cut; a plan that does not say it is told by the model.
+
+    Raises:
+        SecateurError: the plan says something else.
+    """
+    due = patches(remembered(model), plan.slices)
+    for key, (before, after) in due.items():
+        if plan.patched.get(key, due[key]) != (before, after):
+            raise SecateurError(
+                f"the plan is damaged: it changes {key} from {plan.patched[key][0]} to {plan.patched[key][1]}, where "
+                f"its slices make {after} of {before}"
+            )
+    return {**due, **plan.patched}
+
+
+def proven(model: nn.Module, plan: Plan) -> Plan:
+    """The plan, once it is known that the model bears it.
+
+    Raises:
+        CannotCut: it does not, or there is no graph to prove it with.
+    """
+    if plan.proven:
+        return plan
+    if plan.graph is None:
+        if plan.slices or plan.removed:
+            raise CannotCut(
+                "cut(plan): nobody has proven that the model bears this plan, and it has no graph to prove it with: "
+                "make the plan anew, with the graph of secateur.trace(model, example_inputs)"
+            )
+    elif wrong := verify(model, plan.graph, plan):
+        raise cannot_cut(wrong)
+    return replace(plan, proven=True)
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
@@ -163,57 +190,3 @@ def _try(small: nn.Module, inputs: Inputs) -> None:
         raise SecateurError(
             f"the cut {type(small).__name__} fails on the example inputs: {type(error).__name__}: {error}"
         ) from error
-
-
-def recalibrate(model: nn.Module, data: Any, *, batches: int | None = None) -> None:
-    """Re-estimate the running statistics of all batch norms of a model, in place, as plain averages over the data.
-
-    All else is as in eval mode (no dropout); modes and random state come back.
-
-    Args:
-        model: the model.
-        data: batches; a tensor, or a tuple or list whose first entry is the input, or a dict of keyword arguments.
-        batches: use at most so many.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    modes = [(m, m.training) for m in model.modules()]
-    momenta = [m.momentum for m in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the cumulative average
-        norm.train()
-    seen = 0
-    try:
-        with torch.no_grad(), fork_rng_of(model):
-            for batch in data:
-                if batches is not None and seen >= batches:
-                    break
-                call_model(model, inputs_of(batch, seen))
-                seen += 1
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for m, mode in modes:
-            m.training = mode
-    if not seen:
-        raise SecateurError("recalibrate(data): no batches were given, and the statistics are reset; give some data")
-
-
-def inputs_of(batch: Any, number: int) -> Inputs:
-    """What a model takes of a batch: the batch if it is a tensor or a mapping, else its first entry.
-
-    A first entry that is a tuple holds several inputs.
-
-    Raises:
-        SecateurError: the batch is something else.
-    """
-    found = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
-    if isinstance(found, Mapping):
-        return dict(found)
-    if not isinstance(found, (Tensor, tuple, list)):
-        raise SecateurError(
-            f"data: batches of tensors are expected, alone, as (inputs, ...) or by keyword; batch {number} is a "
-            f"{type(batch).__name__}" + (f" of {type(found).__name__}" if found is not batch else "")
-        )
-    return found if isinstance(found, Tensor) else tuple(found)

@@ -7,19 +7,21 @@ What is fitted is wrong by some per cent, near an answer nearly always by the sa
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import CannotCut, InfeasibleBudget, SecateurError, notice
 from secateur.allocation.budget import LATENCY, Timed
-from secateur.allocation.strategies import Problem, Strategy, fill, narrowed, uniform_order
-from secateur.plan import CannotCut, Plan, make_plan
+from secateur.allocation.problem import Problem, fill, narrowed
+from secateur.allocation.strategies import uniform_items
+from secateur.plan import Plan, make_plan
 from secateur.tracing.graph import ChannelGraph
 
+Choose = Callable[[Problem], np.ndarray]
+"""Items taken from every group of a problem, int64 [groups]."""
 ENOUGH, TRIES, SAFE = 0.97, 10, 0.99
 """How much of the limit is to be used, how often the clock is asked, and the part of an aim that is aimed at."""
 
@@ -52,7 +54,7 @@ def check_clock(clock: Clock | None, graph: ChannelGraph) -> None:
         raise SecateurError("timing: it is of another model, or was traced with other inputs; measure this one")
 
 
-def by_the_clock(problem: Problem, choose: Strategy, clock: Clock, plan_of: Callable[[np.ndarray], Plan]) -> np.ndarray:
+def by_the_clock(problem: Problem, choose: Choose, clock: Clock, plan_of: Callable[[np.ndarray], Plan]) -> np.ndarray:
     """Items taken from every group, so that the measured time is within the budget and most of it is used.
 
     Where the fit has the limit is found first, with uniform widths; the strategy answers to that, and what then is
@@ -68,19 +70,19 @@ def by_the_clock(problem: Problem, choose: Strategy, clock: Clock, plan_of: Call
         SecateurError: the clock shows more than the budget however little stays.
     """
     limit = problem.meter.allowed[LATENCY]
-    uniform, aim, least = _settled(problem, fill(problem, uniform_order(problem)), limit, clock, plan_of)
+    uniform, aim, least = _settled(problem, fill(problem, uniform_items(problem)), limit, clock, plan_of)
     if uniform is None:
         raise _unreachable(limit, least)
-    if choose is uniform_order:
-        return uniform
     aimed = _aiming(problem, aim)
-    found, _, _ = _settled(aimed, fill(aimed, checked(aimed, choose(aimed))), limit, clock, plan_of)
+    answer = checked(aimed, choose(aimed))
+    if (answer == uniform_items(aimed)).all():
+        return uniform
+    found, _, _ = _settled(aimed, fill(aimed, answer), limit, clock, plan_of)
     if found is None:
-        warnings.warn(
+        notice(
             f"latency_ms={limit:.4g}: the clock showed more however narrow the strategy's answer was, and less for "
             "uniform widths before: it is not steady, and the answer is uniform widths; measure on a quieter machine, "
             "or allow more",
-            stacklevel=2,
         )
         return uniform
     return found
@@ -97,23 +99,17 @@ def check_reachable(graph: ChannelGraph, least: np.ndarray, limit: float, clock:
         raise _unreachable(limit, took)
 
 
-def _unreachable(limit: float, least: float) -> SecateurError:
-    return SecateurError(
+def _unreachable(limit: float, least: float) -> InfeasibleBudget:
+    return InfeasibleBudget(
         f"the budget cannot be met: latency_ms={limit:.4g} is asked for, and the least that was measured is "
         f"{least:.4g}: raise it, or lower at_least= or round_to="
     )
 
 
 def checked(problem: Problem, taken: np.ndarray) -> np.ndarray:
-    """A strategy's answer, or an error if it is none."""
-    try:
-        taken = np.asarray(taken, dtype=np.int64)
-    except (TypeError, ValueError) as error:
-        raise SecateurError(f"allocate(strategy): the callable gave no numbers of items: {error}") from error
-    if taken.shape != problem.start.shape or (taken < 0).any() or (taken > problem.count).any():
-        raise SecateurError("allocate(strategy): the callable must give 0 to problem.count items for every group")
+    """A strategy's answer, or an error if it does not meet the budget."""
     if not problem.meter.met(problem.widths(taken)):
-        raise SecateurError("allocate(strategy): the callable's answer does not meet the budget")
+        raise SecateurError("allocate(strategy): the strategy's answer does not meet the budget")
     return taken
 
 

@@ -19,8 +19,8 @@ import numpy as np
 from scipy import linalg
 
 from secateur._internal.errors import SecateurError
+from secateur.allocation.problem import Problem
 from secateur.allocation.search.bandit import FactoredBandit
-from secateur.allocation.strategies import Problem
 
 RIDGE, ALIKE = 1.0, 3.0
 NEAR, TRIED, SLACK = 64, 1000, 0.05

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from secateur._internal.batches import arguments
+from secateur._internal.batches import Batch, arguments
 from secateur._internal.distributed import all_reduce, rank, world_size
 from secateur._internal.errors import SecateurError
+from secateur._internal.losses import Loss, batch_loss
 from secateur._internal.state import eval_mode, preserved
-from secateur.allocation.strategies import Problem
-from secateur.scoring.taylor import Loss, loss_of, not_finite
+from secateur.allocation.problem import Problem
 from secateur.tracing.graph import ChannelGraph
 
 
@@ -34,8 +34,8 @@ class Evaluator:
     Args:
         model: the model.
         problem: which channels the items are.
-        batches: pairs.
-        loss_fn: a mean over a batch.
+        batches: what plays are played on.
+        loss: the loss.
         seed: of the choice of batches.
         norms: see :class:`Search`.
     """
@@ -44,12 +44,12 @@ class Evaluator:
         self,
         model: nn.Module,
         problem: Problem,
-        batches: Sequence[tuple[Any, Any]],
-        loss_fn: Loss,
+        batches: Sequence[Batch],
+        loss: Loss,
         seed: int,
         norms: str = "batch",
     ) -> None:
-        self.model, self.problem, self.batches, self.loss_fn, self.seed = model, problem, batches, loss_fn, seed
+        self.model, self.problem, self.batches, self.loss, self.seed = model, problem, batches, loss, seed
         self.mode = partial(preserved, mode="batch_statistics") if norms == "batch" else eval_mode
         self.seconds = 0.0
         self.last: tuple[np.ndarray, dict[str, Tensor]] = (np.zeros(0), {})
@@ -61,9 +61,6 @@ class Evaluator:
         self.keep = torch.ones(1 + max(int(a.channels.max(initial=0)) for a in graph.axes))
         self.channels = {i: torch.from_numpy(graph.groups[i].channels[order]) for i, order in problem.orders.items()}
         self.whole = self._shared(len(self.batches), lambda number: self._loss({}, number))
-        wrong = np.flatnonzero(~np.isfinite(self.whole))
-        if len(wrong):
-            raise not_finite(int(wrong[0]), float(self.whole[wrong[0]]))
 
     def __call__(self, wanted: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
         """The rise of each combination of items on the batch that belongs to its play's number, float64 [wanted]."""
@@ -126,7 +123,7 @@ class Evaluator:
     def _loss(self, weights: dict[str, Tensor], batch: int) -> float:
         run = partial(_called, self.model, weights)
         with torch.no_grad(), self.mode(self.model):
-            return loss_of(run, self.batches[batch], self.loss_fn, batch, self.device).item()
+            return batch_loss(run, self.batches[batch], self.loss).item()
 
 
 def _called(model: nn.Module, weights: dict[str, Tensor], inputs: Any) -> Any:

@@ -22,13 +22,13 @@ speaks against it.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,22 +36,26 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from secateur._internal.batches import read_batches
 from secateur._internal.checks import check_seed
 from secateur._internal.distributed import all_reduce, broadcast_text, rank, world_size
 from secateur._internal.errors import SecateurError, unknown
 from secateur._internal.files import file_at, write_atomically
+from secateur._internal.losses import read_loss
+from secateur._internal.state import device_of
+from secateur._internal.workload import Needs, Workload
+from secateur.allocation.contract import STRATEGIES
+from secateur.allocation.problem import Problem, fill
 from secateur.allocation.search.arms import Effects, Factors
 from secateur.allocation.search.bandit import FactoredBandit
 from secateur.allocation.search.evaluator import Evaluator
 from secateur.allocation.search.history import History, Plays
 from secateur.allocation.sensitivity import alone, greedy, tried_alone
-from secateur.allocation.strategies import STRATEGIES, Problem, fill
-from secateur.scoring.taylor import Loss, mean_of
 from secateur.tracing.graph import fingerprint
 
 NORMS = ("batch", "running")
 SENSITIVITY = "sensitivity"
-STARTS = (SENSITIVITY, *STRATEGIES)
+STARTS = (SENSITIVITY, "global", "threshold", "uniform")
 RATIOS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 """Atoms: how much wider than at the start."""
 EVERY = 10.0
@@ -144,7 +148,7 @@ class Search:
     """
 
     def __init__(
-        self, model: nn.Module, data: Iterable[Any], loss_fn: Loss | str = "cross_entropy", *, evaluations: int = 2000,
+        self, model: nn.Module, data: Iterable[Any], loss: Any = "cross_entropy", *, evaluations: int = 2000,
         minutes: float | None = None, start: str = SENSITIVITY, ratios: Sequence[float] = RATIOS, radius: float = 0.1,
         dueling: bool = False, norms: str = "batch", seed: int = 0, progress: bool = True,
         checkpoint: str | Path | None = None,
@@ -158,8 +162,8 @@ class Search:
         check_seed(seed)
         if not isinstance(model, nn.Module):
             raise SecateurError(f"Search(model): a torch.nn.Module is expected, {type(model).__name__} was given")
-        self.model, self.loss_fn = model, mean_of(loss_fn)
-        self.batches = _pairs(data)
+        self.model, self.loss = model, read_loss(loss)
+        self.batches = list(read_batches(data, device_of(model)))
         self.evaluations, self.minutes, self.start, self.ratios = evaluations, minutes, start, sorted(set(ratios))
         self.radius, self.dueling, self.norms, self.seed, self.progress = radius, dueling, norms, seed, progress
         self.checkpoint = file_at(checkpoint)
@@ -193,7 +197,7 @@ class Search:
         if all_reduce(np.array([float(broadcast_text(agreed, device) != agreed)]), device)[0]:
             raise SecateurError("Search: the processes differ; give all the same model, data and settings")
         begun = self._saved = time.monotonic()
-        evaluate = Evaluator(self.model, problem, self.batches, self.loss_fn, self.seed, self.norms)
+        evaluate = Evaluator(self.model, problem, self.batches, self.loss, self.seed, self.norms)
         course = self._resumed(key, evaluate) or History(evaluate.whole.tolist())
         with Progress(disable=not self.progress or rank() > 0, transient=True) as bar:
             task = bar.add_task("search", total=self.evaluations, completed=course.done)
@@ -245,7 +249,7 @@ class Search:
             if rises:
                 return greedy(problem, tried, rises)
             self.started = "uniform"
-        return STRATEGIES[self.started](problem)
+        return problem.taken(STRATEGIES.make(self.started).widths(problem, Workload(self.model)))
 
     def _begun(self, factors: Factors, course: History, evaluate: Evaluator) -> Plays:
         """Some combinations at random set the scale of the rewards."""
@@ -349,7 +353,7 @@ class Search:
     def _key(self, problem: Problem) -> str:
         settings = (
             self.start, self.ratios, self.radius, self.dueling, self.norms, self.seed, self.evaluations,
-            getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__qualname__),
+            self.loss.name,
         )  # fmt: skip
         orders = [order.tolist() for order in problem.orders.values()]
         items = [problem.start.tolist(), problem.group.tolist(), problem.size.tolist(), problem.score.tolist()]
@@ -395,14 +399,32 @@ class Search:
         return course
 
 
-def _pairs(data: Iterable[Any]) -> list[tuple[Any, Any]]:
-    if not isinstance(data, Iterable):
-        raise SecateurError(f"Search(data={data!r}): batches (inputs, targets) are expected")
-    found = []
-    for batch in itertools.islice(data, 10**6):
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise SecateurError("Search(data=...): batches (inputs, targets) are expected")
-        found.append((batch[0], batch[1]))
-    if not found:
-        raise SecateurError("Search(data=...): there is no batch")
-    return found
+@STRATEGIES.register("bandit")
+@dataclass(frozen=True)
+class Bandit:
+    """Widths that a factored bandit finds by trying, see :class:`Search`."""
+
+    needs: ClassVar[Needs] = Needs(data=True, loss=True)
+    evaluations: int = 2000
+    minutes: float | None = None
+    start: str = SENSITIVITY
+    ratios: tuple[float, ...] = RATIOS
+    radius: float = 0.1
+    dueling: bool = False
+    norms: str = "batch"
+    seed: int = 0
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        check_search({k: v for k, v in own.items() if k not in {"seed", "checkpoint"}})
+        check_seed(self.seed)
+        file_at(self.checkpoint)
+
+    def widths(self, problem: Problem, work: Workload) -> np.ndarray:
+        """The widths that were found."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        search = work.once(self, lambda: Search(work.model, work.data or (), work.loss, progress=work.progress, **own))
+        found = problem.widths(search(problem))
+        work.facts["search"] = search.facts()
+        return found

@@ -27,7 +27,7 @@ from secateur._internal.progress import tracked
 from secateur.curvature.null_space import Deflated
 from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import loss_and_accuracy
-from secateur.surgery.channels import recalibrate
+from secateur.repair.recalibrate import recalibrate
 
 Weights = Mapping[str, Tensor]
 """One tensor for each parameter, by its name."""

@@ -16,22 +16,20 @@ from pydantic import (
 
 from secateur._internal.errors import SecateurError, unknown
 from secateur._internal.importing import is_import_string
+from secateur._internal.registry import Registry, options_of
+from secateur._internal.workload import Needs
 from secateur.allocation.budget import Budget, budget_from, check_rounds
-from secateur.allocation.search.search import check_search
-from secateur.allocation.strategies import BANDIT, STRATEGIES
+from secateur.allocation.contract import STRATEGIES
 from secateur.lab.data.registry import DATA
 from secateur.lab.models.registry import MODELS
-from secateur.lab.recipe.options import check_options
 from secateur.lab.recipe.yaml_text import TypedFloat
 from secateur.lab.training.schedule import SCHEDULES
-from secateur.methods import GENTLE
-from secateur.methods.eigendamage import EIGENDAMAGE
+from secateur.methods.contract import METHODS, TRAINING_METHODS
 from secateur.methods.sdprun import WEIGHTS
-from secateur.pruning import DEAD, FACTORED
-from secateur.scoring.api import CRITERIA
-from secateur.surgery.blocks.pivots import PIVOT
+from secateur.pruning import AUTO
+from secateur.repair.contract import REPAIRS
+from secateur.scoring.contract import CRITERIA
 
-METHODS = (*CRITERIA, EIGENDAMAGE, *GENTLE, PIVOT, DEAD, "none")
 OPTIMIZERS = {  # the settings each takes beside the learning rate
     "sgd": ("momentum", "nesterov", "weight_decay"),
     "adam": ("weight_decay",),
@@ -184,110 +182,123 @@ class Train(Tune):
         return _one_of("weights", weights, WEIGHTS)
 
 
+Seat = str | dict[str, Any]
+"""Who sits there: a name (or ``package.module:Class``), or a mapping of a name and settings."""
+
+
 class Prune(_Section):
-    """What goes.
+    """What goes: either criterion, strategy and repair, or a method that does it all.
 
     Attributes:
-        method: a criterion; ``eigendamage``; ``increg`` or ``spp``, which prune while the network trains on; ``pivot``
-            for dense blocks, at once or while it trains on; ``dead`` for what sdprun has driven to zero; ``none``.
         budget: what may remain, as the arguments of :class:`secateur.Budget`.
-        strategy: how the budget is shared among the groups; ``bandit`` tries widths on the training images.
-        search: settings of ``bandit``: ``evaluations``, ``minutes``, ``start``, ``ratios``, ``radius``, ``dueling``,
-            ``norms``.
+        criterion: which channels matter least; ``auto``, a name, or a name and settings.
+        strategy: how many every group keeps; likewise.
+        repair: how what stays makes up for what goes; likewise, or a list of them.
+        method: instead of these three, a method; with a ``train`` section one that prunes while the network trains on.
+        train: the training during which such a method prunes, as a ``finetune`` section.
+        exclude: patterns of group names or module paths that keep their channels.
         approximate: also cut groups whose removal changes more than the removed channels.
-        recalibrate: re-estimate batch-norm statistics after the cut.
-        batches: batches of training images for scores and recalibration; ``None`` for all.
-        compensate: what stays makes up for what goes (``obs``, ``kron_obd``, ``kron_obs``).
-        refit: fit the smaller model's layers to what the original computes, and re-estimate batch-norm statistics.
-        train: the training during which ``increg``, ``spp`` and ``pivot`` prune, as a ``finetune`` section.
+        batches: batches of training images that any step may use; ``None`` for all.
         rounds: reach the budget in so many rounds, each with a fine-tune, in equal factors.
-        options: the method's own, see :data:`secateur.lab.recipe.options.OPTIONS`.
     """
 
-    method: str = "none"
     budget: Limits | None = None
-    strategy: str = "global"
-    approximate: bool = False
-    recalibrate: bool = False
-    batches: int | None = Field(default=None, ge=1)
-    compensate: bool = False
-    refit: bool = False
+    criterion: Seat = AUTO
+    strategy: Seat = AUTO
+    repair: Seat | list[Seat] = AUTO
+    method: Seat | None = None
     train: Tune | None = None
-    search: dict[str, Any] = Field(default_factory=dict)
+    exclude: list[str] = Field(default_factory=list)
+    approximate: bool = False
+    batches: int | None = Field(default=None, ge=1)
     rounds: int = Field(default=1, ge=1)
-    options: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, method: str) -> str:
-        return _one_of("method", method, METHODS)
-
-    @field_validator("strategy")
-    @classmethod
-    def _known_strategy(cls, strategy: str) -> str:
-        return _one_of("strategy", strategy, (*STRATEGIES, BANDIT))
 
     @model_validator(mode="after")
     def _fits(self) -> Prune:
-        given = self.changed() - {"method"}
-        if self.method == "none" and given:
-            raise SecateurError(f"method 'none' prunes nothing, but {', '.join(sorted(given))} is given; leave it out")
-        wrong = given & {"budget", "strategy", "rounds"}
-        if self.method == DEAD and wrong:
-            raise SecateurError(
-                f"method 'dead' takes what training has driven to zero, but {' and '.join(sorted(wrong))} is given: "
-                "leave it out, or use another method"
-            )
-        wrong = given & {"strategy", "approximate", "refit"}
-        if self.method == EIGENDAMAGE and wrong:
-            raise SecateurError(
-                f"method 'eigendamage' removes no channels, but {' and '.join(sorted(wrong))} is given: leave it out"
-            )
-        wrong = given & {"approximate", "refit", "compensate", "batches", "rounds"}
-        if self.method in GENTLE and (wrong or self.train is None):
-            what = f"{' and '.join(sorted(wrong))} is given: leave it out" if wrong else "it has no train section"
-            raise SecateurError(
-                f"method {self.method!r} prunes while the network trains on, and the cut is exact, but {what}"
-                + ("" if wrong else ", such as train: {epochs: 2, lr: 0.01, momentum: 0.9}")
-            )
-        wrong = given & {"budget", "strategy", "rounds", "approximate", "refit", "compensate", "batches"}
-        if self.method == PIVOT and (wrong or "keep" not in self.options):
-            raise SecateurError(
-                "method 'pivot' leaves dense blocks of every layer, "
-                + (
-                    f"but {' and '.join(sorted(wrong))} is given: leave it out"
-                    if wrong
-                    else "but how much stays is not "
+        given = self.changed()
+        if self.method is None:
+            if given - {"budget"} and self.budget is None:
+                raise SecateurError(
+                    f"{', '.join(sorted(given))} is given, but no budget: give one, for instance budget: {{macs: 0.5}}"
                 )
-                + ("" if wrong else "given, for instance options: {keep: 0.25}")
-            )
-        if self.method == PIVOT and self.train is None and {"every", "times"} & set(self.options):
-            raise SecateurError("method 'pivot' without a train section prunes at once: leave every and times out")
-        if self.method not in {*GENTLE, PIVOT} and self.train is not None:
-            raise SecateurError(
-                f"method {self.method!r} does not train: leave prune.train out; finetune comes after it"
-            )
-        if self.strategy == BANDIT and self.method not in CRITERIA:
-            raise SecateurError(
-                f"strategy 'bandit': the methods {', '.join(CRITERIA)} score channels, {self.method!r} does not"
-            )
-        if self.search and self.strategy != BANDIT:
-            raise SecateurError(f"search: strategy {self.strategy!r} searches nothing; leave it out")
-        check_search(self.search)
-        if self.compensate and self.method not in FACTORED:
-            raise SecateurError(f"compensate: the methods {', '.join(FACTORED)} have factors, {self.method!r} has none")
-        check_options(self.method, self.options, self.make_budget())
-        if self.method in {*CRITERIA, EIGENDAMAGE, *GENTLE} and self.budget is None:
-            raise SecateurError(f"method {self.method!r} needs a budget, for instance budget: {{macs: 0.5}}")
+            if self.train is not None:
+                raise SecateurError("train: only a method trains; leave prune.train out (finetune comes after pruning)")
+            self.make_criterion()
+            self.make_strategy()
+            self.make_repairs()
+        else:
+            wrong = given & {"criterion", "strategy", "approximate"}
+            if wrong:
+                raise SecateurError(
+                    f"method {name_of(self.method)!r} decides itself what goes, but {' and '.join(sorted(wrong))} is "
+                    "given: leave it out, or leave the method out"
+                )
+            method = self.make_method()
+            for repair in self.make_repairs():
+                if getattr(repair, "needs", Needs()).plan and not getattr(method, "plans", True):
+                    raise SecateurError(
+                        f"method {name_of(self.method)!r} removes no channels, which repair "
+                        f"{getattr(repair, 'name', repair)!r} makes up for: leave it out"
+                    )
+            takes = getattr(method, "takes_budget", True)
+            if takes and self.budget is None:
+                raise SecateurError(
+                    f"method {name_of(self.method)!r} needs a budget, for instance budget: {{macs: 0.5}}"
+                )
+            if not takes and (self.budget is not None or self.rounds > 1):
+                raise SecateurError(f"method {name_of(self.method)!r} takes no budget and no rounds: leave them out")
+            if self.train is not None and self.rounds > 1:
+                raise SecateurError("rounds: a method that prunes while training takes one; leave rounds out")
         if self.budget is not None:
-            check_rounds(budget_from(self.budget), self.rounds)
-            if self.method not in CRITERIA:
-                budget_from(self.budget).refuse_latency(f"method {self.method!r}")
+            budget = budget_from(self.budget)
+            check_rounds(budget, self.rounds)
+            if self.method is not None:
+                budget.refuse_latency(f"method {name_of(self.method)!r}")
         return self
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is pruned."""
+        return self.method is not None or self.budget is not None
 
     def make_budget(self) -> Budget | None:
         """The budget, if there is one."""
         return None if self.budget is None else budget_from(self.budget)
+
+    def make_criterion(self, **more: Any) -> Any:
+        """The criterion, or ``"auto"``; ``more`` are settings that the recipe may leave open, such as a seed."""
+        return self.criterion if self.criterion == AUTO else made(CRITERIA, self.criterion, more)
+
+    def make_strategy(self, **more: Any) -> Any:
+        """The strategy, or ``"auto"``."""
+        return self.strategy if self.strategy == AUTO else made(STRATEGIES, self.strategy, more)
+
+    def make_repairs(self, **more: Any) -> list[Any]:
+        """The repairs in their order; ``"auto"`` is one of them where nothing is said and no method is given."""
+        if self.repair == AUTO:
+            return [] if self.method is not None else [AUTO]
+        listed = self.repair if isinstance(self.repair, list) else [self.repair]
+        return [made(REPAIRS, repair, more) for repair in listed]
+
+    def make_method(self, **more: Any) -> Any:
+        """The method, if there is one: one that prunes at once, or, with a train section, while training."""
+        if self.method is None:
+            return None
+        return made(METHODS if self.train is None else TRAINING_METHODS, self.method, more)
+
+
+def name_of(seat: Seat) -> str:
+    """The name of who sits there."""
+    return seat if isinstance(seat, str) else str(seat.get("name"))
+
+
+def made(registry: Registry[Any], seat: Seat, more: dict[str, Any]) -> Any:
+    """Settings, with those of ``more`` that they know and the recipe leaves open."""
+    given = {"name": seat} if isinstance(seat, str) else dict(seat)
+    if not isinstance(given.get("name"), str):
+        return registry.make(given)  # which says so
+    known = options_of(registry.find(name_of(given)))
+    return registry.make({**{key: value for key, value in more.items() if key in known}, **given})
 
 
 class Measure(_Section):
@@ -357,10 +368,13 @@ class Recipe(_Section):
         if (self.train is None) == (self.model.weights is None):
             state = "neither" if self.train is None else "both"
             raise SecateurError(f"give either a train section or model.weights; {state} is given")
-        pruned_in_training = self.train is not None and self.train.optimizer == "sdprun"
-        if self.prune.method == DEAD and self.train is not None and not pruned_in_training:
-            raise SecateurError(f"method 'dead' needs optimizer 'sdprun': {self.train.optimizer!r} leaves no zeros")
-        if self.finetune is not None and self.prune.method == "none":
+        wanted = getattr(self.prune.make_method(), "needs_optimizer", None)
+        if wanted is not None and self.train is not None and self.train.optimizer != wanted:
+            raise SecateurError(
+                f"method {name_of(self.prune.method or '')!r} needs optimizer {wanted!r}: {self.train.optimizer!r} "
+                "leaves nothing that it could take"
+            )
+        if self.finetune is not None and not self.prune.prunes:
             raise SecateurError("a finetune section needs a prune section: nothing is pruned")
         return self
 

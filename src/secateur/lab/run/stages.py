@@ -17,24 +17,20 @@ from torch import Tensor, nn
 
 from secateur import storage as store
 from secateur._internal.errors import BadFile, SecateurError
-from secateur.curvature.layers import CONVOLUTIONS
 from secateur.lab.inspecting import INPUT
-from secateur.lab.recipe.sections import Train, Tune
+from secateur.lab.recipe.sections import Train, Tune, name_of
 from secateur.lab.run.folder import write_json
-from secateur.lab.run.pruning import packed, pruned, timed
+from secateur.lab.run.pruning import finish, make_handle, pruned, timed
 from secateur.lab.run.setting import TEST_BATCH, Facts, Setting
-from secateur.lab.run.training import fitted, make_handle, make_optimizer, plain
+from secateur.lab.run.training import fitted, make_optimizer, plain
 from secateur.measure.accuracy import accuracy
 from secateur.measure.counting import counted
 from secateur.measure.latency import file_size, latency
-from secateur.methods import GENTLE
-from secateur.methods.eigendamage import EIGENDAMAGE, check_budget
-from secateur.methods.pivoting import Pivoting
 from secateur.methods.sdprun import SDPrun
 from secateur.pruning import check_feasible
-from secateur.surgery.blocks.pivots import PIVOT, remembered
-from secateur.surgery.low_rank.bottleneck import Bottleneck
 from secateur.tracing.api import trace
+from secateur.tracing.graph import ChannelGraph
+from secateur.tracing.selection import excluded
 
 
 def check_setting(setting: Setting, *, new: bool) -> None:
@@ -61,47 +57,36 @@ def check_setting(setting: Setting, *, new: bool) -> None:
         )
     if setting.recipe.train is not None:
         make_optimizer(setting, model, setting.recipe.train)  # it refuses what it cannot do
-    budget = setting.recipe.prune.make_budget()
-    section = setting.recipe.prune
-    if budget is not None and section.method == EIGENDAMAGE:
-        layers = section.options.get("layers")
-        check_budget(model, setting.inputs, budget, layers)
-        named = dict(model.named_modules())
-        if section.options.get("separable") and not any(
-            isinstance(named[name], (*CONVOLUTIONS, Bottleneck)) for name in layers or named
-        ):
-            raise SecateurError("prune.options.separable: no layer is a convolution that could be; leave it out")
-    elif budget is not None:
-        if budget.latency_ms is None:
-            check_feasible(graph, budget, approximate=section.approximate)
-        elif new:
-            check_feasible(graph, budget, approximate=section.approximate, timing=timed(setting, model, samples=4))
-    if section.method in GENTLE:
-        assert section.train is not None
-        handle = make_handle(setting, model, graph, make_optimizer(setting, model, section.train), 0)
+    _try_pruning(setting, model, graph, new=new)
+
+
+def _try_pruning(setting: Setting, model: nn.Module, graph: ChannelGraph, *, new: bool) -> None:
+    """Raise if the budget cannot be met, or a method that prunes while training has not the time to."""
+    section, budget = setting.recipe.prune, setting.recipe.prune.make_budget()
+    method = section.make_method()
+    if method is None:
+        if budget is not None and (budget.latency_ms is None or new):
+            timing = None if budget.latency_ms is None else timed(setting, model, samples=4)
+            without = excluded(model, graph, section.exclude)
+            check_feasible(graph, budget, approximate=section.approximate, timing=timing, without=without)
+        return
+    if section.train is None:
+        if hasattr(method, "check"):
+            method.check(model, setting.inputs, budget)
+        return
+    if budget is not None:
+        check_feasible(graph, budget)
+    handle = make_handle(setting, model, make_optimizer(setting, model, section.train), budget, 0)
+    needed = getattr(handle, "steps_needed", 0)
+    if hasattr(handle, "detach"):
         handle.detach()
-        batches = len(setting.data.loader("train", setting.recipe.data.batch_size))
-        if section.train.epochs * batches < handle.steps_needed():
-            raise SecateurError(
-                f"prune.train.epochs={section.train.epochs} are {section.train.epochs * batches} steps, and "
-                f"{section.method} takes {handle.steps_needed()} at least until everything is out: train longer, or "
-                f"{handle.advice()}"
-            )
-    if section.method == PIVOT:
-        _try_pivoting(setting, model)
-
-
-def _try_pivoting(setting: Setting, model: nn.Module) -> None:
-    """Raise if no layer can have blocks, or the training ends before the last update."""
-    section = setting.recipe.prune
-    gradual = Pivoting(model, **section.options)
-    if section.train is not None:
-        steps = section.train.epochs * len(setting.data.loader("train", setting.recipe.data.batch_size))
-        if steps < gradual.steps_needed:
-            raise SecateurError(
-                f"prune.train.epochs={section.train.epochs} are {steps} steps; pivoting takes every={gradual.every} "
-                f"times {gradual.times}: train longer, or give less of one"
-            )
+    steps = section.train.epochs * len(setting.data.loader("train", setting.recipe.data.batch_size))
+    if steps < needed:
+        advice = handle.advice() if hasattr(handle, "advice") else "let the method take larger steps"
+        raise SecateurError(
+            f"prune.train.epochs={section.train.epochs} are {steps} steps, and {name_of(section.method or '')} takes "
+            f"{needed} at least until everything is out: train longer, or {advice}"
+        )
 
 
 def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
@@ -129,15 +114,15 @@ def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
         before = before or last
     assert before is not None
     columns = {"before": before}
-    rounds = recipe.prune.rounds if recipe.prune.method != "none" else 0
+    rounds = recipe.prune.rounds if recipe.prune.prunes else 0
     for number in range(1, rounds + 1):
         mark = "" if number == rounds else f"-{number}"
         last = kept(f"pruned{mark}", partial(_prune, setting, last, seed, number))
         if recipe.finetune is not None:
             last = kept(f"tuned{mark}", partial(_tune, setting, last, recipe.finetune, seed))
         columns["after" if number == rounds else f"round {number}"] = last
-    if recipe.prune.method == PIVOT:
-        columns["after"] = last = kept("packed", lambda _: packed(setting, _load(setting, last)))
+    if hasattr(recipe.prune.make_method(), "finish"):
+        columns["after"] = last = kept("finished", lambda _: finish(setting, _load(setting, last)))
     if last != before:  # sdprun beside its baseline, even where nothing is pruned
         columns["after"] = last
     return {**_measured(setting, folder, columns), "stages": stages}
@@ -176,10 +161,11 @@ def _train(setting: Setting, model: nn.Module, section: Tune, seed: int, checkpo
 
 def _tune(setting: Setting, source: Path, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
     model = _load(setting, source)
-    if setting.recipe.prune.method != PIVOT:
+    method = setting.recipe.prune.make_method()
+    if not hasattr(method, "keeper"):
         return _train(setting, model, section, seed, checkpoints)
-    blocks = Pivoting(model, patterns=remembered(model))
-    return model, fitted(setting, model, make_optimizer(setting, model, section), section, seed, checkpoints, blocks)
+    optimizer, keeper = make_optimizer(setting, model, section), method.keeper(model)
+    return model, fitted(setting, model, optimizer, section, seed, checkpoints, keeper)
 
 
 def _prune(setting: Setting, source: Path, seed: int, number: int, checkpoints: Path) -> tuple[nn.Module, Facts]:

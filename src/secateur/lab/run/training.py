@@ -16,11 +16,8 @@ from secateur.lab.recipe.sections import OPTIMIZERS, Train, Tune
 from secateur.lab.run.setting import TEST_BATCH, Facts, Setting
 from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import accuracy
-from secateur.methods import GENTLE
-from secateur.methods.gradual import GradualPruner
 from secateur.methods.sdprun import SDPrun
 from secateur.tracing.api import trace
-from secateur.tracing.graph import ChannelGraph
 
 
 def plain(train: Train) -> Tune:
@@ -44,17 +41,6 @@ def make_optimizer(setting: Setting, model: nn.Module, section: Tune) -> torch.o
         return torch.optim.SGD(model.parameters(), momentum=section.momentum, nesterov=section.nesterov, **common)
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     return kinds[section.optimizer](model.parameters(), **common)
-
-
-def make_handle(
-    setting: Setting, model: nn.Module, graph: ChannelGraph, optimizer: torch.optim.Optimizer, seed: int
-) -> GradualPruner:
-    """What the prune section describes, attached to the optimizer."""
-    section = setting.recipe.prune
-    given = {"budget": section.make_budget(), "strategy": section.strategy, **section.options}
-    if section.method == "spp":
-        given["seed"] = seed
-    return GENTLE[section.method](model, graph, optimizer, **given)
 
 
 def fitted(

@@ -1,4 +1,4 @@
-"""Checkpoints of training: one file a step, the last two kept; a damaged one is passed over for its predecessor."""
+"""Checkpoints of a training run, one file a step, the last two kept; a damaged one gives way to its predecessor."""
 
 from __future__ import annotations
 

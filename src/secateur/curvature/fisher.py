@@ -1,0 +1,81 @@
+"""Which Fisher: where the targets come from whose gradients are squared (arXiv 1905.12558 tells them apart)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur._internal.batches import Batch
+from secateur._internal.checks import check_count, check_seed
+from secateur._internal.errors import SecateurError
+from secateur._internal.losses import LOSSES, Loss
+from secateur._internal.workload import Workload
+
+FISHERS = ("sampled", "exact", "empirical")
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """How targets are found in a pass over the data.
+
+    Attributes:
+        kind: ``"sampled"``: targets are drawn from the model's own distribution (the true Fisher); ``"exact"``: the
+            mean over all that could be drawn, a backward pass a class (cross-entropy) or output (mse);
+            ``"empirical"``: the data's.
+        samples: how many targets are drawn for each example.
+        batches: use at most so many batches.
+        seed: for the drawn targets.
+
+    Raises:
+        SecateurError: no way to get targets.
+    """
+
+    kind: str = "sampled"
+    samples: int = 1
+    batches: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in FISHERS:
+            raise SecateurError(
+                f"fisher={self.kind!r}: 'sampled' (the model draws targets), 'exact' (the mean over all draws) or "
+                "'empirical' (the data's targets)"
+            )
+        check_count("samples", self.samples)
+        if self.kind != "sampled" and self.samples != 1:
+            raise SecateurError(f"samples={self.samples}: fisher={self.kind!r} draws nothing; leave samples at 1")
+        check_count("batches", self.batches, optional=True)
+        check_seed(self.seed)
+
+    def of(self, work: Workload) -> Fisher:
+        """This one; or the empirical one, which is told, where the loss cannot draw targets."""
+        if self.kind != "sampled" or work.loss.draw is not None:
+            return self
+        work.note(
+            f"the loss {work.loss.name!r} cannot draw targets from the model's own distribution, so the empirical "
+            "Fisher is used (the data's targets); give a loss with a method sample(outputs, generator), or "
+            "fisher='empirical' to ask for it"
+        )
+        return Fisher("empirical", 1, self.batches, self.seed)
+
+
+def draws(loss: Loss, outputs: Any, batch: Batch, generator: torch.Generator, how: Fisher) -> Iterator[Tensor]:
+    """The losses of one batch whose squared gradients add up to ``how.samples`` times the Fisher."""
+    if how.kind == "empirical":
+        if batch.targets is None and not loss.of_model:
+            raise SecateurError(f"fisher='empirical' needs targets, and batch {batch.number} has none: give pairs")
+        yield loss.total(outputs, batch.targets, batch.examples)
+    elif how.kind == "sampled":
+        assert loss.draw is not None
+        for _ in range(how.samples):
+            drawn = loss.draw(outputs, batch.targets, generator)
+            yield loss.total(outputs, drawn, batch.examples)
+    elif loss.each is not None:
+        yield from loss.each(outputs, batch.targets)
+    else:
+        known = ", ".join(name for name, known in LOSSES.items() if known.each is not None)
+        raise SecateurError(f"fisher='exact' is known for {known}; draw targets instead (fisher='sampled')")

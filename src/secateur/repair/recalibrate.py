@@ -1,0 +1,106 @@
+"""The running statistics of batch norms, re-estimated on the smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from secateur._internal.batches import call_model
+from secateur._internal.checks import check_count
+from secateur._internal.distributed import Group, all_reduce_
+from secateur._internal.losses import outputs_of
+from secateur._internal.state import preserved
+from secateur._internal.workload import Needs, Workload
+from secateur.plan import Plan
+from secateur.repair.contract import REPAIRS, Facts
+
+
+def recalibrate(
+    model: nn.Module, data: Iterable[Any], *, batches: int | None = None, group: Group = None, progress: bool = False
+) -> None:
+    """Change a model in place: re-estimate the running statistics of all its batch norms, as plain averages.
+
+    All else is as in eval mode (no dropout), and comes back as it was. If a batch fails, the model is as before.
+
+    Args:
+        model: the model.
+        data: batches; targets are not looked at. Every process gives its shard, and all get the averages of the whole.
+        batches: use at most so many.
+        group: the processes.
+        progress: show how far it is.
+
+    Raises:
+        BadBatch: no data, or data that does not fit.
+    """
+    check_count("batches", batches, optional=True)
+    re_estimate(model, Workload(model, data, group=group, progress=progress), batches)
+
+
+def re_estimate(model: nn.Module, work: Workload, most: int | None = None) -> int:
+    """:func:`recalibrate` with the batches of a table; gives the number of batch norms."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.no_grad(), preserved(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.train()
+                norm.momentum = None  # the cumulative average
+            for batch in work.batches(most, "batch norms"):
+                outputs_of(lambda inputs: call_model(model, inputs), batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+        for norm in norms:
+            count = norm.num_batches_tracked
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            assert count is not None
+            found.append((norm.running_mean * count, norm.running_var * count, count.clone()))
+    changed = 0
+    for norm, sums in zip(norms, found, strict=True):  # only now: until here all came back as it was
+        mean, variance, count = (all_reduce_(value, work.group) for value in sums)
+        if int(count):  # one that no batch reached stays as it is
+            norm.running_mean.copy_(mean / count)  # type: ignore[union-attr]
+            norm.running_var.copy_(variance / count)  # type: ignore[union-attr]
+            norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+            changed += 1
+    return changed
+
+
+@REPAIRS.register("recalibrate")
+@dataclass(frozen=True)
+class Recalibrate:
+    """Re-estimate the running statistics of batch norms.
+
+    Attributes:
+        batches: use at most so many batches.
+    """
+
+    needs: ClassVar[Needs] = Needs(data=True)
+    batches: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("batches", self.batches, optional=True)
+
+    def apply(self, original: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> Facts:
+        """See :func:`recalibrate`."""
+        return {"norms": re_estimate(small, work, self.batches)}
+
+
+@REPAIRS.register("none")
+@dataclass(frozen=True)
+class Nothing:
+    """What stays stays as it was."""
+
+    needs: ClassVar[Needs] = Needs()
+
+    def apply(self, original: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> Facts:
+        """Change nothing."""
+        return {}
