@@ -7,14 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import CannotCut, SecateurError
 from secateur.tracing.graph import ChannelGraph
 
 VERSION = 1
-
-
-class CannotCut(SecateurError):
-    """Each group may be cut, but the model's Python does not bear this combination."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,6 @@ from torch import nn
 
 import secateur as sc
 from secateur.allocation.budget import in_round
-from secateur.allocation.strategies import STRATEGIES
 
 BAD = [
     ({"macs": 0}, "keeps nothing"),
@@ -51,7 +52,12 @@ BUDGETS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+def by_scores_alone():
+    """The names of the strategies that need no data."""
+    return [name for name in sc.STRATEGIES if not sc.STRATEGIES.find(name).needs.data]
+
+
+@pytest.mark.parametrize("strategy", by_scores_alone())
 @pytest.mark.parametrize("limits", BUDGETS, ids=str)
 def test_a_budget_is_met_and_used(traced, strategy, limits):
     _, graph, scores = traced
@@ -99,10 +105,10 @@ def test_global_takes_what_frees_most_for_its_score():
     model = nn.Sequential(nn.Linear(100, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 2))
     graph = sc.trace(model, torch.randn(1, 100))
     scores = {"0": torch.ones(10), "2": torch.ones(10)}
-    plan = sc.allocate(graph, scores, sc.Budget(params=0.8))
+    plan = sc.allocate(graph, scores, sc.Budget(params=0.8), strategy="global")
     assert set(plan.removed) == {"0"}  # a unit of the first layer frees 111 parameters, of the second 13
     cheap = {"0": torch.full((10,), 100.0), "2": torch.full((10,), 1.0)}
-    assert set(sc.allocate(graph, cheap, sc.Budget(params=0.95)).removed) == {"2"}
+    assert set(sc.allocate(graph, cheap, sc.Budget(params=0.95), strategy="global").removed) == {"2"}
 
 
 def test_groups_without_scores_are_left_alone_and_said(traced):
@@ -119,16 +125,37 @@ def test_the_same_again(traced):
     assert a.to_json() == b.to_json()
 
 
+@dataclass(frozen=True)
+class Given:
+    """A strategy of one's own: these widths, or the least for None."""
+
+    answer: Any = None
+
+    def widths(self, problem, work):
+        return problem.least if self.answer is None else self.answer
+
+
 def test_a_strategy_of_ones_own(traced):
     _, graph, scores = traced
-    plan = sc.allocate(graph, scores, sc.Budget(macs=0.6), strategy=lambda problem: problem.count)
-    assert within(graph, plan, sc.Budget(macs=0.6))
-    with pytest.raises(sc.SecateurError, match="does not meet"):
-        sc.allocate(graph, scores, sc.Budget(macs=0.6), strategy=lambda problem: np.zeros(3, dtype=int))
-    with pytest.raises(sc.SecateurError, match="the callable gave no numbers of items"):
-        sc.allocate(graph, scores, sc.Budget(macs=0.6), strategy=lambda problem: None)
-    with pytest.raises(sc.SecateurError, match="strategy=None: global, threshold, uniform or a callable is expected"):
-        sc.allocate(graph, scores, sc.Budget(macs=0.6), strategy=None)
+    budget = sc.Budget(macs=0.6)
+    assert within(graph, sc.allocate(graph, scores, budget, strategy=Given()), budget)
+    widths = np.array([10, 20, 30])
+    some = sc.allocate(graph, scores, budget, strategy=Given(widths))
+    assert within(graph, some, budget) and (graph.kept(some) >= widths).all()  # room that is left is used
+    for answer, message in (
+        (graph.widths, "does not meet"),
+        ("wide", "it gave no widths"),
+        ([10, 20], "a whole number from 1 to its width for every group"),
+        ([10.5, 20, 30], "a whole number from 1 to its width for every group"),
+        ([10, 20, 51], "a whole number from 1 to its width for every group"),
+        ([10, 20, 0], "fewer channels than must stay"),
+    ):
+        with pytest.raises(sc.SecateurError, match=message):
+            sc.allocate(graph, scores, budget, strategy=Given(answer))
+    with pytest.raises(sc.SecateurError, match=r"a name \(.*global, .*uniform\), or settings with a method widths"):
+        sc.allocate(graph, scores, budget, strategy=None)
+    with pytest.raises(sc.SecateurError, match="settings with a method widths"):
+        sc.allocate(graph, scores, budget, strategy=lambda problem: problem.least)
 
 
 class Table(nn.Module):
