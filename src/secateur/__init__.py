@@ -16,7 +16,8 @@ from secateur.allocation.api import allocate
 from secateur.allocation.budget import Budget
 from secateur.allocation.contract import STRATEGIES
 from secateur.allocation.latency.model import Timing
-from secateur.allocation.search.search import Bandit
+from secateur.allocation.search.strategy import Bandit
+from secateur.allocation.sensitivity import Sensitivity
 from secateur.allocation.strategies import Global, Threshold, Uniform
 from secateur.curvature.kronecker import kronecker_factors
 from secateur.curvature.null_space import null_space_projector
@@ -90,6 +91,7 @@ __all__ = [
     "Scores",
     "SecateurError",
     "SecateurWarning",
+    "Sensitivity",
     "Taylor",
     "Threshold",
     "Timing",
