@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 torch.set_num_threads(1)
+# a test dependency brings torchvision, which need not fit the PyTorch that is here; transformers shall not look at it
+sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
 
 
 @pytest.fixture

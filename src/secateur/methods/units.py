@@ -197,8 +197,8 @@ def targets(
         raise SecateurError(
             f"the graph names {strange[0]}, which the model lacks: give the traced model, not a wrapper"
         )
-    for name in (*exclude, *(keep if isinstance(keep, Mapping) else ())):
-        graph.group(name)
+    exclude = [graph.group(name).name for name in exclude]
+    keep = graph.by_name(keep) if isinstance(keep, Mapping) else keep
     if (budget is None) == (keep is None):
         raise SecateurError("give either budget=, such as Budget(macs=0.5), or keep=, a fraction of every group")
     if budget is not None:
