@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from secateur.allocation.contract import STRATEGIES
     from secateur.allocation.latency.model import Timing
     from secateur.allocation.problem import Problem
-    from secateur.allocation.search.search import Bandit
+    from secateur.allocation.search.strategy import Bandit
+    from secateur.allocation.sensitivity import Sensitivity
     from secateur.allocation.strategies import Global, Threshold, Uniform
     from secateur.curvature.kronecker import kronecker_factors
     from secateur.curvature.null_space import null_space_projector
@@ -99,6 +100,7 @@ __all__ = [
     "Scores",
     "SecateurError",
     "SecateurWarning",
+    "Sensitivity",
     "Taylor",
     "Threshold",
     "Timing",
@@ -145,7 +147,8 @@ _ROOMS = {
     "allocation.contract": ("STRATEGIES",),
     "allocation.latency.model": ("Timing",),
     "allocation.problem": ("Problem",),
-    "allocation.search.search": ("Bandit",),
+    "allocation.search.strategy": ("Bandit",),
+    "allocation.sensitivity": ("Sensitivity",),
     "allocation.strategies": ("Global", "Threshold", "Uniform"),
     "curvature.kronecker": ("kronecker_factors",),
     "curvature.null_space": ("null_space_projector",),
