@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from secateur._internal.errors import SecateurError, unknown
 from secateur._internal.importing import is_import_string
@@ -14,6 +22,7 @@ from secateur.allocation.budget import Budget, budget_from, check_rounds
 from secateur.allocation.contract import STRATEGIES
 from secateur.lab.data.registry import DATA
 from secateur.lab.models.registry import MODELS
+from secateur.lab.recipe.yaml_text import TypedFloat
 from secateur.lab.training.schedule import SCHEDULES
 from secateur.methods.contract import METHODS, TRAINING_METHODS
 from secateur.methods.sdprun import WEIGHTS
@@ -41,6 +50,13 @@ Limits = Annotated[dict[str, Any], AfterValidator(_sound)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _as_typed(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """A number that remembers how it was written goes on remembering it."""
+        checked = check(value)
+        return value if isinstance(value, TypedFloat) and checked == value else checked
 
     def changed(self) -> set[str]:
         """The settings that are not at their defaults: only those can contradict others."""
