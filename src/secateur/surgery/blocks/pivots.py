@@ -33,7 +33,7 @@ from secateur.surgery.blocks.pattern import LAYOUTS, Pattern, blocks_for, find_p
 from secateur.surgery.records import add_to_record, record
 from secateur.tracing.api import check_traceable
 from secateur.tracing.graph import fingerprint
-from secateur.tracing.tracer import copyable
+from secateur.tracing.skeleton import copyable
 
 PIVOT, PACK = "pivot", "pack"
 FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
