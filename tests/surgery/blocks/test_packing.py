@@ -274,7 +274,7 @@ def test_a_forward_that_the_example_does_not_take_computes_the_same():
 def test_a_model_that_was_changed_since_is_told():
     model, x = case("perceptron")
     pivoted = sc.pivot(model, x, 0.5)
-    cut = sc.prune(pivoted, x, method="magnitude", budget=sc.Budget(macs=0.5)).model
+    cut = sc.prune(pivoted, x, sc.Budget(macs=0.5), criterion="magnitude", strategy="global").model
     with pytest.raises(SecateurError, match=r"changed since it was pivoted .*pivot it again"):
         sc.pack(cut, x)
 
@@ -512,14 +512,14 @@ def test_the_energy_is_that_of_magnitude_or_of_the_fisher():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5)).double()
     data = [(torch.randn(8, 3, 4, 4, dtype=torch.float64), torch.randint(0, 5, (8,)))]
     assert np.allclose(energy(model[0]), model[0].weight.detach().square().sum((2, 3)))
-    factors = sc.kronecker_factors(model, data, fisher="exact")
+    factors = sc.kronecker_factors(model, data, "cross_entropy", fisher="exact")
     for name in ("0", "2"):
         a, g = factors[name].a[0].diagonal(), factors[name].g[0].diagonal()
         n = model[int(name)].weight.shape[1]
         squared = model[int(name)].weight.detach().square().reshape(*model[int(name)].weight.shape[:2], -1).sum(2)
         wanted = (squared * g[:, None] * a[:n]).numpy()
         assert np.allclose(energy(model[int(name)], factors[name]), wanted)
-    full = sc.kronecker_factors(model, data, form="full")
+    full = sc.kronecker_factors(model, data, "cross_entropy", form="full")
     with pytest.raises(SecateurError, match="form='channel'"):
         energy(model[0], full["0"])
     assert set(sc.record(sc.pivot(model, data[0][0], 1.0, factors=factors))[-1]) == {"pivot"}
