@@ -20,7 +20,9 @@ from secateur.allocation.search.search import Bandit
 from secateur.allocation.strategies import Global, Threshold, Uniform
 from secateur.curvature.kronecker import kronecker_factors
 from secateur.curvature.null_space import null_space_projector
+from secateur.methods.contract import METHODS, TRAINING_METHODS
 from secateur.methods.eigendamage import eigendamage
+from secateur.methods.greg import GReg
 from secateur.methods.increg import IncReg
 from secateur.methods.pivoting import Pivoting
 from secateur.methods.sdprun import SDPrun
@@ -55,11 +57,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CRITERIA",
+    "METHODS",
     "OBD",
     "OBS",
     "REPAIRS",
     "SPP",
     "STRATEGIES",
+    "TRAINING_METHODS",
     "BNScale",
     "BadBatch",
     "BadFile",
@@ -72,6 +76,7 @@ __all__ = [
     "Counts",
     "Directed",
     "Directional",
+    "GReg",
     "Global",
     "IncReg",
     "InfeasibleBudget",
