@@ -24,7 +24,7 @@ from secateur.methods.contract import METHODS, TRAINING_METHODS
 from secateur.methods.eigendamage import eigendamage
 from secateur.methods.greg import GReg
 from secateur.methods.increg import IncReg
-from secateur.methods.pivoting import Pivoting
+from secateur.methods.pivoting import Pivoting, pivot
 from secateur.methods.sdprun import SDPrun
 from secateur.methods.spp import SPP
 from secateur.plan import Plan, make_plan
@@ -44,7 +44,6 @@ from secateur.scoring.magnitude import BNScale, Magnitude, Random
 from secateur.scoring.taylor import Taylor
 from secateur.storage import load, save
 from secateur.surgery.blocks.packing import pack
-from secateur.surgery.blocks.pivots import pivot
 from secateur.surgery.channels import check, cut, masked
 from secateur.surgery.low_rank.bottleneck import merge_bases
 from secateur.surgery.low_rank.separable import separate

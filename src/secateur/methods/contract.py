@@ -39,15 +39,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs
 from secateur._internal.registry import Registry
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.budget import Budget
+from secateur.measure.counting import counted
 from secateur.plan import Plan
-from secateur.result import Result
+from secateur.result import Counts, Result
 from secateur.surgery.channels import cut
 from secateur.tracing.graph import ChannelGraph
 
@@ -118,6 +120,12 @@ def finished(model: nn.Module, handle: Any) -> tuple[nn.Module, Plan | None]:
         return handle.small(), None
     plan = handle.plan()
     return cut(model, plan), plan
+
+
+def measured_counts(model: nn.Module, inputs: Inputs) -> Counts:
+    """What a model costs that has no channel graph, counted in one forward of the example inputs."""
+    own = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)  # a forward may write into them
+    return Counts(**counted(model, own))
 
 
 def described(method: Any) -> dict[str, Any]:

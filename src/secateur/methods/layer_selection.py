@@ -68,3 +68,12 @@ def _meant(model: nn.Module, given: Any) -> list[nn.Module]:
     if not found:
         raise unknown("type of module in exclude", given.__name__, {type(m).__name__ for m in paths.values()})
     return found
+
+
+def frozen_layers(model: nn.Module) -> dict[str, str]:
+    """The paths of modules whose weight does not require gradients -> why they are left alone."""
+    weights = ((path, module._parameters.get("weight")) for path, module in model.named_modules())
+    return {path: FROZEN for path, weight in weights if weight is not None and not weight.requires_grad}
+
+
+FROZEN = "its weight does not require gradients"
