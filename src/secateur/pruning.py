@@ -157,6 +157,7 @@ def _name(seat: Any) -> str:
 def _settings(seat: Any) -> dict[str, Any]:
     """A seat as what a recipe would say."""
     own = asdict(seat) if is_dataclass(seat) and not isinstance(seat, type) else {}
+    own.pop("checkpoint", None)  # where it keeps its state is no part of what it does
     return {"name": _name(seat), **own}
 
 

@@ -150,20 +150,6 @@ def test_a_unit_that_the_model_has_none_of_is_refused():
         sc.allocate(graph, sc.score(net, graph), sc.Budget(macs=0.5))
 
 
-def test_a_combination_that_the_model_does_not_bear_is_done_without():
-    """Tracing offers what a few probes bear; a plan beyond them falls back to the other groups, and says so."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
-    graph = sc.trace(model, torch.randn(2, 4))
-    verify = graph.verify
-    graph.verify = lambda plan: "it is odd" if plan.removed.get("0") else verify(plan)
-    with pytest.raises(sc.SecateurError, match=r"this combination of channels cannot be removed.*it is odd"):
-        sc.make_plan(graph, {"0": [0, 1, 2]})
-    plan = sc.allocate(graph, sc.score(model, graph), sc.Budget(channels=0.6), strategy="uniform")
-    assert plan.skipped == {"0": "this combination cannot be cut: it is odd"}
-    assert {name: len(p) for name, p in plan.removed.items()} == {"2": 5}
-
-
 def test_unknown_names_suggest_the_nearest(traced):
     _, graph, scores = traced
     with pytest.raises(sc.SecateurError, match="did you mean 'global'"):

@@ -7,6 +7,8 @@ group.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 from typing import Any
 
@@ -15,11 +17,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# `torch.distributed.nn` keeps the group of the time of its import as a default argument for ever. Tracing would import
-# it later, when there may be a group, whose threads would then outlive `destroy_process_group` and may abort the
-# process at its exit (https://github.com/pytorch/pytorch/issues/190489).
+
+def _import_without_group() -> None:
+    """Import ``torch.distributed.nn``, which tracing does somewhere below, without a group in its default arguments.
+
+    Its functions take the default group of the time of the import as default argument, and keep it for ever. Its
+    threads would then outlive ``destroy_process_group``, and may abort the process at its exit
+    (https://github.com/pytorch/pytorch/issues/190489). Imported before there is a group, they have ``None`` there,
+    which means the default group of the time of the call; so that is put there when the import comes later.
+    """
+    functional = importlib.import_module("torch.distributed.nn.functional")
+    for function in vars(functional).values():
+        if inspect.isfunction(function) and function.__module__ == functional.__name__ and function.__defaults__:
+            function.__defaults__ = tuple(
+                None if isinstance(v, dist.ProcessGroup) else v for v in function.__defaults__
+            )
+
+
 if dist.is_available():
-    import torch.distributed.nn
+    _import_without_group()
 
 Group = Any
 """A ``torch.distributed`` process group, or ``None`` for the default one."""

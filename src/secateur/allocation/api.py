@@ -20,6 +20,7 @@ from secateur.allocation.problem import Problem, fill
 from secateur.plan import Plan, make_plan
 from secateur.tracing.graph import ChannelGraph, fingerprint
 from secateur.tracing.probe import Chosen, unbearable
+from secateur.tracing.proof import verify
 
 
 def allocate(
@@ -111,13 +112,13 @@ def allocated(
     without = dict(without or {})
     skipped = dict(without)
     skipped |= {g.name: f"not exact: {g.reason}" for g in graph.groups if not g.exact and not approximate}
-    reasons = getattr(scores, "skipped", {})
+    reasons, given = getattr(scores, "skipped", {}), graph.by_name(scores)
     skipped |= {
         g.name: f"has no scores: {reasons[g.name]}" if g.name in reasons else "has no scores"
         for g in graph.groups
-        if g.name not in scores and g.name not in skipped
+        if g.name not in given and g.name not in skipped
     }
-    ranked = {name: _ranked(graph, name, values) for name, values in scores.items() if name not in skipped}
+    ranked = {name: _ranked(graph, name, values) for name, values in given.items() if name not in skipped}
     meter = Meter(graph, budget, timing)
     floors = budget.floors(graph)
     problem, orders = _problem(graph, meter, ranked, floors, budget.round_to)
@@ -139,7 +140,8 @@ def allocated(
             return plan_of(by_the_clock(problem, choose, timing, plan_of))
         return plan_of(fill(problem, choose(problem)))
     except CannotCut:  # what tracing did not meet: do without the groups that it takes
-        guilty = unbearable([graph.group(name) for name in plain], lambda some: graph.verify(Chosen(plain).of(some)))
+        groups = [graph.group(name) for name in plain]
+        guilty = unbearable(groups, lambda some: verify(None, graph, Chosen(plain).of(some)))
         if not guilty:
             raise
         why = {**without, **{g.name: f"this combination cannot be cut: {reason}" for g, reason in guilty}}

@@ -82,9 +82,7 @@ class Budget:
 
     def floors(self, graph: ChannelGraph) -> np.ndarray:
         """The least width of every group (int64), ``round_to`` respected."""
-        named = self.at_least if isinstance(self.at_least, Mapping) else {}
-        for name in named:
-            graph.group(name)  # raises with the nearest name
+        named = graph.by_name(self.at_least) if isinstance(self.at_least, Mapping) else {}
         floors = []
         for group in graph.groups:
             wanted = named.get(group.name, 1) if isinstance(self.at_least, Mapping) else self.at_least

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from secateur._internal.batches import Inputs, call_model
+from secateur._internal.batches import Inputs
 from secateur._internal.errors import SecateurError, unknown
 from secateur._internal.workload import Workload
 from secateur.allocation.budget import Budget
@@ -19,6 +18,7 @@ from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, second_mome
 from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import kronecker_factors
 from secateur.curvature.layers import measurable
+from secateur.measure.counting import count_macs, count_params, counted
 from secateur.surgery.low_rank.bottleneck import Bottleneck, bottlenecked, three
 
 EIGENDAMAGE = "eigendamage"
@@ -130,7 +130,7 @@ class Damages:
             if box is not None
         }
         small = bottlenecked(self.model, self.bases, kept, train_rotations=train_rotations)
-        real = {"macs": _measure(small, self.inputs, ()).macs, "params": sum(p.numel() for p in small.parameters())}
+        real = counted(small, self.inputs)
         over = [unit for unit, allowed in room.allowed.items() if real[unit] > allowed]
         if over:
             raise SecateurError(
@@ -170,7 +170,7 @@ def measure_damage(
 def _room(model: nn.Module, seen: _Seen, choices: Sequence[Choice], budget: Budget) -> Room:
     if not isinstance(budget, Budget):
         raise SecateurError(f"eigendamage(budget={budget!r}): a Budget is expected, for instance Budget(params=0.3)")
-    return Room(choices, {"macs": seen.macs, "params": sum(p.numel() for p in model.parameters())}, budget)
+    return Room(choices, {"macs": seen.macs, "params": count_params(model)}, budget)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,21 +244,12 @@ def _measure(model: nn.Module, inputs: Inputs, parts: Sequence[_Part]) -> _Seen:
         return part.module.register_forward_hook(hook)
 
     handles = [attach(p) for p in parts]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            call_model(model, inputs)
-    except Exception as error:
-        raise SecateurError(
-            f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
-        ) from error
+        macs = count_macs(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for m, mode in modes:
-            m.training = mode
-    return _Seen(counter.get_total_flops() // 2, {n: (a, b) for n, (a, b) in positions.items()})
+    return _Seen(macs, {n: (a, b) for n, (a, b) in positions.items()})
 
 
 def _width(layer: Any, *, inward: bool) -> int:

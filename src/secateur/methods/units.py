@@ -208,7 +208,10 @@ def channels_to_prune(
         if not removed:
             raise NothingToPrune(f"{budget}: the model is within it already; there is nothing to prune{left_alone}")
         return {name: len(positions) for name, positions in removed.items()}
-    shares = dict(keep) if isinstance(keep, Mapping) else {g.name: float(keep or 0) for g in graph.groups if g.exact}
+    if isinstance(keep, Mapping):
+        shares = graph.by_name(keep)
+    else:
+        shares = {group.name: float(keep or 0) for group in graph.groups if group.exact}
     found = {}
     for name, share in shares.items():
         group = graph.group(name)

@@ -8,13 +8,18 @@ import numpy as np
 
 from secateur.tracing.graph import Axis, ChannelGraph, ChannelGroup, Frozen, Terms, multiplicities
 from secateur.tracing.labels import Ids, Labels
+from secateur.tracing.slices import Size
 
 UNUSED = "is not used as a channel by the forward"
 ROLES = ("producer", "consumer", "carried")
 
 
 def build(
-    names: Labels, params: dict[str, int], fingerprint: str, extra: Iterable[tuple[Ids, str, str]] = ()
+    names: Labels,
+    params: dict[str, int],
+    fingerprint: str,
+    sizes: tuple[Size, ...],
+    extra: Iterable[tuple[Ids, str, str]] = (),
 ) -> tuple[ChannelGraph, Ids]:
     """The channel graph of a finished trace.
 
@@ -22,6 +27,7 @@ def build(
         names: the table.
         params: name of every parameter -> its number of dims (what is not in it is a buffer).
         fingerprint: of the traced model.
+        sizes: what its modules remember.
         extra: further names to freeze, with operation and reason.
 
     Returns:
@@ -34,7 +40,7 @@ def build(
     channel_of = _number(names, component, reason_of >= 0)
     twins = _twins(names, channel_of)
     if twins:
-        return build(names, params, fingerprint, [*extra, *twins])
+        return build(names, params, fingerprint, sizes, [*extra, *twins])
 
     inexact_reason = _first_event(component, [(ids, "", reason) for ids, reason in names.approximations])
     counted, terms = _counted(names, channel_of)
@@ -43,7 +49,7 @@ def build(
     if len(drop):  # channels that nothing writes or that have no second of their kind: frozen too
         why = {reason: np.flatnonzero(np.isin(channel_of, ids)) for ids, reason in drop}
         more = [(ids, "group", reason) for reason, ids in why.items()]
-        return build(names, params, fingerprint, [*extra, *more])
+        return build(names, params, fingerprint, sizes, [*extra, *more])
 
     axes = tuple(Axis(o.name, o.dim, channel_of[o.start : o.start + o.size]) for o in names.owners)
     group_of = np.full(int(channel_of.max(initial=0)) + 1, -1)
@@ -55,6 +61,7 @@ def build(
         frozen=tuple(_frozen(names, channel_of, reason_of, events)),
         axes=axes,
         fingerprint=fingerprint,
+        sizes=sizes,
         fixed=fixed,
         multiplicity=matrix,
         macs_terms=terms,

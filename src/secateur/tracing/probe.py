@@ -55,7 +55,7 @@ def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen:
         return tuple(ids if ids.any() else None for ids in (left[key, d] for d in range(tensor.ndim)))
 
     try:
-        undo = shrink(skeleton.module, removed, shrunk if skeleton.kind != "real" else sliced)
+        undo = shrink(skeleton.module, removed, graph.sizes, shrunk if skeleton.kind != "real" else sliced)
     except Exception as error:
         return f"a module cannot be made smaller: {_words(error)}"
     try:

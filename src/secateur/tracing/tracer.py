@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur._internal.batches import Inputs, call_model, tensors_in
 from secateur._internal.errors import SecateurError
-from secateur._internal.state import fork_rng_of, rng_state, without_fast_path
+from secateur._internal.state import Switch, fork_rng_of, rng_state, without_fast_path
 from secateur.tracing.call import Call
 from secateur.tracing.copying import copy_module
 from secateur.tracing.labels import Dim, Labelled, Labels, anonymous, lasting
@@ -203,6 +204,9 @@ def _same(a: Dim, b: Dim) -> bool:
     return a is b or (a is not None and b is not None and len(a) == len(b) and bool((a == b).all()))
 
 
+_ONE_RUN = threading.RLock()
+
+
 class Skeleton:
     """A copy of a model that can be run without data, made smaller, and changed back.
 
@@ -225,7 +229,8 @@ class Skeleton:
         with copyable(model):
             self.module = copy_module(model, memo)
         self.module.eval()
-        self.begin = rng_state()
+        with _ONE_RUN:
+            self.begin = rng_state()
         self.inputs = pytree.tree_map(lambda v: stand_in(v.detach()) if isinstance(v, Tensor) else v, inputs)
 
     def _to_fake(self, tensor: Tensor) -> Tensor:
@@ -235,9 +240,11 @@ class Skeleton:
     def run(self, watcher: Watcher) -> Any:
         """One forward under the watcher, in eval mode, without gradients; the random state comes back.
 
-        All runs begin with the same one: a forward that draws must not seem to depend on widths.
+        All runs begin with the same one: a forward that draws must not seem to depend on widths. The process has one
+        random state for all threads, so runs wait for each other.
         """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_ONE_RUN)
             stack.enter_context(fork_rng_of(self.module))
             self.begin()
             stack.enter_context(torch.inference_mode(False))  # in which operations would come in larger pieces
@@ -269,16 +276,13 @@ def copyable(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
+_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
+_LOG = Switch(lambda: not _LOGGER.disabled, lambda on: setattr(_LOGGER, "disabled", not on))
+
+
+def quiet() -> contextlib.AbstractContextManager[None]:
     """A forward that fails is an answer here: PyTorch shall not log it as an accident."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+    return _LOG.off()
 
 
 @contextlib.contextmanager

@@ -13,17 +13,17 @@ name: small
 data: {name: digits, batch_size: 64}
 model: {name: digits_cnn, options: {width: 0.25}}
 train: {optimizer: sgd, epochs: 2, lr: 1e-1, momentum: 0.9}
-prune: {method: taylor, budget: {macs: 0.5}, batches: 4}
+prune: {budget: {macs: 0.5}, criterion: taylor, strategy: global, repair: none, batches: 4}
 finetune: {epochs: 1, lr: 0.01}
 """
 SDPRUN = """
 data: {name: digits}
 model: {name: digits_cnn}
 train: {optimizer: sdprun, epochs: 2, lr: 0.1, c: 0.02, mu: 0.6, weights: sqrt, baseline: true}
-prune: {method: dead}
+prune: {method: zero}
 """
 
-UNPRUNED = SDPRUN[: SDPRUN.index("prune:")] + "prune: {method: none}\n"
+UNPRUNED = SDPRUN[: SDPRUN.index("prune:")] + "prune: {}\n"
 
 
 def written(folder: Path, text: str = BASE) -> Path:
@@ -48,7 +48,7 @@ def test_recipes_make_the_networks_of_the_measurements() -> None:
     for entry in json.loads(index.read_text()):
         found = recipe.read(RECIPES / f"{entry['data']}-{entry['model'].replace('_', '-')}.yaml")
         settings = {**entry["optimizer"], **entry}
-        assert (found.train.optimizer, found.model.name, found.prune.method) == ("sgd", entry["model"], "none")
+        assert (found.train.optimizer, found.model.name, found.prune.prunes) == ("sgd", entry["model"], False)
         assert {s["seed"] for s in entry["seeds"]} == set(found.seeds)
         for section in (found, found.data, found.train):
             for name in ("device", "threads", "batch_size", "augment", "validation", "epochs", "lr", "momentum",
@@ -71,6 +71,7 @@ def test_dumped_and_read_again_it_is_the_same(tmp_path: Path, text: str) -> None
         ("prune.budget.macs=0.25", ("prune", "budget"), {"macs": 0.25}),
         ("prune.budget.params=0.3", ("prune", "budget"), {"macs": 0.5, "params": 0.3}),
         ("prune.budget={channels: 0.5}", ("prune", "budget"), {"channels": 0.5}),
+        ("prune.criterion.batches=3", ("prune", "criterion"), {"name": "taylor", "batches": 3}),
         ("seeds=[1, 2]", ("seeds",), [1, 2]),
         ("seeds=7", ("seeds",), [7]),
         ("finetune=null", ("finetune",), None),
@@ -89,8 +90,11 @@ BAD = {
     "train.epoch=3": "unknown key in train 'epoch': did you mean 'epochs'",
     "sede=3": "unknown key 'sede'.*known: about, data",
     "measure.thread=1": "did you mean 'threads'",
-    "prune.method=tailor": "unknown method 'tailor': did you mean 'taylor'",
+    "prune.criterion=tailor": "unknown criterion 'tailor': did you mean 'taylor'",
     "prune.strategy=globl": "unknown strategy 'globl': did you mean 'global'",
+    "prune.repair=refti": "unknown repair 'refti': did you mean 'refit'",
+    "prune.repair=[refit, recalibrat]": "unknown repair 'recalibrat': did you mean 'recalibrate'",
+    "prune={method: increeg, budget: {macs: 0.5}, train: {epochs: 1, lr: 1}}": "did you mean 'increg'",
     "model.name=digits_cn": "unknown model 'digits_cn': did you mean 'digits_cnn'",
     "data.name=digit": "unknown data 'digit': did you mean 'digits'",
     "train.schedule=onecycle": "did you mean 'one_cycle'",
@@ -104,53 +108,46 @@ BAD = {
     "prune.budget.macs=nan": "Budget.macs='nan'.*not a number",
     "prune.budget={}": "nothing is limited",
     "prune.budget={macs: 0.5, macs: 0.3}": "override.*the key 'macs' is given twice",
-    "prune.budget=null": "method 'taylor' needs a budget",
-    "prune.method=dead": "method 'dead' takes what training has driven to zero, but budget is given",
-    "prune.method=none": "method 'none' prunes nothing, but batches, budget is given",
+    "prune.budget=null": "is given, but no budget",
     "prune=null": "prune=None must be",
-    "prune.options.damping=1": "unknown option of method 'taylor' 'damping'",
-    "prune={method: obs, budget: {macs: 0.5}, options: {dampin: 1}}": "did you mean 'damping'",
-    "prune={method: eigendamage, budget: {macs: 0.5}, strategy: uniform}": "removes no channels, but strategy",
-    "prune={method: eigendamage, budget: {macs: 0.5}, refit: true}": "removes no channels, but refit",
+    "prune.criterion.damping=1": "unknown option of criterion 'taylor' 'damping'",
+    "prune={budget: {macs: 0.5}, criterion: {name: obs, dampin: 1}}": "did you mean 'damping'",
+    "prune={budget: {macs: 0.5}, criterion: {damping: 1}}": "needs a name",
+    "prune={method: eigendamage, budget: {macs: 0.5}, strategy: uniform}": "decides itself what goes, but strategy",
+    "prune={method: eigendamage, budget: {macs: 0.5}, repair: refit}": "removes no channels, which repair 'refit'",
     "prune={method: eigendamage}": "needs a budget",
-    "prune={method: increg, budget: {macs: 0.5}}": "but it has no train section",
-    "prune={method: spp, budget: {macs: 0.5}, refit: true, train: {epochs: 1, lr: 1}}": "but refit is given",
+    "prune={method: increg, budget: {macs: 0.5}}": "unknown method 'increg'",
     "prune={method: spp, train: {epochs: 1, lr: 0.1}}": "method 'spp' needs a budget",
-    "prune={method: increg, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {pick: 0.1}}": "of 'greg2'",
-    "prune.train={epochs: 1, lr: 0.1}": "method 'taylor' does not train",
-    "prune={method: increg, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {rule: gregg1}}": "greg1",
-    "prune={method: increg, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {limit: 0}}": "above 0",
-    "prune={method: spp, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {limit: 1}}": "of method 'spp'",
-    "prune={method: increg, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}, options: {settle: -1}}": "from 0 on",
-    "prune.search={evaluations: 100}": "strategy 'global' searches nothing",
-    "prune={method: magnitude, budget: {macs: 0.5}, strategy: bandit, search: {evaluation: 9}}": "'evaluations'",
-    "prune={method: magnitude, budget: {macs: 0.5}, strategy: bandit, search: {minutes: -1}}": "minutes=-1",
-    "prune={method: spp, budget: {macs: 0.5}, strategy: bandit, train: {epochs: 1, lr: 0.1}}": "'spp' does not",
-    "prune={method: pivot}": "how much stays is not given",
-    "prune={method: pivot, budget: {macs: 0.5}, options: {keep: 0.5}}": "but budget is given",
-    "prune={method: pivot, options: {keep: 1.5}}": "in .0, 1.",
-    "prune={method: pivot, options: {keep: 0.5, layout: diag}}": "did you mean 'diagonal'",
-    "prune={method: pivot, options: {keep: 0.5, times: 2}}": "leave every and times out",
-    "prune={method: pivot, options: {keep: 0.5, exclude: [1]}}": "a list of the layers' paths",
-    "prune={method: obs, budget: {macs: 0.5}, options: {damping: -1}}": "from 0 on",
-    "prune={method: obd, budget: {macs: 0.5}, options: {fisher: true}}": "'sampled'",
-    "prune={method: obd, budget: {macs: 0.5}, options: {samples: 0}}": "from 1 on",
-    "prune.compensate=true": "compensate: the methods obs",
-    "prune={method: magnitude, budget: {macs: 0.5}, options: {p: 3}}": "p=3: 1 or 2",
-    "prune={method: kron_obd, budget: {macs: 0.5}, options: {positions: 0.5}}": "a whole number from 1",
-    "prune={method: eigendamage, budget: {macs: 0.5}, options: {ekfac: 1}}": "true or false",
-    "prune={method: eigendamage, budget: {macs: 0.5}, options: {layers: conv1}}": "a list of the layers' paths",
-    "prune={method: eigendamage, budget: {macs: 0.5}, options: {rule: threshhold}}": "did you mean 'threshold'",
-    "prune={method: eigendamage, budget: {macs: 0.5, round_to: 4}, options: {rule: threshold}}": "knows no round_to",
+    "prune.train={epochs: 1, lr: 0.1}": "only a method trains",
+    "prune={method: {name: increg, pick: 0.1}, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}}": "'pick'",
+    "prune={method: {name: increg, limit: 0}, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}}": "above 0",
+    "prune={method: {name: spp, limit: 1}, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}}": "method 'spp' 'limit'",
+    "prune={method: {name: increg, settle: -1}, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}}": "from 0 on",
+    "prune={budget: {macs: 0.5}, strategy: {name: bandit, evaluation: 9}}": "'evaluations'",
+    "prune={budget: {macs: 0.5}, strategy: {name: bandit, minutes: -1}}": "minutes=-1",
+    "prune={method: pivot, budget: {macs: 0.5}}": "takes no budget",
+    "prune={method: {name: pivot, keep: 1.5}}": "in .0, 1.",
+    "prune={method: {name: pivot, layout: diag}}": "did you mean 'diagonal'",
+    "prune={method: {name: pivot, times: 2}}": "unknown option of method 'pivot' 'times'",
+    "prune={budget: {macs: 0.5}, criterion: {name: obs, damping: -1}}": "from 0 on",
+    "prune={budget: {macs: 0.5}, criterion: {name: obd, fisher: true}}": "'sampled'",
+    "prune={budget: {macs: 0.5}, criterion: {name: obd, samples: 0}}": "from 1 on",
+    "prune={budget: {macs: 0.5}, criterion: {name: magnitude, p: 3}}": "p=3: 1 or 2",
+    "prune={budget: {macs: 0.5}, criterion: {name: kron_obd, positions: 0.5}}": "a whole number from 1",
+    "prune={method: {name: eigendamage, ekfac: 1}, budget: {macs: 0.5}}": "true or false",
+    "prune={method: {name: eigendamage, rule: threshhold}, budget: {macs: 0.5}}": "did you mean 'threshold'",
     "prune.rounds=0": "greater than or equal to 1",
-    "prune={method: dead, rounds: 2}": "takes what training has driven to zero, but rounds is given",
-    "prune={method: taylor, budget: {macs: 0.5, at_least: 0.1}, rounds: 2}": "are others in every round",
-    "prune={method: taylor, budget: {channels: 0.5}, rounds: 2}": "is none any more",
-    "prune={method: eigendamage, budget: {macs: 0.5}, options: {separable: true}}": "known: cp, svd",
+    "prune={method: zero, rounds: 2}": "takes no budget and no rounds",
+    "prune={method: zero, budget: {macs: 0.5}}": "takes no budget",
+    "prune={criterion: taylor, budget: {macs: 0.5, at_least: 0.1}, rounds: 2}": "are others in every round",
+    "prune={criterion: taylor, budget: {channels: 0.5}, rounds: 2}": "is none any more",
+    "prune={budget: {macs: 0.5, at_least: 1.0}}": "at_least=1 is one channel, at_least='all' is every channel",
+    "prune={method: {name: eigendamage, separable: true}, budget: {macs: 0.5}}": "known: cp, svd",
     "prune={}": "a finetune section needs a prune section",
-    "prune={method: dead}": "'dead' needs optimizer 'sdprun'",
-    "prune={method: directional, budget: {macs: 0.5}, options: {basis: exact, soft: true}}": "soft: basis 'exact' has",
-    "prune={method: directional, budget: {macs: 0.5}, options: {k: 9}}": "k: basis 'kfe' has no such option",
+    "prune={method: zero}": "'zero' needs optimizer 'sdprun'",
+    "prune={budget: {macs: 0.5}, criterion: {name: directional, basis: exact, soft: true}}": "soft: basis 'exact' has",
+    "prune={budget: {macs: 0.5}, criterion: {name: directional, k: 9}}": "k: basis 'kfe' has no such option",
+    "prune={budget: {macs: 0.5}, criterion: 'nowhere_at_all:Mine'}": "cannot import 'nowhere_at_all'",
     "train.optimizer=sdprun": "optimizer 'sdprun' takes no momentum",
     "train.optimizer=adam": "optimizer 'adam' takes no momentum",
     "train.c=0.1": "optimizer 'sgd' takes no c",
@@ -189,7 +186,7 @@ def test_bad_settings_are_told_in_one_line(tmp_path: Path, override: str) -> Non
         ("train.lr=0.1", "train.lr=0.2"),
         ("prune.budget={macs: 0.5}", "prune.budget.macs=0.3"),
         ("prune.budget.macs=0.5", "prune.budget.macs=0.3"),
-        ("prune.budget.macs=0.3", "prune={method: random, budget: {macs: 0.3}}"),
+        ("prune.budget.macs=0.3", "prune={criterion: random, budget: {macs: 0.3}}"),
     ],
 )
 def test_two_overrides_that_contradict(tmp_path: Path, pair: tuple[str, str]) -> None:

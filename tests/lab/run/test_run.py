@@ -31,7 +31,7 @@ ALL_STAGES = {
     "data": {"name": "digits", "batch_size": 64, "validation": 0.5},
     "model": {"name": "digits_cnn", "options": {"width": 0.25}},
     "train": {"optimizer": "sdprun", "epochs": 4, "lr": 0.2, "c": 0.3, "weights": "sqrt", "baseline": True},
-    "prune": {"method": "dead"},
+    "prune": {"method": "zero"},
     "finetune": {"epochs": 2, "lr": 0.01, "momentum": 0.9},
     "measure": {"batch_sizes": [1], "repeats": 2},
 }
@@ -42,7 +42,13 @@ TAYLOR = {
     "data": {"name": "digits", "batch_size": 64},
     "model": {"name": "digits_cnn", "options": {"width": 0.25}},
     "train": {"epochs": 1, "lr": 0.1},
-    "prune": {"method": "taylor", "budget": {"macs": 0.5}, "batches": 2, "recalibrate": True},
+    "prune": {
+        "budget": {"macs": 0.5},
+        "criterion": "taylor",
+        "strategy": "global",
+        "repair": "recalibrate",
+        "batches": 2,
+    },
     "measure": {"batch_sizes": [1], "repeats": 1},
 }
 PROCESSES = multiprocessing.get_context("forkserver")  # its children have imported all already
@@ -82,7 +88,7 @@ def test_every_stage_is_kept_and_loads(finished: tuple[Path, dict[str, Any]]) ->
         assert sc.trace(model, torch.zeros(1, 1, 8, 8)).macs() == seed[column]["macs"]
         assert sum(p.numel() for p in model.parameters()) == seed[column]["params"]
     removed = sum(a - b for a, b in seed["stages"]["pruned"]["widths"].values())
-    assert removed == seed["stages"]["pruned"]["dead"] > 0
+    assert removed == seed["stages"]["pruned"]["removed"] > 0
     assert seed["stages"]["pruned"]["difference"] < 1e-5
     assert len(list(whole.parameters())) == len(list(cut.parameters()))
 
@@ -229,11 +235,16 @@ def test_a_folder_in_which_a_process_was_killed_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "prune",
     [
-        {"method": "eigendamage", "budget": {"params": 0.5}, "batches": 2, "options": {"fisher": "exact"}},
-        {"method": "kron_obs", "budget": {"macs": 0.5}, "batches": 2, "compensate": True, "options": {"damping": 0.1}},
-        {"method": "obd", "budget": {"params": 0.5}, "batches": 2, "refit": True, "options": {"samples": 2}},
+        {"method": {"name": "eigendamage", "fisher": "exact"}, "budget": {"params": 0.5}, "batches": 2},
+        {
+            "criterion": {"name": "kron_obs", "damping": 0.1},
+            "repair": "compensate",
+            "budget": {"macs": 0.5},
+            "batches": 2,
+        },
+        {"criterion": {"name": "obd", "samples": 2}, "repair": "refit", "budget": {"params": 0.5}, "batches": 2},
     ],
-    ids=lambda prune: prune["method"],
+    ids=["eigendamage", "kron_obs", "obd"],
 )
 def test_second_order_methods_run_and_load(tmp_path: Path, prune: dict[str, Any]) -> None:
     result = run(made(TAYLOR, prune=prune), tmp_path, progress=False)["seeds"]["0"]
@@ -246,13 +257,13 @@ def test_second_order_methods_run_and_load(tmp_path: Path, prune: dict[str, Any]
 @pytest.mark.parametrize(
     "prune",
     [
-        {"method": "taylor", "budget": {"macs": 0.3, "params": 0.5}, "batches": 2, "rounds": 3},
+        {"criterion": "taylor", "budget": {"macs": 0.3, "params": 0.5}, "batches": 2, "rounds": 3},
         {
-            "method": "eigendamage", "budget": {"params": 0.3, "macs": 0.5}, "batches": 2, "rounds": 2,
-            "options": {"separable": "cp", "rule": "threshold", "limit": 0.9},
+            "method": {"name": "eigendamage", "separable": "cp", "rule": "threshold", "limit": 0.9},
+            "budget": {"params": 0.3, "macs": 0.5}, "batches": 2, "rounds": 2,
         },
     ],
-    ids=lambda prune: prune["method"],
+    ids=["taylor", "eigendamage"],
 )  # fmt: skip
 def test_rounds_reach_the_budget_in_equal_factors(tmp_path: Path, prune: dict[str, Any]) -> None:
     finetune = {"epochs": 1, "lr": 0.01, "momentum": 0.9}
@@ -269,7 +280,7 @@ def test_rounds_reach_the_budget_in_equal_factors(tmp_path: Path, prune: dict[st
     for number, column in enumerate(columns, 1):
         small = sc.load(tmp_path / "seed-0" / ("tuned" if column == "after" else f"tuned-{number}"))
         assert sum(p.numel() for p in small.parameters()) == seed[column]["params"]
-    if prune["method"] == "eigendamage":
+    if "method" in prune:
         assert [next(iter(step)) for step in sc.record(small)] == ["eigendamage"] * rounds + ["separate"]
 
 
@@ -281,7 +292,8 @@ GENTLE = {
 
 def gently(method: str, **changes: Any) -> dict[str, Any]:
     train = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "schedule": "constant"}
-    return {"method": method, "budget": {"macs": 0.6}, "options": GENTLE[method], "train": train, **changes}
+    options = changes or GENTLE[method]
+    return {"method": {"name": method, **options}, "budget": {"macs": 0.6}, "train": train}
 
 
 @pytest.mark.parametrize("gradual", [True, False])
@@ -292,19 +304,19 @@ def test_pivoting_runs_packs_loads_and_ends_the_same_when_stopped_in_between(
         return {name: 1.0 if name == "dense" else 0.1 for name in ways}
 
     monkeypatch.setattr(importlib.import_module("secateur.surgery.blocks.packing"), "milliseconds", milliseconds)
-    prune: dict[str, Any] = {"method": "pivot", "options": {"keep": 0.25}}
+    prune: dict[str, Any] = {"method": {"name": "pivot", "keep": 0.25}}
     if gradual:
-        prune["options"] |= {"every": 5, "times": 8}
+        prune["method"] |= {"every": 5, "times": 8}
         prune["train"] = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "schedule": "constant"}
     recipe = made(TAYLOR, model={"name": "digits_cnn"}, prune=prune, finetune={"epochs": 2, "lr": 0.01})
     said: list[str] = []
     whole = run(recipe, tmp_path / "whole", progress=False, say=said.append)
-    assert any(line.startswith("pivot: whole stay conv1 (keep=0.25 of 32 x 1") for line in said)
+    assert any(line.startswith("left whole: conv1 (keep=0.25 of 32 x 1") for line in said)
     seed = whole["seeds"]["0"]
     assert 0.25 * seed["before"]["macs"] < seed["after"]["macs"] < 0.35 * seed["before"]["macs"]
-    assert seed["stages"]["packed"]["packed"]
-    assert set(seed["stages"]["pruned"]["skipped"]) == {"conv1"}
-    packed = sc.load(tmp_path / "whole" / "seed-0" / "packed")
+    assert seed["stages"]["finished"]["packed"]
+    assert set(seed["stages"]["pruned"]["left whole"]) == {"conv1"}
+    packed = sc.load(tmp_path / "whole" / "seed-0" / "finished")
     assert [next(iter(step)) for step in sc.record(packed)] == ["pivot", "pack"]
     images = torch.rand(3, 1, 8, 8)
     assert torch.allclose(packed(images), sc.load(tmp_path / "whole" / "seed-0" / "tuned")(images), atol=1e-4)
@@ -319,8 +331,8 @@ def test_a_search_of_widths_runs_and_goes_on_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Any
 ) -> None:
     prune = {
-        "method": "magnitude", "budget": {"macs": 0.5}, "strategy": "bandit", "batches": 4, "recalibrate": True,
-        "search": {"evaluations": 80},
+        "criterion": "magnitude", "budget": {"macs": 0.5}, "strategy": {"name": "bandit", "evaluations": 80},
+        "repair": "recalibrate", "batches": 4,
     }  # fmt: skip
     recipe = made(TAYLOR, prune=prune)
     whole = run(recipe, tmp_path / "whole", progress=False)
@@ -340,7 +352,7 @@ def test_a_search_of_widths_runs_and_goes_on_where_it_was_interrupted(
 def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    impossible = {"method": "magnitude", "budget": {"latency_ms": 1e-6}}
+    impossible = {"criterion": "magnitude", "budget": {"latency_ms": 1e-6}}
     with pytest.raises(sc.SecateurError, match="latency_ms=1e-06 is asked for, and the least that was"):
         run(made(TAYLOR, prune=impossible), tmp_path / "impossible", progress=False)
     assert not (tmp_path / "impossible").exists() or not list((tmp_path / "impossible").rglob("*.safetensors"))
@@ -388,8 +400,8 @@ def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_u
     monkeypatch.setattr(search, "EVERY", 0.0)
     calls = interrupted(search.Evaluator, "_rise", 50)
     prune = {
-        "method": "magnitude", "budget": {"latency_ms": 0.7}, "strategy": "bandit", "batches": 4, "recalibrate": True,
-        "search": {"evaluations": 80},
+        "criterion": "magnitude", "budget": {"latency_ms": 0.7}, "strategy": {"name": "bandit", "evaluations": 80},
+        "repair": "recalibrate", "batches": 4,
     }  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         run(made(TAYLOR, prune=prune), tmp_path, progress=False)
@@ -401,8 +413,8 @@ def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_u
 
 def test_pivoting_that_the_training_is_too_short_for_is_told_before_any_work(tmp_path: Path) -> None:
     train = {"epochs": 2, "lr": 0.05, "momentum": 0.9}
-    for options, message in (({"keep": 0.25}, "are 46 steps; pivoting"), ({"keep": 0.001}, "no layer can have")):
-        prune = {"method": "pivot", "options": options, "train": train}
+    for options, message in (({"keep": 0.25}, "are 46 steps, and pivot takes"), ({"keep": 0.001}, "no layer can have")):
+        prune = {"method": {"name": "pivot", **options}, "train": train}
         with pytest.raises(sc.SecateurError, match=message):
             run(made(TAYLOR, prune=prune), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -429,10 +441,10 @@ def test_gentle_methods_run_load_and_end_the_same_when_stopped_in_between(
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        (gently("increg", options={"rate": 0.01, "limit": 1.0}), "are 46 steps, and increg takes [0-9]+ at least"),
-        (gently("spp", options={"rate": 0.05, "every": 180}), "or a smaller every than 180"),
-        (gently("increg", options={"rate": 0.2, "limit": 100.0}), "must stay below 3.8"),
-        (gently("spp", options={"exclude": ["conv9"]}), "conv9"),
+        (gently("increg", rate=0.01, limit=1.0), "are 46 steps, and increg takes [0-9]+ at least"),
+        (gently("spp", rate=0.05, every=180), "or a smaller every than 180"),
+        (gently("increg", rate=0.2, limit=100.0), "must stay below 3.8"),
+        (gently("spp", exclude=["conv9"]), "conv9"),
     ],
 )
 def test_what_gentle_methods_cannot_do_is_told_before_any_work(tmp_path: Path, prune: dict, message: str) -> None:
@@ -442,7 +454,7 @@ def test_what_gentle_methods_cannot_do_is_told_before_any_work(tmp_path: Path, p
 
 
 def test_rounds_that_were_interrupted_end_the_same(tmp_path: Path) -> None:
-    recipe = made(TAYLOR, prune={"method": "magnitude", "budget": {"params": 0.5}, "rounds": 2})
+    recipe = made(TAYLOR, prune={"criterion": "magnitude", "budget": {"params": 0.5}, "rounds": 2})
     whole = run(recipe, tmp_path / "whole", progress=False)
 
     def stop(line: str) -> None:
@@ -512,10 +524,10 @@ REFUSED = {
     "no files of the data": ({"data": {"name": "mnist", "root": "/nowhere"}}, "/nowhere holds no mnist"),
     "nothing to remove": ({"model": {"name": "mine:linear"}}, "no removable channel"),
     "unknown option": ({"model": {**OWN, "options": {"widht": 2}}}, "did you mean 'width'"),
-    "a budget that cannot be met": ({"prune": {"method": "random", "budget": {"macs": 1e-4}}}, "feasible are"),
+    "a budget that cannot be met": ({"prune": {"criterion": "random", "budget": {"macs": 1e-4}}}, "feasible are"),
     "no such weights": ({"train": None, "model": {**OWN, "weights": "none.safetensors"}}, "no such file"),
     "a group that is not there": (
-        {"prune": {"method": "random", "budget": {"macs": 0.5, "at_least": {"conv4": 2}}}},
+        {"prune": {"criterion": "random", "budget": {"macs": 0.5, "at_least": {"conv4": 2}}}},
         "did you mean 'conv3'|did you mean 'conv",
     ),
 }
@@ -576,13 +588,13 @@ def test_a_run_from_before_a_setting_was_there_is_the_same_run(
 
 def test_separable_where_no_convolution_can_be_or_is_a_bottleneck(tmp_path: Path) -> None:
     prune = {
-        "method": "eigendamage", "budget": {"params": 0.99}, "batches": 2,
-        "options": {"separable": "svd", "layers": ["head"]},
+        "method": {"name": "eigendamage", "separable": "svd", "layers": ["head"]}, "budget": {"params": 0.99},
+        "batches": 2,
     }  # fmt: skip
     with pytest.raises(sc.SecateurError, match="no layer is a convolution"):
         run(made(TAYLOR, prune=prune), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
-    prune["options"]["layers"] = ["conv1", "head"]
+    prune["method"]["layers"] = ["conv1", "head"]
     said = []
     found = run(made(TAYLOR, prune=prune), tmp_path / "out", progress=False, say=said.append)["seeds"]["0"]["stages"]
     assert found["pruned"]["separated"] == [] and list(found["pruned"]["bottlenecks"]) == ["head"]

@@ -31,11 +31,11 @@ from torch import nn
 from secateur._internal.batches import Inputs, tensors_in
 from secateur._internal.checks import check_seed
 from secateur._internal.distributed import broadcast_text, rank
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import CannotCut, SecateurError
 from secateur._internal.files import file_at, write_atomically
 from secateur.allocation.budget import Budget
 from secateur.measure.latency import in_turn, latency, threads_set
-from secateur.plan import CannotCut, Plan, make_plan
+from secateur.plan import Plan, make_plan
 from secateur.surgery.channels import cut
 from secateur.tracing.graph import ChannelGraph, Terms, fingerprint
 

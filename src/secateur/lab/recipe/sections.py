@@ -55,7 +55,7 @@ class Data(_Section):
 
     Attributes:
         name: built-in, or ``package.module:factory``.
-        root: the folder that holds it; ``None`` to look where ``secateur.data.load`` looks.
+        root: the folder that holds it; ``None`` to look where ``secateur.lab.data.load`` looks.
         batch_size: images a step.
         augment: random crops and mirror images while training.
         validation: share of the training images held out, to choose settings by.
@@ -207,8 +207,9 @@ class Prune(_Section):
                 )
             if self.train is not None:
                 raise SecateurError("train: only a method trains; leave prune.train out (finetune comes after pruning)")
-            for seat in (self.make_criterion(), self.make_strategy(), *self.make_repairs()):
-                assert seat is not None
+            self.make_criterion()
+            self.make_strategy()
+            self.make_repairs()
         else:
             wrong = given & {"criterion", "strategy", "approximate"}
             if wrong:
@@ -278,6 +279,8 @@ def name_of(seat: Seat) -> str:
 def made(registry: Registry[Any], seat: Seat, more: dict[str, Any]) -> Any:
     """Settings, with those of ``more`` that they know and the recipe leaves open."""
     given = {"name": seat} if isinstance(seat, str) else dict(seat)
+    if not isinstance(given.get("name"), str):
+        return registry.make(given)  # which says so
     known = options_of(registry.find(name_of(given)))
     return registry.make({**{key: value for key, value in more.items() if key in known}, **given})
 
@@ -349,6 +352,12 @@ class Recipe(_Section):
         if (self.train is None) == (self.model.weights is None):
             state = "neither" if self.train is None else "both"
             raise SecateurError(f"give either a train section or model.weights; {state} is given")
+        wanted = getattr(self.prune.make_method(), "needs_optimizer", None)
+        if wanted is not None and self.train is not None and self.train.optimizer != wanted:
+            raise SecateurError(
+                f"method {name_of(self.prune.method or '')!r} needs optimizer {wanted!r}: {self.train.optimizer!r} "
+                "leaves nothing that it could take"
+            )
         if self.finetune is not None and not self.prune.prunes:
             raise SecateurError("a finetune section needs a prune section: nothing is pruned")
         return self

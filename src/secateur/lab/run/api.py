@@ -34,7 +34,7 @@ def run(
     set from the seeds.
 
     Args:
-        recipe: from :func:`secateur.recipe.read`.
+        recipe: from :func:`secateur.lab.recipe.read`.
         out: the folder to keep everything in: ``run.json``, and ``seed-N/STAGE`` with a model that
             :func:`secateur.load` reads.
         fresh: replace another run in the folder.

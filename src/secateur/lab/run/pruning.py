@@ -20,7 +20,7 @@ from secateur.lab.run.training import fitted, make_optimizer
 from secateur.measure.latency import threads_set
 from secateur.methods.contract import finished
 from secateur.plan import Plan
-from secateur.pruning import prune
+from secateur.pruning import AUTO, prune
 from secateur.repair.api import repaired
 from secateur.result import Result, counts_of
 from secateur.surgery.channels import check
@@ -87,7 +87,7 @@ def _by_seats(
         loss=LOSS,
         criterion=section.make_criterion(seed=seed),
         strategy=section.make_strategy(**open_ones),
-        repair=repairs,
+        repair=AUTO if repairs == [AUTO] else repairs,
         exclude=section.exclude,
         approximate=section.approximate,
         timing=timing,

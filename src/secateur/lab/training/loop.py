@@ -1,8 +1,8 @@
 """One training loop: CPU, one GPU, mixed precision, data parallel; an interrupted run ends as if it had not been.
 
 A checkpoint holds the model, the optimizer, the handles, all random states, the place in the epoch and the history.
-With a loader whose batches depend on ``(seed, epoch)`` alone (``secateur.data.Loader``), a resumed run on the CPU has
-the same weights, bit for bit.
+With a loader whose batches depend on ``(seed, epoch)`` alone (``secateur.lab.data.Loader``), a resumed run on the CPU
+has the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur._internal.errors import SecateurError
+from secateur._internal.extras import extra
 from secateur.lab.training import checkpoint
 from secateur.lab.training.schedule import Schedule, named
+
+with extra("lab", "training"):
+    from accelerate import Accelerator
+    from accelerate.utils import broadcast, gather_object
 
 History = list[dict[str, float]]
 
@@ -51,7 +54,7 @@ def fit(
     Args:
         model: moved to the accelerator's device; its mode is as before afterwards.
         optimizer: of the model's parameters; its learning rates are as before afterwards.
-        loader: sized batches ``(x, y)``. ``secateur.data.Loader`` is sharded over the ranks and resumes inside an
+        loader: sized batches ``(x, y)``. ``secateur.lab.data.Loader`` is sharded over the ranks and resumes inside an
             epoch; for any other, exact resumption needs an order that does not change from epoch to epoch.
         epochs: how often to pass over the data.
         loss_fn: mean loss of ``(output, y)``.
@@ -327,7 +330,7 @@ def _check(loader: Any, epochs: int, every: float) -> None:
         raise SecateurError(f"every={every!r}: seconds between checkpoints, 0 or more, are expected")
     if not hasattr(loader, "__len__"):
         raise SecateurError(
-            f"loader: a {type(loader).__name__} has no length: use secateur.data.Loader or a DataLoader"
+            f"loader: a {type(loader).__name__} has no length: use secateur.lab.data.Loader or a DataLoader"
         )
     if len(loader) == 0:
         raise SecateurError("loader: it is empty: there is nothing to train on")

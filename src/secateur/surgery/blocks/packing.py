@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._internal.batches import Inputs, call_model, tensors_in
-from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.errors import NothingToPrune, SecateurError, unknown
 from secateur.surgery.blocks.packed_layers import Layout, Packed, hollow
 from secateur.surgery.blocks.pattern import Pattern
 from secateur.surgery.blocks.pivots import PACK, apply, check_patterns, cloned, outputs, remembered, used_by
@@ -291,9 +291,7 @@ def exchanged(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 def _graph(model: nn.Module, example_inputs: Inputs) -> ChannelGraph | None:
     try:
         return trace(model, example_inputs)
-    except SecateurError as error:
-        if "no removable channel" not in str(error):
-            raise
+    except NothingToPrune:
         return None  # a single layer between input and output, say: nothing can change its order
 
 

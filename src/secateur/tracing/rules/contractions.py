@@ -186,6 +186,16 @@ def _attention(call: Call) -> Result:
     return None
 
 
+@rule("mkldnn_rnn_layer _cudnn_rnn miopen_rnn")
+def _recurrent(call: Call) -> Result:
+    """A recurrent layer as one kernel, which models that need values are traced with: counted, and left whole."""
+    call.freeze_all("a recurrent layer that runs as one kernel is not cut")
+    x = call.arg("input")
+    weights = call.arg("weight") or (call.arg("weight0"), call.arg("weight1"))
+    call.names.term(prod(x.shape[:-1]) * sum(w.numel() for w in weights if w.ndim == 2))
+    return None
+
+
 @rule("embedding")
 def _embedding(call: Call) -> Result:
     weight, index = call.of(call.arg("weight")), call.of(call.arg("indices"))
