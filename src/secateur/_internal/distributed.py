@@ -115,6 +115,13 @@ def together(compute: Callable[[], T], device: torch.device, group: Group = None
     return found  # type: ignore[return-value]
 
 
+def broadcast_(tensor: Tensor, group: Group = None) -> Tensor:
+    """The tensor that rank 0 has, in place; it must be contiguous, and of one shape and dtype everywhere."""
+    if world_size(group) > 1:
+        dist.broadcast(tensor, dist.get_global_rank(group, 0) if group is not None else 0, group=group)
+    return tensor
+
+
 def broadcast_text(text: str, device: torch.device, group: Group = None) -> str:
     """The text that rank 0 has."""
     if world_size(group) == 1:
