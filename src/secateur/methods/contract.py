@@ -26,6 +26,7 @@ Whoever runs methods asks the two registries, and these optional members of a se
 ``exclude, seed``   fields that a recipe fills in from its own
 ``check``           ``check(model, inputs, budget)`` raises what can be known to be wrong before any work
 ``before_last``     ``before_last()`` gives the settings of all rounds but the last
+``needs_optimizer`` the name of the optimizer without which there is nothing that it could take
 ``keeper``          ``keeper(model)`` gives a handle that keeps what was pruned while the result is fine-tuned
 ``finish``          ``finish(model, inputs)`` gives a Result: what is left to do after all training
 ==================  ================================================================================================
@@ -73,10 +74,10 @@ class Method(Protocol):
 class Handle(Protocol):
     """What stands beside an optimizer and prunes while training goes on.
 
-    The built-in ones have all of these; one of your own needs ``done``, ``step`` and ``plan``, and the others where they
-    have a meaning. More that is asked for where it is there: ``advice()``, what to change where the training is too
-    short; ``facts``, what is to be known; and ``small()``, which gives the finished model where no plan of channels says
-    what was done.
+    The built-in ones have all of these; one of your own needs ``done``, ``step`` and ``plan``, and the others where
+    they have a meaning. More that is asked for where it is there: ``advice()``, what to change where the training is
+    too short; ``facts``, what is to be known; and ``small()``, which gives the finished model where no plan of channels
+    says what was done.
     """
 
     @property
