@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from secateur.allocation.contract import STRATEGIES
     from secateur.allocation.latency.model import Timing
     from secateur.allocation.problem import Problem
-    from secateur.allocation.search.search import Bandit
+    from secateur.allocation.search.strategy import Bandit
+    from secateur.allocation.sensitivity import Sensitivity
     from secateur.allocation.strategies import Global, Threshold, Uniform
     from secateur.curvature.kronecker import kronecker_factors
     from secateur.curvature.null_space import null_space_projector
     from secateur.methods.contract import METHODS, TRAINING_METHODS
     from secateur.methods.eigendamage import eigendamage
+    from secateur.methods.greg import GReg
     from secateur.methods.increg import IncReg
-    from secateur.methods.pivoting import Pivoting
+    from secateur.methods.pivoting import Pivoting, pivot
     from secateur.methods.sdprun import SDPrun
     from secateur.methods.spp import SPP
     from secateur.plan import Plan, make_plan
@@ -48,7 +50,6 @@ if TYPE_CHECKING:
     from secateur.scoring.taylor import Taylor
     from secateur.storage import load, save
     from secateur.surgery.blocks.packing import pack
-    from secateur.surgery.blocks.pivots import pivot
     from secateur.surgery.channels import check, cut, masked
     from secateur.surgery.low_rank.bottleneck import merge_bases
     from secateur.surgery.low_rank.separable import separate
@@ -80,6 +81,7 @@ __all__ = [
     "Counts",
     "Directed",
     "Directional",
+    "GReg",
     "Global",
     "IncReg",
     "InfeasibleBudget",
@@ -99,6 +101,7 @@ __all__ = [
     "Scores",
     "SecateurError",
     "SecateurWarning",
+    "Sensitivity",
     "Taylor",
     "Threshold",
     "Timing",
@@ -145,14 +148,16 @@ _ROOMS = {
     "allocation.contract": ("STRATEGIES",),
     "allocation.latency.model": ("Timing",),
     "allocation.problem": ("Problem",),
-    "allocation.search.search": ("Bandit",),
+    "allocation.search.strategy": ("Bandit",),
+    "allocation.sensitivity": ("Sensitivity",),
     "allocation.strategies": ("Global", "Threshold", "Uniform"),
     "curvature.kronecker": ("kronecker_factors",),
     "curvature.null_space": ("null_space_projector",),
     "methods.contract": ("METHODS", "TRAINING_METHODS"),
     "methods.eigendamage": ("eigendamage",),
+    "methods.greg": ("GReg",),
     "methods.increg": ("IncReg",),
-    "methods.pivoting": ("Pivoting",),
+    "methods.pivoting": ("Pivoting", "pivot"),
     "methods.sdprun": ("SDPrun",),
     "methods.spp": ("SPP",),
     "plan": ("Plan", "make_plan"),
@@ -172,7 +177,6 @@ _ROOMS = {
     "scoring.taylor": ("Taylor",),
     "storage": ("load", "save"),
     "surgery.blocks.packing": ("pack",),
-    "surgery.blocks.pivots": ("pivot",),
     "surgery.channels": ("check", "cut", "masked"),
     "surgery.low_rank.bottleneck": ("merge_bases",),
     "surgery.low_rank.separable": ("separate",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any
@@ -155,10 +156,10 @@ def _name(seat: Any) -> str:
 
 
 def _settings(seat: Any) -> dict[str, Any]:
-    """A seat as what a recipe would say."""
+    """A seat as what a recipe would say, as what JSON can hold."""
     own = asdict(seat) if is_dataclass(seat) and not isinstance(seat, type) else {}
     own.pop("checkpoint", None)  # where it keeps its state is no part of what it does
-    return {"name": _name(seat), **own}
+    return {"name": _name(seat), **json.loads(json.dumps(own, default=str))}
 
 
 def _approximate(work: Workload, graph: ChannelGraph, small: nn.Module, plan: Any) -> dict[str, Any]:

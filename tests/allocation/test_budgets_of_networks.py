@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from test_bottleneck import counts
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import secateur as sc
 from secateur.lab.models.registry import build, example_input
@@ -54,6 +54,13 @@ NETWORKS = {
     "1-D": (along_a_line, (4, 16)),
     "3-D": (in_space, (2, 4, 4, 4)),
 }
+
+
+def counts(model, x):
+    """MACs and parameters, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(x)
+    return counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters())
 
 
 @cache

@@ -37,6 +37,7 @@ def allocate(
     loss: Any = None,
     group: Group = None,
     progress: bool = False,
+    work: Workload | None = None,
 ) -> Plan:
     """Choose the channels to remove so that a budget is met and used.
 
@@ -46,7 +47,8 @@ def allocate(
         budget: what may remain.
         strategy: a name (``secateur list strategies`` shows them) for its defaults, or settings such as
             ``Bandit(evaluations=1000)``: ``"uniform"`` (the same fraction everywhere), ``"global"`` (least score per
-            unit of the budget that the channel frees), ``"threshold"`` (lowest score), ``"bandit"`` (widths are tried).
+            unit of the budget that the channel frees), ``"threshold"`` (lowest score), ``"sensitivity"`` (each group
+            is narrowed alone on data), ``"bandit"`` (combinations of widths are tried on data).
         exclude: groups that stay whole, by name or pattern.
         approximate: also cut groups whose removal changes more than the removed channels.
         timing: for a budget in ``latency_ms``, how long networks take (a :class:`secateur.Timing`).
@@ -55,6 +57,8 @@ def allocate(
         loss: the loss, likewise.
         group: the processes that work along; rank 0 decides.
         progress: show how far it is.
+        work: a table that is laid, instead of the model, data, loss, group and progress. What the strategy learned is
+            in ``work.facts`` afterwards, and what it measured of the whole network serves the next budget.
 
     Returns:
         A plan within the budget; giving back any one channel (block of ``round_to``) would break it. With
@@ -70,20 +74,39 @@ def allocate(
     if timing is not None and budget.latency_ms is None:
         raise SecateurError("allocate(timing=...): the budget does not limit latency_ms; leave the timing out")
     check_clock(timing, graph)
+    work = _laid(work, graph, model, data, loss, group, progress=progress)
     needs: Needs = getattr(made, "needs", Needs())
-    if (needs.data or needs.loss) and model is None:
+    if (needs.data or needs.loss) and work.model is _NO_MODEL:
         raise SecateurError(
             f"allocate(strategy={getattr(made, 'name', made)!r}) tries widths on the model: give model=, "
             "data= and loss=, or call secateur.prune"
         )
-    if model is not None and fingerprint(model) != graph.fingerprint:
+    if work.model is not _NO_MODEL and fingerprint(work.model) != graph.fingerprint:
         raise SecateurError("allocate(model=...): the graph is of another model; give the one that was traced")
-    work = Workload(
-        nn.Module() if model is None else model, data, loss, inputs=graph.inputs, group=group, progress=progress
-    )
     work.require(needs, f"strategy {getattr(made, 'name', made)!r}")
     without = dict.fromkeys(matching_groups(graph, exclude), "excluded")
     return allocated(graph, scores, budget, made, work, approximate=approximate, timing=timing, without=without)
+
+
+_NO_MODEL = nn.Module()
+"""In place of a model that was not given."""
+
+
+def _laid(
+    work: Workload | None, graph: ChannelGraph, model: nn.Module | None, data: Any, loss: Any, group: Group, *,
+    progress: bool,
+) -> Workload:  # fmt: skip
+    """The table of :func:`allocate`."""
+    if work is None:
+        given = _NO_MODEL if model is None else model
+        return Workload(given, data, loss, inputs=graph.inputs, group=group, progress=progress)
+    if not isinstance(work, Workload):
+        raise SecateurError(f"allocate(work={work!r}): a secateur.Workload is expected")
+    more = {"model": model, "data": data, "loss": loss, "group": group, "progress": progress or None}
+    twice = [f"{name}=" for name, value in more.items() if value is not None]
+    if twice:
+        raise SecateurError(f"allocate(work=...): it has its own {', '.join(twice)}; leave that out")
+    return work
 
 
 def allocated(
@@ -119,6 +142,9 @@ def allocated(
         if g.name not in given and g.name not in skipped
     }
     ranked = {name: _ranked(graph, name, values) for name, values in given.items() if name not in skipped}
+    # all go by the scores of rank 0, so that all have the same problem to solve
+    told = work.agree({name: values.tolist() for name, values in ranked.items()})
+    ranked = {name: np.array(values) for name, values in told.items()}
     meter = Meter(graph, budget, timing)
     floors = budget.floors(graph)
     problem, orders = _problem(graph, meter, ranked, floors, budget.round_to)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -16,6 +16,11 @@ from secateur.tracing.graph import ChannelGraph
 
 UNITS = ("macs", "params", "channels")
 LATENCY = "latency_ms"
+OTHER_WORDS = {
+    "flops": "macs", "ops": "macs", "parameters": "params", "weights": "params", "size": "params",
+    "filters": "channels", "neurons": "channels", "latency": LATENCY, "ms": LATENCY, "time": LATENCY,
+}  # fmt: skip
+"""What others call our units."""
 
 
 class Timed(Protocol):
@@ -31,9 +36,24 @@ class Timed(Protocol):
         """What tells one such thing from another."""
 
 
-@dataclass(frozen=True)
-class Budget:
+class _KnownKeywords:
+    """Refuses a keyword that a budget does not have in our words; of a dataclass alone it would be a TypeError."""
+
+    def __new__(cls, *args: object, **given: object) -> Self:
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        for name, value in given.items():
+            if name in OTHER_WORDS:
+                raise SecateurError(f"Budget({name}={value!r}): the word here is {OTHER_WORDS[name]}=")
+            if name not in known:
+                raise unknown("budget", name, known)
+        return super().__new__(cls)
+
+
+@dataclass(frozen=True, repr=False)
+class Budget(_KnownKeywords):
     """What may remain, as fractions of the original in (0, 1]; several hold together.
+
+    A fraction of the FLOPs is the same fraction of the MACs: ``macs=0.5``.
 
     Attributes:
         macs: multiply-accumulates of one forward.
@@ -66,6 +86,10 @@ class Budget:
         floors = self.at_least.values() if isinstance(self.at_least, Mapping) else [self.at_least]
         for floor in floors:
             _check_floor(floor)
+
+    def __repr__(self) -> str:
+        given = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"Budget({', '.join(f'{name}={value!r}' for name, value in given)})"
 
     @property
     def limits(self) -> dict[str, float]:
@@ -175,7 +199,7 @@ class Meter:
     """
 
     def __init__(self, graph: ChannelGraph, budget: Budget, timing: Timed | None = None) -> None:
-        self.graph, self.timing = graph, timing
+        self.graph, self.budget, self.timing = graph, budget, timing
         units = UNITS if timing is None else (*UNITS, LATENCY)
         self.full: dict[str, float] = {unit: self._count(unit, graph.widths) for unit in units}
         for unit in budget.limits:
@@ -249,11 +273,7 @@ class Meter:
         parts = []
         for unit in over:
             low = self._count(unit, least)
-            parts.append(
-                f"{unit}={self.allowed[unit] / self.full[unit]:.4g} asks for at most {self.allowed[unit]:,} of "
-                f"{self.full[unit]:,} {unit}; "
-                f"feasible are {low:,} ({_up(low / self.full[unit])}) to {self.full[unit]:,} (1)"
-            )
+            parts.append(asked(unit, self.budget.limits[unit], self.allowed[unit], low, self.full[unit]))
         advice = (
             ""
             if approximate or all(g.exact for g in self.graph.groups)
@@ -264,16 +284,20 @@ class Meter:
         )
 
 
-def _up(fraction: float) -> str:
+def asked(unit: str, fraction: float, allowed: float, least: float, full: float) -> str:
+    """What a limit that cannot be met asks for, and what would be feasible."""
+    return (
+        f"{unit}={fraction!r} asks for at most {allowed:,} of {full:,} {unit}; feasible are {least:,} "
+        f"({rounded_up(least / full)}) to {full:,} (1)"
+    )
+
+
+def rounded_up(fraction: float) -> str:
     """A fraction, rounded up to four digits, so that it is feasible as printed."""
     digits = 4 - math.floor(math.log10(fraction)) if fraction > 0 else 4
     return f"{min(1.0, math.ceil(fraction * 10**digits) / 10**digits):.{digits}g}"
 
 
-def budget_from(given: Mapping[str, object]) -> Budget:
-    """A budget from keyword arguments in a mapping, unknown ones refused."""
-    known = (*UNITS, LATENCY, "round_to", "at_least")
-    for key in given:
-        if key not in known:
-            raise unknown("budget", key, known)
-    return Budget(**given)  # type: ignore[arg-type]
+def budget_from(given: Mapping[str, Any]) -> Budget:
+    """A budget from keyword arguments in a mapping, as a recipe has them."""
+    return Budget(**given)

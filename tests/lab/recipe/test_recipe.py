@@ -127,9 +127,9 @@ BAD = {
     "prune={method: {name: increg, settle: -1}, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}}": "from 0 on",
     "prune={budget: {macs: 0.5}, strategy: {name: bandit, evaluation: 9}}": "'evaluations'",
     "prune={budget: {macs: 0.5}, strategy: {name: bandit, minutes: -1}}": "minutes=-1",
-    "prune={method: pivot, budget: {macs: 0.5}}": "takes no budget",
+    "prune={method: {name: pivot, keep: 0.5}, budget: {macs: 0.5}}": "takes no budget",
     "prune={method: {name: pivot, keep: 1.5}}": "in .0, 1.",
-    "prune={method: {name: pivot, layout: diag}}": "did you mean 'diagonal'",
+    "prune={method: {name: pivot, keep: 0.5, layout: diag}}": "did you mean 'diagonal'",
     "prune={method: {name: pivot, times: 2}}": "unknown option of method 'pivot' 'times'",
     "prune={budget: {macs: 0.5}, criterion: {name: obs, damping: -1}}": "from 0 on",
     "prune={budget: {macs: 0.5}, criterion: {name: obd, fisher: true}}": "'sampled'",
@@ -229,7 +229,7 @@ def test_a_number_is_told_as_it_was_typed(tmp_path: Path) -> None:
         ("train.lr=-1e-3",): "train.lr=-1e-3 must be greater than 0",
         ("train.epochs=1e3",): "train.epochs=1e3 must be a valid integer",
         ("prune.budget.macs=1.50",): "macs=1.50",
-        ("prune={method: obs, budget: {macs: 0.5}, options: {damping: -1e-3}}",): "damping=-1e-3",
+        ("prune={budget: {macs: 0.5}, criterion: {name: obs, damping: -1e-3}}",): "damping=-1e-3",
     }
     for overrides, message in told.items():
         with pytest.raises(sc.SecateurError, match=re.escape(message)):
