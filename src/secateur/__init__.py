@@ -15,7 +15,9 @@ from secateur._internal.workload import Needs, Workload
 from secateur.allocation.api import allocate
 from secateur.allocation.budget import Budget
 from secateur.allocation.contract import STRATEGIES
-from secateur.allocation.latency.model import Timing
+from secateur.allocation.latency.api import LatencyClock, measure_latency
+from secateur.allocation.latency.model import LatencyModel
+from secateur.allocation.latency.sampler import LatencySettings
 from secateur.allocation.search.strategy import Bandit
 from secateur.allocation.sensitivity import Sensitivity
 from secateur.allocation.strategies import Global, Threshold, Uniform
@@ -78,6 +80,9 @@ __all__ = [
     "InfeasibleBudget",
     "KronOBD",
     "KronOBS",
+    "LatencyClock",
+    "LatencyModel",
+    "LatencySettings",
     "Magnitude",
     "Needs",
     "NothingToPrune",
@@ -94,7 +99,6 @@ __all__ = [
     "Sensitivity",
     "Taylor",
     "Threshold",
-    "Timing",
     "Uniform",
     "Workload",
     "allocate",
@@ -107,6 +111,7 @@ __all__ = [
     "load",
     "make_plan",
     "masked",
+    "measure_latency",
     "merge_bases",
     "null_space_projector",
     "pack",
