@@ -1,6 +1,15 @@
+import contextlib
+import fcntl
+import json
 import os
+import pty
+import re
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +136,9 @@ def test_a_bug_keeps_its_traceback(recipe: str, tmp_path: Path, monkeypatch: pyt
     assert result.exit_code == 1 and isinstance(result.exception, ZeroDivisionError)
 
 
+LISTS = ("models", "data", "criteria", "strategies", "methods", "optimizers", "schedules", "recipes")
+
+
 def test_list_names_everything() -> None:
     lines = dict(line.split(": ", 1) for line in called("list").output.splitlines())
     assert lines["models"].split(", ") == list(models.MODELS) and lines["data"].split(", ") == list(data.DATA)
@@ -147,6 +159,164 @@ def test_inspect_reads_saved_models_and_options(tmp_path: Path) -> None:
     sc.save(small, tmp_path)
     assert called("inspect", tmp_path).output.strip() == sc.trace(small, IMAGE).summary()
     assert called("inspect", "digits_cnn", "width=0.5").output.strip() == sc.trace(model, IMAGE).summary()
+
+
+MINE = """
+from torch import nn
+
+def make(width=8, classes=10):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, classes))
+
+print("imported")
+"""
+
+
+def test_a_factory_in_the_current_folder_is_run_saved_and_inspected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a program of its own, whose folder is not the current one; and nothing a file names is imported unasked."""
+    (tmp_path / "nets_at_home.py").write_text(MINE)
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("{name: digits_cnn, options: {width: 0.25}}",
+                                                    "{name: nets_at_home:make, options: {width: 12}}"))  # fmt: skip
+    done = program("run", "r.yaml", "--out", "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    stage = "out/seed-0/pruned"
+    head = json.loads((tmp_path / stage / "secateur.json").read_text())
+    assert head["model"] == {"name": "nets_at_home:make", "options": {"width": 12}}
+    asked = program("inspect", stage, folder=tmp_path)
+    assert asked.returncode == 2 and "imported" not in asked.stdout and asked.stderr.count("\n") == 1
+    command = f"secateur inspect {stage} --build nets_at_home:make width=12"
+    assert asked.stderr.strip().endswith(command)
+    found = program(*command.split()[1:], folder=tmp_path)
+    assert found.returncode == 0 and "removable channels" in found.stdout, found.stderr
+    wrong = program("inspect", stage, "--build", "nets_at_home:make", folder=tmp_path)
+    assert wrong.returncode == 2 and "saved from another model" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "SAVED"], "does not say what made it: name the factory, secateur inspect SAVED --build"),
+        (["inspect", "SAVED", "--build", "torch.nn:Linear", "in_features=4", "out_features=2"], "another model"),
+        (["inspect", "SAVED", "--build", "torch.nn:Linear", "in_features=4"], "missing a required argument: 'out_fea"),
+        (["inspect", "SAVED", "--build", "torch.nn:Linear", "in_features=4", "out_features=3"], "--input 1,3,32,32"),
+        (["inspect", "digits_cnn", "--build", "torch.nn:Linear"], "belongs to a directory that was saved"),
+        (["inspect", "SAVED", "width=2"], "takes no options, unless --build"),
+    ],
+)
+def test_what_inspect_must_know_it_asks_for(arguments: list[str], message: str, tmp_path: Path) -> None:
+    sc.save(torch.nn.Linear(4, 3), tmp_path / "x")
+    result = called(*(str(tmp_path / "x") if word == "SAVED" else word for word in arguments))
+    assert result.exit_code == 2 and message.replace("SAVED", str(tmp_path / "x")) in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def program(
+    *arguments: object, folder: Path | None = None, terminal: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``secateur`` as a program; with ``terminal``, its output goes to one of so many columns."""
+    command = [sys.executable, "-c", "import sys; del sys.path[0]; from secateur.cli import main; main()"]
+    command += [str(a) for a in arguments]
+    settings = {key: value for key, value in os.environ.items() if key not in {"COLUMNS", "LINES", "FORCE_COLOR"}}
+    settings["NO_COLOR"] = "1"
+    if terminal is None:
+        return subprocess.run(command, capture_output=True, text=True, env=settings, check=False, cwd=folder)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, terminal, 0, 0))
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=settings, cwd=folder)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # what the other end's closing is told as
+        while part := os.read(ours, 65536):
+            seen += part
+    os.close(ours)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", seen.decode()).replace("\r\n", "\n")
+    return subprocess.CompletedProcess(command, process.wait(), text, "")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["inspect", "resnet8"], ["inspect", "digits_cnn"], ["-h"], ["run", "-h"], ["inspect", "-h"]]
+)
+def test_on_a_terminal_no_line_is_too_long(arguments: list[str], columns: int) -> None:
+    done = program(*arguments, terminal=columns)
+    assert done.returncode == 0
+    assert max(len(line) for line in done.stdout.splitlines()) <= columns
+    word = {"list": "cifar10-resnet20-eigendamage-iterative", "-h": "Usage"}.get(arguments[-1], "removable")
+    assert word in done.stdout
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_the_table_of_a_run_fits_and_cuts_no_number(columns: int, recipe: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert called("run", recipe, "seeds=[0, 1]", "--out", out, "--quiet").exit_code == 0
+    done = program("run", recipe, "seeds=[0, 1]", "--out", "out", folder=tmp_path, terminal=columns)
+    assert done.returncode == 0 and max(len(line) for line in done.stdout.splitlines()) <= columns
+    assert "…" not in done.stdout and "test accuracy" in done.stdout
+    found = json.loads((out / "run.json").read_text())["summary"]
+    for column in ("before", "after"):
+        assert f"{found[column]['macs']['mean']:,.0f}" in done.stdout
+
+
+def test_where_there_is_no_terminal_lists_are_one_line_each() -> None:
+    done = program("list")
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == list(LISTS)
+
+
+def test_the_version_and_both_ways_to_ask_for_help() -> None:
+    assert called("--version").output == f"secateur {sc.__version__}\n"
+    for command in ([], ["run"], ["inspect"], ["list"]):
+        short, long = called(*command, "-h"), called(*command, "--help")
+        assert short.exit_code == long.exit_code == 0 and short.output == long.output and "Usage" in short.output
+
+
+def test_python_m_is_the_same_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "secateur", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"secateur {sc.__version__}\n"
+
+
+def test_help_comes_at_once() -> None:
+    """In under a second, the best of a few; and without PyTorch, which takes longer than that by itself."""
+    took = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        assert program("--help").returncode == 0
+        took.append(time.perf_counter() - begun)
+        if took[-1] < 1:
+            break
+    assert min(took) < 1
+    code = "import sys; from secateur.cli import app; app(['-h'], standalone_mode=False); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_sigterm_ends_a_run_like_an_interruption(recipe: str, tmp_path: Path) -> None:
+    """One line, its own exit code, and the same command goes on: what a batch system needs."""
+    command = [sys.executable, "-m", "secateur", "run", recipe, "train.epochs=200", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list((tmp_path / "out").glob("seed-0/baseline-checkpoints/*.safetensors")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == cli.TERMINATED == 143 and stdout == ""
+    assert stderr.splitlines()[-1] == "terminated: the same command goes on where it was" and "Traceback" not in stderr
+    kept = sorted((tmp_path / "out" / "seed-0" / "baseline-checkpoints").iterdir())
+    assert kept and not list(tmp_path.rglob("*.tmp"))
+    done = called("run", recipe, "train.epochs=200", "--out", tmp_path / "out")
+    assert done.exit_code == 0 and "epoch 1/200" not in done.stderr
+
+
+def test_where_there_is_no_terminal_there_are_no_bars_but_a_line_an_epoch(recipe: str, tmp_path: Path) -> None:
+    done = program("run", recipe, "train.epochs=3", "data.validation=0.2", "--out", "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert [
+        re.match(r"epoch (\d)/3: loss [\d.]+, validation accuracy [\d.]+, [\d.]+ s$", line)[1] for line in epochs
+    ] == [*"123"]
+    assert lines == ["seed-0: baseline", *epochs, "seed-0: pruned", "seed-0: measured"]
+    quiet = program("run", recipe, "train.epochs=3", "--out", "again", "--quiet", folder=tmp_path)
+    assert quiet.returncode == 0 and quiet.stderr == "" and "\x1b" not in quiet.stdout + done.stderr
 
 
 def test_as_a_program(recipe: str, tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
+            if {alias.name for alias in node.names} == {"__version__"}:
+                continue  # which needs nothing else of the house
             assert node.level == 0, f"{path}: a relative import"
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in known else node.module for name in inner}

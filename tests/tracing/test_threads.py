@@ -18,7 +18,7 @@ from torch import nn
 import secateur as sc
 from secateur._internal.state import without_fast_path
 from secateur.tracing.proof import no_collection
-from secateur.tracing.tracer import quiet
+from secateur.tracing.skeleton import quiet
 
 LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 # a context that turns a switch of the process off, how to read it, how to set it

@@ -7,6 +7,8 @@ group.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,11 +20,25 @@ from torch import Tensor
 
 from secateur._internal.errors import SecateurError
 
-# `torch.distributed.nn` keeps the group of the time of its import as a default argument for ever. Tracing would import
-# it later, when there may be a group, whose threads would then outlive `destroy_process_group` and may abort the
-# process at its exit (https://github.com/pytorch/pytorch/issues/190489).
+
+def _import_without_group() -> None:
+    """Import ``torch.distributed.nn``, which tracing does somewhere below, without a group in its default arguments.
+
+    Its functions take the default group of the time of the import as default argument, and keep it for ever. Its
+    threads would then outlive ``destroy_process_group``, and may abort the process at its exit
+    (https://github.com/pytorch/pytorch/issues/190489). Imported before there is a group, they have ``None`` there,
+    which means the default group of the time of the call; so that is put there when the import comes later.
+    """
+    functional = importlib.import_module("torch.distributed.nn.functional")
+    for function in vars(functional).values():
+        if inspect.isfunction(function) and function.__module__ == functional.__name__ and function.__defaults__:
+            function.__defaults__ = tuple(
+                None if isinstance(v, dist.ProcessGroup) else v for v in function.__defaults__
+            )
+
+
 if dist.is_available():
-    import torch.distributed.nn
+    _import_without_group()
 
 Group = Any
 """A ``torch.distributed`` process group, or ``None`` for the default one."""
@@ -97,6 +113,13 @@ def together(compute: Callable[[], T], device: torch.device, group: Group = None
         first = next(number for number, own in enumerate(told) if len(own))
         raise SecateurError(f"process {first}: {bytes(told[first].tolist()).decode()}")
     return found  # type: ignore[return-value]
+
+
+def broadcast_(tensor: Tensor, group: Group = None) -> Tensor:
+    """The tensor that rank 0 has, in place; it must be contiguous, and of one shape and dtype everywhere."""
+    if world_size(group) > 1:
+        dist.broadcast(tensor, dist.get_global_rank(group, 0) if group is not None else 0, group=group)
+    return tensor
 
 
 def broadcast_text(text: str, device: torch.device, group: Group = None) -> str:

@@ -22,8 +22,8 @@ from secateur.surgery.records import add_to_record
 from secateur.tracing.copying import copy_module
 from secateur.tracing.graph import fingerprint
 from secateur.tracing.proof import verify
+from secateur.tracing.skeleton import copyable
 from secateur.tracing.slices import Patched, patch, patches, remembered, sliced
-from secateur.tracing.tracer import copyable
 
 
 def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:

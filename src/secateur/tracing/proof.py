@@ -23,11 +23,10 @@ from secateur._internal.state import Switch
 from secateur.tracing.build import unused
 from secateur.tracing.graph import ChannelGraph, HasRemoved, fingerprint
 from secateur.tracing.labels import Dim, Ids, Labels
-from secateur.tracing.op_log import Step, final_steps
+from secateur.tracing.op_log import OpLog, with_channels
 from secateur.tracing.probe import Chosen, mismatch
-from secateur.tracing.tracer import Skeleton, Watcher, in_mode, quiet, watch
-
-KINDS = ("meta", "fake", "real")
+from secateur.tracing.skeleton import KINDS, Skeleton, in_mode, quiet
+from secateur.tracing.tracer import Watcher, watch
 
 
 def verify(model: nn.Module | None, graph: ChannelGraph, plan: HasRemoved) -> str:
@@ -60,12 +59,12 @@ class Proof:
 
     Args:
         observed: the first runs.
-        channel_of: the channel id of every label.
+        channel_of: the channel of every label.
     """
 
     def __init__(self, observed: Observed, channel_of: Ids) -> None:
         self._skeleton = observed.skeleton
-        self._logs = {training: final_steps(log, channel_of) for training, log in observed.logs.items()}
+        self._logs = {training: with_channels(log, channel_of) for training, log in observed.logs.items()}
         self._lock = threading.Lock()  # a skeleton is cut and put back: by one thread at a time
 
     def fault(self, graph: ChannelGraph, chosen: Chosen) -> str:
@@ -101,7 +100,7 @@ def _rebuilt(model: nn.Module | None, graph: ChannelGraph) -> Proof:
 
 
 def _channels_of_labels(labels: Labels, graph: ChannelGraph) -> Ids:
-    """The channel id of every label of a trace, read off the graph of an earlier one.
+    """The channel of every label of a trace, read off the graph of an earlier one.
 
     Equal labels are one channel, and every channel is written by a parameter; so the graph's axes tell them all.
     """
@@ -133,7 +132,7 @@ class Observed:
     skeleton: Skeleton
     labels: Labels
     params: dict[str, int]
-    logs: dict[bool, list[Step]]
+    logs: dict[bool, OpLog]
 
 
 def observe(model: nn.Module, inputs: Inputs) -> Observed:
@@ -144,10 +143,10 @@ def observe(model: nn.Module, inputs: Inputs) -> Observed:
     """
     skeleton, watcher = _watched(model, inputs)
     params = {name: p.ndim for name, p in skeleton.module.named_parameters()}
-    logs = {False: watcher.steps}
-    if unused(watcher.names, params):
+    logs = {False: watcher.log}
+    if unused(watcher.labels, params):
         logs |= _in_training(skeleton, watcher)
-    return Observed(skeleton, watcher.names, params, logs)
+    return Observed(skeleton, watcher.labels, params, logs)
 
 
 def _watched(model: nn.Module, inputs: Inputs) -> tuple[Skeleton, Watcher]:
@@ -169,22 +168,22 @@ def _watched(model: nn.Module, inputs: Inputs) -> tuple[Skeleton, Watcher]:
     ) from error
 
 
-def _fresh(labels: Labels, key: str, tensor: Tensor) -> tuple[Dim, ...]:
-    return tuple(labels.own(key, d, n) for d, n in enumerate(tensor.shape))
+def _fresh(labels: Labels, name: str, tensor: Tensor) -> tuple[Dim, ...]:
+    return tuple(labels.own(name, d, n) for d, n in enumerate(tensor.shape))
 
 
-def _in_training(skeleton: Skeleton, watcher: Watcher) -> dict[bool, list[Step]]:
+def _in_training(skeleton: Skeleton, watcher: Watcher) -> dict[bool, OpLog]:
     """What only training uses (an auxiliary head) is bound to the same channels, if its forward needs no more."""
-    labels = watcher.names
+    labels = watcher.labels
     before = labels.state()
     try:
         with quiet(), in_mode(skeleton.module, training=True):
-            again = watch(skeleton, lambda _, key, tensor: watcher.get(tensor).dims, names=labels)
+            again = watch(skeleton, lambda _, name, tensor: watcher.get(tensor).dims, labels=labels)
     except Exception:  # targets are wanted, say: half a forward binds nothing, and what only it uses stays frozen
         labels.forget(before)
         return {}
     labels.forget({"terms": before["terms"]})  # inference is what is counted
-    return {True: again.steps}
+    return {True: again.log}
 
 
 _COLLECTOR = Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable())

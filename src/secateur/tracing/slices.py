@@ -120,7 +120,8 @@ def patch(model: nn.Module, patched: Patched) -> None:
     Raises:
         SecateurError: there is no such module, or it remembers something else.
     """
-    places = [_place(model, key) for key in patched]
+    modules = dict(model.named_modules())
+    places = [_place(modules, key) for key in patched]
     for (part, attribute), (key, (before, after)) in zip(places, patched.items(), strict=True):
         found = getattr(part, attribute, None)
         if _value(found) != before:
@@ -132,13 +133,10 @@ def patch(model: nn.Module, patched: Patched) -> None:
         setattr(part, attribute, after)
 
 
-def _place(model: nn.Module, key: str) -> tuple[nn.Module | None, str]:
+def _place(modules: Mapping[str, nn.Module], key: str) -> tuple[nn.Module | None, str]:
     """The module that ``path.attribute`` means, if there is one, and the attribute."""
     path, _, attribute = key.rpartition(".")
-    try:
-        return model.get_submodule(path), attribute
-    except AttributeError:
-        return None, attribute
+    return modules.get(path), attribute
 
 
 def _value(given: Any) -> Value | None:
@@ -215,7 +213,8 @@ def shrink(
     names = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
     new: dict[int, Tensor] = {}
     undo = Undo()
-    for part in module.modules():
+    modules = dict(module.named_modules())
+    for part in modules.values():
         for table in (part._parameters, part._buffers):
             for key, tensor in table.items():
                 if tensor is None or names[id(tensor)] not in removed:
@@ -230,7 +229,7 @@ def shrink(
         for table, key, tensor in undo.entries:
             table[key] = new[id(tensor)]
         for key, (_, after) in patches(sizes, removed).items():
-            owner, attribute = _place(module, key)
+            owner, attribute = _place(modules, key)
             undo.attributes.append((owner, attribute, getattr(owner, attribute)))
             setattr(owner, attribute, after)
     except Exception:

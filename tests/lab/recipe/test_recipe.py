@@ -1,12 +1,14 @@
+import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 import secateur as sc
-from secateur.cli import RECIPES
 from secateur.lab import recipe
+from secateur.lab.recipe.shipped import read_named, shipped
 
 BASE = """
 name: small
@@ -31,14 +33,14 @@ def written(folder: Path, text: str = BASE) -> Path:
     return folder / "r.yaml"
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_recipes_are_sound_and_named_as_their_files(path: Path) -> None:
-    found = recipe.read(path)
-    assert found.name == path.stem and found.about
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_are_sound_and_named_as_their_files(name: str) -> None:
+    found = recipe.read(shipped()[name])
+    assert found.name == name and found.about
 
 
 def test_there_are_shipped_recipes() -> None:
-    assert {"digits-sdprun", "digits-taylor"} <= {path.stem for path in RECIPES.glob("*.yaml")}
+    assert {"digits-sdprun", "digits-taylor"} <= set(shipped())
 
 
 def test_recipes_make_the_networks_of_the_measurements() -> None:
@@ -46,7 +48,7 @@ def test_recipes_make_the_networks_of_the_measurements() -> None:
     if not index.exists():
         pytest.skip("bench/checkpoints is not here")
     for entry in json.loads(index.read_text()):
-        found = recipe.read(RECIPES / f"{entry['data']}-{entry['model'].replace('_', '-')}.yaml")
+        found = recipe.read(shipped()[f"{entry['data']}-{entry['model'].replace('_', '-')}"])
         settings = {**entry["optimizer"], **entry}
         assert (found.train.optimizer, found.model.name, found.prune.prunes) == ("sgd", entry["model"], False)
         assert {s["seed"] for s in entry["seeds"]} == set(found.seeds)
@@ -104,7 +106,7 @@ BAD = {
     "prune.budget.macs=0": "Budget.macs=0.*keeps nothing",
     "prune.budget.macs=-1": "Budget.macs=-1.*keeps nothing",
     "prune.budget.macs=1.5": "Budget.macs=1.5.*keeps more than everything",
-    "prune.budget.macs=.nan": "Budget.macs=nan.*not a number",
+    "prune.budget.macs=.nan": r"Budget.macs=\.nan.*not a number",
     "prune.budget.macs=nan": "Budget.macs='nan'.*not a number",
     "prune.budget={}": "nothing is limited",
     "prune.budget={macs: 0.5, macs: 0.3}": "override.*the key 'macs' is given twice",
@@ -157,7 +159,7 @@ BAD = {
     "model.weights=w.safetensors": "either a train section or model.weights; both",
     "train.epochs=0": "train.epochs=0 must be greater than or equal to 1",
     "train.epochs=yes": "train.epochs=True must be a valid integer",
-    "train.lr=.nan": "train.lr=nan must be a finite number",
+    "train.lr=.nan": r"train.lr=\.nan must be a finite number",
     "train.lr=-1": "train.lr=-1 must be greater than 0",
     "train.lr=fast": "train.lr='fast' must be a valid number",
     "data.validation=1": "must be less than 1",
@@ -217,6 +219,57 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(sc.SecateurError, match=r"train.lr=-1 must.*; unknown key in train 'epoch'"):
         recipe.read(written(tmp_path), ["train.epoch=3", "train.lr=-1"])
+
+
+def test_a_number_is_told_as_it_was_typed(tmp_path: Path) -> None:
+    """0.10 is not 0.1 to whoever looks for it in the command that was typed, and 1e-3 is not 0.001."""
+    path = written(tmp_path)
+    told = {
+        ("train.lr=0.10", "train.lr=0.20"): "override 'train.lr=0.20' contradicts 'train.lr=0.10'",
+        ("train.lr=-1e-3",): "train.lr=-1e-3 must be greater than 0",
+        ("train.epochs=1e3",): "train.epochs=1e3 must be a valid integer",
+        ("prune.budget.macs=1.50",): "macs=1.50",
+        ("prune={method: obs, budget: {macs: 0.5}, options: {damping: -1e-3}}",): "damping=-1e-3",
+    }
+    for overrides, message in told.items():
+        with pytest.raises(sc.SecateurError, match=re.escape(message)):
+            recipe.read(path, overrides)
+    found = recipe.read(path, ["train.lr=0.10", "prune.budget.macs=0.50"])
+    assert (repr(found.train.lr), repr(found.prune.budget["macs"])) == ("0.10", "0.50")
+    assert (found.train.lr, found.prune.budget["macs"]) == (0.1, 0.5)
+    assert json.dumps(found.model_dump(mode="json")) == json.dumps(
+        recipe.read(path, ["train.lr=0.1", "prune.budget.macs=0.5"]).model_dump(mode="json")
+    )
+    assert type(copy.deepcopy(found.train.lr)) is float and type(found.train.lr + 0) is float
+
+
+def test_paths_in_a_recipe_are_relative_to_its_file_and_overrides_to_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    text = BASE.replace("digits,", "mnist, root: ../sets,").replace("width: 0.25}", "width: 0.25}, weights: 'w-{seed}'")
+    written(tmp_path / "recipes", text[: text.index("train:")])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = recipe.read("../recipes/r.yaml")
+    assert Path(found.model.weights.replace("{seed}", "0")).resolve() == (tmp_path / "recipes" / "w-0").resolve()
+    assert Path(found.data.root).is_absolute() and Path(found.data.root).resolve() == (tmp_path / "sets").resolve()
+    for override in ("model.weights=mine", "model={name: digits_cnn, weights: mine}"):
+        found = recipe.read("../recipes/r.yaml", [override, "data.root=~/sets"])
+        assert found.model.weights == str(tmp_path / "elsewhere" / "mine")
+        assert found.data.root == str(Path.home() / "sets")
+    shipped_one = read_named("mnist-lenet5-pivot")
+    assert shipped_one.model.weights.startswith(str(tmp_path / "elsewhere" / "bench"))
+
+
+def test_a_recipe_is_a_file_or_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_named("digits-taylor").name == "digits-taylor"
+    (tmp_path / "digits-taylor").write_text(BASE)
+    assert read_named("digits-taylor").name == "small"
+    for given, message in {"r.yaml": "no such file", "a/b": "no such file", "digits-tailor": "'digits-taylor'"}.items():
+        with pytest.raises(sc.SecateurError, match=message):
+            read_named(given)
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"], ids=["missing", "not text"])

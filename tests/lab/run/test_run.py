@@ -1,6 +1,8 @@
+import errno
 import importlib
 import json
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -16,11 +18,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import secateur as sc
-from secateur.cli import RECIPES
+from secateur._internal.errors import BadFile
 from secateur.lab import data, recipe
 from secateur.lab.models.registry import build
+from secateur.lab.recipe.shipped import shipped
 from secateur.lab.run import folder, table
 from secateur.lab.run.api import run
+from secateur.lab.training.loop import _Run as TrainingRun
 from secateur.methods.gradual import GradualPruner
 from secateur.methods.pivoting import Pivoting
 
@@ -617,6 +621,35 @@ def test_a_damaged_stage_says_what_to_delete(tmp_path: Path) -> None:
     assert (tmp_path / "seed-0" / "baseline").exists()  # what is done stays
 
 
+def test_on_a_full_disk_what_was_done_stays_and_with_room_the_same_call_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = made(TAYLOR, train={"epochs": 4, "lr": 0.1})
+    whole = run(given, tmp_path / "whole", progress=False)
+    sync, written = os.fsync, []
+
+    def fills_up(handle: int) -> None:
+        written.append(handle)
+        if len(written) > 6:  # run.json and two checkpoints, each a file and its folder
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fills_up)
+    with pytest.raises(
+        BadFile, match=r"No space left on device.*bytes are to be written.*run the same again"
+    ) as caught:
+        run(given, tmp_path / "again", progress=False)
+    assert "\n" not in str(caught.value)
+    kept = list((tmp_path / "again" / "seed-0" / "baseline-checkpoints").iterdir())
+    assert len(kept) == 2 and not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.undo()
+    epochs, plain = [], TrainingRun.pass_once
+    monkeypatch.setattr(TrainingRun, "pass_once", lambda own, *args: (epochs.append(own.epoch), plain(own, *args)))
+    assert timeless(run(given, tmp_path / "again", progress=False)) == timeless(whole)
+    assert epochs == [2, 3]  # those before had been kept
+    assert weights(tmp_path / "again") == weights(tmp_path / "whole")
+
+
 def test_one_process_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(sc.SecateurError, match="accelerate launch"):
@@ -626,7 +659,7 @@ def test_one_process_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.slow
 def test_the_digits_recipe_survives_ten_kills(tmp_path: Path) -> None:
     """The run of ``make demo``, each time killed once at a random moment and begun again."""
-    given = recipe.read(RECIPES / "digits-sdprun.yaml")
+    given = recipe.read(shipped()["digits-sdprun"])
     start = time.monotonic()
     killed_and_resumed(tmp_path / "whole", [], given)
     whole = time.monotonic() - start

@@ -277,4 +277,4 @@ def test_layers_whose_weight_is_not_theirs_alone_stay_and_the_budget_is_still_me
     assert set(damages.bases) == {"0", "1"} and set(damages.skipped) == {"2", "3", "4"}
     small = damages.cut(sc.Budget(params=0.7))
     assert counts(small, x)[1] <= 0.7 * counts(model, x)[1]
-    assert "6" in kronecker_factors(model, [x]).skipped
+    assert "6" in kronecker_factors(model, [x], "cross_entropy").skipped

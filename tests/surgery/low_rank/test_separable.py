@@ -24,7 +24,7 @@ def rotated(**options):
     torch.manual_seed(0)
     x = torch.randn(6, 4, 9, 9, dtype=torch.float64)
     model = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1, **options), nn.ReLU(), nn.Conv2d(6, 2, 1)).double()
-    return x, sc.eigendamage(model, x, data=[x], loss_fn="mse", budget=sc.Budget(params=0.8), layers=["0"])
+    return x, sc.eigendamage(model, x, data=[x], loss="mse", budget=sc.Budget(params=0.8), layers=["0"])
 
 
 def test_orthogonal_products_are_found_at_once():
@@ -75,7 +75,7 @@ def test_a_core_of_one_tap_stays_what_it_was():
     torch.manual_seed(0)
     x = torch.randn(8, 6, 3, 3, dtype=torch.float64)
     model = nn.Sequential(nn.Conv2d(6, 8, 1), nn.Conv2d(8, 2, 1)).double()
-    small = sc.eigendamage(model, x, data=[x], loss_fn="mse", budget=sc.Budget(params=0.7))
+    small = sc.eigendamage(model, x, data=[x], loss="mse", budget=sc.Budget(params=0.7))
     torch.testing.assert_close(sc.separate(small, "svd")(x), small(x))
 
 

@@ -13,6 +13,7 @@ import torch
 
 from secateur._internal import importing as factory
 from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.extras import extra
 from secateur.lab.data import parquet
 from secateur.lab.data.dataset import Dataset, Split, hold_out, stratified
 
@@ -45,7 +46,8 @@ CIFAR10 = Source(
 
 def digits(root: str | Path | None, validation: float) -> Dataset:
     """The 1,797 8x8 digits inside scikit-learn, values in [0, 1]; a fixed fifth of every class is the test split."""
-    from sklearn.datasets import load_digits
+    with extra("lab", "data 'digits'"):
+        from sklearn.datasets import load_digits
 
     raw = load_digits()
     images = torch.from_numpy((raw.images / 16).astype(np.float32))[:, None]
@@ -130,7 +132,8 @@ def folders(root: str | Path | None) -> Iterator[Path]:
 
 def fetch(name: str, repository: str) -> Path:
     """Fetch a data set's parquet files by huggingface_hub, which keeps them in its own cache."""
-    from huggingface_hub import snapshot_download
+    with extra("lab", f"fetching data {name!r}"):
+        from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=["*.parquet"]))

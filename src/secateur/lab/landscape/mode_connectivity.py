@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from secateur._internal.errors import SecateurError
+from secateur._internal.progress import tracked
 from secateur.curvature.null_space import Deflated
 from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import loss_and_accuracy
@@ -158,7 +158,7 @@ def along(
     _check_curve(model, curve)
     rows: list[Row] = []
     before, length = curve.at(0), 0.0
-    for number in track(range(points), "along the curve", disable=not progress):
+    for number in tracked(range(points), "along the curve", points, progress):
         u = number / (points - 1)
         weights = curve.at(u)
         length += _distance(weights, before)
@@ -247,7 +247,7 @@ def plane(
     x = [low - margin * (high - low) + (1 + 2 * margin) * (high - low) * i / (steps - 1) for i in range(steps)]
     y = [-margin * height + (1 + 2 * margin) * height * j / (steps - 1) for j in range(steps)]
     table = [[0.0] * steps for _ in y]
-    for cell in track(range(steps * steps), "on the plane", disable=not progress):
+    for cell in tracked(range(steps * steps), "on the plane", steps * steps, progress):
         j, i = divmod(cell, steps)
         weights = {name: w + x[i] * e1[name] + y[j] * e2[name] for name, w in start.items()}
         table[j][i] = _measured(model, weights, data, None, loss_fn)["train_loss"]

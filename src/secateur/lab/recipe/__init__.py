@@ -16,7 +16,10 @@ Unknown keys, keys given twice and settings that contradict each other are refus
 
 from __future__ import annotations
 
-from secateur.lab.recipe.reading import read, validate
-from secateur.lab.recipe.sections import OPTIMIZERS, Recipe, Train, Tune
+from secateur._internal.extras import extra
+
+with extra("lab", "a recipe"):
+    from secateur.lab.recipe.reading import read, validate
+    from secateur.lab.recipe.sections import OPTIMIZERS, Recipe, Train, Tune
 
 __all__ = ["OPTIMIZERS", "Recipe", "Train", "Tune", "read", "validate"]

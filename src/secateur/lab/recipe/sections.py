@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from secateur._internal.errors import SecateurError, unknown
 from secateur._internal.importing import is_import_string
@@ -14,6 +22,7 @@ from secateur.allocation.budget import Budget, budget_from, check_rounds
 from secateur.allocation.contract import STRATEGIES
 from secateur.lab.data.registry import DATA
 from secateur.lab.models.registry import MODELS
+from secateur.lab.recipe.yaml_text import TypedFloat
 from secateur.lab.training.schedule import SCHEDULES
 from secateur.methods.contract import METHODS, TRAINING_METHODS
 from secateur.methods.sdprun import WEIGHTS
@@ -42,6 +51,13 @@ Limits = Annotated[dict[str, Any], AfterValidator(_sound)]
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _as_typed(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """A number that remembers how it was written goes on remembering it."""
+        checked = check(value)
+        return value if isinstance(value, TypedFloat) and checked == value else checked
+
     def changed(self) -> set[str]:
         """The settings that are not at their defaults: only those can contradict others."""
         defaults = {
@@ -55,7 +71,7 @@ class Data(_Section):
 
     Attributes:
         name: built-in, or ``package.module:factory``.
-        root: the folder that holds it; ``None`` to look where ``secateur.data.load`` looks.
+        root: the folder that holds it; ``None`` to look where ``secateur.lab.data.load`` looks.
         batch_size: images a step.
         augment: random crops and mirror images while training.
         validation: share of the training images held out, to choose settings by.
@@ -355,8 +371,8 @@ class Recipe(_Section):
         wanted = getattr(self.prune.make_method(), "needs_optimizer", None)
         if wanted is not None and self.train is not None and self.train.optimizer != wanted:
             raise SecateurError(
-                f"method {name_of(self.prune.method or '')!r} needs optimizer {wanted!r}: {self.train.optimizer!r} leaves "
-                "nothing that it could take"
+                f"method {name_of(self.prune.method or '')!r} needs optimizer {wanted!r}: {self.train.optimizer!r} "
+                "leaves nothing that it could take"
             )
         if self.finetune is not None and not self.prune.prunes:
             raise SecateurError("a finetune section needs a prune section: nothing is pruned")

@@ -10,7 +10,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import BadFile, SecateurError
+from secateur._internal.files import make_folder
 from secateur.lab.data.registry import load
 from secateur.lab.recipe.sections import Recipe
 from secateur.lab.run import folder, stages
@@ -34,7 +35,7 @@ def run(
     set from the seeds.
 
     Args:
-        recipe: from :func:`secateur.recipe.read`.
+        recipe: from :func:`secateur.lab.recipe.read`.
         out: the folder to keep everything in: ``run.json``, and ``seed-N/STAGE`` with a model that
             :func:`secateur.load` reads.
         fresh: replace another run in the folder.
@@ -45,6 +46,8 @@ def run(
         What ``run.json`` holds.
 
     Raises:
+        BadFile: what was kept is damaged, or cannot be kept, because the disk is full, say; with more room, the same
+            call goes on.
         SecateurError: what the recipe asks for cannot be done (told before anything is written), a loss that is not
             finite, a folder that holds something else or is in use.
     """
@@ -81,6 +84,8 @@ def run(
                 folder.write(out, begun)
             try:
                 return _finish(setting, out, begun)
+            except BadFile:  # a full disk, say: all that is kept can be gone on with
+                raise
             except SecateurError:
                 if before is None and not any(out.glob("seed-*/*/secateur.json")):  # nothing that could be gone on with
                     folder.clear(out)
@@ -93,7 +98,7 @@ def _finish(setting: Setting, out: Path, begun: dict[str, Any]) -> dict[str, Any
     seeds = {}
     for seed in setting.recipe.seeds:
         at = out / f"seed-{seed}"
-        at.mkdir(exist_ok=True)
+        make_folder(at)
         seeds[str(seed)] = stages.one_seed(setting, seed, at)
     folder.write(out, {**begun, "finished": True, "summary": summary(list(seeds.values())), "seeds": seeds})
     return folder.read(out)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur import storage as store
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import BadFile, SecateurError
+from secateur.lab.inspecting import INPUT
 from secateur.lab.recipe.sections import Train, Tune, name_of
 from secateur.lab.run.folder import write_json
 from secateur.lab.run.pruning import finish, make_handle, pruned, timed
@@ -133,16 +134,16 @@ def _stage(setting: Setting, folder: Path, name: str, make: Callable[[Path], tup
     if not (at / store.FILE).exists():
         setting.say(f"{folder.name}: {name}")
         model, facts = make(checkpoints)
-        store.save(model, at, notes=facts)
+        store.save(model, at, notes={**facts, INPUT: list(setting.inputs.shape)})
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return dict(store.read_head(at)["notes"])
+    return {name: fact for name, fact in store.read_head(at)["notes"].items() if name != INPUT}
 
 
 def _load(setting: Setting, at: Path) -> nn.Module:
     try:
         return store.load(at, setting.build)
-    except SecateurError as error:
-        raise SecateurError(f"{error}; delete {at} to have this stage done again") from error
+    except BadFile as error:
+        raise BadFile(f"{error}; delete {at} to have this stage done again") from error
 
 
 def _train(setting: Setting, model: nn.Module, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
@@ -179,8 +180,8 @@ def _measured(setting: Setting, folder: Path, columns: Mapping[str, Path]) -> Fa
         write_json(path, {name: metrics(setting, _load(setting, at)) for name, at in columns.items()})
     try:
         return dict(json.loads(path.read_text("utf-8")))
-    except ValueError as error:
-        raise SecateurError(f"{path} is damaged ({error}); delete it to have this stage done again") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadFile(f"{path} is damaged ({error}); delete it to have this stage done again") from error
 
 
 def metrics(setting: Setting, model: nn.Module) -> Facts:
