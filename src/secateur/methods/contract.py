@@ -73,10 +73,10 @@ class Method(Protocol):
 class Handle(Protocol):
     """What stands beside an optimizer and prunes while training goes on.
 
-    The built-in ones have all of these; one of your own needs ``done``, ``step`` and ``plan``, and the others where they
-    have a meaning. More that is asked for where it is there: ``advice()``, what to change where the training is too
-    short; ``facts``, what is to be known; and ``small()``, which gives the finished model where no plan of channels says
-    what was done.
+    The built-in ones have all of these; one of your own needs ``done``, ``step`` and ``plan``, and the others where
+    they have a meaning. More that is asked for where it is there: ``advice()``, what to change where the training is
+    too short; ``facts``, what is to be known; and ``small()``, which gives the finished model where no plan of channels
+    says what was done.
     """
 
     @property
