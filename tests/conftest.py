@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import install_import_hook
 
 with install_import_hook(
-    ["secateur.scoring", "secateur.methods.sdprun", "secateur.tracing.channel_rows"], "beartype.beartype"
+    ["secateur.scoring.sums", "secateur.methods.sdprun", "secateur.tracing.channel_rows"], "beartype.beartype"
 ):
     import secateur  # noqa: F401
 
