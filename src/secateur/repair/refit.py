@@ -15,20 +15,22 @@ in both models::
 
 No label is needed, and where the cut changes nothing, nothing changes.
 
-Examples go through the models in small parts. The original runs once. The smaller model runs once for every layer and
-norm, as far as there: what is before is fitted by then, what is behind need not run. So memory holds the activations of
-one part, and samples.
+Examples go once through each model: in small parts through the original, all together through the smaller one, where a
+layer is fitted while the forward stands before it.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
@@ -133,58 +135,114 @@ def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, wo
     check_plan(model, plan)
     pairs, left = _pairs(model, small, plan)
     many = {name: settings.positions or max(8192, 4 * one.table().shape[-1]) for name, (one, _) in pairs.items()}
+    norms: dict[str, Any] = {name: m for name, m in small.named_modules() if has_statistics(m)}
     with torch.inference_mode(False), torch.no_grad():
         examples = _read(work, settings.examples)
-        norms = {name: m for name, m in model.named_modules() if has_statistics(m)}
-        original = _Original({name: one for name, (one, _) in pairs.items()}, norms, many, examples)
+        originals = {name: m for name, m in model.named_modules() if name in norms}
+        original = _Original({name: one for name, (one, _) in pairs.items()}, originals, many, examples)
         original.watch(model)
-        steps, kept = original.steps(work)
-        tensors = (*small.parameters(), *small.buffers())
-        before = [t.clone() for t in tensors]
+        order, kept = original.order_of_all(work)
+
+        def step(name: str, x: Tensor | None) -> None:
+            if name in pairs:
+                left.update(_fit(name, *pairs[name], x, original, plan, settings.damping, work))
+            else:
+                _follow(name, norms[name], x, original, plan, work)
+
+        modules = {name: pairs[name][1].module if name in pairs else norms[name] for name in order}
+        statistics = [t for norm in norms.values() for t in (norm.running_mean, norm.running_var)]
+        parameters = list(small.parameters())
+        before = [p.clone() for p in parameters]
         try:
-            for names in work.tracked(steps, "refit", len(steps)):
-                if names[0] in pairs:
-                    some = {name: pairs[name] for name in names}
-                    left |= _fit(small, some, original, plan, settings.damping, work)
-                else:
-                    _follow(small, names[0], original, plan, work)
+            with preserved(small, fast_path=False):
+                _step_by_step(small, modules, step, examples, work)
+                followed = [t.clone() for t in statistics]
         except BaseException:
-            for t, was in zip(tensors, before, strict=True):
-                t.copy_(was)
+            for p, was in zip(parameters, before, strict=True):
+                p.copy_(was)
             raise
+        for t, found in zip(statistics, followed, strict=True):  # only now: until here all buffers come back
+            t.copy_(found)
     return left | kept
 
 
+def _step_by_step(
+    small: nn.Module, modules: Mapping[str, nn.Module], step: Callable[[str, Tensor | None], None],
+    examples: _Examples, work: Workload,
+) -> None:  # fmt: skip
+    """Run the smaller model once; before each module its step is taken, in one order on all processes."""
+    steps = work.tracked(modules, "refit", len(modules))
+    ahead = set(modules)
+
+    def reached(name: str, x: Tensor | None) -> None:
+        while name in ahead:  # what this process's examples do not reach is done without them
+            now = next(steps)
+            ahead.discard(now)
+            step(now, x if now == name else None)
+
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: reached(name, first_argument(args, kwargs)), with_kwargs=True
+        )
+        for name, module in modules.items()
+    ]
+    try:
+        if examples.parts:
+            with _ConvolutionsInParts():
+                _forward(small, examples.take())
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in steps:
+        step(name, None)
+
+
+class _ConvolutionsInParts(TorchFunctionMode):
+    """Convolutions of many examples are computed for some at a time: what they need besides their output is large."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _CONVOLUTIONS or not args or args[0].ndim != 2 + _CONVOLUTIONS[func] or len(args[0]) <= PART:
+            return func(*args, **kwargs)
+        x, *rest = args
+        first = func(x[:PART], *rest, **kwargs)
+        last = first.ndim == 4 and not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
+        whole = torch.empty(
+            len(x), *first.shape[1:], dtype=first.dtype, device=first.device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        )  # fmt: skip
+        whole[:PART] = first
+        for begin in range(PART, len(x), PART):
+            whole[begin : begin + PART] = func(x[begin : begin + PART], *rest, **kwargs)
+        return whole
+
+
+_CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+
+
 def _fit(
-    small: nn.Module, pairs: Mapping[str, tuple[Layer, Layer]], original: _Original, plan: Plan, damping: float,
+    name: str, one: Layer, layer: Layer, given: Tensor | None, original: _Original, plan: Plan, damping: float,
     work: Workload,
 ) -> dict[str, str]:  # fmt: skip
-    """Fit layers of the same input; those that stay as they are -> why."""
-    samples: dict[str, list[Tensor]] = {name: [] for name in pairs}
-    places: dict[str, dict[int, torch.Size]] = {name: {} for name in pairs}
-
-    def see(name: str, part: _Part, x: Tensor) -> None:
-        layer = pairs[name][1]
-        x = _by_example(layer, x, part.count)
-        places[name][part.number] = _places(layer, x)
-        samples[name].append(input_samples_at(layer, wide(x), original.examples.choice(part, original.many[name])))
-
-    _run_until(small, {name: layer.module for name, (_, layer) in pairs.items()}, original.examples, see)
-    left = {}
-    for name, (one, layer) in pairs.items():
-        same = torch.tensor(int(places[name] == original.places[name]), device=work.device)
-        if int(all_reduce_(same, work.group)) < work.processes:
-            left[name] = "the forward takes it to other positions than in the original"
-            continue
-        table, missing = layer.table().double().squeeze(2), plan.slices.get(_of(name, "weight"), {}).get(0, [])
-        x = _gathered(samples.pop(name), wide(layer.table()[:, :0, 0]), work)
-        y = _gathered(original.outputs.pop(name), wide(one.table()[:, :, 0, :0].mT), work)
-        y = _without(y.transpose(1, 2).flatten(0, 1), missing).unflatten(0, (layer.groups, -1)).transpose(1, 2)
-        new, bias = layer.weights((table + least_squares(x, y, table, damping, name)).unsqueeze(2))
-        layer.module.weight.copy_(new)
-        if bias is not None:
-            layer.module.bias.copy_(bias)
-    return left
+    """Fit a layer to what the original's computes, by the inputs that it gets; if it stays as it is, why."""
+    samples, places, examples = list[Tensor](), torch.Size(), original.examples
+    if given is not None:
+        x = _by_example(layer, given, examples.own)
+        places = _places(layer, x)
+        for part, some in examples.split(x):
+            samples.append(input_samples_at(layer, wide(some), examples.choice(part, original.many[name])))
+    same = torch.tensor(int(places == original.places_of(name)), device=work.device)
+    if int(all_reduce_(same, work.group)) < work.processes:
+        return {name: "the forward takes it to other positions than in the original"}
+    table, missing = layer.table().double().squeeze(2), plan.slices.get(_of(name, "weight"), {}).get(0, [])
+    x = _gathered(samples, wide(layer.table()[:, :0, 0]), work)
+    y = _gathered(original.outputs.pop(name, []), wide(one.table()[:, :, 0, :0].mT), work)
+    y = _without(y.transpose(1, 2).flatten(0, 1), missing).unflatten(0, (layer.groups, -1)).transpose(1, 2)
+    new, bias = layer.weights((table + least_squares(x, y, table, damping, name)).unsqueeze(2))
+    layer.module.weight.copy_(new)
+    if bias is not None:
+        layer.module.bias.copy_(bias)
+    return {}
 
 
 def _gathered(parts: list[Tensor], none: Tensor, work: Workload) -> Tensor:
@@ -193,23 +251,24 @@ def _gathered(parts: list[Tensor], none: Tensor, work: Workload) -> Tensor:
     return torch.cat([t.transpose(0, 1) for t in all_gather(own.transpose(0, 1).contiguous(), work.group)], 1)
 
 
-def _follow(small: nn.Module, name: str, original: _Original, plan: Plan, work: Workload) -> None:
+def _follow(
+    name: str, norm: Any, given: Tensor | None, original: _Original, plan: Plan, work: Workload
+) -> None:  # fmt: skip
     """Let the statistics of a batch norm follow what the examples show in both models."""
-    found: list[Tensor] = []
-    norm: Any = small.get_submodule(name)
-    _run_until(small, {name: norm}, original.examples, lambda _, __, x: found.append(_moments(x)))
     missing = plan.slices.get(_of(name, "running_mean"), {}).get(0, [])
-    then = _without(_combined(original.moments.pop(name), len(norm.running_mean) + len(missing), work), missing)
-    now = _combined(found, len(norm.running_mean), work)
+    channels = len(norm.running_mean)
+    then = _without(_combined(original.moments.pop(name, []), channels + len(missing), work), missing)
+    now = _combined([] if given is None else [_moments(x) for x in given.split(PART)], channels, work)
     norm.running_mean += now[:, 1] - then[:, 1]
     norm.running_var *= (now[:, 2] / then[:, 2].clamp(min=1e-12)).clamp(max=1e6)
 
 
 def _moments(x: Tensor) -> Tensor:
     """How many numbers a channel has, their mean and their variance, float64 [channels, 3]."""
-    rows = wide(x).transpose(0, 1).flatten(1)
-    count = torch.full_like(rows[:, 0], rows.shape[1])
-    return torch.stack([count, rows.mean(1), rows.var(1, correction=0)], 1).double()
+    dims, x = [d for d in range(x.ndim) if d != 1], wide(x)
+    mean = x.mean(dims, keepdim=True)
+    variance = (x - mean).square_().mean(dims)  # `var` is ten times slower
+    return torch.stack([torch.full_like(variance, x.numel() / x.shape[1]), mean.flatten(), variance], 1).double()
 
 
 def _combined(parts: list[Tensor], channels: int, work: Workload) -> Tensor:
@@ -279,7 +338,6 @@ class _Original:
         calls: how often a layer or norm runs in a forward, at most.
         strange: layers that do not compute their weight times their input.
         order: layers and norms in the order in which they run.
-        alike: those whose input is the very tensor that the one before them in this order has got.
     """
 
     layers: Mapping[str, Layer]
@@ -292,7 +350,14 @@ class _Original:
     calls: Counter[str] = field(default_factory=Counter)
     strange: set[str] = field(default_factory=set)
     order: list[str] = field(default_factory=list)
-    alike: set[str] = field(default_factory=set)
+
+    def places_of(self, name: str) -> torch.Size | None:
+        """The shape for all parts together; None if they differ."""
+        found = list(self.places[name].values())
+        if not found:
+            return torch.Size()
+        alike = all(shape[1:] == found[0][1:] for shape in found)
+        return torch.Size([sum(shape[0] for shape in found), *found[0][1:]]) if alike else None
 
     def watch(self, model: nn.Module) -> None:
         """Run the model."""
@@ -301,27 +366,20 @@ class _Original:
                 calls: Counter[str] = Counter()
                 handles = self._attach(part, calls)
                 try:
-                    _forward(model, part)
+                    _forward(model, replace(part, inputs=_copied(part.inputs)))
                 finally:
                     for handle in handles:
                         handle.remove()
                 self.calls |= calls
 
     def _attach(self, part: _Part, calls: Counter[str]) -> list[RemovableHandle]:
-        before: tuple[Any, int] = (None, 0)
-
-        def runs(name: str, x: Any) -> None:
-            nonlocal before
+        def runs(name: str) -> None:
             calls[name] += 1
-            now = (x, x._version if isinstance(x, Tensor) and not x.is_inference() else -1)
             if name not in self.order:
                 self.order.append(name)
-                if now[0] is before[0] and now[1] == before[1] >= 0:
-                    self.alike.add(name)
-            before = now
 
         def layer_ran(name: str, x: Any, y: Any) -> None:
-            runs(name, x)
+            runs(name)
             layer = self.layers[name]
             if name in self.strange or not computes_its_weight(layer, x, y):
                 self.strange.add(name)
@@ -331,7 +389,7 @@ class _Original:
             self.outputs[name].append(output_samples_at(layer, wide(y), self.examples.choice(part, self.many[name])))
 
         def norm_runs(name: str, x: Tensor) -> None:
-            runs(name, x)
+            runs(name)
             self.moments[name].append(_moments(x))
 
         return [
@@ -346,11 +404,8 @@ class _Original:
             for name, norm in self.norms.items()
         ]
 
-    def steps(self, work: Workload) -> tuple[list[list[str]], dict[str, str]]:
-        """What is to be done, in the order of the forward: layers of the same input, or one norm; and what is left why.
-
-        All processes find the same.
-        """
+    def order_of_all(self, work: Workload) -> tuple[list[str], dict[str, str]]:
+        """What is to be done, in the order of the forward; and what stays as it is, why: the same on all processes."""
         names = [*self.layers, *self.norms]
         own = torch.tensor([[self.calls[name], int(name in self.strange)] for name in names], device=work.device)
         most = torch.stack(all_gather(own, work.group)).amax(0).tolist() if names else []
@@ -362,17 +417,8 @@ class _Original:
                 left[name] = f"it runs {calls} times in a forward"
             elif strange:
                 left[name] = STRANGE
-        order, alike = work.agree([self.order, sorted(self.alike)])
-        order += [name for name in names if name not in order]
-        steps: list[list[str]] = []
-        for number, name in enumerate(order):
-            if name in left:
-                continue
-            if name in alike and name in self.layers and steps and steps[-1][-1] == order[number - 1] in self.layers:
-                steps[-1].append(name)
-            else:
-                steps.append([name])
-        return steps, left
+        order = work.agree(self.order)
+        return [name for name in dict.fromkeys([*order, *names]) if name not in left], left
 
 
 # ------------------------------------------------------------------------------------------------ examples, in parts
@@ -397,12 +443,46 @@ class _Part:
     inputs: Inputs
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Examples:
-    """The parts of this process, and how many examples all processes have."""
+    """The parts of this process, how many examples these are, and how many all processes have."""
 
     parts: list[_Part]
+    own: int
     total: int
+
+    def take(self) -> _Part:
+        """All parts as one, which have no inputs from then on.
+
+        Inputs whose first dim is not that of the examples are taken from the first part.
+
+        Raises:
+            BadBatch: they are of different shapes.
+        """
+        counts = [part.count for part in self.parts]
+
+        def join(*tensors: Any) -> Any:
+            same = [isinstance(t, Tensor) and t.ndim > 0 and len(t) == n for t, n in zip(tensors, counts, strict=True)]
+            if all(same):
+                return torch.cat(tensors)
+            return tensors[0].clone() if isinstance(tensors[0], Tensor) else tensors[0]
+
+        try:
+            inputs = tree_map(join, *(part.inputs for part in self.parts))
+        except (RuntimeError, ValueError) as error:
+            raise BadBatch(
+                f"refit: the batches cannot be joined to one ({error}); give batches of one shape, or one batch"
+            ) from error
+        self.parts = [replace(part, inputs=None) for part in self.parts]
+        return replace(self.parts[0], count=self.own, inputs=inputs)
+
+    def split(self, x: Tensor) -> Iterator[tuple[_Part, Tensor]]:
+        """Each part's share of what a layer of the joined parts gets; it is as long as a multiple of the examples."""
+        each, rest = divmod(len(x), self.own)
+        if rest:
+            yield replace(self.parts[0], count=self.own), x
+        else:
+            yield from zip(self.parts, x.split([each * part.count for part in self.parts]), strict=True)
 
     def choice(self, part: _Part, many: int) -> Choice:
         """Which of a part's positions are looked at: spread over those of all examples."""
@@ -433,7 +513,7 @@ def _read(work: Workload, examples: int) -> _Examples:
         _Part(number, batch, before + sum(counts[:number]), count, inputs)
         for number, (batch, inputs, count) in enumerate(found)
     ]
-    return _Examples(parts, sum(of_all))
+    return _Examples(parts, sum(counts), sum(of_all))
 
 
 def _split(batch: Batch, most: int) -> Iterator[tuple[int, Inputs, int]]:
@@ -451,44 +531,14 @@ def _split(batch: Batch, most: int) -> Iterator[tuple[int, Inputs, int]]:
         yield batch.number, tree_map(some, batch.inputs), end - begin
 
 
-class _Reached(BaseException):
-    """A forward has come as far as it had to; no ``except Exception`` of a model's own keeps it from ending there."""
-
-
-def _run_until(
-    model: nn.Module, modules: Mapping[str, nn.Module], examples: _Examples, see: Callable[[str, _Part, Tensor], None]
-) -> None:
-    """Run every part as far as the last of some modules; ``see(name, part, input)`` is called before each of them."""
-    with preserved(model, fast_path=False):
-        for part in examples.parts:
-            ahead = set(modules)
-
-            def before(name: str, x: Any, part: _Part = part, ahead: set[str] = ahead) -> None:
-                see(name, part, x)
-                ahead.discard(name)
-                if not ahead:
-                    raise _Reached
-
-            handles = [
-                module.register_forward_pre_hook(
-                    lambda _, a, k, name=name, before=before: before(name, first_argument(a, k)), with_kwargs=True
-                )
-                for name, module in modules.items()
-            ]
-            try:
-                _forward(model, part)
-            except _Reached:
-                pass
-            finally:
-                for handle in handles:
-                    handle.remove()
-
-
 def _forward(model: nn.Module, part: _Part) -> None:
-    """Run one part; each run begins with the same random state, and may write into its inputs."""
-    inputs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, part.inputs)
-    with fork_rng_of(model):
-        outputs_of(lambda given: call_model(model, given), Batch(part.batch, inputs))
+    """Run one part."""
+    outputs_of(partial(call_model, model), Batch(part.batch, part.inputs))
+
+
+def _copied(inputs: Inputs) -> Inputs:
+    """A copy, which a forward may write into."""
+    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
 
 
 # --------------------------------------------------------------------------------------------------- models and inputs
