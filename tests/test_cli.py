@@ -29,7 +29,7 @@ threads: 1
 data: {name: digits, batch_size: 64}
 model: {name: digits_cnn, options: {width: 0.25}}
 train: {epochs: 1, lr: 0.1}
-prune: {criterion: magnitude, budget: {macs: 0.5}}
+prune: {budget: {macs: 0.5}, criterion: magnitude, repair: none}
 measure: {batch_sizes: [1], repeats: 1}
 """
 
@@ -144,6 +144,8 @@ def test_list_names_everything() -> None:
     assert lines["models"].split(", ") == list(models.MODELS) and lines["data"].split(", ") == list(data.DATA)
     assert {"increg", "pivot", "zero"} <= set(lines["methods"].split(", "))
     assert {"adam", "adamw", "sdprun", "sgd"} <= set(lines["optimizers"].split(", "))
+    for kind, registry in (("criteria", sc.CRITERIA), ("strategies", sc.STRATEGIES), ("repairs", sc.REPAIRS)):
+        assert lines[kind].split(", ") == registry.names()
     assert "digits-sdprun" in lines["recipes"]
     assert called("list", "data").output == f"data: {', '.join(data.DATA)}\n"
 
@@ -156,7 +158,7 @@ def test_inspect_shows_a_built_in_model(name: str) -> None:
 
 def test_inspect_reads_saved_models_and_options(tmp_path: Path) -> None:
     model = build("digits_cnn", width=0.5)
-    small = sc.prune(model, IMAGE, sc.Budget(channels=0.5), criterion="magnitude").model
+    small = sc.prune(model, IMAGE, sc.Budget(channels=0.5)).model
     sc.save(small, tmp_path)
     assert called("inspect", tmp_path).output.strip() == sc.trace(small, IMAGE).summary()
     assert called("inspect", "digits_cnn", "width=0.5").output.strip() == sc.trace(model, IMAGE).summary()

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from secateur._internal.state import batch_statistics, eval_mode
+from secateur._internal.state import eval_mode, preserved
+
+MODES = ["eval", "batch_statistics"]
 
 
 class Restless(nn.Module):
@@ -25,15 +27,15 @@ class Restless(nn.Module):
         return F.dropout(self.norm(self.layer(x)), 0.5, training=True)
 
 
-@pytest.mark.parametrize("mode", [eval_mode, batch_statistics])
+@pytest.mark.parametrize("mode", MODES)
 def test_everything_comes_back(mode):
     model, x = Restless(), torch.randn(8, 4)
     model.norm.eval()
     held = dict(model.named_buffers())
     before = {name: buffer.clone() for name, buffer in held.items()}
     state = torch.get_rng_state()
-    with pytest.raises(RuntimeError), mode(model):
-        assert model.norm.training == (mode is batch_statistics)
+    with pytest.raises(RuntimeError), preserved(model, mode):
+        assert model.norm.training == (mode == "batch_statistics")
         model(x)
         raise RuntimeError
     assert torch.equal(torch.get_rng_state(), state)
@@ -44,10 +46,10 @@ def test_everything_comes_back(mode):
         assert torch.equal(buffer.nan_to_num(-1), before[name].nan_to_num(-1))
 
 
-@pytest.mark.parametrize("mode", [eval_mode, batch_statistics])
+@pytest.mark.parametrize("mode", MODES)
 def test_models_without_data_can_be_run(mode):
     model = nn.BatchNorm1d(4).to("meta")
-    with mode(model):
+    with preserved(model, mode):
         assert model(torch.randn(2, 4, device="meta")).shape == (2, 4)
 
 

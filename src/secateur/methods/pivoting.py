@@ -66,7 +66,7 @@ class PivotSettings:
     """What blocks stay.
 
     Attributes:
-        keep: the part of each layer's coefficients that stays in the end, in (0, 1]; must be given.
+        keep: the part of each layer's coefficients that stays in the end, in (0, 1].
         layout: ``"bundles"``: every bundle of rows has its own columns; ``"diagonal"``: block-diagonal after permuting
             rows and columns, with ``1 / keep`` blocks; ``"growth"``: by complete pivoting.
         blocks: how many a layer has, at most; see :func:`pivot`.
@@ -77,7 +77,7 @@ class PivotSettings:
     takes_budget: ClassVar[bool] = False
     plans: ClassVar[bool] = False
     needs: ClassVar[Needs] = Needs()
-    keep: float | None = None
+    keep: float = 0.25
     layout: str = "bundles"
     blocks: int | None = None
     exclude: Exclude = ()
@@ -88,15 +88,10 @@ class PivotSettings:
         check_exclude(self.exclude)
         check_seed(self.seed)
 
-    @property
-    def share(self) -> float:
-        """``keep``, which was given."""
-        return float(self.keep or 1.0)
-
     def candidates(self, model: nn.Module, factors: Curvature | None = None) -> tuple[list[str], dict[str, str]]:
         """The layers that get blocks, and the others -> why."""
         without = {**excluded_layers(model, self.exclude), **frozen_layers(model)}
-        return eligible(model, self.share, self.layout, without, factors)
+        return eligible(model, self.keep, self.layout, without, factors)
 
     def keeper(self, model: nn.Module) -> Pivoting:
         """A handle that keeps the blocks of a pivoted model while it is fine-tuned."""
@@ -143,7 +138,7 @@ class Pivot(PivotSettings):
         """The pivoted model by the energy of magnitude, or of the Fisher where there are factors."""
         names, left = self.used(model, inputs, factors)
         found = patterns_of(
-            model, names, self.share, layout=self.layout, blocks=self.blocks, factors=factors, seed=self.seed
+            model, names, self.keep, layout=self.layout, blocks=self.blocks, factors=factors, seed=self.seed
         )
         patterns = _agreed(found, work.device, work.group)
         before = measured_counts(model, inputs)
@@ -269,7 +264,7 @@ class GradualPivot(PivotSettings):
 
     def keep_at(self, update: int) -> float:
         """What stays after so many updates, a fraction."""
-        return self.share + (1 - self.share) * (1 - update / self.times) ** 3
+        return self.keep + (1 - self.keep) * (1 - update / self.times) ** 3
 
     def attach(self, model: nn.Module, graph: ChannelGraph, optimizer: Optimizer, budget: Budget | None) -> Pivoting:
         """A handle with these settings; it needs neither graph nor optimizer."""
@@ -311,6 +306,8 @@ class Pivoting:
         for name in options:
             if name not in options_of(GradualPivot):
                 raise unknown("option of Pivoting", name, options_of(GradualPivot))
+        if options and "keep" not in options:
+            raise SecateurError(f"Pivoting({', '.join(options)}=...): give keep= too, the fraction that stays")
         if options:
             settings = GradualPivot(**options)
         self.model, self.group, self.settings = model, group, settings
@@ -353,7 +350,7 @@ class Pivoting:
             self.updates += 1
             found = patterns_of(
                 self.model, self._names, how.keep_at(self.updates), layout=how.layout, blocks=how.blocks, seed=how.seed,
-                final=how.share,
+                final=how.keep,
             )  # fmt: skip
             self.patterns = _agreed(found, device_of(self.model), self.group)
             self._masks = []

@@ -19,6 +19,9 @@ from torch import nn
 
 import secateur as sc
 from secateur._internal.errors import BadFile
+from secateur.allocation.latency import sampler
+from secateur.allocation.search import checkpoint
+from secateur.allocation.search.evaluator import Evaluator
 from secateur.lab import data, recipe
 from secateur.lab.models.registry import build
 from secateur.lab.recipe.shipped import shipped
@@ -345,9 +348,8 @@ def test_a_search_of_widths_runs_and_goes_on_where_it_was_interrupted(
     seed = whole["seeds"]["0"]
     assert seed["after"]["macs"] <= 0.5 * seed["before"]["macs"]
     assert seed["stages"]["pruned"]["search"]["table"]
-    module = importlib.import_module("secateur.allocation.search.search")
-    monkeypatch.setattr(module, "EVERY", 0.0)
-    calls = interrupted(module.Evaluator, "_rise", 50)
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_SAVES", 0.0)
+    calls = interrupted(Evaluator, "_rise", 50)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "again", progress=False)
     assert timeless(run(recipe, tmp_path / "again", progress=False)) == timeless(whole)
@@ -363,13 +365,14 @@ def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock
         run(made(TAYLOR, prune=impossible), tmp_path / "impossible", progress=False)
     assert not (tmp_path / "impossible").exists() or not list((tmp_path / "impossible").rglob("*.safetensors"))
     module = importlib.import_module("secateur.lab.run.pruning")
-    counted, prune, measure = [], module.prune, sc.Timing._measure
+    latency = importlib.import_module("secateur.allocation.latency.api")
+    counted, prune, measure = [], module.prune, latency.measured_model
 
-    def counting(timing: sc.Timing, count: int, progress: bool) -> None:
-        counted.append((count, timing.where["inputs"][0][0], timing.threads))
-        measure(timing, count, progress)
+    def counting(stopwatch: Any, graph: Any, settings: sc.LatencySettings, **given: Any) -> Any:
+        counted.append((settings.samples, stopwatch.where(graph)["inputs"][0][0], settings.threads))
+        return measure(stopwatch, graph, settings, **given)
 
-    monkeypatch.setattr(sc.Timing, "_measure", counting)
+    monkeypatch.setattr(latency, "measured_model", counting)
     monkeypatch.setattr(module, "TIMED", 6)
     budget = {"latency_ms": 1000.0, "macs": 0.5}
     recipe = made(TAYLOR, prune=TAYLOR["prune"] | {"budget": budget}, measure={"batch_sizes": [4], "threads": 1})
@@ -398,13 +401,10 @@ def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_u
         weights = np.array([sum(tensor.numel() for tensor in model.parameters()) for model in models])
         return slower[0] * weights[:, None, None] / weights[0] * rng.uniform(0.9, 1.1, (len(models), turns, 1))
 
-    monkeypatch.setitem(sc.Timing.__init__.__globals__, "in_turn", noisy)
-    search, pruning = (
-        importlib.import_module(f"secateur.{name}") for name in ("allocation.search.search", "lab.run.pruning")
-    )
-    monkeypatch.setattr(pruning, "TIMED", 6)
-    monkeypatch.setattr(search, "EVERY", 0.0)
-    calls = interrupted(search.Evaluator, "_rise", 50)
+    monkeypatch.setattr(sampler, "in_turn", noisy)
+    monkeypatch.setattr(importlib.import_module("secateur.lab.run.pruning"), "TIMED", 6)
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_SAVES", 0.0)
+    calls = interrupted(Evaluator, "_rise", 50)
     prune = {
         "criterion": "magnitude", "budget": {"latency_ms": 0.7}, "strategy": {"name": "bandit", "evaluations": 80},
         "repair": "recalibrate", "batches": 4,

@@ -65,9 +65,9 @@ def _try_pruning(setting: Setting, model: nn.Module, graph: ChannelGraph, *, new
     method = section.make_method()
     if method is None:
         if budget is not None and (budget.latency_ms is None or new):
-            timing = None if budget.latency_ms is None else timed(setting, model, samples=4)
+            clock = None if budget.latency_ms is None else timed(setting, model, samples=4)
             without = excluded(model, graph, section.exclude)
-            check_feasible(graph, budget, approximate=section.approximate, timing=timing, without=without)
+            check_feasible(graph, budget, approximate=section.approximate, latency=clock, without=without)
         return
     if section.train is None:
         if hasattr(method, "check"):
