@@ -150,7 +150,7 @@ def test_the_models_own_loss():
     assert batch_loss(model, batch, LOSSES["model"]) == own
     assert LOSSES["model"].total(model(LOGITS, LABELS % 3), None, 4) == 4 * own
     torch.testing.assert_close(batch_loss(model, batch, LOSSES["cross_entropy"]), own / 2)
-    with pytest.raises(BadBatch, match="has no .loss; batches must be dicts with labels"):
+    with pytest.raises(BadBatch, match=r"has no \.loss; batches must be dicts with labels"):
         batch_loss(model, read_batch((LOGITS, LABELS), 0, CPU), LOSSES["model"])
     with pytest.raises(SecateurError, match="loss= is needed"):
         read_loss(None, read_batch((LOGITS, LABELS), 0, CPU))

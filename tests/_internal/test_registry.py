@@ -1,4 +1,4 @@
-"""Things by name: what is registered is found, made with its options, and refused at the door if it has no such verb."""
+"""Things by name: what is registered is found and made; what has no such verb is refused at the door."""
 
 from __future__ import annotations
 
