@@ -145,6 +145,7 @@ def test_list_names_everything() -> None:
     assert {"increg", "pivot", "zero"} <= set(lines["methods"].split(", "))
     for kind, registry in (("criteria", sc.CRITERIA), ("strategies", sc.STRATEGIES), ("repairs", sc.REPAIRS)):
         assert lines[kind].split(", ") == registry.names()
+    assert {"adam", "adamw", "sdprun", "sgd"} <= set(lines["optimizers"].split(", "))
     assert "digits-sdprun" in lines["recipes"]
     assert called("list", "data").output == f"data: {', '.join(data.DATA)}\n"
 
