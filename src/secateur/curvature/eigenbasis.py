@@ -22,7 +22,7 @@ from secateur._internal.workload import Workload
 from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import Factors
 from secateur.curvature.layers import Layer, input_samples, output_samples, wide, with_sharers
-from secateur.curvature.passes import NOT_REACHED, watch
+from secateur.curvature.passes import NO_GRADIENT, NOT_REACHED, watch
 
 NULL = 1e-10
 """Eigenvalues up to this fraction of the largest count as zero."""
@@ -123,7 +123,8 @@ def second_moments(work: Workload, bases: Mapping[str, Eigenbasis], how: Fisher)
     """
     layers = with_sharers(work.model, [basis.layer for basis in bases.values()])
     owner = {id(layer.module.weight): layer.name for layer in reversed(layers)}
-    sums = {name: torch.zeros_like(_both(b.layer.table().to(b.qa), b.qg.mT, b.qa)) for name, b in bases.items()}
+    with torch.inference_mode(False):
+        sums = {name: torch.zeros_like(_both(b.layer.table().to(b.qa), b.qg.mT, b.qa)) for name, b in bases.items()}
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def on_gradient(layer: Layer, g: Tensor, x: Tensor) -> None:
@@ -141,7 +142,7 @@ def second_moments(work: Workload, bases: Mapping[str, Eigenbasis], how: Fisher)
     for moments in sums.values():
         all_reduce_(moments, work.group)
     strange = {id(layer.module.weight): seen.strange[layer.name] for layer in layers if layer.name in seen.strange}
-    reached = {id(layer.module.weight) for layer in layers if seen.calls[layer.name]}
+    ran, learns = ({id(layer.module.weight) for layer in layers if n[layer.name]} for n in (seen.calls, seen.gradients))
     left: dict[str, str] = {}
     for layer in layers:
         weight = id(layer.module.weight)
@@ -149,8 +150,8 @@ def second_moments(work: Workload, bases: Mapping[str, Eigenbasis], how: Fisher)
             left[layer.name] = strange[weight]
         elif owner[weight] != layer.name:
             left[layer.name] = f"its weight is that of {owner[weight]}, which has the moments of both"
-        elif weight not in reached:
-            left[layer.name] = NOT_REACHED
+        elif weight not in learns:
+            left[layer.name] = NO_GRADIENT if weight in ran else NOT_REACHED
     found = {
         name: replace(basis, moments=sums[name] / (seen.examples * seen.how.samples))
         for name, basis in bases.items()

@@ -33,7 +33,7 @@ from secateur.curvature.layers import (
     output_products,
     wide,
 )
-from secateur.curvature.passes import NOT_REACHED, watch
+from secateur.curvature.passes import NO_GRADIENT, NOT_REACHED, watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +186,7 @@ def _factors(
         elif of is not layer:
             skipped[layer.name] = f"its weight is that of {of.name}, which has the factors of both"
         elif mine.a is None or mine.g is None:
-            skipped[layer.name] = NOT_REACHED
+            skipped[layer.name] = NOT_REACHED if mine.a is None else NO_GRADIENT
         else:
             found[layer.name] = Factors(layer, mine.a.div_(mine.count), mine.g.div_(seen.examples * seen.how.samples))
     for name, factors in found.items():

@@ -31,6 +31,7 @@ USED_ELSEWHERE = "its weight is used outside of its own forward too"
 NOT_RUN = "its own forward does not run: its weight is used elsewhere"
 HALF_TIED = "another layer shares its weight or its bias, but not both"
 NOT_REACHED = "the data never reached it"
+NO_GRADIENT = "no gradient of the loss reaches it"
 REASONS = (STRANGE, USED_ELSEWHERE, NOT_RUN, HALF_TIED)
 """Why a layer is left out, by what it does in a forward."""
 OnInput = Callable[[Layer, Tensor], Any]
@@ -46,6 +47,7 @@ class Seen:
         examples: how many examples.
         how: the Fisher that was used.
         calls: how often each layer ran.
+        gradients: how often a gradient came back to its output.
         strange: layers that were left out -> why.
         looking: whether it is us who use a weight at this moment.
     """
@@ -53,6 +55,7 @@ class Seen:
     examples: int = 0
     how: Fisher = field(default_factory=Fisher)
     calls: Counter[str] = field(default_factory=Counter)
+    gradients: Counter[str] = field(default_factory=Counter)
     strange: dict[str, str] = field(default_factory=dict)
     looking: bool = False
 
@@ -112,16 +115,20 @@ def _of_all(seen: Seen, layers: Sequence[Layer], work: Workload) -> Seen:
     """What all processes have seen: examples and calls added up; what is strange to one is left out by all."""
     if work.processes == 1:
         return seen
-    rows = [[seen.calls[layer.name], *(seen.strange.get(layer.name) == why for why in REASONS)] for layer in layers]
-    flat = torch.tensor([seen.examples, *(int(n) for row in rows for n in row)], device=work.device)
-    examples, *numbers = all_reduce_(flat, work.group).tolist()
-    width = 1 + len(REASONS)
-    for number, layer in enumerate(layers):
-        calls, *strange = numbers[number * width : (number + 1) * width]
-        seen.calls[layer.name] = calls
+    names = [layer.name for layer in layers]
+    table = torch.tensor(
+        [
+            [seen.examples, seen.calls[name], seen.gradients[name], *(seen.strange.get(name) == r for r in REASONS)]
+            for name in names
+        ],
+        dtype=torch.int64, device=work.device,
+    )  # fmt: skip
+    for name, (examples, calls, gradients, *strange) in zip(
+        names, all_reduce_(table, work.group).tolist(), strict=True
+    ):
+        seen.examples, seen.calls[name], seen.gradients[name] = examples, calls, gradients
         if any(strange):
-            seen.strange[layer.name] = next(why for why, found in zip(REASONS, strange, strict=True) if found)
-    seen.examples = examples
+            seen.strange[name] = next(why for why, found in zip(REASONS, strange, strict=True) if found)
     return seen
 
 
@@ -198,10 +205,12 @@ def _hooked(
                 output = output + anchor
 
             def back(g: Tensor) -> None:
+                seen.gradients[layer.name] += 1
                 with plain:
                     on_gradient(layer, g, kept)
 
-            output.register_hook(back)
+            if output.requires_grad:  # unless the model forbids it here
+                output.register_hook(back)
             return output
 
         return layer.module.register_forward_hook(hook, with_kwargs=True)

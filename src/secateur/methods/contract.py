@@ -37,15 +37,16 @@ Several processes: data are shards, sums are added up, decisions are taken on ra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs
-from secateur._internal.registry import Registry
+from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.registry import Registry, options_of
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.budget import Budget
 from secateur.measure.counting import counted
@@ -111,10 +112,34 @@ class TrainingMethod(Protocol):
         """A handle for this model, changed in place while it trains."""
 
 
+T = TypeVar("T")
 METHODS: Registry[Method] = Registry("method", "secateur.methods", apply=4)
 """All methods that prune at once, by name."""
 TRAINING_METHODS: Registry[TrainingMethod] = Registry("training-time method", "secateur.methods", attach=4)
 """All methods that prune while training, by name."""
+
+
+def settings_from(cls: type[T], given: T | None, options: Mapping[str, Any], who: str, also: Sequence[str] = ()) -> T:
+    """Settings that a user gave as such, or field by field.
+
+    Args:
+        cls: their class.
+        given: the settings, if they were given.
+        options: or some of their fields.
+        who: the verb or the handle that asks, for messages.
+        also: its other arguments, for messages.
+
+    Raises:
+        SecateurError: both, settings of another class, an unknown field, values that are not allowed.
+    """
+    if given is not None and options:
+        raise SecateurError(f"{who}(settings=..., {', '.join(options)}=...): give either settings or their fields")
+    if given is not None and not isinstance(given, cls):
+        raise SecateurError(f"{who}(settings={given!r}): {cls.__name__}(...) is expected")
+    for name in options:
+        if name not in options_of(cls):
+            raise unknown(f"option of {who}", name, [*also, *options_of(cls)])
+    return cls(**options) if given is None else given
 
 
 def finished(model: nn.Module, handle: Any) -> tuple[nn.Module, Plan | None]:

@@ -29,11 +29,11 @@ from torch.optim import Optimizer
 
 from secateur._internal.checks import check_choice, check_count
 from secateur._internal.distributed import Group, broadcast_, broadcast_json
-from secateur._internal.errors import SecateurError, notice, unknown
-from secateur._internal.registry import options_of
+from secateur._internal.errors import SecateurError, notice
 from secateur._internal.state import device_of
 from secateur.allocation.budget import Budget
 from secateur.allocation.contract import STRATEGIES, Strategy
+from secateur.methods.contract import settings_from
 from secateur.methods.layer_selection import check_exclude, excluded_layers
 from secateur.methods.units import (
     Keep,
@@ -125,7 +125,9 @@ class GradualPruner(ABC, Generic[S]):
         group: Group = None,
         **options: Any,
     ) -> None:
-        self.settings: S = self._read(settings, options)
+        self.settings: S = settings_from(
+            self.settings_class, settings, options, type(self).__name__, ("budget", "group")
+        )
         _check_traced(model, graph)
         before = [handle for handle in ATTACHED if handle.shares(model)]
         for handle in before:
@@ -142,19 +144,6 @@ class GradualPruner(ABC, Generic[S]):
         for handle in before:
             handle.replaced_by(self)
         self._attach()
-
-    def _read(self, settings: S | None, options: Mapping[str, Any]) -> S:
-        """The settings, however they were given."""
-        kind, who = self.settings_class, type(self).__name__
-        if settings is not None and options:
-            raise SecateurError(f"{who}(settings=..., {', '.join(options)}=...): give either settings or their fields")
-        if settings is not None and not isinstance(settings, kind):
-            raise SecateurError(f"{who}(settings={settings!r}): a {kind.__name__} is expected")
-        for name in options:
-            if name not in options_of(kind):
-                raise unknown(f"option of {who}", name, ["budget", "group", *options_of(kind)])
-        made: S = kind(**options) if settings is None else settings
-        return made
 
     def _units(self, model: nn.Module, budget: Budget | None) -> Units:
         """What is pruned; rank 0 says how much of it."""

@@ -28,13 +28,12 @@ from torch.optim import Optimizer
 from secateur._internal.batches import Inputs, call_model
 from secateur._internal.checks import check_count, check_seed
 from secateur._internal.distributed import Group, broadcast_json, world_size
-from secateur._internal.errors import SecateurError, unknown
-from secateur._internal.registry import options_of
+from secateur._internal.errors import SecateurError
 from secateur._internal.state import device_of, eval_mode
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.budget import Budget
 from secateur.curvature.kronecker import Curvature
-from secateur.methods.contract import METHODS, TRAINING_METHODS, described, measured_counts
+from secateur.methods.contract import METHODS, TRAINING_METHODS, described, measured_counts, settings_from
 from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
 from secateur.plan import Plan
 from secateur.result import Counts, Result
@@ -303,13 +302,10 @@ class Pivoting:
         options |= {} if keep is None else {"keep": keep}
         if (patterns is not None) + (settings is not None) + bool(options) > 1:
             raise SecateurError("give either keep=, a fraction of each layer's coefficients, or patterns= to be kept")
-        for name in options:
-            if name not in options_of(GradualPivot):
-                raise unknown("option of Pivoting", name, options_of(GradualPivot))
         if options and "keep" not in options:
             raise SecateurError(f"Pivoting({', '.join(options)}=...): give keep= too, the fraction that stays")
         if options:
-            settings = GradualPivot(**options)
+            settings = settings_from(GradualPivot, None, options, "Pivoting", ("patterns", "group"))
         self.model, self.group, self.settings = model, group, settings
         self.steps = self.updates = 0
         self.patterns: dict[str, Pattern] = {}
