@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from jaxtyping import install_import_hook
 from safetensors.torch import load_file
+from torch import nn
 
 install_import_hook(
     ["secateur.scoring.sums", "secateur.methods.sdprun", "secateur.tracing.channel_rows"], "beartype.beartype"
@@ -49,3 +53,73 @@ def interrupted(monkeypatch):
         return calls
 
     return at
+
+
+class Restless(nn.Module):
+    """A small network with all that a forward may leave behind, and all that a user may have set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.second, self.drop, self.head = nn.Conv2d(8, 6, 3), nn.Dropout(0.5), nn.Linear(6, 4)
+        self.register_buffer("written", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(1))
+
+    def forward(self, x):
+        self.written += 1
+        self.replaced = self.replaced + 1
+        torch.rand(2), random.random(), np.random.rand()
+        x = self.norm(self.first(x)).relu()
+        return self.head(self.drop(self.second(x).relu().mean((2, 3))))
+
+
+@pytest.fixture
+def restless():
+    """A :class:`Restless` network in a mixed mode, with gradients, hooks and a frozen weight."""
+    torch.manual_seed(0)
+    model = Restless().train()
+    model.norm.eval()
+    model.first.weight.requires_grad_(False)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    model.second.register_forward_hook(lambda *_: None)
+    model.head.register_forward_pre_hook(lambda *_: None)
+    model.head.register_full_backward_hook(lambda *_: None)
+    return model
+
+
+def _state(model):
+    """All of a model's state, and the random one, as what can be compared."""
+    hooks = [name for name in vars(nn.Module()) if name.endswith("hooks")]
+    return {
+        "tensors": [
+            (name, id(t), t.detach().clone(), t.requires_grad)
+            for name, t in (*model.named_parameters(), *model.named_buffers())
+        ],
+        "gradients": [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()],
+        "modes": [module.training for module in model.modules()],
+        "hooks": [dict(vars(module)[name]) for module in model.modules() for name in hooks],
+        "settings": [torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()],
+        "random": [torch.get_rng_state(), np.random.get_state()[1].tolist()],  # beartype draws from Python's own
+    }
+
+
+def _same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other
+
+
+@pytest.fixture
+def untouched():
+    """A context in which nothing of a model may change, though it may fail."""
+
+    @contextmanager
+    def check(model):
+        before = _state(model)
+        yield
+        after = _state(model)
+        assert [name for name in before if not _same(before[name], after[name])] == []
+
+    return check

@@ -29,7 +29,7 @@ threads: 1
 data: {name: digits, batch_size: 64}
 model: {name: digits_cnn, options: {width: 0.25}}
 train: {epochs: 1, lr: 0.1}
-prune: {method: magnitude, budget: {macs: 0.5}}
+prune: {budget: {macs: 0.5}, criterion: magnitude, repair: none}
 measure: {batch_sizes: [1], repeats: 1}
 """
 
@@ -71,7 +71,7 @@ BAD = {
     "budget of NaN": (["prune.budget.macs=.nan"], "not a number"),
     "two budgets that contradict": (["prune.budget.macs=0.5", "prune.budget.macs=0.3"], "contradicts"),
     "a budget that cannot be met": (["prune.budget.macs=0.00001"], "feasible are"),
-    "unknown method": (["prune.method=magnitud"], "did you mean 'magnitude'"),
+    "unknown criterion": (["prune.criterion=magnitud"], "did you mean 'magnitude'"),
     "unknown model": (["model.name=digits_cn"], "did you mean 'digits_cnn'"),
     "unknown data": (["data.name=digit"], "did you mean 'digits'"),
     "images of another shape": (["model.name=lenet5", "model.options={}"], "fails on the example inputs"),
@@ -136,13 +136,16 @@ def test_a_bug_keeps_its_traceback(recipe: str, tmp_path: Path, monkeypatch: pyt
     assert result.exit_code == 1 and isinstance(result.exception, ZeroDivisionError)
 
 
-LISTS = ("models", "data", "criteria", "strategies", "methods", "optimizers", "schedules", "recipes")
+LISTS = ("models", "data", "criteria", "strategies", "repairs", "methods", "optimizers", "schedules", "recipes")
 
 
 def test_list_names_everything() -> None:
     lines = dict(line.split(": ", 1) for line in called("list").output.splitlines())
     assert lines["models"].split(", ") == list(models.MODELS) and lines["data"].split(", ") == list(data.DATA)
-    assert {"taylor", "dead", "none"} <= set(lines["methods"].split(", "))
+    assert {"increg", "pivot", "zero"} <= set(lines["methods"].split(", "))
+    for kind, registry in (("criteria", sc.CRITERIA), ("strategies", sc.STRATEGIES), ("repairs", sc.REPAIRS)):
+        assert lines[kind].split(", ") == registry.names()
+    assert {"adam", "adamw", "sdprun", "sgd"} <= set(lines["optimizers"].split(", "))
     assert "digits-sdprun" in lines["recipes"]
     assert called("list", "data").output == f"data: {', '.join(data.DATA)}\n"
 
@@ -155,7 +158,7 @@ def test_inspect_shows_a_built_in_model(name: str) -> None:
 
 def test_inspect_reads_saved_models_and_options(tmp_path: Path) -> None:
     model = build("digits_cnn", width=0.5)
-    small = sc.prune(model, IMAGE, method="magnitude", budget=sc.Budget(channels=0.5)).model
+    small = sc.prune(model, IMAGE, sc.Budget(channels=0.5)).model
     sc.save(small, tmp_path)
     assert called("inspect", tmp_path).output.strip() == sc.trace(small, IMAGE).summary()
     assert called("inspect", "digits_cnn", "width=0.5").output.strip() == sc.trace(model, IMAGE).summary()

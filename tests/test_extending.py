@@ -36,7 +36,7 @@ SEATS = """
 METHOD = """
   budget: {macs: 0.5}
   method: {name: "own_method:Fading", steps: 10}
-  train: {epochs: 1, lr: 0.01, momentum: 0.9}
+  train: {optimizer: {name: sgd, momentum: 0.9}, epochs: 1, lr: 0.01}
 """
 
 

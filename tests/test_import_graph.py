@@ -21,7 +21,8 @@ FLOORS = [
     {"pruning", "storage"},
     {"methods"},
     {"lab"},
-    {"report", "cli", "__main__"},
+    {"report", "cli"},
+    {"__main__"},
 ]
 """Rooms (packages, and modules beside them) from the ground up. Who is on one floor does not know of each other."""
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -39,7 +40,11 @@ def modules() -> dict[str, Path]:
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
     """The modules of secateur that a module imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):  # what is for annotations alone is not imported
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from secateur.allocation.api import allocate
     from secateur.allocation.budget import Budget
     from secateur.allocation.contract import STRATEGIES
-    from secateur.allocation.latency.model import Timing
+    from secateur.allocation.latency.api import LatencyClock, measure_latency
+    from secateur.allocation.latency.model import LatencyModel
+    from secateur.allocation.latency.sampler import LatencySettings
     from secateur.allocation.problem import Problem
     from secateur.allocation.search.strategy import Bandit
     from secateur.allocation.sensitivity import Sensitivity
@@ -87,6 +89,9 @@ __all__ = [
     "InfeasibleBudget",
     "KronOBD",
     "KronOBS",
+    "LatencyClock",
+    "LatencyModel",
+    "LatencySettings",
     "Magnitude",
     "Needs",
     "NothingToPrune",
@@ -104,7 +109,6 @@ __all__ = [
     "Sensitivity",
     "Taylor",
     "Threshold",
-    "Timing",
     "Uniform",
     "Workload",
     "allocate",
@@ -117,6 +121,7 @@ __all__ = [
     "load",
     "make_plan",
     "masked",
+    "measure_latency",
     "merge_bases",
     "null_space_projector",
     "pack",
@@ -146,7 +151,9 @@ _ROOMS = {
     "allocation.api": ("allocate",),
     "allocation.budget": ("Budget",),
     "allocation.contract": ("STRATEGIES",),
-    "allocation.latency.model": ("Timing",),
+    "allocation.latency.api": ("LatencyClock", "measure_latency"),
+    "allocation.latency.model": ("LatencyModel",),
+    "allocation.latency.sampler": ("LatencySettings",),
     "allocation.problem": ("Problem",),
     "allocation.search.strategy": ("Bandit",),
     "allocation.sensitivity": ("Sensitivity",),

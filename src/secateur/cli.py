@@ -114,8 +114,8 @@ def list_command(
         from secateur.allocation.contract import STRATEGIES
         from secateur.lab.data.registry import DATA
         from secateur.lab.models.registry import MODELS
-        from secateur.lab.recipe.sections import OPTIMIZERS
         from secateur.lab.recipe.shipped import shipped
+        from secateur.lab.training.optimizers.contract import OPTIMIZERS
         from secateur.lab.training.schedule import SCHEDULES
         from secateur.methods.contract import METHODS, TRAINING_METHODS
         from secateur.repair.contract import REPAIRS

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
+from secateur._internal.workload import Workload
 from secateur.curvature.eigenbasis import eigenbasis_of, identity_basis, second_moments
+from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import kronecker_factors
 
 
@@ -27,10 +29,10 @@ def factors(data):
     ).double()
     found = {}
     for form in ("channel", "full"):
-        curvature = kronecker_factors(model, data, fisher="empirical", form=form)
+        curvature = kronecker_factors(model, data, "cross_entropy", fisher="empirical", form=form)
         assert curvature.examples == 11
         bases = {name: identity_basis(one.layer) for name, one in curvature.items()}
-        bases = second_moments(model, bases, data, fisher="empirical")
+        bases = second_moments(Workload(model, data, "cross_entropy"), bases, Fisher("empirical")).bases
         for name, one in curvature.items():
             basis = eigenbasis_of(one)
             found |= {f"{form} {name} a": one.a, f"{form} {name} g": one.g, f"{form} {name} values": basis.a}

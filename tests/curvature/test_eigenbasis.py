@@ -8,15 +8,23 @@ import torch.nn.functional as F
 from test_kronecker import X, Y, network
 from torch import nn
 
+from secateur._internal.workload import Workload
 from secateur.curvature.eigenbasis import eigenbasis_of, identity_basis, second_moments
+from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import kronecker_factors
 
 FORMS = ("channel", "full")
 
 
+def moments_of(model, bases, data):
+    return second_moments(Workload(model, data, "cross_entropy"), bases, Fisher("empirical")).bases
+
+
 def factored(form="channel"):
     model = network()
-    return model, kronecker_factors(model, [(X[:4], Y[:4]), (X[4:], Y[4:])], fisher="empirical", form=form)
+    return model, kronecker_factors(
+        model, [(X[:4], Y[:4]), (X[4:], Y[4:])], "cross_entropy", fisher="empirical", form=form
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -67,10 +75,10 @@ def per_example(model, name, x, y):
 @pytest.mark.parametrize("most", [2**26, 1])
 @pytest.mark.parametrize("form", FORMS)
 def test_moments_in_the_weights_coordinates_are_the_diagonal_of_the_fisher(form, most, monkeypatch):
-    monkeypatch.setattr("secateur.curvature.eigenbasis.MOST", most)
+    monkeypatch.setattr("secateur.curvature.eigenbasis.GRADIENTS_AT_ONCE", most)
     model, factors = factored(form)
     bases = {name: identity_basis(one.layer) for name, one in factors.items()}
-    bases = second_moments(model, bases, [(X[:4], Y[:4]), (X[4:], Y[4:])], fisher="empirical")
+    bases = moments_of(model, bases, [(X[:4], Y[:4]), (X[4:], Y[4:])])
     for name, basis in bases.items():
         grads = per_example(model, name, X, Y)
         weight, _ = basis.layer.weights(basis.moments)
@@ -88,7 +96,7 @@ def test_moments_in_the_weights_coordinates_are_the_diagonal_of_the_fisher(form,
 @pytest.mark.parametrize("form", FORMS)
 def test_moments_in_the_eigenbasis_are_those_of_the_rotated_gradient(form):
     model, factors = factored(form)
-    bases = second_moments(model, {n: eigenbasis_of(f) for n, f in factors.items()}, [(X, Y)], fisher="empirical")
+    bases = moments_of(model, {n: eigenbasis_of(f) for n, f in factors.items()}, [(X, Y)])
     for name, basis in bases.items():
         total = 0
         for grads in per_example(model, name, X, Y):
@@ -109,7 +117,7 @@ def test_moments_in_the_eigenbasis_are_those_of_the_rotated_gradient(form):
 def test_moments_are_the_best_diagonal_in_the_basis():
     """They are nearer to the exact Fisher, in the Frobenius norm, than the product of the eigenvalues."""
     model, factors = factored()
-    bases = second_moments(model, {n: eigenbasis_of(f) for n, f in factors.items()}, [(X, Y)], fisher="empirical")
+    bases = moments_of(model, {n: eigenbasis_of(f) for n, f in factors.items()}, [(X, Y)])
     basis = bases["7"]
     rows = torch.stack([torch.cat([g[0], g[1][:, None]], 1).flatten() for g in per_example(model, "7", X, Y)])
     fisher = rows.T @ rows / len(X)
@@ -126,7 +134,7 @@ def test_dead_and_doubled_inputs_have_no_curvature():
     x = torch.randn(40, 5, dtype=torch.float64)
     x[:, 1], x[:, 4] = 0, x[:, 3]
     model = nn.Linear(5, 3, bias=False).double()
-    basis = eigenbasis_of(kronecker_factors(model, [x])[""])
+    basis = eigenbasis_of(kronecker_factors(model, [x], "cross_entropy")[""])
     assert (basis.a == 0).sum() == 2 and (basis.energy()[..., :2] == 0).all()
     table = basis.rotate(basis.layer.table())
     table[..., :2] = 0
@@ -139,7 +147,7 @@ def test_a_module_that_is_called_twice_adds_up_before_it_is_squared():
     layer = nn.Linear(3, 3).double()
     model = nn.Sequential(layer, nn.Tanh(), layer)
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
-    bases = {"0": identity_basis(kronecker_factors(model, [x], layers=["0"])["0"].layer)}
-    moments = second_moments(model, bases, [(x, y)], fisher="empirical")["0"].moments
+    bases = {"0": identity_basis(kronecker_factors(model, [x], "cross_entropy", layers=["0"])["0"].layer)}
+    moments = moments_of(model, bases, [(x, y)])["0"].moments
     exact = sum(g[0].square() for g in per_example(model, "0", x, y)) / 5
     torch.testing.assert_close(moments[0, :, 0, :-1], exact)

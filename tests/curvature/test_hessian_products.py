@@ -12,6 +12,7 @@ from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 
 from secateur._internal.errors import SecateurError
+from secateur._internal.workload import Workload
 from secateur.curvature.hessian_products import Products
 
 DOUBLE = torch.float64
@@ -29,6 +30,10 @@ def network():
 
 def batches(targets):
     return [(X[:5], targets[:5]), (X[5:], targets[5:])]
+
+
+def products_of(model, data, loss, **options):
+    return Products(Workload(model, data, loss), **options)
 
 
 def flat(model):
@@ -58,7 +63,7 @@ def test_it_is_the_matrix(matrix, loss, frozen):
     model = network()
     model[0].weight.requires_grad_(not frozen)
     targets, mean = MEANS[loss]
-    products = Products(model, batches(targets), loss, matrix=matrix)
+    products = products_of(model, batches(targets), loss, matrix=matrix)
     if matrix == "hessian":
         exact = hessian(lambda v: mean(at(model, v)), flat(model))
     else:
@@ -77,7 +82,7 @@ def test_it_is_the_matrix(matrix, loss, frozen):
 def test_the_model_is_as_before():
     model = network().train()
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
-    products = Products(model, batches(CLASSES), "cross_entropy")
+    products = products_of(model, batches(CLASSES), "cross_entropy")
     products(torch.ones(2, products.size, dtype=DOUBLE))
     assert all(m.training for m in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -87,7 +92,7 @@ def test_the_model_is_as_before():
 
 
 def test_split_and_join_are_inverse():
-    products = Products(network(), batches(CLASSES), "cross_entropy")
+    products = products_of(network(), batches(CLASSES), "cross_entropy")
     vector = torch.randn(products.size, dtype=DOUBLE, generator=G)
     assert torch.equal(products.join(products.split(vector)), vector)
     assert not products.join({})[:5].any()
@@ -96,7 +101,7 @@ def test_split_and_join_are_inverse():
 def test_a_loss_that_is_linear_has_no_curvature():
     model = nn.Linear(4, 3, bias=False).double()
     for matrix in ("hessian", "gauss_newton"):
-        products = Products(model, batches(CLASSES), lambda o, t: o.sum() / len(t), matrix=matrix)
+        products = products_of(model, batches(CLASSES), lambda o, t: o.sum() / len(t), matrix=matrix)
         assert not products(torch.ones(1, 12, dtype=DOUBLE)).any()
 
 
@@ -116,16 +121,16 @@ class _Once(torch.autograd.Function):
 def test_bad_input_is_told():
     model = network()
     with pytest.raises(SecateurError, match="did you mean 'hessian'"):
-        Products(model, batches(CLASSES), "cross_entropy", matrix="hesian")
+        products_of(model, batches(CLASSES), "cross_entropy", matrix="hesian")
     with pytest.raises(SecateurError, match="the loader is empty"):
-        Products(model, [], "cross_entropy")
+        products_of(model, [], "cross_entropy")
     with pytest.raises(SecateurError, match="wants a gradient"):
-        Products(network().requires_grad_(False), batches(CLASSES), "cross_entropy")
-    once = Products(model, batches(CLASSES), lambda o, t: _Once.apply(o).sum() / len(t))
+        products_of(network().requires_grad_(False), batches(CLASSES), "cross_entropy")
+    once = products_of(model, batches(CLASSES), lambda o, t: _Once.apply(o).sum() / len(t))
     with pytest.raises(SecateurError, match=r"cannot be differentiated twice.*basis='kfe'"):
         once(torch.ones(1, once.size, dtype=DOUBLE))
     with pytest.raises(SecateurError, match="does not fit the model"):
-        Products(model, [(X[:, :2], CLASSES)], "cross_entropy")(torch.ones(1, 48, dtype=DOUBLE))
-    broken = Products(model, [(X * torch.nan, CLASSES)], "cross_entropy")
+        products_of(model, [(X[:, :2], CLASSES)], "cross_entropy")(torch.ones(1, 48, dtype=DOUBLE))
+    broken = products_of(model, [(X * torch.nan, CLASSES)], "cross_entropy")
     with pytest.raises(SecateurError, match="loss of batch 0 is nan"):
         broken(torch.ones(1, broken.size, dtype=DOUBLE))

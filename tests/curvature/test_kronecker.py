@@ -109,7 +109,7 @@ def by_autograd(model, x, y, loss):
 def test_factors_are_the_averages_over_examples_whatever_the_batches(form, size):
     model = network()
     data = [(X[i : i + size], Y[i : i + size]) for i in range(0, 7, size)]
-    factors = kronecker_factors(model, data, fisher="empirical", form=form)
+    factors = kronecker_factors(model, data, "cross_entropy", fisher="empirical", form=form)
     assert list(factors) == ["0", "3", "7", "9"] and factors.examples == 7 and not factors.skipped
     for name, pairs in by_autograd(model, X, Y, F.cross_entropy).items():
         layer = factors[name].layer
@@ -122,7 +122,7 @@ def test_factors_are_the_averages_over_examples_whatever_the_batches(form, size)
 def test_for_one_example_of_a_linear_it_is_the_exact_fisher():
     model = nn.Linear(4, 3).double()
     x, y = torch.randn(1, 4, dtype=torch.float64), torch.tensor([2])
-    factors = kronecker_factors(model, [(x, y)], fisher="empirical")[""]
+    factors = kronecker_factors(model, [(x, y)], "cross_entropy", fisher="empirical")[""]
     grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     gradient = torch.cat([grads[0], grads[1][:, None]], 1).flatten()
     torch.testing.assert_close(
@@ -135,7 +135,7 @@ def test_drawn_targets_give_the_true_fisher():
     model, x = nn.Linear(4, 3).double(), torch.randn(50, 4, dtype=torch.float64)
     p = model(x).softmax(-1).detach()
     exact = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
-    drawn = kronecker_factors(model, [x], samples=400)[""].g[0]
+    drawn = kronecker_factors(model, [x], "cross_entropy", samples=400)[""].g[0]
     torch.testing.assert_close(drawn, exact, rtol=0, atol=0.02)
     normal = kronecker_factors(model, [(x, None)], "mse", samples=400)[""].g[0]
     torch.testing.assert_close(normal, torch.eye(3, dtype=torch.float64), rtol=0, atol=0.05)
@@ -146,29 +146,33 @@ def test_the_exact_fisher_needs_no_draws():
     model, x = nn.Linear(4, 3).double(), torch.randn(50, 4, dtype=torch.float64)
     p = model(x).softmax(-1).detach()
     exact = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
-    torch.testing.assert_close(kronecker_factors(model, [x], fisher="exact")[""].g[0], exact)
+    torch.testing.assert_close(kronecker_factors(model, [x], "cross_entropy", fisher="exact")[""].g[0], exact)
     normal = kronecker_factors(model, [x[:20], x[20:]], "mse", fisher="exact")[""].g[0]
     torch.testing.assert_close(normal, torch.eye(3, dtype=torch.float64))
-    drawn = kronecker_factors(network(), [X], samples=500)["0"].g
-    torch.testing.assert_close(kronecker_factors(network(), [X], fisher="exact")["0"].g, drawn, rtol=0.3, atol=1e-3)
+    drawn = kronecker_factors(network(), [X], "cross_entropy", samples=500)["0"].g
+    torch.testing.assert_close(
+        kronecker_factors(network(), [X], "cross_entropy", fisher="exact")["0"].g, drawn, rtol=0.3, atol=1e-3
+    )
 
 
 def test_the_loss_may_be_ones_own_and_its_scale_counts_squared():
     model, x = network(), X
 
-    def doubled(outputs, targets, generator):
-        assert targets is None
-        drawn = torch.multinomial(outputs.detach().float().softmax(-1), 1, generator=generator).squeeze(1)
-        return 2 * F.cross_entropy(outputs, drawn, reduction="sum")
+    class Doubled:
+        def __call__(self, outputs, targets):
+            return 2 * F.cross_entropy(outputs, targets)
 
-    one, two = kronecker_factors(model, [x]), kronecker_factors(model, [x], doubled)
+        def sample(self, outputs, generator):
+            return torch.multinomial(outputs.detach().float().softmax(-1), 1, generator=generator).squeeze(1)
+
+    one, two = kronecker_factors(model, [x], "cross_entropy"), kronecker_factors(model, [x], Doubled())
     for name in one:
         torch.testing.assert_close(two[name].g, 4 * one[name].g)
         torch.testing.assert_close(two[name].a, one[name].a)
 
 
 def test_the_same_seed_gives_the_same_draws():
-    one, same, other = (kronecker_factors(network(), [X], seed=s) for s in (0, 0, 1))
+    one, same, other = (kronecker_factors(network(), [X], "cross_entropy", seed=s) for s in (0, 0, 1))
     assert torch.equal(one["0"].g, same["0"].g) and not torch.equal(one["0"].g, other["0"].g)
 
 
@@ -198,9 +202,9 @@ def test_the_model_stays_as_it_was_even_when_the_pass_fails(fail):
     data = [X, X[:, :1]] if fail else [X, X]
     if fail:
         with pytest.raises(sc.SecateurError, match=r"batch 1 .*does not fit the model"):
-            kronecker_factors(model, data)
+            kronecker_factors(model, data, "cross_entropy")
     else:
-        kronecker_factors(model, data)
+        kronecker_factors(model, data, "cross_entropy")
     same(before, state(model))
 
 
@@ -221,7 +225,7 @@ class Shared(nn.Module):
 def test_shared_weights_see_all_their_places():
     torch.manual_seed(0)
     model, x, y = Shared().double(), torch.randn(6, 4, dtype=torch.float64), torch.randint(4, (6,))
-    factors = kronecker_factors(model, [(x, y)], fisher="empirical")
+    factors = kronecker_factors(model, [(x, y)], "cross_entropy", fisher="empirical")
     assert set(factors) == {"twice", "one"}
     assert "one" in factors.skipped["other"] and "never reached" in factors.skipped["never"]
     seen = by_autograd(model, x, y, F.cross_entropy)
@@ -235,7 +239,7 @@ def test_shared_weights_see_all_their_places():
 
 def test_half_precision_is_added_up_in_single():
     model = nn.Linear(4, 3).to(torch.bfloat16)
-    factors = kronecker_factors(model, [torch.randn(5, 4, dtype=torch.bfloat16)])[""]
+    factors = kronecker_factors(model, [torch.randn(5, 4, dtype=torch.bfloat16)], "cross_entropy")[""]
     assert factors.a.dtype == factors.g.dtype == torch.float32
 
 
@@ -243,29 +247,34 @@ def test_some_positions_stand_for_all():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2)), torch.randn(20, 3, 12, 12)
     model(x)
-    every, some = (kronecker_factors(model, [x], form="full", positions=p)["0"].a for p in (None, 500))
+    every, some = (kronecker_factors(model, [x], "cross_entropy", form="full", positions=p)["0"].a for p in (None, 500))
     assert 0 < (every - some).norm() / every.norm() < 0.3
 
 
 BAD = {
-    "empty": (lambda: kronecker_factors(network(), []), "loader is empty"),
-    "no such layer": (lambda: kronecker_factors(network(), [X], layers=["1"]), "'1' is no linear"),
-    "no layer": (lambda: kronecker_factors(nn.ReLU(), [X]), "no linear or convolution"),
-    "form": (lambda: kronecker_factors(network(), [X], form="whole"), "'channel' or 'full'"),
-    "fisher": (lambda: kronecker_factors(network(), [X], fisher="true"), "'sampled'"),
-    "samples": (lambda: kronecker_factors(network(), [X], samples=0), "from 1 on"),
-    "several of one": (lambda: kronecker_factors(network(), [X], fisher="empirical", samples=2), "draws nothing"),
+    "empty": (lambda: kronecker_factors(network(), [], "cross_entropy"), "loader is empty"),
+    "no such layer": (lambda: kronecker_factors(network(), [X], "cross_entropy", layers=["1"]), "'1' is no linear"),
+    "no layer": (lambda: kronecker_factors(nn.ReLU(), [X], "cross_entropy"), "no linear or convolution"),
+    "form": (lambda: kronecker_factors(network(), [X], "cross_entropy", form="whole"), "'channel' or 'full'"),
+    "fisher": (lambda: kronecker_factors(network(), [X], "cross_entropy", fisher="true"), "'sampled'"),
+    "samples": (lambda: kronecker_factors(network(), [X], "cross_entropy", samples=0), "from 1 on"),
+    "several of one": (
+        lambda: kronecker_factors(network(), [X], "cross_entropy", fisher="empirical", samples=2), "draws nothing"),
     "exact for what is not known": (
-        lambda: kronecker_factors(network(), [X], lambda o, t, g: o.sum(), fisher="exact"), "is known for"),
-    "no targets": (lambda: kronecker_factors(network(), [X], fisher="empirical"), "inputs, targets"),
+        lambda: kronecker_factors(network(), [(X, Y)], lambda o, t: o.sum(), fisher="exact"), "is known for"),
+    "no targets": (
+        lambda: kronecker_factors(network(), [X], "cross_entropy", fisher="empirical"), "batch 0 has none: give pairs"),
+    "no loss": (lambda: kronecker_factors(network(), [(X, Y)]), "loss= is needed"),
     "loss by name": (lambda: kronecker_factors(network(), [X], "crossentropy"), "did you mean 'cross_entropy'"),
-    "a loss that is no number": (lambda: kronecker_factors(network(), [X], lambda o, t, g: o), "must be one number"),
+    "a loss that is no number": (
+        lambda: kronecker_factors(network(), [(X, Y)], lambda o, t: o, fisher="empirical"), "one number as a tensor"),
     "a loss without a gradient": (
-        lambda: kronecker_factors(network(), [X], lambda o, t, g: o.detach().sum()), "depends on the outputs"),
-    "NaN activations": (lambda: kronecker_factors(network(), [X * float("nan")]), "(loss|batch 0)"),
+        lambda: kronecker_factors(network(), [(X, Y)], lambda o, t: o.detach().sum(), fisher="empirical"),
+        "must depend on the outputs"),
+    "NaN activations": (lambda: kronecker_factors(network(), [X * float("nan")], "cross_entropy"), "(loss|batch 0)"),
     "infinite activations": (
         lambda: kronecker_factors(nn.Sequential(nn.Linear(2, 2), nn.Hardtanh(), nn.Linear(2, 2)),
-                                  [torch.full((1, 2), float("inf"))]), "not finite|loss"),
+                                  [torch.full((1, 2), float("inf"))], "cross_entropy"), "not finite|loss"),
 }  # fmt: skip
 
 
@@ -281,7 +290,7 @@ def test_inputs_may_come_out_of_another_network():
     before, model = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     whole = before(torch.randn(15, 8))
     data = [(whole[i : i + 5], torch.arange(5) % 3) for i in (0, 5, 10)]
-    one, two = (kronecker_factors(model, data) for _ in range(2))
+    one, two = (kronecker_factors(model, data, "cross_entropy") for _ in range(2))
     assert torch.equal(one["0"].a, two["0"].a) and before.weight.grad is None
 
 
@@ -298,7 +307,7 @@ class Mixed(nn.Module):
 def test_sums_keep_their_precision_under_autocast():
     torch.manual_seed(0)
     data = [(torch.randn(5, 8), torch.arange(5) % 3) for _ in range(3)]
-    found = kronecker_factors(Mixed(), data)
+    found = kronecker_factors(Mixed(), data, "cross_entropy")
     x = torch.cat([x for x, _ in data])
     assert found["a"].a.dtype == found["b"].a.dtype == found["b"].g.dtype == torch.float32
     torch.testing.assert_close(found["a"].a[0, :8, :8], x.T @ x / 15, rtol=1e-5, atol=1e-6)
@@ -323,7 +332,7 @@ def test_a_layer_may_see_no_example_of_a_batch(form):
     x = torch.randn(6, 8)
     x[:, 0] = torch.tensor([1.0, 2, 3, -1, 1, 1])
     data = [(x[:3], torch.arange(3)), (x[3:], torch.arange(3))]
-    found = kronecker_factors(Routed().double(), [(x.double(), y) for x, y in data], form=form)
+    found = kronecker_factors(Routed().double(), [(x.double(), y) for x, y in data], "cross_entropy", form=form)
     seen = x[3:4].double()
     torch.testing.assert_close(found["b"].a[0, :8, :8], seen.T @ seen)
 
@@ -338,4 +347,4 @@ def test_a_graph_that_is_gone_is_told():
 
     model[1].register_forward_hook(remember)
     with pytest.raises(sc.SecateurError, match="no gradient of batch 1 can be found"):
-        kronecker_factors(model, [(torch.randn(3, 4), torch.arange(3) % 2) for _ in range(3)])
+        kronecker_factors(model, [(torch.randn(3, 4), torch.arange(3) % 2) for _ in range(3)], "cross_entropy")

@@ -13,6 +13,7 @@ from torch import nn
 
 import secateur as sc
 from secateur._internal.errors import SecateurError
+from secateur._internal.workload import Workload
 from secateur.curvature.hessian_products import Products
 from secateur.curvature.null_space import Deflated, Kronecker, steep
 
@@ -70,7 +71,7 @@ def test_it_is_symmetric_and_shortens(name):
 def test_the_exact_one_leaves_what_the_loss_does_not_see():
     model = network()
     flat = sc.null_space_projector(model, batches(), "cross_entropy", basis="exact", share=0.999)
-    products = Products(model, batches(), "cross_entropy", matrix="gauss_newton")
+    products = Products(Workload(model, batches(), "cross_entropy"), matrix="gauss_newton")
     x = products.join(random_vector(model, 1))
     inside = products.join(flat.project(products.split(x)))
     assert isinstance(flat, Deflated)
@@ -214,7 +215,7 @@ def test_steep_is_the_smallest_set_that_carries_the_share():
         ({"basis": "lanczos", "k": 10_000}, r"k=10000.*from 1 to 251 .*252 parameters"),
         ({"basis": "lanczos", "k": 0}, r"k=0.*from 1"),
         ({"basis": "lanczos", "k": 20, "iterations": 1, "tolerance": 1e-12}, r"did not converge: give fewer"),
-        ({"basis": "exact", "soft": True}, r"does not take this option.*soft"),
+        ({"basis": "exact", "soft": True}, r"soft: basis 'exact' has no such option; it takes matrix"),
         ({"basis": "exact", "matrix": "fisher"}, r"unknown matrix 'fisher'"),
     ],
     ids=str,
@@ -227,4 +228,4 @@ def test_bad_input_is_told(options, message):
 def test_more_parameters_than_all_eigenpairs_can_be_found_of_are_told():
     model = nn.Sequential(nn.Flatten(), nn.Linear(108, 300)).double()
     with pytest.raises(SecateurError, match=r"up to 20,000 parameters, this model has 32,700"):
-        sc.null_space_projector(model, [(X, Y)], basis="exact")
+        sc.null_space_projector(model, [(X, Y)], "cross_entropy", basis="exact")

@@ -41,9 +41,12 @@ def test_modes_and_statistics_stay():
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("data", [[], (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))])
-def test_no_image(data):
-    with pytest.raises(SecateurError, match="no image to measure on"):
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [([], "the loader is empty"), ((torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)), "no example to measure on")],
+)
+def test_no_image(data, message):
+    with pytest.raises(SecateurError, match=message):
         accuracy(nn.Identity(), data)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,9 @@ from torch.nn import functional as F
 
 import secateur as sc
 from secateur._internal.errors import SecateurError
-from secateur.repair.directed import directed
+from secateur.repair.directed import Directed, directed_weights
+from secateur.scoring.directional import Directions
+from secateur.scoring.sums import by_group
 
 DOUBLE = torch.float64
 G = torch.Generator().manual_seed(0)
@@ -38,9 +42,16 @@ def case(basis):
     model = trained()
     graph = sc.trace(model, X[:2])
     flat = sc.null_space_projector(model, [(X, Y)], "cross_entropy", basis=basis, **BASES[basis])
-    scores = sc.score(model, graph, "directional", flat=flat)
+    scores = by_group(graph, Directions(model, graph, flat).strength())
     plan = sc.allocate(graph, scores, sc.Budget(channels=0.87), strategy="threshold")
     return model, graph, flat, scores, plan
+
+
+def directed(model, plan, flat, **options):
+    """The model with the weights of full size."""
+    moved = copy.deepcopy(model)
+    moved.load_state_dict({**moved.state_dict(), **directed_weights(model, plan, flat, **options)})
+    return moved
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -90,7 +101,7 @@ def test_in_a_singular_quadratic_the_valley_is_kept_and_radial_leaves_it():
     graph = sc.trace(model, x[:2])
     flat = sc.null_space_projector(model, [(x, y)], "mse", basis="exact", share=1 - 1e-9)
     assert flat.facts["steep"] == 2
-    scores = sc.score(model, graph, "directional", flat=flat)
+    scores = by_group(graph, Directions(model, graph, flat).strength())
     plan = sc.allocate(graph, scores, sc.Budget(channels=0.5), strategy="threshold")
 
     def rise(mode, **options):
@@ -122,6 +133,21 @@ def test_what_goes_stays_as_it_was_until_it_goes():
                 at = torch.tensor(list(positions))
                 one, other = (dict(m.named_parameters())[name].index_select(dim, at) for m in (model, moved))
                 torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_the_repair_writes_these_weights_into_the_smaller_model(basis):
+    model, graph, flat, _, plan = case(basis)
+    scores = sc.score(model, graph, sc.Directional(basis=basis, **BASES[basis]), data=[(X, Y)], loss="cross_entropy")
+    assert sc.allocate(graph, scores, sc.Budget(channels=0.87), strategy="threshold") == plan
+    small = sc.cut(model, plan)
+    facts = sc.apply_repair(
+        model, small, plan, Directed(basis=basis, **BASES[basis]), data=[(X, Y)], loss="cross_entropy"
+    )
+    assert facts["flat"] == flat.facts
+    wanted = sc.cut(directed(model, plan, flat), plan)
+    for one, two in zip(small.parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_bad_input_is_told():

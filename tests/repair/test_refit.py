@@ -320,9 +320,10 @@ def test_several_inputs_masks_and_mappings_are_taken():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "batches are expected"), (5, "batches are expected"), ([None], "batch 0 is a NoneType"),
-        ([(np.zeros((3, 5)), 0)], "batch 0 is a tuple of ndarray"), ([{"x": 3}], "the data is empty"),
-        ([torch.zeros(3, 4)], "does not fit the model"), ([torch.zeros(3, 5), torch.zeros(3, 6)], "cannot be joined"),
+        (None, "batches of inputs"), (5, "something that gives batches is expected"), ([None], "batch 0 is a NoneType"),
+        ([(np.zeros((3, 5)), 0)], "batch 0 is a tuple of ndarray"), ([{"x": 3}], "batch 0 is a dict without a tensor"),
+        ([torch.zeros(3, 4)], "batch 0 .*does not fit the model"), ([torch.zeros(0, 5)], "no example"),
+        ([torch.zeros(300, 5), torch.zeros(3, 6)], r"batch 1 \(inputs of shape \[3, 6\]\) does not fit the model"),
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit_is_told(data, message):
@@ -426,8 +427,8 @@ def test_on_digits_it_brings_back_most_of_what_is_lost():
     lost = []
     for refit in (False, True):
         result = sc.prune(
-            model.eval(), x[:1], method="magnitude", budget=sc.Budget(macs=0.3), data=batches, recalibrate=not refit,
-            refit=refit,
+            model.eval(), x[:1], sc.Budget(macs=0.3), criterion="magnitude", strategy="global", data=batches,
+            repair="refit" if refit else "recalibrate",
         )  # fmt: skip
         lost.append(accuracy(model, test) - accuracy(result.model, test))
     assert lost[0] > 0.1

@@ -13,6 +13,7 @@ import secateur as sc
 from secateur._internal.errors import SecateurError
 from secateur.curvature.null_space import NullSpaceProjector
 from secateur.scoring.directional import Directions
+from secateur.scoring.sums import by_group
 
 DOUBLE = torch.float64
 X = torch.randn(6, 5, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
@@ -74,6 +75,11 @@ def values(model, graph, flat):
     return torch.cat(list(sc.directional_scores(model, graph, flat).values()))
 
 
+def strengths(model, graph, flat):
+    """What the criterion gives with this projector."""
+    return by_group(graph, Directions(model, graph, flat).strength())
+
+
 @pytest.mark.parametrize("rank", [1, 5, 20, 40])
 def test_it_is_the_definition_and_keeps_the_invariants(rank):
     model = network()
@@ -99,10 +105,8 @@ def test_all_flat_is_group_lasso_and_all_steep_moves_nothing():
     torch.testing.assert_close(values(model, graph, Given(model, eye)), torch.ones(7, dtype=DOUBLE))
     assert not values(model, graph, Given(model, 0 * eye)).any()
     norms = torch.cat([torch.cat([m.weight, m.bias[:, None]], 1).norm(dim=1) for m in (model[0], model[2])]).detach()
-    strength = sc.score(model, graph, "directional", flat=Given(model, eye))
-    torch.testing.assert_close(torch.cat(list(strength.values())), norms)
-    steep = sc.score(model, graph, "directional", flat=Given(model, 0 * eye))
-    assert torch.cat(list(steep.values())).isinf().all()
+    torch.testing.assert_close(torch.cat(list(strengths(model, graph, Given(model, eye)).values())), norms)
+    assert torch.cat(list(strengths(model, graph, Given(model, 0 * eye)).values())).isinf().all()
 
 
 def test_channels_of_one_element_are_directional_pruning():
@@ -146,7 +150,7 @@ def test_a_residual_stream_shares_one_norm():
     model = Stream().double()
     graph = sc.trace(model, X)
     flat = Given(model, torch.eye(size(model), dtype=DOUBLE))
-    (strength,) = sc.score(model, graph, "directional", flat=flat).values()
+    (strength,) = strengths(model, graph, flat).values()
     rows = torch.cat([torch.cat([m.weight, m.bias[:, None]], 1) for m in (model.one, model.two)], 1)
     torch.testing.assert_close(strength, rows.norm(dim=1).detach())
 
@@ -159,7 +163,7 @@ def test_a_channel_that_is_zero_goes_first():
     graph = sc.trace(model, X)
     s = sc.directional_scores(model, graph, projector(model, 20))["0"]
     assert s[1] == 0
-    strength = sc.score(model, graph, "directional", flat=projector(model, 20))["0"]
+    strength = strengths(model, graph, projector(model, 20))["0"]
     assert strength[1] == 0
     assert (strength[[0, 2, 3]] > 0).all()
 

@@ -14,6 +14,7 @@ from secateur.curvature.damped_inverse import inverse
 from secateur.curvature.kronecker import Factors, kronecker_factors
 from secateur.curvature.layers import Layer
 from secateur.curvature.obs_update import obs_update
+from secateur.repair.compensate import compensated_weights
 from secateur.scoring import hessian
 
 ROWS, COLUMNS = 5, 4
@@ -127,7 +128,7 @@ def graph(model):
 
 
 def test_obd_is_the_diagonal_of_the_empirical_fisher(model, graph):
-    scores = sc.score(model, graph, "obd", data=DATA, loss_fn=F.cross_entropy, fisher="empirical")
+    scores = sc.score(model, graph, sc.OBD(fisher="empirical"), data=DATA, loss=F.cross_entropy)
     parameters = dict(model.named_parameters())
     squares = {n: torch.zeros_like(p) for n, p in parameters.items()}
     for x, y in zip(X, Y, strict=True):
@@ -147,12 +148,15 @@ CRITERIA = ["obd", "obs", "kron_obd", "kron_obs"]
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_scores_lead_to_plans_that_cut_exactly(model, graph, name):
-    scores = sc.score(model, graph, name, data=DATA, loss_fn="cross_entropy")
+    scores = sc.score(model, graph, name, data=DATA, loss="cross_entropy")
     assert {n: tuple(s.shape) for n, s in scores.items()} == {"a": (6,), "c": (4,)}
     assert all((s >= 0).all() and s.dtype == torch.float64 for s in scores.values())
     plan = sc.allocate(graph, scores, sc.Budget(macs=0.6))
     assert sc.check(model, sc.cut(model, plan), plan, X) < 1e-10
-    result = sc.prune(model, X, method=name, budget=sc.Budget(macs=0.6), data=DATA, loss_fn=nn.CrossEntropyLoss())
+    result = sc.prune(
+        model, X, sc.Budget(macs=0.6), criterion=name, strategy="global", repair="none", data=DATA,
+        loss=nn.CrossEntropyLoss(),
+    )  # fmt: skip
     assert result.after.macs <= 0.6 * result.before.macs
 
 
@@ -166,8 +170,12 @@ def test_compensation_changes_what_stays_and_lowers_the_rise_of_the_loss():
     graph = sc.trace(model, x)
     curvature = kronecker_factors(model, [(x, y)], "mse", form="full", samples=50)
     plan = sc.make_plan(graph, {"0": [5]})
-    plain, better = sc.cut(model, plan), sc.cut(model, plan, compensate=curvature)
-    full = sc.compensated(model, plan, curvature)
+    plain, better = sc.cut(model, plan), sc.cut(model, plan)
+    repair = sc.Compensate(samples=50)
+    facts = sc.apply_repair(model, better, plan, repair, data=[(x, y)], loss="mse")
+    assert facts == {"compensated": ["0"], "left whole": {}}
+    full = copy.deepcopy(model)
+    full.load_state_dict({**full.state_dict(), **compensated_weights(model, plan, curvature)})
     assert sc.check(full, better, plan, x) < 1e-10
     before = model(x)
     assert F.mse_loss(better(x), before) < 0.01 * F.mse_loss(plain(x), before)
@@ -175,27 +183,30 @@ def test_compensation_changes_what_stays_and_lowers_the_rise_of_the_loss():
 
 
 def test_factors_serve_the_weights_that_the_model_holds_now(model, graph):
-    curvature = kronecker_factors(model, DATA, form="full")
+    curvature = kronecker_factors(model, DATA, "cross_entropy", form="full")
     later = copy.deepcopy(model)
     with torch.no_grad():
         later.c.weight.mul_(3)
         later.c.bias.mul_(3)
-    one, two = (sc.score(m, graph, "kron_obs", curvature=curvature)["c"] for m in (model, later))
+    one, two = (hessian._kron_obs(curvature["c"].of(m), 1e-3) for m in (model, later))
     torch.testing.assert_close(two, 9 * one)
     plan = sc.make_plan(graph, {"c": [1]})
-    weights = [sc.compensated(m, plan, curvature).c.weight for m in (model, later)]
+    weights = [compensated_weights(m, plan, curvature)["c.weight"] for m in (model, later)]
     torch.testing.assert_close(weights[1], 3 * weights[0])
-    other = kronecker_factors(nn.ModuleDict({"c": nn.Linear(4, 5)})["c"], [torch.randn(3, 4)], form="full")[""]
+    other = kronecker_factors(nn.Linear(4, 5), [torch.randn(3, 4)], "cross_entropy", form="full")[""]
     with pytest.raises(sc.SecateurError, match="another model"):
         other.of(model)
 
 
-@pytest.mark.parametrize("name", ["obs", "kron_obd", "kron_obs"])
-def test_factors_taken_before_give_the_same_scores(model, graph, name):
-    curvature = kronecker_factors(model, DATA, form="full")
-    one = sc.score(model, graph, name, curvature=curvature)
-    two = sc.score(model, graph, name, data=DATA, loss_fn="cross_entropy")
-    assert all(torch.allclose(one[n], two[n]) for n in one)
+def test_the_repair_uses_the_factors_of_the_criterion(model):
+    """One pass over the data serves both."""
+    how = {"samples": 2, "seed": 3}
+    result = sc.prune(
+        model, X, sc.Budget(macs=0.6), criterion=sc.KronOBS(**how), repair=sc.Compensate(**how), data=DATA,
+        loss="cross_entropy",
+    )  # fmt: skip
+    assert result.facts["forwards"] == len(DATA)
+    assert {"a", "b"} <= set(result.facts["compensated"]) <= {"a", "b", "c"}
 
 
 def test_a_group_that_something_else_writes_too_has_no_score():
@@ -212,22 +223,18 @@ def test_a_group_that_something_else_writes_too_has_no_score():
 
     model, ids = Both(), torch.randint(7, (4, 3))
     graph = sc.trace(model, ids)
-    scores = sc.score(model, graph, "kron_obs", data=[ids], loss_fn="cross_entropy")
+    scores = sc.score(model, graph, "kron_obs", data=[ids], loss="cross_entropy")
     assert set(scores) == {"up"} and {g.name for g in graph.groups} == {"table", "up"}
     plan = sc.allocate(graph, scores, sc.Budget(channels=0.9))
-    assert plan.skipped == {"table": "has no scores"}
+    assert plan.skipped == {"table": "has no scores: table: it is no linear or convolution whose rows are channels"}
 
 
 BAD = {
     "no data": ({"criterion": "kron_obs"}, "needs data="),
-    "no loss": ({"criterion": "obd", "data": DATA}, "loss_fn="),
-    "a loss that cannot draw": ({"criterion": "obs", "data": DATA, "loss_fn": lambda o, t: o.sum()}, "cannot draw"),
-    "smoothing": (
-        {"criterion": "obs", "data": DATA, "loss_fn": nn.CrossEntropyLoss(label_smoothing=0.1)}, "label_smoothing"),
-    "damping": (
-        {"criterion": "obs", "data": DATA, "loss_fn": F.cross_entropy, "damping": -1.0}, "from 0 on"),
+    "no loss": ({"criterion": "obd", "data": DATA}, "loss="),
+    "damping": ({"criterion": {"name": "obs", "damping": -1.0}, "data": DATA, "loss": F.cross_entropy}, "from 0 on"),
     "singular": (
-        {"criterion": "kron_obs", "data": [(X[:1], Y[:1])], "loss_fn": F.cross_entropy, "damping": 0.0}, "singular"),
+        {"criterion": sc.KronOBS(damping=0.0), "data": [(X[:1], Y[:1])], "loss": F.cross_entropy}, "singular"),
 }  # fmt: skip
 
 

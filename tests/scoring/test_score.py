@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import secateur as sc
-from secateur.scoring.api import CRITERIA
+from secateur.scoring.contract import CRITERIA
 
 
 def network():
@@ -35,7 +38,7 @@ def graph(model):
 
 def test_magnitude_is_the_filter_norm(model, graph):
     for p in (1, 2):
-        scores = sc.score(model, graph, "magnitude", p=p, normalize=False)
+        scores = sc.score(model, graph, sc.Magnitude(p=p, normalize=False))
         assert torch.allclose(scores["0"], model[0].weight.detach().flatten(1).norm(p=p, dim=1))
         assert torch.allclose(scores["4"], model[4].weight.detach().flatten(1).norm(p=p, dim=1))
     relative = sc.score(model, graph, "magnitude")
@@ -52,7 +55,7 @@ def test_coupled_filters_add_up():
             return self.c(self.a(x) + self.b(x))
 
     model = Sum().double()
-    scores = sc.score(model, sc.trace(model, torch.randn(1, 3).double()), "magnitude", normalize=False)
+    scores = sc.score(model, sc.trace(model, torch.randn(1, 3).double()), sc.Magnitude(normalize=False))
     wanted = model.a.weight.detach().norm(dim=1) + model.b.weight.detach().norm(dim=1)
     assert torch.allclose(scores["a"], wanted)
 
@@ -70,7 +73,7 @@ def test_bn_scale_is_the_absolute_scale(model, graph):
 
 def test_taylor_is_the_derivative_along_a_common_gate(model, graph):
     """Scale everything that writes a channel by a gate: |dL/dgate| at 1, by central differences."""
-    scores = sc.score(model, graph, "taylor", data=BATCHES, loss_fn=F.cross_entropy)
+    scores = sc.score(model, graph, "taylor", data=BATCHES, loss=F.cross_entropy)
     tensors = dict(model.named_parameters())
     model.eval()
     model[1].train()
@@ -94,7 +97,7 @@ def test_taylor_is_the_derivative_along_a_common_gate(model, graph):
             assert scores[group.name][position].item() == pytest.approx(total / 2, rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", CRITERIA.names())
 def test_the_model_stays_as_it_was(model, graph, criterion):
     model[0].weight.requires_grad_(False)
     model[4].weight.grad = torch.ones_like(model[4].weight)
@@ -103,7 +106,7 @@ def test_the_model_stays_as_it_was(model, graph, criterion):
     flags = [p.requires_grad for p in model.parameters()]
     modes = [m.training for m in model.modules()]
     random = torch.get_rng_state()
-    sc.score(model, graph, criterion, data=BATCHES, loss_fn=F.cross_entropy)
+    sc.score(model, graph, criterion, data=BATCHES, loss=F.cross_entropy)
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags
     assert [m.training for m in model.modules()] == modes
@@ -113,38 +116,54 @@ def test_the_model_stays_as_it_was(model, graph, criterion):
 
 
 def test_chance_is_the_same_for_the_same_seed(model, graph):
-    first, second, other = (sc.score(model, graph, "random", seed=s) for s in (1, 1, 2))
+    first, second, other = (sc.score(model, graph, sc.Random(seed=s)) for s in (1, 1, 2))
     assert all(torch.equal(first[n], second[n]) for n in first)
     assert not torch.equal(first["0"], other["0"])
 
 
-def test_a_criterion_of_ones_own(model, graph):
-    def one(model, graph, data, loss_fn, *, value):
-        return {g.name: torch.full((len(g),), value) for g in graph.groups}
+@dataclass(frozen=True)
+class Given:
+    """Whatever it was made with."""
 
-    assert sc.score(model, graph, one, value=3.0)["0"].tolist() == [3.0] * 8
-    with pytest.raises(sc.SecateurError, match="does not take this option"):
-        sc.score(model, graph, "magnitude", power=2)
+    answer: Any
+
+    def scores(self, graph, work):
+        return self.answer
+
+
+def test_a_criterion_of_ones_own(model, graph):
+    @dataclass(frozen=True)
+    class Same:
+        value: float = 1.0
+
+        def scores(self, graph, work):
+            assert work.model is model
+            return {g.name: torch.full((len(g),), self.value) for g in graph.groups}
+
+    assert sc.score(model, graph, Same(value=3.0))["0"].tolist() == [3.0] * 8
+    assert sc.score(model, graph, Same)["0"].tolist() == [1.0] * 8
+    with pytest.raises(sc.SecateurError, match="unknown option of criterion 'magnitude' 'power'"):
+        sc.score(model, graph, {"name": "magnitude", "power": 2})
 
 
 BAD = {
     "unknown": ({"criterion": "tailor"}, "did you mean 'taylor'"),
     "no data": ({"criterion": "taylor"}, "needs data="),
-    "empty loader": ({"criterion": "taylor", "data": [], "loss_fn": F.cross_entropy}, "empty"),
+    "empty loader": ({"criterion": "taylor", "data": [], "loss": F.cross_entropy}, "empty"),
     "wrong shape": (
-        {"criterion": "taylor", "data": [(X[:, :2], BATCHES[0][1])], "loss_fn": F.cross_entropy},
+        {"criterion": "taylor", "data": [(X[:, :2], BATCHES[0][1])], "loss": F.cross_entropy},
         "does not fit the model",
     ),
-    "no pair": ({"criterion": "taylor", "data": [X], "loss_fn": F.cross_entropy}, "batches"),
+    "no targets": ({"criterion": "taylor", "data": [X], "loss": F.cross_entropy}, "a tensor of targets is expected"),
     "NaN loss": (
-        {"criterion": "taylor", "data": BATCHES, "loss_fn": lambda o, t: o.sum() * float("nan")},
+        {"criterion": "taylor", "data": BATCHES, "loss": lambda o, t: o.sum() * float("nan")},
         "loss of batch 0 is nan",
     ),
-    "a norm": ({"criterion": "magnitude", "p": 3}, "1 or 2"),
-    "one number": ({"criterion": lambda *_: {"0": 3.0}}, "8 numbers are due"),
-    "words": ({"criterion": lambda *_: {"0": ["low"] * 8}}, "no numbers"),
-    "no dict": ({"criterion": lambda *_: [1.0] * 8}, "gives a dict"),
-    "not a number": ({"criterion": lambda *_: {"0": [float("nan")] * 8}}, "with NaN"),
+    "a norm": ({"criterion": {"name": "magnitude", "p": 3}}, "1 or 2"),
+    "one number": ({"criterion": Given({"0": 3.0})}, "8 numbers are due"),
+    "words": ({"criterion": Given({"0": ["low"] * 8})}, "no numbers"),
+    "no dict": ({"criterion": Given([1.0] * 8)}, "gives a dict"),
+    "not a number": ({"criterion": Given({"0": [float("nan")] * 8})}, "with NaN"),
 }  # fmt: skip
 
 
@@ -156,7 +175,7 @@ def test_bad_input_is_told_at_the_door(model, graph, name):
 
 
 def test_a_criterion_may_give_plain_numbers(model, graph):
-    scores = sc.score(model, graph, lambda *_: {"0": [8, 7, 6, 5, 4, 3, 2, 1]})
+    scores = sc.score(model, graph, Given({"0": [8, 7, 6, 5, 4, 3, 2, 1]}))
     assert sc.allocate(graph, scores, sc.Budget(channels=0.9)).removed["0"] == [6, 7]
 
 
@@ -177,8 +196,8 @@ def test_taylor_takes_every_form_of_inputs(pack):
     model, one = Scaled(), torch.ones((), dtype=torch.float64)
     graph = sc.trace(model, pack(X, one))
     batches = [(pack(x, one), t) for x, t in BATCHES]
-    scores = sc.score(model, graph, "taylor", data=batches, loss_fn=F.cross_entropy)
-    plain = sc.score(model.net, sc.trace(model.net, X), "taylor", data=BATCHES, loss_fn=F.cross_entropy)
+    scores = sc.score(model, graph, "taylor", data=batches, loss=F.cross_entropy)
+    plain = sc.score(model.net, sc.trace(model.net, X), "taylor", data=BATCHES, loss=F.cross_entropy)
     assert torch.allclose(scores["net.0"], plain["0"], rtol=1e-12)
 
 

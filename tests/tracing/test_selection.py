@@ -118,6 +118,11 @@ def test_layers_that_are_not_trained_are_left_alone_unless_asked_for():
     assert excluded(model, graph, "stem") == found | {"stem": "excluded by 'stem'"}
 
 
+def test_a_model_of_which_nothing_is_trained_any_more_is_pruned_like_any_other():
+    model = network().requires_grad_(False)
+    assert excluded(model, sc.trace(model, torch.arange(4))) == {}
+
+
 def test_the_graph_of_another_model_is_refused(traced):
     with pytest.raises(sc.SecateurError, match="another model"):
         excluded(nn.Linear(2, 2), traced[1], "0")

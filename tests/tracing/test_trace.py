@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -227,6 +228,20 @@ def test_dict_inputs_and_outputs():
     graph = sc.trace(model, inputs)
     plan = sc.make_plan(graph, {"a": [1, 2]})
     assert sc.check(model, sc.cut(model, plan), plan, inputs) < 1e-5
+
+
+def test_inputs_in_a_mapping_of_another_kind():
+    """As Hugging Face's tokenizers give them."""
+    model = Run(lambda m, *, x, scale: m.b(m.a(x) * scale), a=nn.Linear(5, 8), b=nn.Linear(8, 3))
+    inputs = UserDict(x=torch.randn(2, 5), scale=torch.tensor(2.0))
+    graph = sc.trace(model, inputs)
+    assert type(graph.inputs) is dict and [g.name for g in graph.groups] == ["a"]
+    assert graph.macs() == count_macs(model, inputs) == 2 * (40 + 24)
+    plan = sc.make_plan(graph, {"a": [1]})
+    assert sc.cut(model, plan).a.out_features == 7
+    with torch.device("meta"):  # so that no real data was needed
+        empty = Run(model.function, a=nn.Linear(5, 8), b=nn.Linear(8, 3))
+        assert sc.trace(empty, UserDict(x=torch.randn(2, 5), scale=torch.ones(()))).macs() == graph.macs()
 
 
 def test_no_memory_and_no_touch():

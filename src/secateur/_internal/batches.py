@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -80,8 +81,8 @@ def read_batch(raw: Any, number: int, device: torch.device) -> Batch:
     inputs, targets = raw, None
     if isinstance(raw, Mapping):
         inputs = dict(raw)
-        labelled = LABELS in inputs
         targets = inputs.pop(LABELS, None)
+        labelled = targets is not None
     elif isinstance(raw, (tuple, list)):
         if not raw:
             raise BadBatch(f"data: batch {number} is an empty {type(raw).__name__}; {_EXPECTED}")
@@ -92,11 +93,17 @@ def read_batch(raw: Any, number: int, device: torch.device) -> Batch:
         elif isinstance(inputs, (tuple, list)):
             inputs = tuple(inputs)
     if not isinstance(inputs, (Tensor, tuple, dict)) or not any(isinstance(t, Tensor) for t in tensors_in(inputs)):
-        of = f" of {type(inputs).__name__}" if inputs is not raw else ""
-        raise BadBatch(f"data: {_EXPECTED}; batch {number} is a {type(raw).__name__}{of}")
+        of = f" of {type(inputs).__name__}" if isinstance(raw, (tuple, list)) else ""
+        without = " without a tensor" if isinstance(inputs, (tuple, dict)) else ""
+        raise BadBatch(f"data: {_EXPECTED}; batch {number} is a {type(raw).__name__}{of}{without}")
     inputs = pytree.tree_map(lambda v: v.detach().to(device, copy=True) if isinstance(v, Tensor) else v, inputs)
-    targets = pytree.tree_map(lambda v: v.detach().to(device) if isinstance(v, Tensor) else v, targets)
+    targets = pytree.tree_map(lambda v: _on(v, device) if isinstance(v, Tensor) else v, targets)
     return Batch(number, inputs, targets, labelled)
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor.detach().to(device)
+    return moved.clone() if moved.is_inference() else moved  # as it is, no loss of it could be differentiated
 
 
 _EXPECTED = "batches are tensors, pairs (inputs, targets), or dicts of keyword arguments"
@@ -116,12 +123,12 @@ def read_batches(data: Iterable[Any], device: torch.device, most: int | None = N
     """
     who = f"{who}(data): " if who else "data: "
     if isinstance(data, (str, bytes, Mapping, Tensor)) or not isinstance(data, Iterable):
-        raise BadBatch(f"{who}something that gives batches is expected, a loader or a list of batches, not a "
-                       f"{type(data).__name__}")  # fmt: skip
+        raise BadBatch(
+            f"{who}something that gives batches is expected, a loader or a list of batches; {type(data).__name__} was "
+            "given"
+        )
     seen = 0
-    for raw in data:
-        if most is not None and seen >= most:
-            return
+    for raw in islice(data, most):
         yield read_batch(raw, seen, device)
         seen += 1
     if not seen:
@@ -148,8 +155,8 @@ def examples_of(inputs: Inputs) -> int:
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The input of a layer, however it was called: the first positional argument, or else the first by keyword."""
-    return args[0] if args else next(iter(kwargs.values()), None)
+    """The input of a layer, however it was called: the first positional argument, else ``input=``, else any first."""
+    return args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
 
 
 def tensors_in(value: Any) -> list[Tensor]:

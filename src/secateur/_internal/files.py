@@ -22,6 +22,16 @@ def file_at(path: str | Path | None) -> Path | None:
     return Path(path)
 
 
+def text_if_there(path: Path) -> str:
+    """The text of a file, empty if it is not there; of one that cannot be read, why: whoever parses it is told."""
+    if not path.exists():
+        return ""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        return f"unreadable: {error}"
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, unless they are there.
 

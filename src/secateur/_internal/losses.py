@@ -5,7 +5,8 @@ r"""The one place where a batch becomes a loss.
 ==========================  ===========================================================================================
 ``"cross_entropy"``         of logits and classes. The classes are the last dim for ``[batch, ..., classes]`` (sequence
                             models), dim 1 for feature maps; the shape of the targets decides, and where both would do
-                            it is refused. Targets of -100 do not count.
+                            it is refused. Targets of -100 do not count. Position is compared with position: targets of
+                            a model that predicts the next token must be shifted already (``"model"`` shifts itself).
 ``"mse"``                   the mean squared error; outputs and targets must have one shape.
 ``"model"``                 the model's own ``.loss``, as Hugging Face's models compute it; the default where batches
                             are dicts with ``labels``.
@@ -112,8 +113,9 @@ def _cross_entropy(outputs: Tensor, targets: Any, reduction: str) -> Tensor:
     if targets.is_floating_point():  # probabilities of the classes
         if targets.shape != outputs.shape or outputs.ndim > 2:
             raise BadBatch(
-                f"loss='cross_entropy': targets {list(targets.shape)} of {targets.dtype} are neither classes nor "
-                f"probabilities for outputs {list(outputs.shape)}"
+                f"loss='cross_entropy': targets {list(targets.shape)} of {targets.dtype} for outputs "
+                f"{list(outputs.shape)}: give classes as whole numbers, or probabilities in the shape of outputs "
+                "[batch, classes]; for others, a callable loss(outputs, targets)"
             )
         return F.cross_entropy(outputs, targets, reduction=reduction)
     rows = _rows(outputs, targets)
@@ -128,7 +130,7 @@ def _cross_entropy(outputs: Tensor, targets: Any, reduction: str) -> Tensor:
 def _draw_classes(outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
     """One class for each position, in the shape of the outputs without their classes; -100 where the data's is."""
     logits = outputs.detach().movedim(class_axis(outputs, targets), -1)
-    drawn = torch.multinomial(logits.flatten(0, -2).float().softmax(-1), 1, generator=generator)
+    drawn = torch.multinomial(logits.reshape(-1, logits.shape[-1]).float().softmax(-1), 1, generator=generator)
     drawn = drawn.view(logits.shape[:-1])
     if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.shape == drawn.shape:
         drawn = torch.where(targets == IGNORED, IGNORED, drawn)
@@ -140,6 +142,8 @@ def _each_class(outputs: Tensor, targets: Any) -> Iterator[Tensor]:
     if outputs.ndim != 2:
         raise SecateurError("fisher='exact' is for logits [batch, classes]; draw targets instead (fisher='sampled')")
     share = outputs.detach().softmax(1).sqrt()
+    if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.shape == outputs.shape[:1]:
+        share = share * (targets != IGNORED)[:, None]
     logs = outputs.log_softmax(1)
     for c in range(outputs.shape[1]):
         yield -(share[:, c] * logs[:, c]).sum()
@@ -259,7 +263,7 @@ def _plain(given: nn.Module, usual: nn.Module) -> bool:
 
 def _own(given: Callable[[Any, Any], Tensor]) -> Loss:
     try:
-        inspect.signature(given).bind(None, None)
+        inspect.signature(given.forward if isinstance(given, nn.Module) else given).bind(None, None)
     except TypeError as error:
         raise SecateurError(f"loss={given!r}: loss(outputs, targets) is expected, two arguments ({error})") from error
     except ValueError:  # a builtin that does not tell
@@ -307,7 +311,7 @@ def outputs_of(run: Run, batch: Batch, loss: Loss | None = None) -> Any:
     inputs = batch.with_labels() if loss is not None and loss.of_model else batch.inputs
     try:
         return run(inputs)
-    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, (SecateurError, torch.OutOfMemoryError)):
             raise
         raise BadBatch(
@@ -339,7 +343,7 @@ def checked_loss(compute: Callable[[], Tensor], number: int) -> Tensor:
     """
     try:
         value = compute()
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, (SecateurError, torch.OutOfMemoryError)):
             raise
         raise BadBatch(f"the loss does not fit the outputs and targets of batch {number}: {error}") from error

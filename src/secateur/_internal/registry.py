@@ -107,7 +107,12 @@ class Registry(Generic[T]):
         for option in options:
             if option not in known:
                 raise unknown(f"option of {self.kind} {name!r}", option, known)
-        made: T = cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()})
+        given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+        try:
+            inspect.signature(cls).bind(**given)
+        except TypeError as error:
+            raise SecateurError(f"{self.kind} {name!r}: {error}; give settings, or a dict with all options") from error
+        made: T = cls(**given)
         return made
 
     def _check(self, cls: type, name: str) -> None:
@@ -115,7 +120,7 @@ class Registry(Generic[T]):
             function = getattr(cls, method, None)
             if function is None or not callable(function):
                 raise SecateurError(
-                    f"{self.kind} {name!r}: a name ({', '.join(sorted(self._known))}), or settings with a method "
+                    f"{self.kind} {name!r}: a name ({', '.join(self.names())}), or settings with a method "
                     f"{method}() of {count} arguments are expected"
                 )
             try:

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from secateur._internal.errors import SecateurError
+
 MODES = ("eval", "batch_statistics", "as_is")
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -93,7 +95,8 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
                 table.clear()
                 table.update(before)
         for p, wanted, gradient in parameters:
-            p.requires_grad_(wanted)
+            if p.requires_grad != wanted:
+                p.requires_grad_(wanted)
             p.grad = gradient
 
     return back
@@ -159,6 +162,16 @@ _FAST_PATH = Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.
 def without_fast_path() -> AbstractContextManager[None]:
     """Attention runs through its modules, which PyTorch's fused fast path would pass by."""
     return _FAST_PATH.off()
+
+
+def check_differentiable(model: nn.Module) -> None:
+    """Raise if a model's tensors were made in ``torch.inference_mode``, of which no gradient can be had."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise SecateurError(
+                f"{type(model).__name__}: {name!r} was made in torch.inference_mode(), and nothing can be "
+                "differentiated through it: copy the model outside of it first (copy.deepcopy(model)), or load it there"
+            )
 
 
 def is_on_meta(model: nn.Module) -> bool:

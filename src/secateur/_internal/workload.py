@@ -6,7 +6,6 @@ them on the model's device; what two seats both want is computed once.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from secateur._internal.distributed import Group, broadcast_json, rank, world_si
 from secateur._internal.errors import BadBatch, SecateurError, notice
 from secateur._internal.losses import Loss, batch_loss, needs_gradient, read_loss
 from secateur._internal.progress import length_of, tracked
-from secateur._internal.state import device_of
+from secateur._internal.state import device_of, rng_state
 
 T = TypeVar("T")
 
@@ -46,7 +45,7 @@ class Workload:
     Args:
         model: the model, which everybody leaves as it was.
         data: batches, see :mod:`secateur._internal.batches`; of an iterator, which ends after one pass, the batches
-            are kept.
+            that were read are kept.
         loss: see :mod:`secateur._internal.losses`; None is the model's own where batches have labels.
         inputs: example inputs.
         batches: no step uses more than so many batches of the data.
@@ -67,7 +66,7 @@ class Workload:
         check_count("batches", batches, optional=True)
         self.model, self.inputs, self.most, self.group, self.progress = model, inputs, batches, group, progress
         self.device = device_of(model)
-        self.data = list(itertools.islice(data, batches)) if isinstance(data, Iterator) else data
+        self.data = _Kept(data) if isinstance(data, Iterator) else data
         self._loss = loss
         self._read: Loss | None = None
         self._first: Batch | None = None
@@ -91,7 +90,11 @@ class Workload:
     def first(self) -> Batch:
         """The first batch."""
         if self._first is None:
-            self._first = next(iter(read_batches(self._given(), self.device, 1)))
+            back = rng_state()  # a loader may draw the order of its batches
+            try:
+                self._first = next(iter(read_batches(self._given(), self.device, 1)))
+            finally:
+                back()
         return self._first
 
     @property
@@ -117,11 +120,13 @@ class Workload:
             what: what they are for, to be shown.
         """
         limit = min((n for n in (most, self.most) if n is not None), default=None)
-        found = read_batches(self._given(), self.device, limit)
-        on = bool(self.progress and what and rank(self.group) == 0)
-        for batch in tracked(found, what, length_of(self.data, limit), on):
+        for batch in self.tracked(read_batches(self._given(), self.device, limit), what, length_of(self.data, limit)):
             self.forwards += 1
             yield batch
+
+    def tracked(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+        """The items of a long loop, with a bar where progress was asked for; on rank 0 alone."""
+        return tracked(items, what, total, bool(self.progress and what and rank(self.group) == 0))
 
     def loss_of(self, batch: Batch, run: Callable[[Any], Any] | None = None) -> Tensor:
         """The mean loss of a batch, with a gradient."""
@@ -152,8 +157,26 @@ class Workload:
 
     def _given(self) -> Iterable[Any]:
         if self.data is None:
-            raise BadBatch("data= is needed: batches of inputs and targets")
+            raise BadBatch("data= is needed: batches of inputs, with targets where there is a loss")
         return self.data
+
+
+class _Kept:
+    """What an iterator gives, as often as it is wanted; nothing is read before."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self.source, self.kept = source, list[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        number = 0
+        while True:
+            if number == len(self.kept):
+                try:
+                    self.kept.append(next(self.source))
+                except StopIteration:
+                    return
+            yield self.kept[number]
+            number += 1
 
 
 def generator_on(device: torch.device, seed: int) -> torch.Generator:

@@ -31,7 +31,7 @@ def allocate(
     strategy: str | Strategy = "uniform",
     exclude: Sequence[str] = (),
     approximate: bool = False,
-    timing: Clock | None = None,
+    latency: Clock | None = None,
     model: nn.Module | None = None,
     data: Iterable[Any] | None = None,
     loss: Any = None,
@@ -51,7 +51,8 @@ def allocate(
             is narrowed alone on data), ``"bandit"`` (combinations of widths are tried on data).
         exclude: groups that stay whole, by name or pattern.
         approximate: also cut groups whose removal changes more than the removed channels.
-        timing: for a budget in ``latency_ms``, how long networks take (a :class:`secateur.Timing`).
+        latency: for a budget in ``latency_ms``, how long networks take (what
+            :func:`secateur.measure_latency` gives).
         model: the traced model, for strategies that try widths.
         data: batches, likewise; every process gives its shard.
         loss: the loss, likewise.
@@ -71,9 +72,9 @@ def allocate(
     made = STRATEGIES.make(strategy)
     if not isinstance(budget, Budget):
         raise SecateurError(f"allocate(budget): a Budget is expected, for instance Budget(macs=0.5), not {budget!r}")
-    if timing is not None and budget.latency_ms is None:
-        raise SecateurError("allocate(timing=...): the budget does not limit latency_ms; leave the timing out")
-    check_clock(timing, graph)
+    if latency is not None and budget.latency_ms is None:
+        raise SecateurError("allocate(latency=...): the budget does not limit latency_ms; leave it out")
+    check_clock(latency, graph)
     work = _laid(work, graph, model, data, loss, group, progress=progress)
     needs: Needs = getattr(made, "needs", Needs())
     if (needs.data or needs.loss) and work.model is _NO_MODEL:
@@ -85,7 +86,7 @@ def allocate(
         raise SecateurError("allocate(model=...): the graph is of another model; give the one that was traced")
     work.require(needs, f"strategy {getattr(made, 'name', made)!r}")
     without = dict.fromkeys(matching_groups(graph, exclude), "excluded")
-    return allocated(graph, scores, budget, made, work, approximate=approximate, timing=timing, without=without)
+    return allocated(graph, scores, budget, made, work, approximate=approximate, latency=latency, without=without)
 
 
 _NO_MODEL = nn.Module()
@@ -117,7 +118,7 @@ def allocated(
     work: Workload,
     *,
     approximate: bool = False,
-    timing: Clock | None = None,
+    latency: Clock | None = None,
     without: Mapping[str, str] | None = None,
 ) -> Plan:
     """:func:`allocate` at a table that is laid; the same plan on all processes, which rank 0 decides.
@@ -129,7 +130,7 @@ def allocated(
         strategy: who chooses the widths.
         work: the table.
         approximate: also cut groups that are not exact.
-        timing: for a budget in ``latency_ms``.
+        latency: for a budget in ``latency_ms``.
         without: groups that are left alone -> why, for the plan.
     """
     without = dict(without or {})
@@ -145,7 +146,7 @@ def allocated(
     # all go by the scores of rank 0, so that all have the same problem to solve
     told = work.agree({name: values.tolist() for name, values in ranked.items()})
     ranked = {name: np.array(values) for name, values in told.items()}
-    meter = Meter(graph, budget, timing)
+    meter = Meter(graph, budget, None if latency is None else latency.fitted)
     floors = budget.floors(graph)
     problem, orders = _problem(graph, meter, ranked, floors, budget.round_to)
     meter.check_feasible(problem.least, approximate=approximate)
@@ -162,8 +163,8 @@ def allocated(
         return checked(some, some.taken(strategy.widths(some, work)))
 
     try:
-        if timing is not None and LATENCY in meter.allowed:
-            return plan_of(by_the_clock(problem, choose, timing, plan_of))
+        if latency is not None and LATENCY in meter.allowed:
+            return plan_of(by_the_clock(problem, choose, latency, plan_of, work.note))
         return plan_of(fill(problem, choose(problem)))
     except CannotCut:  # what tracing did not meet: do without the groups that it takes
         groups = [graph.group(name) for name in plain]
@@ -171,7 +172,7 @@ def allocated(
         if not guilty:
             raise
         why = {**without, **{g.name: f"this combination cannot be cut: {reason}" for g, reason in guilty}}
-        return allocated(graph, scores, budget, strategy, work, approximate=approximate, timing=timing, without=why)
+        return allocated(graph, scores, budget, strategy, work, approximate=approximate, latency=latency, without=why)
 
 
 def matching_groups(graph: ChannelGraph, patterns: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ OTHER_WORDS = {
 
 
 class Timed(Protocol):
-    """What knows how long a forward takes at any widths (a :class:`secateur.Timing` does)."""
+    """What knows how long a forward takes at any widths (a :class:`secateur.LatencyModel` does)."""
 
     def ms(self, widths: np.ndarray) -> np.ndarray:
         """Milliseconds at widths [..., groups], never less where any is larger."""
@@ -59,7 +59,7 @@ class Budget(_KnownKeywords):
         macs: multiply-accumulates of one forward.
         params: parameters.
         channels: removable channels.
-        latency_ms: the time of one forward in milliseconds, no fraction, as a :class:`secateur.Timing` measures it.
+        latency_ms: milliseconds of one forward, no fraction, as :func:`secateur.measure_latency` measures them.
         round_to: every layer that is cut ends with a multiple of this many channels.
         at_least: no group ends with fewer: a whole number of channels, a fraction of its width in (0, 1), ``"all"``, or
             any of these by group name. 1 is one channel; 1.0, which could mean all as well, is refused.
@@ -191,16 +191,16 @@ class Meter:
     Args:
         graph: the channel graph.
         budget: what may remain.
-        timing: how long forwards take; needed where the budget limits that, and only there.
+        latency: how long forwards take; needed where the budget limits that, and only there.
 
     Attributes:
         full: unit -> what the whole network has of it.
         allowed: limited unit -> how much of it may remain.
     """
 
-    def __init__(self, graph: ChannelGraph, budget: Budget, timing: Timed | None = None) -> None:
-        self.graph, self.budget, self.timing = graph, budget, timing
-        units = UNITS if timing is None else (*UNITS, LATENCY)
+    def __init__(self, graph: ChannelGraph, budget: Budget, latency: Timed | None = None) -> None:
+        self.graph, self.budget, self.latency = graph, budget, latency
+        units = UNITS if latency is None else (*UNITS, LATENCY)
         self.full: dict[str, float] = {unit: self._count(unit, graph.widths) for unit in units}
         for unit in budget.limits:
             if not self.full[unit]:
@@ -209,10 +209,11 @@ class Meter:
             unit: math.floor(f * self.full[unit] + 1e-9) for unit, f in budget.limits.items()
         }
         if budget.latency_ms is not None:
-            if timing is None:
+            if latency is None:
                 raise SecateurError(
                     "Budget(latency_ms=...): how long networks take is to be measured first; call prune(), or "
-                    "allocate(..., timing=secateur.Timing(model, graph)); what prunes while it trains cannot limit it"
+                    "allocate(..., latency=secateur.measure_latency(model, graph)); what prunes while it trains cannot "
+                    "limit it"
                 )
             self.allowed[LATENCY] = float(budget.latency_ms)
 
@@ -229,8 +230,8 @@ class Meter:
         if unit == "channels":
             return widths.sum(-1)
         if unit == LATENCY:
-            assert self.timing is not None
-            return self.timing.ms(widths)
+            assert self.latency is not None
+            return self.latency.ms(widths)
         terms = self.graph.macs_terms if unit == "macs" else self.graph.params_terms
         return terms.totals(self.graph.lengths(widths))
 
@@ -254,8 +255,8 @@ class Meter:
                 total += 1 / self.full[unit]
                 continue
             if unit == LATENCY:
-                assert self.timing is not None
-                total += self.timing.slope(widths) / self.full[unit]
+                assert self.latency is not None
+                total += self.latency.slope(widths) / self.full[unit]
                 continue
             terms = self.graph.macs_terms if unit == "macs" else self.graph.params_terms
             slope = terms.gradient(self.graph.lengths(widths))

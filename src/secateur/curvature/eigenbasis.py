@@ -21,8 +21,8 @@ from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Workload
 from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import Factors
-from secateur.curvature.layers import Layer, input_samples, output_samples, wide
-from secateur.curvature.passes import watch
+from secateur.curvature.layers import Layer, input_samples, output_samples, wide, with_sharers
+from secateur.curvature.passes import NO_GRADIENT, NOT_REACHED, watch
 
 NULL = 1e-10
 """Eigenvalues up to this fraction of the largest count as zero."""
@@ -110,8 +110,8 @@ def identity_basis(layer: Layer) -> Eigenbasis:
 def second_moments(work: Workload, bases: Mapping[str, Eigenbasis], how: Fisher) -> Moments:
     """The bases with the mean over examples of the squared gradient in their coordinates (EKFAC's second pass).
 
-    In the identity's coordinates this is the diagonal of the Fisher. The gradient of a weight that several layers share
-    is the sum over all its uses.
+    In the identity's coordinates this is the diagonal of the Fisher. The gradient of a weight that several layers hold
+    is the sum over all its uses; the first of them has the moments.
 
     Args:
         work: the model that the bases are of, the data and the loss.
@@ -121,9 +121,10 @@ def second_moments(work: Workload, bases: Mapping[str, Eigenbasis], how: Fisher)
     Raises:
         SecateurError: as for the factors; an input without a batch dim.
     """
-    layers = [basis.layer for basis in bases.values()]
+    layers = with_sharers(work.model, [basis.layer for basis in bases.values()])
     owner = {id(layer.module.weight): layer.name for layer in reversed(layers)}
-    sums = {name: torch.zeros_like(_both(b.layer.table().to(b.qa), b.qg.mT, b.qa)) for name, b in bases.items()}
+    with torch.inference_mode(False):
+        sums = {name: torch.zeros_like(_both(b.layer.table().to(b.qa), b.qg.mT, b.qa)) for name, b in bases.items()}
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def on_gradient(layer: Layer, g: Tensor, x: Tensor) -> None:
@@ -138,18 +139,21 @@ def second_moments(work: Workload, bases: Mapping[str, Eigenbasis], how: Fisher)
         work, layers, on_input=lambda layer, x: x.clone(), on_gradient=on_gradient, on_draw=on_draw, how=how,
         what="second moments",
     )  # fmt: skip
-    examples = int(all_reduce_(torch.tensor(seen.examples, device=work.device), work.group))
     for moments in sums.values():
         all_reduce_(moments, work.group)
-    left = dict(seen.strange)
+    strange = {id(layer.module.weight): seen.strange[layer.name] for layer in layers if layer.name in seen.strange}
+    ran, learns = ({id(layer.module.weight) for layer in layers if n[layer.name]} for n in (seen.calls, seen.gradients))
+    left: dict[str, str] = {}
     for layer in layers:
-        of = owner[id(layer.module.weight)]
-        if of != layer.name:
-            left[layer.name] = f"its weight is that of {of}, which has the moments of both"
-        elif layer.name not in left and not seen.calls[layer.name]:
-            left[layer.name] = "the data never reached it"
+        weight = id(layer.module.weight)
+        if weight in strange:
+            left[layer.name] = strange[weight]
+        elif owner[weight] != layer.name:
+            left[layer.name] = f"its weight is that of {owner[weight]}, which has the moments of both"
+        elif weight not in learns:
+            left[layer.name] = NO_GRADIENT if weight in ran else NOT_REACHED
     found = {
-        name: replace(basis, moments=sums[name] / (examples * seen.how.samples))
+        name: replace(basis, moments=sums[name] / (seen.examples * seen.how.samples))
         for name, basis in bases.items()
         if name not in left
     }

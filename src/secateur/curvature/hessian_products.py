@@ -22,7 +22,7 @@ from secateur._internal.checks import check_choice
 from secateur._internal.distributed import all_reduce_
 from secateur._internal.errors import SecateurError
 from secateur._internal.losses import checked_loss, logits_of, needs_gradient, outputs_of
-from secateur._internal.state import preserved
+from secateur._internal.state import check_differentiable, fork_rng_of, preserved
 from secateur._internal.workload import Workload
 
 MATRICES = ("hessian", "gauss_newton")
@@ -61,7 +61,9 @@ class Products:
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
         self.size = sum(p.numel() for p in self.parameters.values())
         self.device = next(iter(self.parameters.values())).device
-        self._batches = list(work.batches(batches))
+        check_differentiable(self.model)
+        with torch.inference_mode(False), fork_rng_of(self.model):  # a loader may draw the order of its batches
+            self._batches = list(work.batches(batches))
         self.examples = self._sum(torch.tensor(sum(batch.examples for batch in self._batches), device=self.device))
 
     def __call__(self, vectors: Float[Tensor, "m size"]) -> Float[Tensor, "m size"]:
@@ -70,9 +72,10 @@ class Products:
         Raises:
             SecateurError: a batch that does not fit, a loss that is not finite or cannot be differentiated twice.
         """
-        total = torch.zeros_like(vectors)
         one = self._hessian if self.matrix == "hessian" else self._gauss_newton
         with preserved(self.model), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            vectors = vectors.clone()
+            total = torch.zeros_like(vectors)
             for batch in self._batches:
                 self.work.forwards += 1
                 total += one(batch, vectors)

@@ -23,8 +23,17 @@ from secateur._internal.distributed import Group, all_reduce_, world_size
 from secateur._internal.errors import BadBatch, SecateurError
 from secateur._internal.workload import Workload
 from secateur.curvature.fisher import Fisher
-from secateur.curvature.layers import MEASURED, Layer, input_products, layers_of, measurable, output_products, wide
-from secateur.curvature.passes import watch
+from secateur.curvature.layers import (
+    COMPUTED,
+    MEASURED,
+    Layer,
+    input_products,
+    layers_of,
+    measurable,
+    output_products,
+    wide,
+)
+from secateur.curvature.passes import NO_GRADIENT, NOT_REACHED, watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,10 +171,10 @@ def _factors(
         mine.g = output_products(layer, wide(g), mine.g)
 
     seen = watch(work, chosen, on_input=on_input, on_gradient=on_gradient, how=how, what="Kronecker factors")
-    examples = _gathered(first, sums, seen.examples, work.group)
+    _gather(first, sums, work.group)
     found: dict[str, Factors] = {}
     skipped = {
-        name: "its weight is computed from other parameters"
+        name: COMPUTED
         for name, module in model.named_modules()
         if layers is None and isinstance(module, MEASURED) and not measurable(module)
     }
@@ -177,9 +186,9 @@ def _factors(
         elif of is not layer:
             skipped[layer.name] = f"its weight is that of {of.name}, which has the factors of both"
         elif mine.a is None or mine.g is None:
-            skipped[layer.name] = "the data never reached it"
+            skipped[layer.name] = NOT_REACHED if mine.a is None else NO_GRADIENT
         else:
-            found[layer.name] = Factors(layer, mine.a.div_(mine.count), mine.g.div_(examples * seen.how.samples))
+            found[layer.name] = Factors(layer, mine.a.div_(mine.count), mine.g.div_(seen.examples * seen.how.samples))
     for name, factors in found.items():
         a, g = factors.a.diagonal(dim1=1, dim2=2), factors.g.diagonal(dim1=1, dim2=2)  # the squares tell of all
         if not (a.isfinite().all() and g.isfinite().all()):
@@ -188,13 +197,13 @@ def _factors(
     if not found:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         raise SecateurError(f"the data reached no linear or convolution of the model that can be measured ({why})")
-    return Curvature(found, examples, skipped)
+    return Curvature(found, seen.examples, skipped)
 
 
-def _gathered(first: Mapping[int, Layer], sums: Mapping[int, _Sums], examples: int, group: Group) -> int:
+def _gather(first: Mapping[int, Layer], sums: Mapping[int, _Sums], group: Group) -> None:
     """Add up over processes; a layer that one process never reached counts as zero there."""
     if world_size(group) == 1:
-        return examples
+        return
     device = next(iter(first.values())).module.weight.device
     for key, layer in first.items():
         mine = sums[key]
@@ -213,6 +222,3 @@ def _gathered(first: Mapping[int, Layer], sums: Mapping[int, _Sums], examples: i
         count = torch.tensor(mine.count, device=device)
         all_reduce_(count, group)
         mine.count = int(count)
-    total = torch.tensor(examples, device=device)
-    all_reduce_(total, group)
-    return int(total)

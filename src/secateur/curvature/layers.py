@@ -8,8 +8,8 @@ has one tap in both. A bias is one more column: its input is the constant 1, spr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from secateur._internal.errors import SecateurError
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MEASURED = (nn.Linear, *CONVOLUTIONS)
 FORMS = ("channel", "full")
+COMPUTED = "its weight is computed from other parameters"
+"""Why a layer is left out whose weight is no parameter of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,25 +122,30 @@ def spread(total: int, wanted: int) -> Tensor:
     Multiples of the golden ratio modulo 1 keep no step with the rows of an image, which even distances do.
     """
     if 3 * wanted > total:  # too dense for the former to be different, and for the latter to skip much
-        return torch.arange(min(wanted, total)) * total // min(wanted, total)
+        number = min(wanted, total)
+        return torch.arange(number) * total // max(number, 1)
     golden = (math.sqrt(5) - 1) / 2
     return (torch.arange(wanted, dtype=torch.float64).add(0.5).mul(golden).remainder(1) * total).long().sort().values
 
 
-def input_samples_at(layer: Layer, x: Tensor, positions: int) -> Tensor:
-    """:func:`input_samples` in full form at so many positions of the batch: [groups, samples, columns]."""
-    windows = _windows(layer, x) if layer.kernel else x.reshape(1, -1, x.shape[-1])
+Choice = Callable[[int], Tensor]
+"""Given how many positions a batch has, all its examples together: the numbers of those that are looked at."""
+
+
+def input_samples_at(layer: Layer, x: Tensor, choice: Choice) -> Tensor:
+    """:func:`input_samples` in full form at some positions of the batch: [groups, samples, columns]."""
+    windows = _windows(layer, x) if layer.kernel else x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
     places = windows.shape[1 : 2 + len(layer.kernel)]
-    at = spread(math.prod(places), positions).to(x.device)
+    at = choice(math.prod(places)).to(x.device)
     chosen = windows.movedim(0, 1 + len(layer.kernel))[torch.unravel_index(at, places)]
     return _with_ones(layer, chosen.movedim(1, 0).flatten(2))
 
 
-def output_samples_at(layer: Layer, y: Tensor, positions: int) -> Tensor:
+def output_samples_at(layer: Layer, y: Tensor, choice: Choice) -> Tensor:
     """:func:`output_samples` at the same positions: [groups, samples, rows]."""
-    y = _batched(layer, y).flatten(2).mT if layer.kernel else y.reshape(1, -1, y.shape[-1])
-    places = torch.unravel_index(spread(math.prod(y.shape[:2]), positions).to(y.device), y.shape[:2])
-    return y[places].unflatten(1, (layer.groups, -1)).transpose(0, 1)
+    y = _batched(layer, y).flatten(2).mT if layer.kernel else y.reshape(1, math.prod(y.shape[:-1]), y.shape[-1])
+    at = choice(math.prod(y.shape[:2])).to(y.device)
+    return y[torch.unravel_index(at, y.shape[:2])].unflatten(1, (layer.groups, -1)).transpose(0, 1)
 
 
 def _with_ones(layer: Layer, samples: Tensor) -> Tensor:
@@ -184,7 +191,7 @@ def input_products(
         [groups, columns, columns], and the number of samples.
     """
     if positions is not None and layer.form == "full":
-        samples = input_samples_at(layer, x, positions)
+        samples = input_samples_at(layer, x, lambda total: spread(total, positions))
         return _added(samples.mT, into), samples.shape[1]
     total = 0
     for part in _parts(layer, x, math.prod(layer.kernel) if layer.form == "full" else 1):
@@ -267,7 +274,7 @@ def measurable(module: nn.Module) -> bool:
 
 
 def layers_of(model: nn.Module, form: str, names: Sequence[str] | None = None, *, biased: bool = True) -> list[Layer]:
-    """All linears and convolutions of a model, or the named ones; a shared weight once.
+    """All linears and convolutions of a model; or the named ones, followed by others that hold the weight of one.
 
     Raises:
         SecateurError: an unknown form, a name that is no linear or convolution, none at all.
@@ -281,7 +288,35 @@ def layers_of(model: nn.Module, form: str, names: Sequence[str] | None = None, *
     chosen = known if names is None else {name: known[name] for name in names}
     if not chosen:
         raise SecateurError(f"{type(model).__name__} has no linear or convolution to measure the curvature of")
-    return [Layer(name, module, form, biased) for name, module in chosen.items()]
+    return with_sharers(model, [Layer(name, module, form, biased) for name, module in chosen.items()])
+
+
+def with_sharers(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
+    """Layers, then those that hold the weight of one as well: a weight's curvature is that of all its uses."""
+    own, of = {layer.name for layer in layers}, {id(layer.module.weight): layer for layer in reversed(layers)}
+    return [*layers] + [
+        replace(of[id(module.weight)], name=name, module=module)
+        for name, module in model.named_modules()
+        if name not in own and measurable(module) and id(module.weight) in of
+    ]
+
+
+def why_not(model: nn.Module, parameter: str, skipped: Mapping[str, str]) -> tuple[str, str]:
+    """Why nothing is known of a parameter.
+
+    Args:
+        model: the model.
+        parameter: its name.
+        skipped: the layers that were left out, with reasons.
+
+    Returns:
+        The path of the module that holds it, and the reason.
+    """
+    path = parameter.rpartition(".")[0].partition(".parametrizations.")[0]
+    module = model.get_submodule(path)
+    computed = isinstance(module, MEASURED) and not measurable(module)
+    why = COMPUTED if computed else "it is no linear or convolution whose rows are channels"
+    return path, skipped.get(path, why)
 
 
 CHECKED = 64
@@ -296,12 +331,17 @@ def computes_its_weight(layer: Layer, x: object, y: object) -> bool:
     """
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return False
-    whole = Layer(layer.name, layer.module, "full")
+    whole, totals = Layer(layer.name, layer.module, "full"), list[int]()
+
+    def some(total: int) -> Tensor:
+        totals.append(total)
+        return spread(total, CHECKED)
+
     try:
-        samples, outputs = input_samples_at(whole, wide(x), CHECKED), output_samples_at(whole, wide(y), CHECKED)
+        samples, outputs = input_samples_at(whole, wide(x), some), output_samples_at(whole, wide(y), some)
     except (RuntimeError, IndexError, ValueError):  # shapes that its weight could not take
         return False
-    if samples.shape[:2] != outputs.shape[:2]:
+    if len(set(totals)) > 1:
         return False
     expected = samples.double() @ whole.table().double().squeeze(2).mT
     size = float(expected.norm())

@@ -1,7 +1,7 @@
 """One pass over the data that shows every layer's inputs and the gradients at its outputs.
 
-A layer is measured only if it computes its weight times its input, and nothing else uses its weight: both are looked at
-in the first batch. What is not so is left out, with the reason.
+A layer is measured only if it computes its weight times its input, and nothing else uses its weight. What is not so is
+left out, with the reason.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Batch, call_model, first_argument
+from secateur._internal.distributed import all_reduce_, rank
 from secateur._internal.errors import BadBatch
 from secateur._internal.losses import checked_loss, needs_gradient, outputs_of
-from secateur._internal.state import preserved
+from secateur._internal.state import check_differentiable, preserved
 from secateur._internal.workload import Workload, generator_on
 from secateur.curvature.fisher import Fisher, draws
 from secateur.curvature.layers import Layer, computes_its_weight
@@ -27,6 +29,11 @@ from secateur.curvature.layers import Layer, computes_its_weight
 STRANGE = "its forward is not its weight times its input"
 USED_ELSEWHERE = "its weight is used outside of its own forward too"
 NOT_RUN = "its own forward does not run: its weight is used elsewhere"
+HALF_TIED = "another layer shares its weight or its bias, but not both"
+NOT_REACHED = "the data never reached it"
+NO_GRADIENT = "no gradient of the loss reaches it"
+REASONS = (STRANGE, USED_ELSEWHERE, NOT_RUN, HALF_TIED)
+"""Why a layer is left out, by what it does in a forward."""
 OnInput = Callable[[Layer, Tensor], Any]
 """Gets each input of each layer; what it returns is handed to :data:`OnGradient` with the gradient of the same call."""
 OnGradient = Callable[[Layer, Tensor, Any], None]
@@ -34,12 +41,13 @@ OnGradient = Callable[[Layer, Tensor, Any], None]
 
 @dataclass
 class Seen:
-    """What a pass has seen.
+    """What a pass has seen; where several processes work along, all of them together.
 
     Attributes:
         examples: how many examples.
         how: the Fisher that was used.
         calls: how often each layer ran.
+        gradients: how often a gradient came back to its output.
         strange: layers that were left out -> why.
         looking: whether it is us who use a weight at this moment.
     """
@@ -47,6 +55,7 @@ class Seen:
     examples: int = 0
     how: Fisher = field(default_factory=Fisher)
     calls: Counter[str] = field(default_factory=Counter)
+    gradients: Counter[str] = field(default_factory=Counter)
     strange: dict[str, str] = field(default_factory=dict)
     looking: bool = False
 
@@ -79,26 +88,58 @@ def watch(
         was made of them is worth nothing.
 
     Raises:
+        SecateurError: a model that was made in ``torch.inference_mode``.
         BadBatch: no data, batches that do not fit, a loss that is not finite or has no gradient.
     """
     model, how = work.model, how.of(work)
-    seen = Seen(how=how)
-    generator = generator_on(work.device, how.seed)
+    check_differentiable(model)
+    seen = Seen(how=how, strange=dict.fromkeys(_half_tied(layers), HALF_TIED))
+    generator = generator_on(work.device, how.seed + rank(work.group))  # no two processes draw alike
+    uses = _Uses(layers, seen)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(preserved(model, gradients=False, fast_path=False))
         anchor = torch.zeros((), device=work.device, requires_grad=True)
         stack.callback(_hooked(layers, anchor, on_input, on_gradient, seen))
         for batch in work.batches(how.batches, what):
-            first = not seen.examples
-            with _Uses(layers, seen) if first else ExitStack() as uses, torch.enable_grad():
+            with uses, torch.enable_grad():
                 outputs = outputs_of(lambda inputs: call_model(model, inputs), batch, work.loss)
-            if isinstance(uses, _Uses):
-                seen.strange |= uses.elsewhere()
             _back_and_forth(work, outputs, batch, generator, how, on_draw)
             del outputs  # its activations are gone before those of the next batch come
             seen.examples += batch.examples
+    seen.strange = uses.elsewhere() | seen.strange
+    return _of_all(seen, layers, work)
+
+
+def _of_all(seen: Seen, layers: Sequence[Layer], work: Workload) -> Seen:
+    """What all processes have seen: examples and calls added up; what is strange to one is left out by all."""
+    if work.processes == 1:
+        return seen
+    names = [layer.name for layer in layers]
+    table = torch.tensor(
+        [
+            [seen.examples, seen.calls[name], seen.gradients[name], *(seen.strange.get(name) == r for r in REASONS)]
+            for name in names
+        ],
+        dtype=torch.int64, device=work.device,
+    )  # fmt: skip
+    for name, (examples, calls, gradients, *strange) in zip(
+        names, all_reduce_(table, work.group).tolist(), strict=True
+    ):
+        seen.examples, seen.calls[name], seen.gradients[name] = examples, calls, gradients
+        if any(strange):
+            seen.strange[name] = next(why for why, found in zip(REASONS, strange, strict=True) if found)
     return seen
+
+
+def _half_tied(layers: Sequence[Layer]) -> list[str]:
+    """Layers whose table holds a tensor that another one holds too, which as a whole is not theirs."""
+    tables = {layer.name: (id(layer.module.weight), id(layer.module.bias) if layer.bias else None) for layer in layers}
+    return [
+        name
+        for name, (weight, bias) in tables.items()
+        if any((weight == w) != (bias == b) and (weight == w or b is not None) for w, b in tables.values())
+    ]
 
 
 def _back_and_forth(
@@ -147,13 +188,16 @@ def _hooked(
     plain = torch.autocast(anchor.device.type, enabled=False)  # sums keep their precision
 
     def attach(layer: Layer) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        weight = layer.module.weight
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
             seen.calls[layer.name] += 1
             if layer.name in seen.strange:
                 return None
             x = first_argument(args, kwargs)
             with plain, torch.no_grad(), _looking(seen):
-                if not seen.examples and not computes_its_weight(layer, x, output):
+                unknown = not seen.examples or seen.calls[layer.name] == 1
+                if module.weight is not weight or (unknown and not computes_its_weight(layer, x, output)):
                     seen.strange[layer.name] = STRANGE
                     return None
                 kept = on_input(layer, x.detach())
@@ -161,10 +205,12 @@ def _hooked(
                 output = output + anchor
 
             def back(g: Tensor) -> None:
+                seen.gradients[layer.name] += 1
                 with plain:
                     on_gradient(layer, g, kept)
 
-            output.register_hook(back)
+            if output.requires_grad:  # unless the model forbids it here
+                output.register_hook(back)
             return output
 
         return layer.module.register_forward_hook(hook, with_kwargs=True)
@@ -188,7 +234,7 @@ def _looking(seen: Seen) -> Iterator[None]:
 
 
 class _Uses(TorchFunctionMode):
-    """Counts how often the weights of layers go into anything that gives tensors."""
+    """Counts how often the weights of layers go into anything that gives other tensors."""
 
     def __init__(self, layers: Sequence[Layer], seen: Seen) -> None:
         super().__init__()
@@ -199,9 +245,10 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self.seen.looking:
-            for value in (*args, *(kwargs or {}).values()):
-                if isinstance(value, Tensor) and id(value) in self.weights and _gives_tensors(result):
-                    self.uses[id(value)] += 1
+            given = [id(v) for v in pytree.tree_leaves((args, kwargs)) if id(v) in self.weights]
+            made = [id(v) for v in pytree.tree_leaves(result) if isinstance(v, Tensor)] if given else []
+            # `weight.to(dtype)` gives the weight itself where nothing is to be done
+            self.uses.update(v for v in given if set(made) - {v})
         return result
 
     def elsewhere(self) -> dict[str, str]:
@@ -215,8 +262,3 @@ class _Uses(TorchFunctionMode):
             for layer in self.layers
             if own[id(layer.module.weight)] < used[layer.name] and layer.name not in self.seen.strange
         }
-
-
-def _gives_tensors(result: Any) -> bool:
-    first = result[0] if isinstance(result, tuple) and result else result
-    return isinstance(first, Tensor)

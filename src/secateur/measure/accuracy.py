@@ -1,75 +1,89 @@
-"""Accuracy and mean loss of a model on labelled images."""
+"""Accuracy and mean loss of a model on labelled examples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from secateur._internal.errors import SecateurError
-from secateur._internal.state import eval_mode
+from secateur._internal.batches import Batch, call_model, read_batches
+from secateur._internal.errors import BadBatch
+from secateur._internal.losses import IGNORED, Loss, checked_loss, class_axis, logits_of, outputs_of, read_loss
+from secateur._internal.state import device_of, eval_mode
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Data = Iterable[Any]
+"""Batches with targets (:mod:`secateur._internal.batches`), or one pair of tensors; all of them are on this process."""
 
 
-def accuracy(model: nn.Module, data: Batches | tuple[Tensor, Tensor]) -> float:
-    """The share of images whose largest output is at their label.
+def accuracy(model: nn.Module, data: Data) -> float:
+    """The share of predictions that are right: the largest output is at the label.
+
+    An example has one prediction, or one at every position (of a sequence, of a map); labels of -100 do not count.
 
     Args:
-        model: images to [n, classes].
-        data: batches ``(x, y)``, or one pair of tensors.
+        model: the model; it is left untouched.
+        data: batches with labels, or one pair of tensors.
 
     Raises:
-        SecateurError: there is no image.
+        BadBatch: there is nothing to predict, or labels do not fit the outputs.
     """
-    return float(_mean(model, data, _hits))
+    return _measured(model, data, None)[1]
 
 
-def loss(
-    model: nn.Module,
-    data: Batches | tuple[Tensor, Tensor],
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-) -> float:
-    """The mean of a mean loss over all images.
+def loss(model: nn.Module, data: Data, loss: Any = "cross_entropy") -> float:
+    """The mean of a mean loss over all examples, however they are batched.
+
+    Args:
+        model: the model; it is left untouched.
+        data: batches with targets, or one pair of tensors.
+        loss: see :mod:`secateur._internal.losses`.
 
     Raises:
-        SecateurError: there is no image.
+        BadBatch: there is no example, or the data do not fit.
     """
-    return float(_mean(model, data, loss_fn))
+    return _measured(model, data, read_loss(loss), right=False)[0]
 
 
-def loss_and_accuracy(
-    model: nn.Module,
-    data: Batches | tuple[Tensor, Tensor],
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-) -> tuple[float, float]:
+def loss_and_accuracy(model: nn.Module, data: Data, loss: Any = "cross_entropy") -> tuple[float, float]:
     """:func:`loss` and :func:`accuracy` from one pass."""
-    both = _mean(model, data, lambda output, y: torch.stack([loss_fn(output, y).double(), _hits(output, y)]))
-    return float(both[0]), float(both[1])
+    return _measured(model, data, read_loss(loss))
 
 
-def _hits(output: Tensor, y: Tensor) -> Tensor:
-    found = output.argmax(1)
-    if found.shape != y.shape:
-        raise SecateurError(
-            f"accuracy: outputs of shape {list(output.shape)} are for labels of shape {list(found.shape)}, not "
-            f"{list(y.shape)}; give whole numbers, one a prediction (y.squeeze(1), y.argmax(1))"
-        )
-    return (found == y).double().mean()
-
-
-def _mean(model: nn.Module, data: Batches | tuple[Tensor, Tensor], value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The mean of a mean over images, however they are batched."""
-    batches: Batches = [data] if isinstance(data, tuple) else data
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    total, count = torch.zeros((), dtype=torch.float64), 0
+def _measured(model: nn.Module, data: Data, loss: Loss | None, *, right: bool = True) -> tuple[float, float]:
+    """Mean loss and accuracy."""
+    total, examples, hits, predictions = 0.0, 0, 0, 0
     with eval_mode(model):
-        for x, y in batches:
-            if len(y):
-                total = total + value(model(x.to(device)), y.to(device)).double().to("cpu") * len(y)
-                count += len(y)
-    if not count:
-        raise SecateurError("data: there is no image to measure on")
-    return total / count
+        for batch in _batches(model, data):
+            if not batch.examples:
+                continue
+            outputs = outputs_of(partial(call_model, model), batch, loss)
+            examples += batch.examples
+            if loss is not None:
+                value = checked_loss(partial(loss.mean, outputs, batch.targets), batch.number)
+                total += float(value) * batch.examples
+            if right:
+                found = _hits(logits_of(outputs), batch.targets)
+                hits, predictions = hits + int(found.sum()), predictions + found.numel()
+    if not (predictions if right else examples):
+        raise BadBatch("data: there is no example to measure on; give at least one batch, with labels")
+    return total / max(examples, 1), hits / max(predictions, 1)
+
+
+def _batches(model: nn.Module, data: Data) -> Iterator[Batch]:
+    pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    return read_batches([data] if pair else data, device_of(model))
+
+
+def _hits(outputs: Tensor, labels: Any) -> Tensor:
+    """Which predictions are right, bool; those that count."""
+    axis = class_axis(outputs, labels)
+    found = outputs.argmax(axis)
+    if not isinstance(labels, Tensor) or found.shape != labels.shape:
+        shape = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise BadBatch(
+            f"accuracy: outputs of shape {list(outputs.shape)} are for labels of shape {list(found.shape)}, not "
+            f"{shape}; give whole numbers, one a prediction (y.squeeze(1), y.argmax(1))"
+        )
+    return (found == labels)[labels != IGNORED]

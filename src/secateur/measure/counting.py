@@ -34,6 +34,8 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
     Raises:
         SecateurError: the forward fails on the inputs.
     """
+    if isinstance(inputs, Mapping):
+        inputs = dict(inputs)
     copied = pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, inputs)
     try:
         with (

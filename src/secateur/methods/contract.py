@@ -26,6 +26,7 @@ Whoever runs methods asks the two registries, and these optional members of a se
 ``exclude, seed``   fields that a recipe fills in from its own
 ``check``           ``check(model, inputs, budget)`` raises what can be known to be wrong before any work
 ``before_last``     ``before_last()`` gives the settings of all rounds but the last
+``needs_optimizer`` the name of the optimizer without which there is nothing that it could take
 ``keeper``          ``keeper(model)`` gives a handle that keeps what was pruned while the result is fine-tuned
 ``finish``          ``finish(model, inputs)`` gives a Result: what is left to do after all training
 ==================  ================================================================================================

@@ -36,6 +36,7 @@ class Zero:
 
     needs: ClassVar[Needs] = Needs()
     takes_budget: ClassVar[bool] = False
+    needs_optimizer: ClassVar[str] = "sdprun"
     exclude: Exclude = ()
     approximate: bool = False
 

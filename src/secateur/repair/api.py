@@ -11,11 +11,8 @@ from secateur._internal.distributed import Group
 from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Needs, Workload
 from secateur.plan import Plan
-from secateur.repair.contract import REPAIRS, Facts, Repair
+from secateur.repair.contract import LEFT_WHOLE, REPAIRS, Facts, Repair
 from secateur.surgery.channels import check_plan
-
-LEFT_WHOLE = "left whole"
-"""The fact that says which layers a repair could not change, and why."""
 
 
 def apply_repair(

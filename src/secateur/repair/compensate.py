@@ -21,9 +21,10 @@ from secateur._internal.checks import check_choice, check_count, check_nonnegati
 from secateur._internal.workload import Needs, Workload
 from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import Curvature, factors_of
+from secateur.curvature.layers import why_not
 from secateur.curvature.obs_update import obs_update_columns, obs_update_rows
 from secateur.plan import Plan
-from secateur.repair.contract import REPAIRS, Facts, copy_remaining
+from secateur.repair.contract import LEFT_WHOLE, REPAIRS, Facts, copy_remaining
 from secateur.scoring.hessian import producing_factors
 from secateur.tracing.channel_rows import along
 
@@ -116,8 +117,7 @@ class Compensate:
             curvature = factors_of(work, how, form="full", positions=self.positions)
         new = compensated_weights(original, plan, curvature, at=self.at, damping=self.damping)
         copy_remaining(new, small, plan)
-        changed = {name.rpartition(".")[0] for name in new}
-        dim = SIDES[self.at][0]
-        due = {name.rpartition(".")[0] for name, dims in plan.slices.items() if name.endswith("weight") and dim in dims}
-        left = {name: curvature.skipped.get(name, "it has no factors") for name in sorted(due - changed)}
-        return {"compensated": sorted(changed), "left whole": left}
+        dim, many = SIDES[self.at][0], {name for name, p in original.named_parameters() if p.ndim > 1}
+        due = [name for name, dims in plan.slices.items() if dim in dims and name in many and name not in new]
+        left = dict(sorted(why_not(original, name, curvature.skipped) for name in due))
+        return {"compensated": sorted({name.rpartition(".")[0] for name in new}), LEFT_WHOLE: left}

@@ -27,6 +27,8 @@ from secateur.tracing.slices import sliced
 
 Facts = dict[str, Any]
 """What is to be known of a step, as what JSON can hold."""
+LEFT_WHOLE = "left whole"
+"""The fact that says which layers a repair could not change: path -> why."""
 
 
 class Repair(Protocol):

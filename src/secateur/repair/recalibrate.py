@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,9 @@ def recalibrate(
 
 
 def re_estimate(model: nn.Module, work: Workload, most: int | None = None) -> int:
-    """:func:`recalibrate` with the batches of a table; gives the number of batch norms."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    """:func:`recalibrate` with the batches of a table; gives the number of batch norms that were reached."""
+    norms = [m for m in model.modules() if has_statistics(m)]
     momenta = [norm.momentum for norm in norms]
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.no_grad(), preserved(model):
         try:
             for norm in norms:
@@ -57,21 +56,33 @@ def re_estimate(model: nn.Module, work: Workload, most: int | None = None) -> in
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-        for norm in norms:
-            count = norm.num_batches_tracked
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            assert count is not None
-            found.append((norm.running_mean * count, norm.running_var * count, count.clone()))
-    changed = 0
-    for norm, sums in zip(norms, found, strict=True):  # only now: until here all came back as it was
-        mean, variance, count = (all_reduce_(value, work.group) for value in sums)
-        if int(count):  # one that no batch reached stays as it is
-            norm.running_mean.copy_(mean / count)  # type: ignore[union-attr]
-            norm.running_var.copy_(variance / count)  # type: ignore[union-attr]
-            norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
-            changed += 1
-    return changed
+        own = [tuple(t.clone() for t in _statistics(norm)) for norm in norms]
+    of_all = [_averaged(statistics, work) for statistics in own]
+    with torch.no_grad():  # only now: until here all came back as it was
+        for norm, found in zip(norms, of_all, strict=True):
+            if int(found[2]):  # one that no batch reached stays as it is
+                for old, new in zip(_statistics(norm), found, strict=True):
+                    old.copy_(new)
+    return sum(bool(found[2]) for found in of_all)
+
+
+def has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether it is a batch norm that keeps running statistics."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+
+
+def _statistics(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return norm.running_mean, norm.running_var, norm.num_batches_tracked
+
+
+def _averaged(own: tuple[Tensor, ...], work: Workload) -> tuple[Tensor, ...]:
+    """The averages over the batches of all processes, and how many these are."""
+    if work.processes == 1:
+        return own
+    mean, variance, count = own
+    total = all_reduce_(count.clone(), work.group)
+    sums = (all_reduce_(value.double() * count, work.group) / total.clamp(min=1) for value in (mean, variance))
+    return *sums, total
 
 
 @REPAIRS.register("recalibrate")

@@ -1,4 +1,4 @@
-r"""The smaller model fitted to what the original computes: layer by layer, in closed form, in one forward.
+r"""The smaller model fitted to what the original computes: layer by layer, in closed form.
 
 Each linear and convolution ``W`` of the smaller model, in the order in which they run, gets inputs ``x'`` from fitted
 layers, and predicts from them what the original computes there from its own, ``y``, in the rows that are left::
@@ -14,44 +14,56 @@ in both models::
     mean' = mean + m(x') - m(x)          var' = var * v(x') / v(x)
 
 No label is needed, and where the cut changes nothing, nothing changes.
+
+Examples go once through each model: in small parts through the original, all together through the smaller one, where a
+layer is fitted while the forward stands before it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
-from secateur._internal.batches import Batch, call_model, first_argument
+from secateur._internal.batches import Batch, Inputs, call_model, first_argument, tensors_in
 from secateur._internal.checks import check_count, check_nonnegative
-from secateur._internal.distributed import Group
-from secateur._internal.errors import SecateurError
+from secateur._internal.distributed import Group, all_gather, all_reduce_, rank
+from secateur._internal.errors import BadBatch, SecateurError
 from secateur._internal.losses import outputs_of
-from secateur._internal.state import preserved
+from secateur._internal.state import fork_rng_of, preserved
 from secateur._internal.workload import Needs, Workload
 from secateur.curvature.layers import (
+    COMPUTED,
     MEASURED,
+    Choice,
     Layer,
     computes_its_weight,
     input_samples_at,
     layers_of,
     output_samples_at,
+    spread,
     wide,
 )
+from secateur.curvature.passes import STRANGE
 from secateur.plan import Plan
-from secateur.repair.contract import REPAIRS, Facts
+from secateur.repair.contract import LEFT_WHOLE, REPAIRS, Facts
+from secateur.repair.recalibrate import has_statistics
 from secateur.surgery.channels import check_plan
 
 DAMPING = 1e-3
 HELD_OUT = 8
 """One in so many samples, the last ones, is held out to find the length of the step; of few samples 16, or half."""
+PART = 128
+"""So many examples go through a model at a time, at most."""
 
 
 def refit(
@@ -74,8 +86,8 @@ def refit(
             gradient are fitted too.
         plan: what was removed.
         data: batches as for :func:`secateur.cut.recalibrate`; targets are not looked at.
-        examples: how many are used; they pass through both models as one batch, without gradients. Inputs whose first
-            dim is not that of the examples (a mask) are taken from the first batch.
+        examples: how many are used, by all processes together; batches of many are taken in parts if the first dim of
+            all their inputs is that of the examples.
         positions: how many positions of a layer's outputs are fitted over all examples; by default four for each
             column of the layer's weight and not less than 8192.
         damping: in units of the mean square of the layer's inputs.
@@ -115,65 +127,158 @@ class Refit:
 
     def apply(self, original: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> Facts:
         """See :func:`refit`."""
-        return {"left whole": refitted(self, original, small, plan, work)}
+        return {LEFT_WHOLE: refitted(self, original, small, plan, work)}
 
 
 def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> dict[str, str]:
     """:func:`refit` at a table that is laid."""
     check_plan(model, plan)
-    examples, positions, damping = settings.examples, settings.positions, settings.damping
     pairs, left = _pairs(model, small, plan)
-    inputs, count = _joined(work, examples)
-    many = {name: positions or max(8192, 4 * one.table().shape[-1]) for name, (one, _) in pairs.items()}
-    seen = _Seen(model, pairs, many, count)
-    seen.watch(inputs)
-    left |= {name: seen.why_not(name) for name in pairs.keys() - seen.outputs.keys()}
-    norms: dict[str, Any] = {name: m for name, m in small.named_modules() if _has_statistics(m)}
-    left |= {name: f"it runs {seen.calls[name]} times in a forward" for name in norms if name not in seen.statistics}
+    many = {name: settings.positions or max(8192, 4 * one.table().shape[-1]) for name, (one, _) in pairs.items()}
+    norms: dict[str, Any] = {name: m for name, m in small.named_modules() if has_statistics(m)}
+    with torch.inference_mode(False), torch.no_grad():
+        examples = _read(work, settings.examples)
+        originals = {name: m for name, m in model.named_modules() if name in norms}
+        original = _Original({name: one for name, (one, _) in pairs.items()}, originals, many, examples)
+        original.watch(model)
+        order, kept = original.order_of_all(work)
 
-    def fit(name: str, args: Any, kwargs: Any) -> None:
-        x, y = first_argument(args, kwargs), seen.outputs[name]
-        layer, missing = pairs[name][1], plan.slices.get(_of(name, "weight"), {}).get(0, [])
-        places = _by_example(layer, x, count).shape
-        if places[:1] + places[2:] != seen.places[name] if layer.kernel else places[:-1] != seen.places[name]:
-            left[name] = "the forward takes it to other positions than in the original"
-            return
-        y = _without(y.transpose(1, 2).flatten(0, 1), missing).unflatten(0, (layer.groups, -1)).transpose(1, 2)
-        table = layer.table().double().squeeze(2)
-        samples = input_samples_at(layer, wide(_by_example(layer, x, count)), many[name])
-        new, bias = layer.weights((table + least_squares(samples, y, table, damping, name)).unsqueeze(2))
-        layer.module.weight.copy_(new)
-        if bias is not None:
-            layer.module.bias.copy_(bias)
+        def step(name: str, x: Tensor | None) -> None:
+            if name in pairs:
+                left.update(_fit(name, *pairs[name], x, original, plan, settings.damping, work))
+            else:
+                _follow(name, norms[name], x, original, plan, work)
 
-    def follow(name: str, args: Any, kwargs: Any) -> None:
-        norm, missing = norms[name], plan.slices.get(_of(name, "running_mean"), {}).get(0, [])
-        then, now = _without(seen.statistics[name], missing), _moments(first_argument(args, kwargs))
-        norm.running_mean += now[:, 0] - then[:, 0]
-        norm.running_var *= (now[:, 1] / then[:, 1].clamp(min=1e-12)).clamp(max=1e6)
+        modules = {name: pairs[name][1].module if name in pairs else norms[name] for name in order}
+        statistics = [t for norm in norms.values() for t in (norm.running_mean, norm.running_var)]
+        parameters = list(small.parameters())
+        before = [p.clone() for p in parameters]
+        try:
+            with preserved(small, fast_path=False):
+                _step_by_step(small, modules, step, examples, work)
+                followed = [t.clone() for t in statistics]
+        except BaseException:
+            for p, was in zip(parameters, before, strict=True):
+                p.copy_(was)
+            raise
+        for t, found in zip(statistics, followed, strict=True):  # only now: until here all buffers come back
+            t.copy_(found)
+    return left | kept
+
+
+def _step_by_step(
+    small: nn.Module, modules: Mapping[str, nn.Module], step: Callable[[str, Tensor | None], None],
+    examples: _Examples, work: Workload,
+) -> None:  # fmt: skip
+    """Run the smaller model once; before each module its step is taken, in one order on all processes."""
+    steps = work.tracked(modules, "refit", len(modules))
+    ahead = set(modules)
+
+    def reached(name: str, x: Tensor | None) -> None:
+        while name in ahead:  # what this process's examples do not reach is done without them
+            now = next(steps)
+            ahead.discard(now)
+            step(now, x if now == name else None)
 
     handles = [
-        module.register_forward_pre_hook(lambda _, a, k, do=do, name=name: do(name, a, k), with_kwargs=True)
-        for do, modules in (
-            (fit, {name: pairs[name][1].module for name in seen.outputs}),
-            (follow, {name: norms[name] for name in norms.keys() & seen.statistics.keys()}),
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: reached(name, first_argument(args, kwargs)), with_kwargs=True
         )
         for name, module in modules.items()
     ]
-    tensors = (*small.parameters(), *small.buffers())
-    before = [t.detach().clone() for t in tensors]
     try:
-        with torch.no_grad(), preserved(small, fast_path=False):
-            outputs_of(partial(call_model, small), Batch(0, inputs))
-    except BaseException:
-        with torch.no_grad():
-            for t, was in zip(tensors, before, strict=True):
-                t.copy_(was)
-        raise
+        if examples.parts:
+            with _ConvolutionsInParts():
+                _forward(small, examples.take())
     finally:
         for handle in handles:
             handle.remove()
-    return left
+    for name in steps:
+        step(name, None)
+
+
+class _ConvolutionsInParts(TorchFunctionMode):
+    """Convolutions of many examples are computed for some at a time: what they need besides their output is large."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _CONVOLUTIONS or not args or args[0].ndim != 2 + _CONVOLUTIONS[func] or len(args[0]) <= PART:
+            return func(*args, **kwargs)
+        x, *rest = args
+        first = func(x[:PART], *rest, **kwargs)
+        last = first.ndim == 4 and not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
+        whole = torch.empty(
+            len(x), *first.shape[1:], dtype=first.dtype, device=first.device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        )  # fmt: skip
+        whole[:PART] = first
+        for begin in range(PART, len(x), PART):
+            whole[begin : begin + PART] = func(x[begin : begin + PART], *rest, **kwargs)
+        return whole
+
+
+_CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+
+
+def _fit(
+    name: str, one: Layer, layer: Layer, given: Tensor | None, original: _Original, plan: Plan, damping: float,
+    work: Workload,
+) -> dict[str, str]:  # fmt: skip
+    """Fit a layer to what the original's computes, by the inputs that it gets; if it stays as it is, why."""
+    samples, places, examples = list[Tensor](), torch.Size(), original.examples
+    if given is not None:
+        x = _by_example(layer, given, examples.own)
+        places = _places(layer, x)
+        for part, some in examples.split(x):
+            samples.append(input_samples_at(layer, wide(some), examples.choice(part, original.many[name])))
+    same = torch.tensor(int(places == original.places_of(name)), device=work.device)
+    if int(all_reduce_(same, work.group)) < work.processes:
+        return {name: "the forward takes it to other positions than in the original"}
+    table, missing = layer.table().double().squeeze(2), plan.slices.get(_of(name, "weight"), {}).get(0, [])
+    x = _gathered(samples, wide(layer.table()[:, :0, 0]), work)
+    y = _gathered(original.outputs.pop(name, []), wide(one.table()[:, :, 0, :0].mT), work)
+    y = _without(y.transpose(1, 2).flatten(0, 1), missing).unflatten(0, (layer.groups, -1)).transpose(1, 2)
+    new, bias = layer.weights((table + least_squares(x, y, table, damping, name)).unsqueeze(2))
+    layer.module.weight.copy_(new)
+    if bias is not None:
+        layer.module.bias.copy_(bias)
+    return {}
+
+
+def _gathered(parts: list[Tensor], none: Tensor, work: Workload) -> Tensor:
+    """Samples [groups, samples, width] of all processes, in the order of their ranks; ``none`` has no samples."""
+    own = torch.cat([none, *parts], 1)
+    return torch.cat([t.transpose(0, 1) for t in all_gather(own.transpose(0, 1).contiguous(), work.group)], 1)
+
+
+def _follow(
+    name: str, norm: Any, given: Tensor | None, original: _Original, plan: Plan, work: Workload
+) -> None:  # fmt: skip
+    """Let the statistics of a batch norm follow what the examples show in both models."""
+    missing = plan.slices.get(_of(name, "running_mean"), {}).get(0, [])
+    channels = len(norm.running_mean)
+    then = _without(_combined(original.moments.pop(name, []), channels + len(missing), work), missing)
+    now = _combined([] if given is None else [_moments(x) for x in given.split(PART)], channels, work)
+    norm.running_mean += now[:, 1] - then[:, 1]
+    norm.running_var *= (now[:, 2] / then[:, 2].clamp(min=1e-12)).clamp(max=1e6)
+
+
+def _moments(x: Tensor) -> Tensor:
+    """How many numbers a channel has, their mean and their variance, float64 [channels, 3]."""
+    dims, x = [d for d in range(x.ndim) if d != 1], wide(x)
+    mean = x.mean(dims, keepdim=True)
+    variance = (x - mean).square_().mean(dims)  # `var` is ten times slower
+    return torch.stack([torch.full_like(variance, x.numel() / x.shape[1]), mean.flatten(), variance], 1).double()
+
+
+def _combined(parts: list[Tensor], channels: int, work: Workload) -> Tensor:
+    """The moments [channels, 3] of several parts, of all processes, as one."""
+    none = torch.zeros(0, channels, 3, dtype=torch.float64, device=work.device)
+    own = torch.cat([none, *(part[None] for part in parts)])
+    count, mean, variance = torch.cat(all_gather(own, work.group)).unbind(2)
+    total = count.sum(0)
+    middle = (count * mean).sum(0) / total
+    return torch.stack([total, middle, (count * (variance + (mean - middle).square())).sum(0) / total], 1)
 
 
 def least_squares(x: Tensor, y: Tensor, table: Tensor, damping: float, name: str = "a layer") -> Tensor:
@@ -219,84 +324,221 @@ def least_squares(x: Tensor, y: Tensor, table: Tensor, damping: float, name: str
 
 
 @dataclass
-class _Seen:
-    """Samples of the outputs of layers, and statistics of norms, from one forward of the original.
+class _Original:
+    """What the original computes, from one forward of every part.
 
     Attributes:
-        model: the original.
-        pairs: its layers, with those of the smaller model.
-        many: positions, by layer.
-        count: examples.
-        outputs: [groups, samples, rows] of the layers that can be fitted.
-        places: the shape of a layer's inputs without their channels.
-        statistics: mean and variance by channel, [channels, 2], of the inputs of batch norms.
-        calls: how often a module runs.
+        layers: those that could be fitted.
+        norms: the batch norms.
+        many: how many positions are looked at, by layer.
+        examples: the examples.
+        outputs: samples of the outputs of layers, [groups, samples, rows] for each part.
+        places: the shape of a layer's inputs without their channels, by the number of the part.
+        moments: of the inputs of batch norms, for each part.
+        calls: how often a layer or norm runs in a forward, at most.
         strange: layers that do not compute their weight times their input.
+        order: layers and norms in the order in which they run.
     """
 
-    model: nn.Module
-    pairs: Mapping[str, tuple[Layer, Layer]]
+    layers: Mapping[str, Layer]
+    norms: Mapping[str, nn.Module]
     many: Mapping[str, int]
-    count: int
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    places: dict[str, torch.Size] = field(default_factory=dict)
-    statistics: dict[str, Tensor] = field(default_factory=dict)
+    examples: _Examples
+    outputs: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    places: dict[str, dict[int, torch.Size]] = field(default_factory=lambda: defaultdict(dict))
+    moments: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     calls: Counter[str] = field(default_factory=Counter)
     strange: set[str] = field(default_factory=set)
+    order: list[str] = field(default_factory=list)
 
-    def watch(self, inputs: Any) -> None:
-        """Run the original."""
-        norms = {name: m for name, m in self.model.named_modules() if _has_statistics(m)}
-        handles = [
-            one.module.register_forward_hook(
-                lambda _, a, k, y, name=name: self._layer(name, first_argument(a, k), y), with_kwargs=True, prepend=True
+    def places_of(self, name: str) -> torch.Size | None:
+        """The shape for all parts together; None if they differ."""
+        found = list(self.places[name].values())
+        if not found:
+            return torch.Size()
+        alike = all(shape[1:] == found[0][1:] for shape in found)
+        return torch.Size([sum(shape[0] for shape in found), *found[0][1:]]) if alike else None
+
+    def watch(self, model: nn.Module) -> None:
+        """Run the model."""
+        with preserved(model, fast_path=False):
+            for part in self.examples.parts:
+                calls: Counter[str] = Counter()
+                handles = self._attach(part, calls)
+                try:
+                    _forward(model, replace(part, inputs=_copied(part.inputs)))
+                finally:
+                    for handle in handles:
+                        handle.remove()
+                self.calls |= calls
+
+    def _attach(self, part: _Part, calls: Counter[str]) -> list[RemovableHandle]:
+        def runs(name: str) -> None:
+            calls[name] += 1
+            if name not in self.order:
+                self.order.append(name)
+
+        def layer_ran(name: str, x: Any, y: Any) -> None:
+            runs(name)
+            layer = self.layers[name]
+            if name in self.strange or not computes_its_weight(layer, x, y):
+                self.strange.add(name)
+                return
+            x, y = _by_example(layer, x, part.count), _by_example(layer, y, part.count)
+            self.places[name][part.number] = _places(layer, x)
+            self.outputs[name].append(output_samples_at(layer, wide(y), self.examples.choice(part, self.many[name])))
+
+        def norm_runs(name: str, x: Tensor) -> None:
+            runs(name)
+            self.moments[name].append(_moments(x))
+
+        return [
+            layer.module.register_forward_hook(
+                lambda _, a, k, y, name=name: layer_ran(name, first_argument(a, k), y), with_kwargs=True, prepend=True
             )
-            for name, (one, _) in self.pairs.items()
+            for name, layer in self.layers.items()
         ] + [
-            m.register_forward_pre_hook(
-                lambda _, a, k, name=name: self._norm(name, first_argument(a, k)), with_kwargs=True
+            norm.register_forward_pre_hook(
+                lambda _, a, k, name=name: norm_runs(name, first_argument(a, k)), with_kwargs=True
             )
-            for name, m in norms.items()
+            for name, norm in self.norms.items()
         ]
+
+    def order_of_all(self, work: Workload) -> tuple[list[str], dict[str, str]]:
+        """What is to be done, in the order of the forward; and what stays as it is, why: the same on all processes."""
+        names = [*self.layers, *self.norms]
+        own = torch.tensor([[self.calls[name], int(name in self.strange)] for name in names], device=work.device)
+        most = torch.stack(all_gather(own, work.group)).amax(0).tolist() if names else []
+        left = {}
+        for name, (calls, strange) in zip(names, most, strict=True):
+            if not calls:
+                left[name] = "its own forward does not run"
+            elif calls > 1:
+                left[name] = f"it runs {calls} times in a forward"
+            elif strange:
+                left[name] = STRANGE
+        order = work.agree(self.order)
+        return [name for name in dict.fromkeys([*order, *names]) if name not in left], left
+
+
+# ------------------------------------------------------------------------------------------------ examples, in parts
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some examples that go through a model together.
+
+    Attributes:
+        number: its place among the parts of this process.
+        batch: the number of the batch that it is of.
+        first: the number of its first example, among those of all processes.
+        count: how many examples.
+        inputs: what the forward is called with.
+    """
+
+    number: int
+    batch: int
+    first: int
+    count: int
+    inputs: Inputs
+
+
+@dataclass(eq=False)
+class _Examples:
+    """The parts of this process, how many examples these are, and how many all processes have."""
+
+    parts: list[_Part]
+    own: int
+    total: int
+
+    def take(self) -> _Part:
+        """All parts as one, which have no inputs from then on.
+
+        Inputs whose first dim is not that of the examples are taken from the first part.
+
+        Raises:
+            BadBatch: they are of different shapes.
+        """
+        counts = [part.count for part in self.parts]
+
+        def join(*tensors: Any) -> Any:
+            same = [isinstance(t, Tensor) and t.ndim > 0 and len(t) == n for t, n in zip(tensors, counts, strict=True)]
+            if all(same):
+                return torch.cat(tensors)
+            return tensors[0].clone() if isinstance(tensors[0], Tensor) else tensors[0]
+
         try:
-            with torch.no_grad(), preserved(self.model, fast_path=False):
-                copied = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
-                outputs_of(partial(call_model, self.model), Batch(0, copied))
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name in [*self.strange, *(name for name in self.outputs if self.calls[name] > 1)]:
-            self.outputs.pop(name, None)
-        for name in [name for name in self.statistics if self.calls[name] > 1]:
-            del self.statistics[name]
+            inputs = tree_map(join, *(part.inputs for part in self.parts))
+        except (RuntimeError, ValueError) as error:
+            raise BadBatch(
+                f"refit: the batches cannot be joined to one ({error}); give batches of one shape, or one batch"
+            ) from error
+        self.parts = [replace(part, inputs=None) for part in self.parts]
+        return replace(self.parts[0], count=self.own, inputs=inputs)
 
-    def why_not(self, name: str) -> str:
-        """Why a layer is not among those that can be fitted."""
-        if not self.calls[name]:
-            return "its own forward does not run"
-        if self.calls[name] > 1:
-            return f"it runs {self.calls[name]} times in a forward"
-        return "its forward is not its weight times its input"
+    def split(self, x: Tensor) -> Iterator[tuple[_Part, Tensor]]:
+        """Each part's share of what a layer of the joined parts gets; it is as long as a multiple of the examples."""
+        each, rest = divmod(len(x), self.own)
+        if rest:
+            yield replace(self.parts[0], count=self.own), x
+        else:
+            yield from zip(self.parts, x.split([each * part.count for part in self.parts]), strict=True)
 
-    def _layer(self, name: str, x: Any, y: Any) -> None:
-        self.calls[name] += 1
-        layer = self.pairs[name][0]
-        if not computes_its_weight(layer, x, y):
-            self.strange.add(name)
-            return
-        x, y = _by_example(layer, x, self.count), _by_example(layer, y, self.count)
-        self.places[name] = x.shape[:1] + x.shape[2:] if layer.kernel else x.shape[:-1]
-        self.outputs[name] = output_samples_at(layer, wide(y), self.many[name])
+    def choice(self, part: _Part, many: int) -> Choice:
+        """Which of a part's positions are looked at: spread over those of all examples."""
 
-    def _norm(self, name: str, x: Tensor) -> None:
-        self.calls[name] += 1
-        self.statistics[name] = _moments(x)
+        def chosen(positions: int) -> Tensor:
+            first = part.first * positions // part.count
+            of_all = spread(self.total * positions // part.count, many)
+            return of_all[(of_all >= first) & (of_all < first + positions)] - first
+
+        return chosen
 
 
-def _moments(x: Tensor) -> Tensor:
-    """Mean and variance by channel, [channels, 2]."""
-    rows = wide(x).transpose(0, 1).flatten(1)
-    return torch.stack([rows.mean(1), rows.var(1, correction=0)], 1)
+def _read(work: Workload, examples: int) -> _Examples:
+    """This process's share of so many examples."""
+    wanted = examples // work.processes + (rank(work.group) < examples % work.processes)
+    found: list[tuple[int, Inputs, int]] = []
+    with fork_rng_of(work.model):  # a loader may draw the order of its batches
+        for batch in work.batches(None, "refit, examples"):
+            found += _split(batch, wanted - sum(count for *_, count in found))
+            if sum(count for *_, count in found) >= wanted:
+                break
+    counts = [count for *_, count in found]
+    of_all = torch.cat(all_gather(torch.tensor([sum(counts)], device=work.device), work.group)).tolist()
+    if not sum(of_all):
+        raise BadBatch("refit: the data holds no example; give batches of inputs")
+    before = sum(of_all[: rank(work.group)])
+    parts = [
+        _Part(number, batch, before + sum(counts[:number]), count, inputs)
+        for number, (batch, inputs, count) in enumerate(found)
+    ]
+    return _Examples(parts, sum(counts), sum(of_all))
+
+
+def _split(batch: Batch, most: int) -> Iterator[tuple[int, Inputs, int]]:
+    """The first examples of a batch, in parts: its number, inputs, their count; one part where first dims differ."""
+    count = batch.examples
+    alike = all(len(t) == count for t in tensors_in(batch.inputs) if t.ndim)
+    step = PART if alike else max(count, 1)
+    for begin in range(0, min(count, most), step):
+        end = min(begin + step, count, most)
+
+        def some(value: Any, begin: int = begin, end: int = end) -> Any:
+            own = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+            return value[begin:end] if own else value
+
+        yield batch.number, tree_map(some, batch.inputs), end - begin
+
+
+def _forward(model: nn.Module, part: _Part) -> None:
+    """Run one part."""
+    outputs_of(partial(call_model, model), Batch(part.batch, part.inputs))
+
+
+def _copied(inputs: Inputs) -> Inputs:
+    """A copy, which a forward may write into."""
+    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
 
 
 # --------------------------------------------------------------------------------------------------- models and inputs
@@ -313,7 +555,7 @@ def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, tu
     others = {name: module for name, module in small.named_modules() if isinstance(module, MEASURED)}
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     left = {
-        name: "its weight is computed from other parameters" if isinstance(module, MEASURED) else "it is transposed"
+        name: COMPUTED if isinstance(module, MEASURED) else "it is transposed"
         for name, module in model.named_modules()
         if isinstance(module, (*MEASURED, nn.modules.conv._ConvTransposeNd)) and name not in ones
     }
@@ -353,10 +595,6 @@ def _without(tensor: Tensor, positions: Iterable[int]) -> Tensor:
     return tensor[stay]
 
 
-def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
-
-
 def _by_example(layer: Layer, x: Tensor, count: int) -> Tensor:
     """Inputs or outputs of a layer with the examples first, so that the last samples are of other examples."""
     if not layer.kernel and x.ndim > 2 and x.shape[0] != count and x.shape[1] == count:
@@ -364,24 +602,6 @@ def _by_example(layer: Layer, x: Tensor, count: int) -> Tensor:
     return x
 
 
-def _joined(work: Workload, examples: int) -> tuple[Any, int]:
-    """The inputs of as many examples as one batch, and how many there are."""
-    parts: list[Any] = []
-    sizes: list[int] = []
-    for batch in work.batches(None, "refit"):
-        parts.append(batch.inputs)
-        sizes.append(batch.examples)
-        if sum(sizes) >= examples:
-            break
-    count = sum(sizes)
-
-    def join(*tensors: Any) -> Any:
-        same = [isinstance(t, Tensor) and t.ndim > 0 and len(t) == n for t, n in zip(tensors, sizes, strict=True)]
-        return torch.cat(tensors)[:examples] if all(same) else tensors[0]
-
-    try:
-        return tree_map(join, *parts), min(count, examples)
-    except (RuntimeError, ValueError) as error:
-        raise SecateurError(
-            f"refit: the batches cannot be joined to one ({error}); give batches of one shape, or one batch"
-        ) from error
+def _places(layer: Layer, x: Tensor) -> torch.Size:
+    """The shape of a layer's inputs without their channels."""
+    return x.shape[:1] + x.shape[2:] if layer.kernel else x.shape[:-1]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Needs, Workload
+from secateur.curvature.layers import why_not, wide
 from secateur.curvature.null_space import NullSpace, NullSpaceProjector, projector_of
 from secateur.scoring.contract import CRITERIA, Scores
 from secateur.scoring.sums import by_group, channel_sums, rows
@@ -40,6 +41,7 @@ class Directions:
         unit: ``u``, one tensor for each parameter of ``axes``.
         eta: ``P_0 u``, one tensor for each parameter that the projector knows.
         score: ``s_g`` by channel id.
+        left_out: groups without a score -> why.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, flat: NullSpaceProjector) -> None:
@@ -54,13 +56,17 @@ class Directions:
         if not self.axes:
             raise SecateurError("no exact group is written by a parameter that the projector knows: graph.summary()")
         known = {a.name for a in self.axes}
-        self.whole = {  # other groups would have too low scores
-            g.name
-            for g in graph.groups
-            if g.exact and all(a.name in known for a in g.producers if parameters.get(a.name, torch.empty(0)).ndim > 1)
-        }
+        skipped = flat.facts.get("skipped", {})
+        self.left_out: dict[str, str] = {}
+        for group in graph.groups:
+            filters = [a.name for a in group.producers if a.name in parameters and parameters[a.name].ndim > 1]
+            unknown = [name for name in filters if name not in known]
+            if not group.exact:
+                self.left_out[group.name] = f"not exact: {group.reason}"
+            elif unknown:  # its scores would be too low
+                self.left_out[group.name] = ": ".join(why_not(model, unknown[0], skipped))
         self.norm = channel_sums(graph, self.axes, lambda a: rows(parameters[a.name].double().square(), a.dim)).sqrt()
-        self.unit = {a.name: self.scaled(a, parameters[a.name], self._inverse()) for a in self.axes}
+        self.unit = {a.name: self.scaled(a, wide(parameters[a.name]), self._inverse()) for a in self.axes}
         self.eta = flat.project(self.unit)
         products = {a.name: self.unit[a.name] * self.eta[a.name] for a in self.axes}
         self.score = channel_sums(graph, self.axes, lambda a: rows(products[a.name], a.dim))
@@ -94,7 +100,7 @@ def directional_scores(model: nn.Module, graph: ChannelGraph, flat: NullSpacePro
         Group name -> float64, one value a channel. Not what goes first: that is small and flat, see ``"directional"``.
     """
     found = Directions(model, graph, flat)
-    return {name: s for name, s in by_group(graph, found.score).items() if name in found.whole}
+    return {name: s for name, s in by_group(graph, found.score).items() if name not in found.left_out}
 
 
 @CRITERIA.register("directional")
@@ -109,13 +115,10 @@ class Directional(NullSpace):
 
     def scores(self, graph: ChannelGraph, work: Workload) -> Scores:
         """One number a channel; infinite where no strength takes it."""
-        found = Directions(work.model, graph, projector_of(work, null_space_of(self)))
+        flat = projector_of(work, null_space_of(self))
+        found = Directions(work.model, graph, flat)
         values = by_group(graph, found.strength())
-        why = "it is written by something that the projector does not know"
-        return Scores(
-            {name: v for name, v in values.items() if name in found.whole},
-            {name: why for name in values if name not in found.whole},
-        )
+        return Scores({name: v for name, v in values.items() if name not in found.left_out}, found.left_out)
 
 
 def null_space_of(settings: NullSpace) -> NullSpace:

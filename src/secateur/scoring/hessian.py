@@ -27,7 +27,7 @@ from secateur.curvature.damped_inverse import inverse
 from secateur.curvature.eigenbasis import identity_basis, second_moments
 from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import Curvature, Factors, factors_of
-from secateur.curvature.layers import layers_of, measurable
+from secateur.curvature.layers import layers_of, measurable, why_not
 from secateur.scoring.contract import CRITERIA, Scores
 from secateur.scoring.sums import by_group, channel_sums, producers
 from secateur.tracing.graph import ChannelGraph
@@ -201,8 +201,7 @@ def _by_group(model: nn.Module, graph: ChannelGraph, rows: Mapping[str, Tensor],
         if filters and not missing:
             found[group.name] = sums[group.name]
         elif missing:
-            layer = missing[0].name.rpartition(".")[0]
-            found.skipped[group.name] = f"{layer}: {skipped.get(layer, 'it is no linear or convolution of its own')}"
+            found.skipped[group.name] = ": ".join(why_not(model, missing[0].name, skipped))
         else:
             found.skipped[group.name] = "no linear or convolution writes it"
     return found

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from secateur._internal.checks import check_flag, check_seed
 from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Needs, Workload
+from secateur.curvature.layers import wide
 from secateur.scoring.contract import CRITERIA, Scores
 from secateur.scoring.sums import by_group, channel_sums, producers
 from secateur.tracing.graph import Axis, ChannelGraph
@@ -35,8 +36,7 @@ def filter_norms(model: nn.Module, graph: ChannelGraph, p: int = 2, *, normalize
     axes = producers(graph)
 
     def norm(axis: Axis) -> Tensor:
-        tensor = tensors[axis.name].detach()
-        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        tensor = wide(tensors[axis.name].detach())
         others = [d for d in range(tensor.ndim) if d != axis.dim]
         value = torch.linalg.vector_norm(tensor, ord=p, dim=others) if others else tensor.abs()
         return value / value.mean().clamp_min(1e-30) if normalize else value
@@ -88,7 +88,7 @@ class BNScale:
             if isinstance(module, NORMS)
         }
         scales = [a for a in producers(graph) if a.name in norms]
-        total = by_group(graph, channel_sums(graph, scales, lambda a: tensors[a.name].detach().float().abs()))
+        total = by_group(graph, channel_sums(graph, scales, lambda a: wide(tensors[a.name].detach()).abs()))
         with_norm = {g.name for g in graph.groups if any(a.name in norms for a in g.producers)}
         if not with_norm:
             raise SecateurError(

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.curvature.layers import wide
 from secateur.tracing.graph import Axis, ChannelGraph
 
 
@@ -47,6 +48,6 @@ def by_group(graph: ChannelGraph, values: Float[Tensor, " channels"]) -> dict[st
 
 def rows(tensor: Float[Tensor, ...], dim: int) -> Float[Tensor, " positions"]:
     """The sum over all dims but one, in float32 at least: half precision would tie what is not equal."""
-    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    tensor = wide(tensor)
     others = [d for d in range(tensor.ndim) if d != dim]
     return tensor.sum(dim=others) if others else tensor

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from secateur._internal.batches import Batch
 from secateur._internal.checks import check_count
 from secateur._internal.distributed import all_reduce_
-from secateur._internal.errors import SecateurError
-from secateur._internal.state import preserved
+from secateur._internal.errors import BadBatch
+from secateur._internal.state import check_differentiable, preserved
 from secateur._internal.workload import Needs, Workload
+from secateur.curvature.layers import wide
 from secateur.scoring.contract import CRITERIA, Scores
 from secateur.scoring.sums import by_group, channel_sums, producers, rows
 from secateur.tracing.graph import Axis, ChannelGraph
@@ -50,15 +51,13 @@ class Taylor:
         names = list(dict.fromkeys(a.name for a in axes))
         needed = [parameters[name] for name in names]
         total, seen = torch.zeros((), dtype=torch.float64), 0
+        check_differentiable(work.model)
         with torch.inference_mode(False), preserved(work.model, "batch_statistics"):
             for p in needed:
                 p.requires_grad_(True)
             for batch in work.batches(self.batches, "Taylor scores"):
                 gradients = _gradients(work, needed, batch)
-                moved = {
-                    name: p.detach().float() * g.float() if p.dtype.itemsize < 4 else p.detach() * g
-                    for name, p, g in zip(names, needed, gradients, strict=True)
-                }
+                moved = {n: wide(p.detach()) * wide(g) for n, p, g in zip(names, needed, gradients, strict=True)}
 
                 def along(axis: Axis, moved: dict[str, Tensor] = moved) -> Tensor:
                     return rows(moved[axis.name], axis.dim)
@@ -76,8 +75,5 @@ def _gradients(work: Workload, needed: Sequence[nn.Parameter], batch: Batch) -> 
         try:
             found = torch.autograd.grad(loss, needed, allow_unused=True)
         except RuntimeError as error:
-            raise SecateurError(
-                f"taylor: no gradient of batch {batch.number} can be found ({error}); were the model's weights made in "
-                "torch.inference_mode()? copy them outside of it first"
-            ) from error
+            raise BadBatch(f"no gradient of batch {batch.number} can be found: {error}") from error
     return [torch.zeros_like(p) if g is None else g for p, g in zip(needed, found, strict=True)]

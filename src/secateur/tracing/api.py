@@ -38,6 +38,8 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
         SecateurError: the forward fails on the example inputs, they are on another device, or empty.
     """
     check_traceable(model, example_inputs)
+    if isinstance(example_inputs, Mapping):  # of whatever kind: only plain dicts are looked into
+        example_inputs = dict(example_inputs)
     with no_collection(), torch.inference_mode(False):
         return _trace(model, example_inputs)
 

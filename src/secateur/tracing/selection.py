@@ -28,7 +28,8 @@ def excluded(model: nn.Module, graph: ChannelGraph, exclude: Exclude = (), *, fr
         model: the traced model.
         graph: its graph.
         exclude: what stays whole: ``"head"``, ``"layers.0.*"``, ``model.head``, ``nn.Embedding``, or several of these.
-        frozen: whether groups that a parameter writes which does not require gradients are left alone too.
+        frozen: whether groups that a parameter writes which does not require gradients are left alone too, unless no
+            parameter of the model does.
 
     Returns:
         Group name to the reason, in the order of the graph's groups.
@@ -50,7 +51,9 @@ def excluded(model: nn.Module, graph: ChannelGraph, exclude: Exclude = (), *, fr
                 layer = layer_of[written[0]]
                 reasons.setdefault(group.name, f"excluded by {_words(model, given)}: its layer {layer} stays whole")
     if frozen:
-        still = {name for name, p in model.named_parameters() if not p.requires_grad}
+        wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+        # a model of which nothing is trained any more says nothing of its single layers
+        still = {name for name, wants in wanted.items() if not wants} if any(wanted.values()) else set()
         for group in graph.groups:
             for name in _written(group, still)[:1]:
                 reasons.setdefault(group.name, f"its layer {layer_of[name]} does not require gradients")

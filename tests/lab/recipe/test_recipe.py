@@ -14,14 +14,14 @@ BASE = """
 name: small
 data: {name: digits, batch_size: 64}
 model: {name: digits_cnn, options: {width: 0.25}}
-train: {optimizer: sgd, epochs: 2, lr: 1e-1, momentum: 0.9}
+train: {optimizer: {name: sgd, momentum: 0.9}, epochs: 2, lr: 1e-1}
 prune: {budget: {macs: 0.5}, criterion: taylor, strategy: global, repair: none, batches: 4}
 finetune: {epochs: 1, lr: 0.01}
 """
 SDPRUN = """
 data: {name: digits}
 model: {name: digits_cnn}
-train: {optimizer: sdprun, epochs: 2, lr: 0.1, c: 0.02, mu: 0.6, weights: sqrt, baseline: true}
+train: {optimizer: {name: sdprun, c: 0.02, mu: 0.6, weights: sqrt}, epochs: 2, lr: 0.1, baseline: true}
 prune: {method: zero}
 """
 
@@ -50,9 +50,10 @@ def test_recipes_make_the_networks_of_the_measurements() -> None:
     for entry in json.loads(index.read_text()):
         found = recipe.read(shipped()[f"{entry['data']}-{entry['model'].replace('_', '-')}"])
         settings = {**entry["optimizer"], **entry}
-        assert (found.train.optimizer, found.model.name, found.prune.prunes) == ("sgd", entry["model"], False)
+        optimizer = found.train.make_optimizer()
+        assert (optimizer.name, found.model.name, found.prune.prunes) == ("sgd", entry["model"], False)
         assert {s["seed"] for s in entry["seeds"]} == set(found.seeds)
-        for section in (found, found.data, found.train):
+        for section in (found, found.data, found.train, optimizer):
             for name in ("device", "threads", "batch_size", "augment", "validation", "epochs", "lr", "momentum",
                          "nesterov", "weight_decay", "schedule", "channels_last"):  # fmt: skip
                 assert getattr(section, name, settings[name]) == settings[name], name
@@ -101,7 +102,7 @@ BAD = {
     "data.name=digit": "unknown data 'digit': did you mean 'digits'",
     "train.schedule=onecycle": "did you mean 'one_cycle'",
     "train.optimizer=sdg": "unknown optimizer 'sdg': did you mean 'sgd'",
-    "finetune.optimizer=sdprun": "finetune: unknown optimizer 'sdprun'",
+    "finetune.optimizer=sdprun": "finetune: optimizer 'sdprun' prunes while it trains.*here adam, adamw, sgd are known",
     "prune.budget.mac=0.5": "unknown budget 'mac': did you mean 'macs'",
     "prune.budget.macs=0": "Budget.macs=0.*keeps nothing",
     "prune.budget.macs=-1": "Budget.macs=-1.*keeps nothing",
@@ -127,9 +128,9 @@ BAD = {
     "prune={method: {name: increg, settle: -1}, budget: {macs: 0.5}, train: {epochs: 1, lr: 1.0}}": "from 0 on",
     "prune={budget: {macs: 0.5}, strategy: {name: bandit, evaluation: 9}}": "'evaluations'",
     "prune={budget: {macs: 0.5}, strategy: {name: bandit, minutes: -1}}": "minutes=-1",
-    "prune={method: pivot, budget: {macs: 0.5}}": "takes no budget",
+    "prune={method: {name: pivot, keep: 0.5}, budget: {macs: 0.5}}": "takes no budget",
     "prune={method: {name: pivot, keep: 1.5}}": "in .0, 1.",
-    "prune={method: {name: pivot, layout: diag}}": "did you mean 'diagonal'",
+    "prune={method: {name: pivot, keep: 0.5, layout: diag}}": "did you mean 'diagonal'",
     "prune={method: {name: pivot, times: 2}}": "unknown option of method 'pivot' 'times'",
     "prune={budget: {macs: 0.5}, criterion: {name: obs, damping: -1}}": "from 0 on",
     "prune={budget: {macs: 0.5}, criterion: {name: obd, fisher: true}}": "'sampled'",
@@ -150,11 +151,19 @@ BAD = {
     "prune={budget: {macs: 0.5}, criterion: {name: directional, basis: exact, soft: true}}": "soft: basis 'exact' has",
     "prune={budget: {macs: 0.5}, criterion: {name: directional, k: 9}}": "k: basis 'kfe' has no such option",
     "prune={budget: {macs: 0.5}, criterion: 'nowhere_at_all:Mine'}": "cannot import 'nowhere_at_all'",
-    "train.optimizer=sdprun": "optimizer 'sdprun' takes no momentum",
-    "train.optimizer=adam": "optimizer 'adam' takes no momentum",
-    "train.c=0.1": "optimizer 'sgd' takes no c",
-    "train.baseline=true": "optimizer 'sgd' takes no baseline",
-    "finetune.nesterov=true": "nesterov: true needs a momentum",
+    "train.optimizer.name=sdprun": "optimizer 'sdprun' takes no momentum: it would break the sum of gradients",
+    "train.optimizer.name=adam": "unknown option of optimizer 'adam' 'momentum': known: weight_decay",
+    "train.optimizer.momentun=0.5": "did you mean 'momentum'",
+    "train.optimizer.momentum=1": r"momentum=1: a number in \[0, 1\) is expected",
+    "train.optimizer.weight_decay=-5e-4": "weight_decay=-5e-4: a number from 0 on",
+    "train.optimizer=3": "train.optimizer",
+    "train.optimizer=builtins:dict": "builtins:dict.*make",
+    "train.momentum=0.90": "momentum belongs to the optimizer: optimizer: {name: sgd, momentum: 0.90}",
+    "prune.train={epochs: 1, lr: 0.1, momentum: 0.9}": "prune.train: momentum belongs to the optimizer",
+    "train.c=0.1": "c is a setting of optimizer sdprun, and this is sgd",
+    "train.baseline=true": "baseline: optimizer 'sgd' prunes nothing",
+    "finetune.optimizer.nesterov=true": "nesterov: true needs a momentum",
+    "prune.train.epoch=3": "unknown key in prune.train 'epoch': did you mean 'epochs'",
     "train=null": "give either a train section or model.weights; neither is given",
     "model.weights=w.safetensors": "either a train section or model.weights; both",
     "train.epochs=0": "train.epochs=0 must be greater than or equal to 1",
@@ -199,10 +208,10 @@ def test_two_overrides_that_contradict(tmp_path: Path, pair: tuple[str, str]) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (SDPRUN.replace("mu: 0.6", "momentum: 0.9"), "takes no momentum .either breaks"),
+        (SDPRUN.replace("mu: 0.6", "momentum: 0.9"), "takes no momentum: it would break the sum"),
         (SDPRUN.replace("mu: 0.6", "weight_decay: 0.1"), "takes no weight_decay"),
         (SDPRUN.replace("sqrt", "root"), "unknown weights 'root'"),
-        (SDPRUN.replace("mu: 0.6", "mu: 2"), "train.mu=2 must be less than or equal to 1"),
+        (SDPRUN.replace("mu: 0.6", "mu: 2"), "train: mu=2: a number in .0, 1. is expected"),
         (SDPRUN + "name: a\nname: b\n", "the key 'name' is given twice"),
         ("model: {name: lenet5}\n", "data is missing; train|data is missing"),
         ("- a\n- b\n", "keys and values are expected"),
@@ -229,7 +238,7 @@ def test_a_number_is_told_as_it_was_typed(tmp_path: Path) -> None:
         ("train.lr=-1e-3",): "train.lr=-1e-3 must be greater than 0",
         ("train.epochs=1e3",): "train.epochs=1e3 must be a valid integer",
         ("prune.budget.macs=1.50",): "macs=1.50",
-        ("prune={method: obs, budget: {macs: 0.5}, options: {damping: -1e-3}}",): "damping=-1e-3",
+        ("prune={budget: {macs: 0.5}, criterion: {name: obs, damping: -1e-3}}",): "damping=-1e-3",
     }
     for overrides, message in told.items():
         with pytest.raises(sc.SecateurError, match=re.escape(message)):

@@ -19,6 +19,9 @@ from torch import nn
 
 import secateur as sc
 from secateur._internal.errors import BadFile
+from secateur.allocation.latency import sampler
+from secateur.allocation.search import checkpoint
+from secateur.allocation.search.evaluator import Evaluator
 from secateur.lab import data, recipe
 from secateur.lab.models.registry import build
 from secateur.lab.recipe.shipped import shipped
@@ -28,15 +31,16 @@ from secateur.lab.training.loop import _Run as TrainingRun
 from secateur.methods.gradual import GradualPruner
 from secateur.methods.pivoting import Pivoting
 
+SDPRUN = {"name": "sdprun", "c": 0.3, "weights": "sqrt"}
 ALL_STAGES = {
     "name": "all stages",
     "device": "cpu",
     "threads": 1,
     "data": {"name": "digits", "batch_size": 64, "validation": 0.5},
     "model": {"name": "digits_cnn", "options": {"width": 0.25}},
-    "train": {"optimizer": "sdprun", "epochs": 4, "lr": 0.2, "c": 0.3, "weights": "sqrt", "baseline": True},
+    "train": {"optimizer": SDPRUN, "epochs": 4, "lr": 0.2, "baseline": True},
     "prune": {"method": "zero"},
-    "finetune": {"epochs": 2, "lr": 0.01, "momentum": 0.9},
+    "finetune": {"optimizer": {"momentum": 0.9}, "epochs": 2, "lr": 0.01},
     "measure": {"batch_sizes": [1], "repeats": 2},
 }
 TAYLOR = {
@@ -125,14 +129,15 @@ def test_a_finished_run_is_not_done_again(finished: tuple[Path, dict[str, Any]])
 
 
 def test_sdprun_with_c_0_is_its_baseline(tmp_path: Path) -> None:
-    train = {**ALL_STAGES["train"], "c": 0.0, "epochs": 1}
+    train = {**ALL_STAGES["train"], "optimizer": {**SDPRUN, "c": 0.0}, "epochs": 1}
     run(made(ALL_STAGES, train=train, prune=None, finetune=None), tmp_path, progress=False)
     kept = [load_file(tmp_path / "seed-0" / stage / "model.safetensors") for stage in ("baseline", "trained")]
     assert all(torch.equal(tensor, kept[1][name]) for name, tensor in kept[0].items())
 
 
 def test_sdprun_stops_at_its_budget_and_says_so_if_it_does_not_get_there(tmp_path: Path) -> None:
-    train = {**ALL_STAGES["train"], "budget": {"macs": 0.6}, "exclude": ["conv1"], "baseline": False}
+    settings = {**SDPRUN, "budget": {"macs": 0.6}, "exclude": ["conv1"]}
+    train = {**ALL_STAGES["train"], "optimizer": settings, "baseline": False}
     told: list[str] = []
     out = tmp_path / "met"
     result = run(made(ALL_STAGES, train=train, finetune=None), out, progress=False, say=told.append)
@@ -141,7 +146,7 @@ def test_sdprun_stops_at_its_budget_and_says_so_if_it_does_not_get_there(tmp_pat
     before, after = result["seeds"]["0"]["stages"]["pruned"]["widths"]["conv1"]
     assert before == after
     assert not any("was not reached" in line for line in told)
-    train = {**train, "c": 1e-6, "epochs": 1}
+    train = {**train, "optimizer": {**settings, "c": 1e-6}, "epochs": 1}
     short = made(ALL_STAGES, train=train, prune=None, finetune=None)
     result = run(short, tmp_path / "not", progress=False, say=told.append)
     assert result["seeds"]["0"]["stages"]["trained"]["reached"] is False
@@ -154,7 +159,7 @@ def test_sdprun_stops_at_its_budget_and_says_so_if_it_does_not_get_there(tmp_pat
     ids=str,
 )
 def test_what_sdprun_cannot_do_is_told_before_any_work(tmp_path: Path, changes: dict, message: str) -> None:
-    given = made(ALL_STAGES, train={**ALL_STAGES["train"], **changes})
+    given = made(ALL_STAGES, train={**ALL_STAGES["train"], "optimizer": {**SDPRUN, **changes}})
     with pytest.raises(sc.SecateurError, match=message):
         run(given, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -270,7 +275,7 @@ def test_second_order_methods_run_and_load(tmp_path: Path, prune: dict[str, Any]
     ids=["taylor", "eigendamage"],
 )  # fmt: skip
 def test_rounds_reach_the_budget_in_equal_factors(tmp_path: Path, prune: dict[str, Any]) -> None:
-    finetune = {"epochs": 1, "lr": 0.01, "momentum": 0.9}
+    finetune = {"optimizer": {"momentum": 0.9}, "epochs": 1, "lr": 0.01}
     seed = run(made(TAYLOR, prune=prune, finetune=finetune), tmp_path, progress=False)["seeds"]["0"]
     rounds = prune["rounds"]
     columns = [*(f"round {k}" for k in range(1, rounds)), "after"]
@@ -295,7 +300,7 @@ GENTLE = {
 
 
 def gently(method: str, **changes: Any) -> dict[str, Any]:
-    train = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "schedule": "constant"}
+    train = {"optimizer": {"momentum": 0.9}, "epochs": 2, "lr": 0.05, "schedule": "constant"}
     options = changes or GENTLE[method]
     return {"method": {"name": method, **options}, "budget": {"macs": 0.6}, "train": train}
 
@@ -311,7 +316,7 @@ def test_pivoting_runs_packs_loads_and_ends_the_same_when_stopped_in_between(
     prune: dict[str, Any] = {"method": {"name": "pivot", "keep": 0.25}}
     if gradual:
         prune["method"] |= {"every": 5, "times": 8}
-        prune["train"] = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "schedule": "constant"}
+        prune["train"] = {"optimizer": {"momentum": 0.9}, "epochs": 2, "lr": 0.05, "schedule": "constant"}
     recipe = made(TAYLOR, model={"name": "digits_cnn"}, prune=prune, finetune={"epochs": 2, "lr": 0.01})
     said: list[str] = []
     whole = run(recipe, tmp_path / "whole", progress=False, say=said.append)
@@ -343,9 +348,8 @@ def test_a_search_of_widths_runs_and_goes_on_where_it_was_interrupted(
     seed = whole["seeds"]["0"]
     assert seed["after"]["macs"] <= 0.5 * seed["before"]["macs"]
     assert seed["stages"]["pruned"]["search"]["table"]
-    module = importlib.import_module("secateur.allocation.search.search")
-    monkeypatch.setattr(module, "EVERY", 0.0)
-    calls = interrupted(module.Evaluator, "_rise", 50)
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_SAVES", 0.0)
+    calls = interrupted(Evaluator, "_rise", 50)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "again", progress=False)
     assert timeless(run(recipe, tmp_path / "again", progress=False)) == timeless(whole)
@@ -361,13 +365,14 @@ def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock
         run(made(TAYLOR, prune=impossible), tmp_path / "impossible", progress=False)
     assert not (tmp_path / "impossible").exists() or not list((tmp_path / "impossible").rglob("*.safetensors"))
     module = importlib.import_module("secateur.lab.run.pruning")
-    counted, prune, measure = [], module.prune, sc.Timing._measure
+    latency = importlib.import_module("secateur.allocation.latency.api")
+    counted, prune, measure = [], module.prune, latency.measured_model
 
-    def counting(timing: sc.Timing, count: int, progress: bool) -> None:
-        counted.append((count, timing.where["inputs"][0][0], timing.threads))
-        measure(timing, count, progress)
+    def counting(stopwatch: Any, graph: Any, settings: sc.LatencySettings, **given: Any) -> Any:
+        counted.append((settings.samples, stopwatch.where(graph)["inputs"][0][0], settings.threads))
+        return measure(stopwatch, graph, settings, **given)
 
-    monkeypatch.setattr(sc.Timing, "_measure", counting)
+    monkeypatch.setattr(latency, "measured_model", counting)
     monkeypatch.setattr(module, "TIMED", 6)
     budget = {"latency_ms": 1000.0, "macs": 0.5}
     recipe = made(TAYLOR, prune=TAYLOR["prune"] | {"budget": budget}, measure={"batch_sizes": [4], "threads": 1})
@@ -396,13 +401,10 @@ def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_u
         weights = np.array([sum(tensor.numel() for tensor in model.parameters()) for model in models])
         return slower[0] * weights[:, None, None] / weights[0] * rng.uniform(0.9, 1.1, (len(models), turns, 1))
 
-    monkeypatch.setitem(sc.Timing.__init__.__globals__, "in_turn", noisy)
-    search, pruning = (
-        importlib.import_module(f"secateur.{name}") for name in ("allocation.search.search", "lab.run.pruning")
-    )
-    monkeypatch.setattr(pruning, "TIMED", 6)
-    monkeypatch.setattr(search, "EVERY", 0.0)
-    calls = interrupted(search.Evaluator, "_rise", 50)
+    monkeypatch.setattr(sampler, "in_turn", noisy)
+    monkeypatch.setattr(importlib.import_module("secateur.lab.run.pruning"), "TIMED", 6)
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_SAVES", 0.0)
+    calls = interrupted(Evaluator, "_rise", 50)
     prune = {
         "criterion": "magnitude", "budget": {"latency_ms": 0.7}, "strategy": {"name": "bandit", "evaluations": 80},
         "repair": "recalibrate", "batches": 4,
@@ -416,7 +418,7 @@ def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_u
 
 
 def test_pivoting_that_the_training_is_too_short_for_is_told_before_any_work(tmp_path: Path) -> None:
-    train = {"epochs": 2, "lr": 0.05, "momentum": 0.9}
+    train = {"optimizer": {"momentum": 0.9}, "epochs": 2, "lr": 0.05}
     for options, message in (({"keep": 0.25}, "are 46 steps, and pivot takes"), ({"keep": 0.001}, "no layer can have")):
         prune = {"method": {"name": "pivot", **options}, "train": train}
         with pytest.raises(sc.SecateurError, match=message):
@@ -547,8 +549,8 @@ def test_what_cannot_be_done_leaves_nothing(case: str, mine: types.ModuleType, t
 
 def test_the_folder_of_another_run(finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
-    changed = {**ALL_STAGES["train"], "c": 0.1}
-    with pytest.raises(sc.SecateurError, match=r"another run \(train.c 0.3, now 0.1\).*--fresh"):
+    changed = {**ALL_STAGES["train"], "optimizer": {**SDPRUN, "c": 0.1}}
+    with pytest.raises(sc.SecateurError, match=r"another run \(train.optimizer.c 0.3, now 0.1\).*--fresh"):
         run(made(ALL_STAGES, train=changed), out, progress=False)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from secateur._internal.distributed import rank, together
 from secateur._internal.errors import BadFile, SecateurError
-from secateur._internal.files import write_atomically
+from secateur._internal.files import text_if_there, write_atomically
 from secateur.allocation.problem import Problem
 from secateur.allocation.search.evaluator import Evaluator, digest_of
 from secateur.allocation.search.history import History
@@ -66,7 +66,7 @@ class SearchFile:
         """
         if self.name is None:
             return History()
-        text = self.work.agree(_text_of(Path(self.name)) if rank(self.work.group) == 0 else "")
+        text = self.work.agree(text_if_there(Path(self.name)) if rank(self.work.group) == 0 else "")
         if not text:
             return History()
         try:
@@ -118,18 +118,9 @@ class SearchFile:
         return found
 
 
-def _text_of(path: Path) -> str:
-    if not path.exists():
-        return ""
-    try:
-        return path.read_text()
-    except (OSError, ValueError) as error:
-        return f"no JSON: {error}"  # which all processes shall hear of
-
-
 def _experiment(bandit: Bandit, problem: Problem, evaluate: Evaluator) -> dict[str, Any]:
     """What makes a search another one, beside the budget, as what JSON can hold."""
-    work, latency = evaluate.work, problem.meter.timing
+    work, latency = evaluate.work, problem.meter.latency
     return {
         "settings": json.loads(json.dumps(settings_of(bandit))),
         "model": digest_of(list(work.model.state_dict().values())).hex(),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from secateur._internal.errors import SecateurError
+from secateur._internal.losses import read_loss
 from secateur._internal.progress import tracked
-from secateur.curvature.null_space import Deflated
+from secateur.curvature.null_space import NullSpaceProjector
 from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import loss_and_accuracy
 from secateur.repair.recalibrate import recalibrate
@@ -88,11 +88,11 @@ def connect(
     epochs: int,
     lr: float = 0.1,
     momentum: float = 0.9,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss: Any = "cross_entropy",
     schedule: str = "grda",
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
-    progress: bool = True,
+    progress: bool = False,
     **options: Any,
 ) -> Curve:
     """Train the curve between two solutions of one network.
@@ -104,7 +104,7 @@ def connect(
         epochs: how often to pass over the data; 0 gives the straight line.
         lr: learning rate of the control point.
         momentum: its momentum.
-        loss_fn: mean loss of ``(output, y)``.
+        loss: see :mod:`secateur._internal.losses`.
         schedule: of the learning rate, a name in ``secateur.lab.training.schedule.SCHEDULES``.
         seed: of the points on the curve, one a batch.
         checkpoint_dir: where to keep checkpoints and to resume from.
@@ -121,7 +121,8 @@ def connect(
             torch.manual_seed(seed)
             fit(
                 bent, torch.optim.SGD(bent.control.parameters(), lr=lr, momentum=momentum), data, epochs=epochs,
-                loss_fn=loss_fn, schedule=schedule, checkpoint_dir=checkpoint_dir, progress=progress, **options,
+                loss_fn=read_loss(loss).mean, schedule=schedule, checkpoint_dir=checkpoint_dir, progress=progress,
+                **options,
             )  # fmt: skip
     ends = _weights(start), _weights(end)
     control = {name: p.detach().to(ends[0][name], copy=True) for name, p in zip(bent.names, bent.control, strict=True)}
@@ -135,8 +136,8 @@ def along(
     test: Iterable[tuple[Tensor, Tensor]] | None = None,
     *,
     points: int = 61,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    progress: bool = True,
+    loss: Any = "cross_entropy",
+    progress: bool = False,
 ) -> list[Row]:
     """Loss and error at evenly spread points of a curve.
 
@@ -146,7 +147,7 @@ def along(
         train: training batches; batch norms are re-estimated on them at every point.
         test: test batches.
         points: how many, both ends included.
-        loss_fn: mean loss of ``(output, y)``.
+        loss: see :mod:`secateur._internal.losses`.
         progress: show a bar with the time left.
 
     Returns:
@@ -162,7 +163,7 @@ def along(
         u = number / (points - 1)
         weights = curve.at(u)
         length += _distance(weights, before)
-        rows.append({"u": u, "length": length, **_measured(model, weights, train, test, loss_fn)})
+        rows.append({"u": u, "length": length, **_measured(model, weights, train, test, loss)})
         before = weights
     return rows
 
@@ -209,8 +210,8 @@ def plane(
     *,
     steps: int = 21,
     margin: float = 0.2,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    progress: bool = True,
+    loss: Any = "cross_entropy",
+    progress: bool = False,
 ) -> Plane:
     """The loss on the plane of a curve.
 
@@ -220,7 +221,7 @@ def plane(
         data: batches; batch norms are re-estimated on them at every point.
         steps: points a side.
         margin: how far the plane reaches beyond the three points, as a fraction of its sides.
-        loss_fn: mean loss of ``(output, y)``.
+        loss: see :mod:`secateur._internal.losses`.
         progress: show a bar with the time left.
 
     Raises:
@@ -250,7 +251,7 @@ def plane(
     for cell in tracked(range(steps * steps), "on the plane", steps * steps, progress):
         j, i = divmod(cell, steps)
         weights = {name: w + x[i] * e1[name] + y[j] * e2[name] for name, w in start.items()}
-        table[j][i] = _measured(model, weights, data, None, loss_fn)["train_loss"]
+        table[j][i] = _measured(model, weights, data, None, loss)["train_loss"]
     three: dict[str, tuple[float, float]] = {
         "start": (0.0, 0.0),
         "control": (at, 0.0 if flat else height),
@@ -263,21 +264,27 @@ def plane(
     return Plane(x, y, table, three, path, (start, e1, e2))  # type: ignore[arg-type]
 
 
-def steep_share(start: nn.Module, end: nn.Module, directions: Deflated) -> float:
-    """How much of the way between two solutions goes along steep directions: ``sqrt(sum_i <e_i, d>^2 / ||d||^2)``.
+def steep_share(start: nn.Module, end: nn.Module, directions: NullSpaceProjector) -> float:
+    """How much of the way ``d`` between two solutions goes along steep directions: ``||d - P_0 d|| / ||d||``.
 
-    By chance it would be the root of the share of directions that are steep. The mini-batches of both trainings must be
-    the same, or the way holds their noise.
+    It is taken over the parameters that the projector knows. By chance it would be the root of the share of directions
+    that are steep. The mini-batches of both trainings must be the same, or the way holds their noise.
 
     Args:
         start: the network the directions were found at.
         end: the same network with other weights.
-        directions: from ``null_space_projector(start, ..., basis="lanczos")`` or ``"exact"``.
+        directions: from ``null_space_projector(start, ...)``, of any basis.
+
+    Raises:
+        SecateurError: the ends are not the same network, or not the one of the projector.
     """
     _check_ends(start, end)
-    way = directions.products.join(_difference(_weights(end), _weights(start))).to(directions.vectors)
-    found = directions.vectors[:, : directions.count].T @ way
-    return float(found.norm() / way.norm()) if float(way.norm()) > 0 else 0.0
+    directions.check_model(start)
+    way = _difference(_weights(end), _weights(start))
+    way = {name: way[name] for name in directions.shapes}
+    flat = directions.project(way)
+    steep = {name: d.double() - flat[name].double() for name, d in way.items()}
+    return _norm(steep) / _norm(way) if _norm(way) > 0 else 0.0
 
 
 def _check_ends(start: nn.Module, end: nn.Module) -> None:
@@ -321,7 +328,7 @@ def _measured(
     weights: Weights,
     train: Iterable[tuple[Tensor, Tensor]],
     test: Iterable[tuple[Tensor, Tensor]] | None,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss: Any,
 ) -> Row:
     """Loss and error of the network with these weights, its batch norms re-estimated."""
     here = copy.deepcopy(model).eval()
@@ -333,10 +340,6 @@ def _measured(
     row: Row = {}
     for side, data in (("train", train), ("test", test)):
         if data is not None:
-            value, right = loss_and_accuracy(here, data, loss_fn)
-            if not math.isfinite(value):
-                raise SecateurError(
-                    f"the {side} loss is {value} at a point of the curve or plane: there is no valley there"
-                )
+            value, right = loss_and_accuracy(here, data, loss)
             row |= {f"{side}_loss": value, f"{side}_error": 1 - right}
     return row

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from secateur._internal.errors import BadFile, SecateurError, unknown
-from secateur.lab.recipe.sections import SECTIONS, Recipe
+from secateur.lab.recipe.sections import Recipe
 from secateur.lab.recipe.yaml_text import parse_yaml
 
 PATHS = (("data", "root"), ("model", "weights"))
@@ -111,5 +111,9 @@ def _told(error: ValidationError) -> Iterator[str]:
 
 
 def _fields(path: Sequence[str]) -> list[str]:
-    """The keys that a section knows."""
-    return list((SECTIONS[path[0]] if path else Recipe).model_fields)
+    """The keys that a section knows, or one in a section."""
+    section: type[BaseModel] = Recipe
+    for part in path:
+        kind = section.model_fields[part].annotation
+        section = next(one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel))
+    return list(section.model_fields)

@@ -23,20 +23,12 @@ from secateur.allocation.contract import STRATEGIES
 from secateur.lab.data.registry import DATA
 from secateur.lab.models.registry import MODELS
 from secateur.lab.recipe.yaml_text import TypedFloat
+from secateur.lab.training.optimizers.contract import OPTIMIZERS, Optimizer
 from secateur.lab.training.schedule import SCHEDULES
 from secateur.methods.contract import METHODS, TRAINING_METHODS
-from secateur.methods.sdprun import WEIGHTS
 from secateur.pruning import AUTO
 from secateur.repair.contract import REPAIRS
 from secateur.scoring.contract import CRITERIA
-
-OPTIMIZERS = {  # the settings each takes beside the learning rate
-    "sgd": ("momentum", "nesterov", "weight_decay"),
-    "adam": ("weight_decay",),
-    "adamw": ("weight_decay",),
-    "sdprun": ("c", "mu", "weights", "exclude", "budget", "baseline"),
-}
-_OWN = sorted({setting for settings in OPTIMIZERS.values() for setting in settings})
 
 
 def _sound(given: dict[str, Any]) -> dict[str, Any]:
@@ -109,29 +101,31 @@ class Model(_Section):
         return _one_of("model", name, MODELS)
 
 
+Seat = str | dict[str, Any]
+"""Who sits there: a name (or ``package.module:Class``), or a mapping of a name and settings."""
+
+
+DEFAULT_OPTIMIZER = "sgd"
+
+
 class Tune(_Section):
     """Training of the cut network.
 
     Attributes:
-        optimizer: ``sgd``, ``adam`` or ``adamw``; for ``Train`` also ``sdprun``.
+        optimizer: a name in :mod:`secateur.lab.training.optimizers`, or a name and settings; one that prunes while it
+            trains is for ``Train`` alone.
         epochs: passes over the training images.
         lr: learning rate at the schedule's 1.
         schedule: a name in ``secateur.lab.training.schedule``.
-        momentum: of sgd.
-        nesterov: of sgd.
-        weight_decay: of all but sdprun.
         label_smoothing: of the cross entropy, in [0, 1).
         channels_last: run in that memory format.
         compile: run through ``torch.compile``.
     """
 
-    optimizer: str = "sgd"
+    optimizer: Seat = DEFAULT_OPTIMIZER
     epochs: int = Field(ge=1)
     lr: float = Field(gt=0)
     schedule: str = "one_cycle"
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    nesterov: bool = False
-    weight_decay: float = Field(default=0.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     channels_last: bool = False
     compile: bool = False
@@ -141,49 +135,67 @@ class Tune(_Section):
     def _known(cls, schedule: str) -> str:
         return _one_of("schedule", schedule, SCHEDULES)
 
+    @field_validator("optimizer")
+    @classmethod
+    def _named(cls, optimizer: Seat) -> Seat:
+        """Settings without a name are those of the default."""
+        return {"name": DEFAULT_OPTIMIZER, **optimizer} if isinstance(optimizer, dict) else optimizer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _below_their_optimizer(cls, given: Any) -> Any:
+        """Where settings of an optimizer belong is told to whoever writes them beside it."""
+        if isinstance(given, dict):
+            name = name_of(given.get("optimizer", DEFAULT_OPTIMIZER))
+            for key in [key for key in given if key not in cls.model_fields]:
+                owners = [other for other in OPTIMIZERS if key in options_of(OPTIMIZERS.find(other))]
+                if name in owners:
+                    raise SecateurError(
+                        f"{key} belongs to the optimizer: optimizer: {{name: {name}, {key}: {given[key]}}}, or "
+                        f"optimizer.{key}={given[key]} as an override"
+                    )
+                if owners:
+                    raise SecateurError(f"{key} is a setting of optimizer {' and '.join(owners)}, and this is {name}")
+        return given
+
     @model_validator(mode="after")
     def _fits(self) -> Tune:
-        known = OPTIMIZERS if isinstance(self, Train) else [name for name in OPTIMIZERS if name != "sdprun"]
-        _one_of("optimizer", self.optimizer, known)
-        for setting in _OWN:
-            if setting in self.changed() and setting not in OPTIMIZERS[self.optimizer]:
-                why = " (either breaks the sum of gradients it keeps)" if self.optimizer == "sdprun" else ""
-                raise SecateurError(
-                    f"optimizer {self.optimizer!r} takes no {setting}{why}; it takes lr, "
-                    + ", ".join(OPTIMIZERS[self.optimizer])
-                )
-        if self.nesterov and not self.momentum:
-            raise SecateurError("nesterov: true needs a momentum above 0")
+        if self.make_optimizer().prunes and not isinstance(self, Train):
+            others = [name for name in OPTIMIZERS if not OPTIMIZERS.find(name).prunes]  # type: ignore[attr-defined]
+            raise SecateurError(
+                f"optimizer {name_of(self.optimizer)!r} prunes while it trains, which is for the train section "
+                f"alone; here {', '.join(others)} are known"
+            )
         return self
+
+    def make_optimizer(self) -> Optimizer:
+        """The settings of the optimizer."""
+        found = made(OPTIMIZERS, self.optimizer, {})
+        if not isinstance(found, Optimizer):
+            raise SecateurError(
+                f"optimizer {name_of(self.optimizer)!r}: a subclass of Optimizer in "
+                "secateur.lab.training.optimizers.contract is expected"
+            )
+        return found
 
 
 class Train(Tune):
-    """Training of the network: what ``Tune`` has, and the settings of sdprun.
+    """Training of the network.
 
     Attributes:
-        c: strength of sdprun's pruning.
-        mu: growth of its threshold in time.
-        weights: ``none`` or ``sqrt``: how its threshold depends on a channel's size.
-        exclude: names of groups that it leaves alone (``secateur inspect`` shows them).
-        budget: what may remain, as the arguments of :class:`secateur.Budget`; once met, its threshold stands still.
-        baseline: also train the same network by plain SGD, same seed and schedule, as the "before".
+        baseline: of an optimizer that prunes: also train the same network without pruning, same seed and schedule, as
+            the "before".
     """
 
-    c: float = Field(default=5e-4, ge=0)
-    mu: float = Field(default=0.6, gt=0, le=1)
-    weights: str = "none"
-    exclude: list[str] = Field(default_factory=list)
-    budget: Limits | None = None
     baseline: bool = False
 
-    @field_validator("weights")
-    @classmethod
-    def _known_weights(cls, weights: str) -> str:
-        return _one_of("weights", weights, WEIGHTS)
-
-
-Seat = str | dict[str, Any]
-"""Who sits there: a name (or ``package.module:Class``), or a mapping of a name and settings."""
+    @model_validator(mode="after")
+    def _has_a_baseline(self) -> Train:
+        if self.baseline and not self.make_optimizer().prunes:
+            raise SecateurError(
+                f"baseline: optimizer {name_of(self.optimizer)!r} prunes nothing and is its own baseline; leave it out"
+            )
+        return self
 
 
 class Prune(_Section):
@@ -287,9 +299,9 @@ class Prune(_Section):
         return made(METHODS if self.train is None else TRAINING_METHODS, self.method, more)
 
 
-def name_of(seat: Seat) -> str:
+def name_of(seat: Any) -> str:
     """The name of who sits there."""
-    return seat if isinstance(seat, str) else str(seat.get("name"))
+    return str(seat.get("name")) if isinstance(seat, dict) else str(seat)
 
 
 def made(registry: Registry[Any], seat: Seat, more: dict[str, Any]) -> Any:
@@ -297,7 +309,11 @@ def made(registry: Registry[Any], seat: Seat, more: dict[str, Any]) -> Any:
     given = {"name": seat} if isinstance(seat, str) else dict(seat)
     if not isinstance(given.get("name"), str):
         return registry.make(given)  # which says so
-    known = options_of(registry.find(name_of(given)))
+    cls = registry.find(name_of(given))
+    known = options_of(cls)
+    for option, why in getattr(cls, "refused", {}).items():
+        if option in given:
+            raise SecateurError(f"{registry.kind} {name_of(given)!r} takes no {option}: {why}")
     return registry.make({**{key: value for key, value in more.items() if key in known}, **given})
 
 
@@ -369,24 +385,15 @@ class Recipe(_Section):
             state = "neither" if self.train is None else "both"
             raise SecateurError(f"give either a train section or model.weights; {state} is given")
         wanted = getattr(self.prune.make_method(), "needs_optimizer", None)
-        if wanted is not None and self.train is not None and self.train.optimizer != wanted:
+        if wanted is not None and self.train is not None and name_of(self.train.optimizer) != wanted:
             raise SecateurError(
-                f"method {name_of(self.prune.method or '')!r} needs optimizer {wanted!r}: {self.train.optimizer!r} "
+                f"method {name_of(self.prune.method or '')!r} needs optimizer {wanted!r}: "
+                f"{name_of(self.train.optimizer)!r} "
                 "leaves nothing that it could take"
             )
         if self.finetune is not None and not self.prune.prunes:
             raise SecateurError("a finetune section needs a prune section: nothing is pruned")
         return self
-
-
-SECTIONS: dict[str, type[_Section]] = {
-    "data": Data,
-    "model": Model,
-    "train": Train,
-    "prune": Prune,
-    "finetune": Tune,
-    "measure": Measure,
-}
 
 
 def _one_of(kind: str, name: str, known: Any) -> str:

@@ -14,7 +14,8 @@ from torch import nn
 
 from secateur._internal.workload import Workload
 from secateur.allocation.budget import Budget, in_round
-from secateur.allocation.latency.model import Timing
+from secateur.allocation.latency.api import LatencyClock, measure_latency
+from secateur.allocation.latency.sampler import LatencySettings
 from secateur.lab.run.setting import Facts, Setting
 from secateur.lab.run.training import fitted, make_optimizer
 from secateur.measure.latency import threads_set
@@ -73,10 +74,10 @@ def _by_seats(
     setting: Setting, model: nn.Module, budget: Budget, seed: int, checkpoints: Path
 ) -> tuple[nn.Module, Facts]:
     """Criterion, strategy and repair; the facts are those of the result, and the widths."""
-    section, timing = setting.recipe.prune, None
+    section, clock = setting.recipe.prune, None
     checkpoints.mkdir(parents=True, exist_ok=True)
     if budget.latency_ms is not None:
-        timing = timed(setting, model, TIMED, checkpoints / "timing.json")
+        clock = timed(setting, model, TIMED, checkpoints / "timing.json")
     open_ones = {"seed": seed, "checkpoint": str(checkpoints / "strategy.json")}
     repairs = section.make_repairs(seed=seed)
     result = prune(
@@ -90,11 +91,11 @@ def _by_seats(
         repair=AUTO if repairs == [AUTO] else repairs,
         exclude=section.exclude,
         approximate=section.approximate,
-        timing=timing,
+        latency=clock,
         batches=None,
         progress=setting.progress,
     )
-    if timing is not None:
+    if clock is not None:
         setting.say("latency: {before:.3g} ms before, {after:.3g} after".format(**result.facts["latency_ms"]))
     facts = _facts(setting, result)
     if result.plan is not None and not section.approximate and all(getattr(r, "name", "") == "none" for r in repairs):
@@ -160,16 +161,18 @@ def finish(setting: Setting, model: nn.Module) -> tuple[nn.Module, Facts]:
     return result.model, dict(result.facts)
 
 
-def timed(setting: Setting, model: nn.Module, samples: int, checkpoint: Path | None = None) -> Timing:
+def timed(setting: Setting, model: nn.Module, samples: int, checkpoint: Path | None = None) -> LatencyClock:
     """How long the model takes as the recipe measures it: on the CPU, with its threads, at its first batch size."""
     section, how = setting.recipe.prune, setting.recipe.measure
     budget, own = section.make_budget(), copy.deepcopy(model).cpu()
     assert budget is not None
     images = setting.inputs.cpu().expand(how.batch_sizes[0], -1, -1, -1).contiguous()
-    return Timing(
-        own, trace(own, setting.inputs.cpu()), inputs=images, samples=samples, threads=how.threads,
-        round_to=budget.round_to, approximate=section.approximate, progress=setting.progress, checkpoint=checkpoint,
+    settings = LatencySettings(
+        samples=samples, threads=how.threads, round_to=budget.round_to, approximate=section.approximate,
+        checkpoint=checkpoint,
     )  # fmt: skip
+    graph = trace(own, setting.inputs.cpu())
+    return measure_latency(own, graph, settings, inputs=images, progress=setting.progress)
 
 
 def _facts(setting: Setting, result: Result) -> Facts:

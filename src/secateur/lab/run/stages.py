@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur import storage as store
 from secateur._internal.errors import BadFile, SecateurError
 from secateur.lab.inspecting import INPUT
-from secateur.lab.recipe.sections import Train, Tune, name_of
+from secateur.lab.recipe.sections import Tune, name_of
 from secateur.lab.run.folder import write_json
 from secateur.lab.run.pruning import finish, make_handle, pruned, timed
 from secateur.lab.run.setting import TEST_BATCH, Facts, Setting
@@ -26,7 +26,6 @@ from secateur.lab.run.training import fitted, make_optimizer, plain
 from secateur.measure.accuracy import accuracy
 from secateur.measure.counting import counted
 from secateur.measure.latency import file_size, latency
-from secateur.methods.sdprun import SDPrun
 from secateur.pruning import check_feasible
 from secateur.tracing.api import trace
 from secateur.tracing.graph import ChannelGraph
@@ -66,9 +65,9 @@ def _try_pruning(setting: Setting, model: nn.Module, graph: ChannelGraph, *, new
     method = section.make_method()
     if method is None:
         if budget is not None and (budget.latency_ms is None or new):
-            timing = None if budget.latency_ms is None else timed(setting, model, samples=4)
+            clock = None if budget.latency_ms is None else timed(setting, model, samples=4)
             without = excluded(model, graph, section.exclude)
-            check_feasible(graph, budget, approximate=section.approximate, timing=timing, without=without)
+            check_feasible(graph, budget, approximate=section.approximate, latency=clock, without=without)
         return
     if section.train is None:
         if hasattr(method, "check"):
@@ -107,9 +106,9 @@ def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
 
     if train is None:
         last = before = kept("baseline", lambda _: (setting.begin(seed), {}))
-    elif train.optimizer != "sdprun" or train.baseline:
+    elif train.baseline or not train.make_optimizer().prunes:
         last = before = kept("baseline", lambda at: _train(setting, setting.begin(seed), plain(train), seed, at))
-    if train is not None and train.optimizer == "sdprun":
+    if train is not None and train.make_optimizer().prunes:
         last = kept("trained", lambda at: _train(setting, setting.begin(seed), train, seed, at))
         before = before or last
     assert before is not None
@@ -123,7 +122,7 @@ def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
         columns["after" if number == rounds else f"round {number}"] = last
     if hasattr(recipe.prune.make_method(), "finish"):
         columns["after"] = last = kept("finished", lambda _: finish(setting, _load(setting, last)))
-    if last != before:  # sdprun beside its baseline, even where nothing is pruned
+    if last != before:  # pruned in training beside its baseline, even where nothing is cut
         columns["after"] = last
     return {**_measured(setting, folder, columns), "stages": stages}
 
@@ -149,14 +148,10 @@ def _load(setting: Setting, at: Path) -> nn.Module:
 def _train(setting: Setting, model: nn.Module, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
     optimizer = make_optimizer(setting, model, section)
     facts = fitted(setting, model, optimizer, section, seed, checkpoints)
-    if isinstance(section, Train) and section.budget is not None and isinstance(optimizer, SDPrun):
-        facts["reached"] = optimizer.reached
-        if not optimizer.reached:
-            setting.say(
-                f"the budget {section.budget} was not reached in {section.epochs} epochs with c={section.c:g}: give a "
-                "larger c, or more epochs; what is zero by now is cut"
-            )
-    return model, facts
+    found, remark = section.make_optimizer().outcome(optimizer, section.epochs)
+    if remark:
+        setting.say(remark)
+    return model, {**facts, **found}
 
 
 def _tune(setting: Setting, source: Path, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
