@@ -66,7 +66,7 @@ def told(name, loss):
 
 @pytest.mark.parametrize("name", LOOKING)
 def test_a_dict_with_labels_brings_its_own_loss(case, name, untouched):
-    model, _, dicts = case
+    model, graph, dicts = case
     with told(name, None), untouched(model):
         own = sc.score(model, graph, name, data=dicts)
     with told(name, own_loss):
@@ -80,7 +80,7 @@ def test_a_dict_with_labels_brings_its_own_loss(case, name, untouched):
 
 @pytest.mark.parametrize("name", LOOKING)
 def test_a_named_loss_takes_logits_and_labels_out_of_them(case, name):
-    model, _, dicts = case
+    model, graph, dicts = case
     settings = name if name == "taylor" else {"name": name, "fisher": "empirical"}
     found = sc.score(model, graph, settings, data=dicts, loss="cross_entropy")
 
@@ -98,7 +98,7 @@ def test_a_named_loss_takes_logits_and_labels_out_of_them(case, name):
 @pytest.mark.parametrize("loss", [None, "cross_entropy"])
 @pytest.mark.parametrize("repair", ["refit", "recalibrate", "compensate", "directed"])
 def test_every_repair_takes_them(case, repair, loss, untouched):
-    model, _, dicts = case
+    model, graph, dicts = case
     plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(channels=0.9))
     small = sc.cut(model, plan)
     before = copy.deepcopy(small.state_dict())
