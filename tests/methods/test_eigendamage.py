@@ -216,6 +216,15 @@ def test_what_a_bottleneck_says_of_its_weight_has_the_shape_and_no_data():
         F.linear(torch.zeros(2, 3), made.weight.flatten(1)) + 1.0 * torch.zeros(2, 1)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_it_is_still_scripted_compiled_and_traced():
+    model, x, data = images(nn.Conv2d)
+    small = sc.eigendamage(model, x[:2], BIG, data=data, loss="cross_entropy").model.eval()
+    with torch.no_grad():
+        for other in (torch.jit.script(small), torch.compile(small, backend="eager", fullgraph=True)):
+            torch.testing.assert_close(other(x), small(x))
+
+
 def test_layers_that_the_python_around_them_looks_at_stay_and_the_others_do_not():
     class Looks(nn.Module):
         def __init__(self, mode) -> None:

@@ -76,7 +76,7 @@ class PivotSettings:
     takes_budget: ClassVar[bool] = False
     plans: ClassVar[bool] = False
     needs: ClassVar[Needs] = Needs()
-    keep: float = 0.25
+    keep: float = 0.5
     layout: str = "bundles"
     blocks: int | None = None
     exclude: Exclude = ()

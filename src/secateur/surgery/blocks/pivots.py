@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs, call_model, first_argument, tensors_in
 from secateur._internal.checks import check_choice, check_count, is_number
-from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.errors import NothingToPrune, SecateurError, unknown
 from secateur._internal.state import eval_mode
 from secateur.curvature.kronecker import Curvature, Factors
 from secateur.curvature.layers import CONVOLUTIONS, Layer, measurable
@@ -180,7 +180,7 @@ def check_some(names: Sequence[str], skipped: Mapping[str, str], who: str) -> No
     """Raise if no layer can have blocks."""
     if not names:
         why = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
-        raise SecateurError(f"{who}: no layer can have blocks: {why or 'there is no linear and no convolution'}")
+        raise NothingToPrune(f"{who}: no layer can have blocks: {why or 'there is no linear and no convolution'}")
 
 
 def used_by(model: nn.Module, example_inputs: Inputs, names: Sequence[str]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ Kept = Mapping[str, tuple[Tensor, Tensor]]
 
 class Bottleneck(nn.Sequential):
     """Rotation in, core, rotation out."""
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["core", "weight", "bias"]  # for those who still script models
 
     @property
     def core(self) -> Any:
