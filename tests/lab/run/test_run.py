@@ -597,7 +597,7 @@ def test_separable_where_no_convolution_can_be_or_is_a_bottleneck(tmp_path: Path
         "method": {"name": "eigendamage", "separable": "svd", "layers": ["head"]}, "budget": {"params": 0.99},
         "batches": 2,
     }  # fmt: skip
-    with pytest.raises(sc.SecateurError, match="no layer is a convolution"):
+    with pytest.raises(sc.SecateurError, match="is a convolution; leave it out"):
         run(made(TAYLOR, prune=prune), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
     prune["method"]["layers"] = ["conv1", "head"]
