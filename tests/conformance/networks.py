@@ -36,7 +36,7 @@ class Perceptron(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.enter, self.inner, self.again = nn.Linear(6, 10), nn.Linear(10, 10), nn.Linear(10, 10)
-        self.again.weight = self.inner.weight
+        self.again.weight, self.again.bias = self.inner.weight, self.inner.bias
         self.aside, self.head = nn.Linear(10, 9), nn.Linear(9, 3)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
@@ -140,7 +140,7 @@ def bert() -> nn.Module:
 
     return BertForSequenceClassification(
         BertConfig(
-            vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+            vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
             max_position_embeddings=16, num_labels=3,
         )
     )  # fmt: skip
@@ -151,7 +151,7 @@ def llama() -> nn.Module:
 
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
             intermediate_size=24, max_position_embeddings=16,
         )
     )  # fmt: skip

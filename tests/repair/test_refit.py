@@ -10,14 +10,18 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import secateur as sc
+from secateur._internal.batches import read_batch
 from secateur._internal.errors import SecateurError
 from secateur.curvature.layers import spread
 from secateur.lab.models.registry import build
 from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import accuracy
-from secateur.repair.refit import least_squares
+from secateur.repair.refit import _Examples, _Part, _split, least_squares
+
+CPU = torch.device("cpu")
 
 
 def examples(*shape, n=64, seed=0):
@@ -433,3 +437,87 @@ def test_on_digits_it_brings_back_most_of_what_is_lost():
         lost.append(accuracy(model, test) - accuracy(result.model, test))
     assert lost[0] > 0.1
     assert lost[1] < 0.35 * lost[0]
+
+
+class Sizes(TorchDispatchMode):
+    """How many examples convolutions and products see, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.most = max(self.most, len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("data", ["one batch", "batches"])
+def test_examples_go_through_the_original_in_parts_and_convolutions_too(data, monkeypatch):
+    torch.manual_seed(1)
+    model, x = Residual().double().eval(), torch.randn(50, 2, 6, 6, dtype=torch.float64)
+    plan = removing(model, x[:2], "first", [0])
+    found = []
+    for size in (1000, 8):
+        monkeypatch.setattr("secateur.repair.refit.PART", size)
+        small, seen = sc.cut(model, plan), []
+        handle = model.norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
+        with Sizes() as sizes:
+            sc.refit(model, small, plan, [x] if data == "one batch" else x.split(20), positions=300)
+        handle.remove()
+        found.append(small.state_dict())
+        assert sum(seen) == 50  # once each
+        assert sizes.most <= 8 or size > 8
+        assert max(seen) <= size
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("many", [10, 90, 300, 5000])
+def test_positions_of_the_parts_are_those_of_all_examples(many):
+    counts, each = [7, 3, 9, 1], 12
+    parts = [_Part(i, i, sum(counts[:i]), n, None) for i, n in enumerate(counts)]
+    examples = _Examples(parts, 20, 20)
+    chosen = [examples.choice(part, many)(part.count * each) + part.first * each for part in parts]
+    assert torch.equal(torch.cat(chosen), spread(20 * each, many))
+
+
+def test_inputs_that_are_not_as_long_as_the_examples_keep_a_batch_whole(monkeypatch):
+    """Nodes and edges, say: no part of one goes with a part of the other."""
+    monkeypatch.setattr("secateur.repair.refit.PART", 8)
+    batch = read_batch(((torch.zeros(20, 3), torch.zeros(2, 50)), None), 4, CPU)
+    assert [count for *_, count in _split(batch, 100)] == [20]
+    alike = read_batch({"x": torch.arange(20.0), "y": torch.zeros(20, 5), "scale": torch.tensor(2.0)}, 4, CPU)
+    parts = list(_split(alike, 18))
+    assert [(number, count) for number, _, count in parts] == [(4, 8), (4, 8), (4, 2)]
+    assert torch.equal(torch.cat([inputs["x"] for _, inputs, _ in parts]), torch.arange(18.0))
+
+
+def test_a_forward_that_fails_late_changes_nothing(network, untouched):
+    model, data = network
+    plan = removing(model, data[0][0], sc.trace(model, data[0][0]).groups[0].name, [0])
+    small = sc.cut(model, plan)
+
+    def fail(*_):
+        raise KeyError
+
+    list(small.children())[-1].register_forward_pre_hook(fail)
+    with untouched(small), untouched(model), pytest.raises(SecateurError, match="does not fit the model"):
+        sc.refit(model, small, plan, data)
+
+
+def test_statistics_of_norms_are_those_of_all_examples_in_both_models():
+    """``mean + m(x') - m(x)`` and ``var * v(x') / v(x)``, over all examples, however they are batched."""
+    torch.manual_seed(1)
+    model, x = Residual().double().eval(), torch.randn(50, 2, 6, 6, dtype=torch.float64)
+    plan = removing(model, x[:2], "first", [0])
+    small = sc.cut(model, plan)
+    before = small.norm.running_mean.clone(), small.norm.running_var.clone()
+    seen = []
+    for one in (model, small):
+        one.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().transpose(0, 1).flatten(1)))
+    sc.refit(model, small, plan, x.split(15))
+    stays = [i for i in range(4) if i not in plan.slices["norm.running_mean"][0]]
+    then, now = torch.cat(seen[:-1], 1)[stays], seen[-1]
+    torch.testing.assert_close(small.norm.running_mean, before[0] + now.mean(1) - then.mean(1))
+    torch.testing.assert_close(small.norm.running_var, before[1] * now.var(1) / then.var(1))

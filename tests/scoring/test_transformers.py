@@ -113,7 +113,7 @@ def test_every_repair_takes_them(case, repair, loss, untouched):
 
 
 def test_prune_needs_no_loss(case):
-    model, graph, dicts = case
+    model, _, dicts = case
     inputs = {k: v[:2] for k, v in pairs(dicts)[0][0].items()}
     result = sc.prune(model, inputs, sc.Budget(channels=0.9), data=dicts)
     assert result.facts["chosen"]["criterion"]["name"] == "taylor"

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from secateur._internal.errors import SecateurError
 from secateur._internal.registry import Registry
 from secateur._internal.workload import Needs, Workload
 from secateur.plan import Plan
@@ -61,8 +62,19 @@ def copy_remaining(weights: Mapping[str, Tensor], small: nn.Module, plan: Plan) 
         weights: parameters of the original's shapes, by name; others stay as they are.
         small: what was cut by the plan.
         plan: what was removed.
+
+    Raises:
+        SecateurError: the smaller model was not cut by this plan; nothing is written then.
     """
+    parameters = dict(small.named_parameters())
+    left = {name: sliced(weight, plan.slices.get(name, {})) for name, weight in weights.items()}
+    for name, weight in left.items():
+        found = f"shape {list(parameters[name].shape)}" if name in parameters else "no such parameter"
+        if name not in parameters or parameters[name].shape != weight.shape:
+            raise SecateurError(
+                f"the plan leaves {name!r} with shape {list(weight.shape)}, the smaller model has {found}: give what "
+                "secateur.cut made of the model by this plan"
+            )
     with torch.no_grad():
-        for name, p in small.named_parameters():
-            if name in weights:
-                p.copy_(sliced(weights[name], plan.slices.get(name, {})))
+        for name, weight in left.items():
+            parameters[name].copy_(weight)

@@ -417,8 +417,15 @@ class _Original:
                 left[name] = f"it runs {calls} times in a forward"
             elif strange:
                 left[name] = STRANGE
-        order = work.agree(self.order)
-        return [name for name in dict.fromkeys([*order, *names]) if name not in left], left
+        own = torch.tensor([names.index(name) for name in self.order], dtype=torch.int64, device=work.device)
+        merged: list[int] = []
+        for found in all_gather(own, work.group):
+            at = 0
+            for number in found.tolist():
+                if number not in merged:  # what other processes did not reach, where this one did
+                    merged.insert(at, number)
+                at = max(at, merged.index(number) + 1)
+        return [name for number in merged if (name := names[number]) not in left], left
 
 
 # ------------------------------------------------------------------------------------------------ examples, in parts
