@@ -261,6 +261,60 @@ def test_the_table_of_a_run_fits_and_cuts_no_number(columns: int, recipe: str, t
         assert f"{found[column]['macs']['mean']:,.0f}" in done.stdout
 
 
+@pytest.fixture
+def nothing_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.lab.run.estimate.LONG", 0.0)
+
+
+def test_what_takes_hours_asks_before_it_begins(recipe: str, tmp_path: Path, nothing_is_short: None) -> None:
+    out = tmp_path / "out"
+    refused = called("run", recipe, "--out", out)
+    assert refused.exit_code == cli.BAD_INPUT and refused.stderr.count("\n") == 1 and not out.exists()
+    assert re.search(
+        r"takes (about|under) .* on cpu, 1 thread, estimated from .* timed now .*--yes begins", refused.stderr
+    )
+    wanted = called("run", recipe, "--out", out, "--yes")
+    assert wanted.exit_code == 0
+    again = called("run", recipe, "--out", out)  # finished: there is nothing to ask
+    assert again.exit_code == 0
+
+
+def test_a_run_that_was_begun_goes_on_unasked(
+    recipe: str, tmp_path: Path, nothing_is_short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command goes on: an estimate that comes out larger today must not stand in its way."""
+    begun = iter([True])
+
+    def stop(line: str) -> None:
+        if "pruned" in line and next(begun, False):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_say", lambda quiet: stop)
+    assert called("run", recipe, "--out", tmp_path / "out", "--yes").exit_code == cli.INTERRUPTED
+    assert called("run", recipe, "--out", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_dry_run_tells_the_stages_and_writes_nothing(columns: int, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("train:", "seeds: [3, 4]\ntrain:"))
+    done = program("run", "r.yaml", "--dry-run", folder=tmp_path, terminal=columns)
+    assert done.returncode == 0, done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+    assert max(len(line) for line in done.stdout.splitlines()) <= columns
+    for seed in (3, 4):
+        assert f"seed {seed}:\n  baseline: 1 epochs of" in done.stdout
+    for word in ("pruned: criterion", "measured: accuracy", "in all on cpu, 1 thread", "timed", "not counted"):
+        assert word in done.stdout
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(recipe: str, tmp_path: Path) -> None:
+    for case in ("a budget that cannot be met", "images of another shape", "no such weights"):
+        overrides, message = BAD[case]
+        result = called("run", recipe, *overrides, "--out", tmp_path / "out", "--dry-run")
+        assert result.exit_code == cli.BAD_INPUT and message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_where_there_is_no_terminal_lists_are_one_line_each() -> None:
     done = program("list")
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == list(LISTS)

@@ -17,13 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import get_terminal_size
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from secateur import __version__
 from secateur._internal.errors import SecateurError, unknown
 from secateur._internal.importing import current_folder_importable
+
+if TYPE_CHECKING:
+    from secateur.lab.run.estimate import Estimate
 
 app = typer.Typer(
     help="Structured pruning for PyTorch.",
@@ -66,6 +69,10 @@ def run_command(
     out: Annotated[Path | None, typer.Option(help="The folder of the run; default: runs/NAME.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace another run in that folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the table.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the stages and about how long they take; writes nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Begin even what is going to take hours.")] = False,
 ) -> None:
     """Train or load, prune, fine-tune, measure and save. Killed, the same command goes on where it was."""
     with told(_SAME):
@@ -73,13 +80,19 @@ def run_command(
 
         from secateur.lab.recipe.shipped import read_named
         from secateur.lab.run import folder, run, table
+        from secateur.lab.run.api import dry_run as only_told
 
         description = read_named(recipe, overrides or ())
         where = out if out is not None else Path("runs") / description.name
+        if dry_run:
+            _show("\n".join(only_told(description, where, fresh=fresh).lines()))
+            return
         done = folder.earlier(where, description, fresh=fresh)
         if done is not None and done["finished"]:
             _show(f"{where}: this run is finished (--fresh does it again)")
-        result = run(description, where, fresh=fresh, progress=not quiet, say=_say(quiet))
+        result = run(
+            description, where, fresh=fresh, progress=not quiet, say=_say(quiet), agree=None if yes else _refuse_long
+        )
         console = Console()
         console.print(table(result, console.width))
         _show(f"everything is in {where}")
@@ -202,6 +215,17 @@ def _sizes(text: str | None) -> list[int] | None:
     if not sizes or min(sizes) < 1:
         raise SecateurError(f"--input {text!r}: positive whole numbers are expected, such as 1,3,32,32")
     return sizes
+
+
+def _refuse_long(found: Estimate) -> None:
+    """Begin nothing that takes hours unless that is wanted."""
+    from secateur.lab.run.estimate import LONG, in_words
+
+    if found.seconds > LONG:
+        raise SecateurError(
+            f"this run takes {in_words(found.seconds)} on {found.where}, estimated {found.how}: --yes begins it "
+            "nevertheless, --dry-run shows its stages"
+        )
 
 
 def _say(quiet: bool) -> Callable[[str], None]:

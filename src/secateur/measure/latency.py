@@ -92,10 +92,10 @@ def in_turn(models: Sequence[nn.Module], inputs: Any, repeats: int, warm_up: int
                 device = device_of(model)
                 for forward in range(-warm_up, repeats):
                     args, kwargs = arguments(_copied(inputs, device))
-                    _wait(device)
+                    wait_for(device)
                     start = time.perf_counter()
                     model(*args, **kwargs)
-                    _wait(device)
+                    wait_for(device)
                     if forward >= 0:
                         times[number, turn, forward] = 1000 * (time.perf_counter() - start)
     return times
@@ -112,7 +112,7 @@ def _copied(inputs: Any, device: torch.device) -> Any:
     return tree_map(lambda value: value.to(device, copy=True) if isinstance(value, Tensor) else value, inputs)
 
 
-def _wait(device: torch.device) -> None:
-    """Let the device finish: work on a GPU is only queued."""
+def wait_for(device: torch.device) -> None:
+    """Let a device finish: work on a GPU is only queued."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)

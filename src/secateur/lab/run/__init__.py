@@ -3,7 +3,7 @@
 from secateur._internal.extras import extra
 
 with extra("lab", "a run"):
-    from secateur.lab.run.api import run
+    from secateur.lab.run.api import dry_run, run
     from secateur.lab.run.table import table
 
-__all__ = ["run", "table"]
+__all__ = ["dry_run", "run", "table"]
