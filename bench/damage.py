@@ -18,7 +18,12 @@ from torch import nn
 
 import secateur as sc
 from oneshot import HERE, Make, Setting, run
-from secateur.methods.eigendamage import measure_damage
+from secateur._internal.workload import Workload
+from secateur.allocation.api import allocated
+from secateur.methods.eigendamage import EigenDamage
+from secateur.repair.api import repaired
+from secateur.repair.compensate import Compensate
+from secateur.scoring.api import scored
 
 CHANNEL = ("random", "magnitude", "taylor", "obd", "obs", "kron_obd", "kron_obs")
 ROTATED = {
@@ -39,37 +44,30 @@ def makers(
 ) -> Iterator[tuple[str, Make]]:
     """Every wanted method, as a function from a budget to a smaller network."""
     graph = sc.trace(model, inputs)
-    curvature = None
-    passing: dict[str, Any] = {"batches": batches, "fisher": "exact"}  # one draw would be mostly noise
+    work = Workload(model, images, "cross_entropy", inputs=inputs)
+    exact: dict[str, Any] = {"batches": batches, "fisher": "exact"}  # one draw would be mostly noise
+    settings: dict[str, dict[str, Any]] = {"random": {"seed": seed}, "magnitude": {}, "taylor": {"batches": batches}}
+    strategy = sc.STRATEGIES.make("global")
     for name in CHANNEL:
         if name not in wanted:
             continue
-        options: dict[str, Any] = {}
-        if name == "random":
-            options = {"seed": seed}
-        elif name in {"taylor", "obd"}:
-            options = {"data": images, "loss_fn": "cross_entropy", "batches": batches}
-            options |= passing if name == "obd" else {}
-        elif name != "magnitude":
-            curvature = curvature or sc.kronecker_factors(model, images, form="full", **passing)
-            options = {"curvature": curvature}
-        scores = sc.score(model, graph, name, **options)
-        compensate = curvature if name in {"obs", "kron_obs"} else None
+        scores = scored(sc.CRITERIA.make(name, settings.get(name, exact)), graph, work)
+        repairs = [Compensate(**exact)] if name in {"obs", "kron_obs"} else []
 
-        def cut(budget: sc.Budget, scores: Any = scores, compensate: Any = compensate) -> nn.Module:
-            return sc.cut(model, sc.allocate(graph, scores, budget), compensate=compensate)
+        def cut(budget: sc.Budget, scores: Any = scores, repairs: Any = repairs) -> nn.Module:
+            plan = allocated(graph, scores, budget, strategy, work)
+            small = sc.cut(model, plan)
+            repaired(repairs, model, small, plan, work)
+            return small
 
         yield name, cut
-    measured: dict[bool, Any] = {}
     for name, setting in ROTATED.items():
         if name not in wanted:
             continue
-        ekfac = bool(setting["ekfac"])
-        if ekfac not in measured:
-            measured[ekfac] = measure_damage(model, inputs, data=images, ekfac=ekfac, **passing)
+        rotated = EigenDamage(**{**setting, **exact})
 
-        def rotate(budget: sc.Budget, damages: Any = measured[ekfac], rule: Any = setting["rule"]) -> nn.Module:
-            return damages.cut(budget, rule=rule)
+        def rotate(budget: sc.Budget, method: EigenDamage = rotated) -> nn.Module:
+            return method.apply(model, inputs, budget, work).model
 
         yield name, rotate
 

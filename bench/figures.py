@@ -264,7 +264,7 @@ def regret() -> None:
         title = {"radius 12": "factored, theory", f"radius {found['tuned']:g}": "factored, tuned"}.get(name, name)
         left.plot(marks, middle, color=f"C{number}", label=title, linewidth=1.5)
         left.fill_between(marks, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
-    left.set(xscale="log", yscale="log", xlabel="rounds", ylabel="regret", title="four factors of four atoms")
+    left.set(xscale="log", yscale="log", xlabel="rounds", ylabel="regret", title="four factors of four arms")
     left.legend(fontsize=7, frameon=False)
     own = [row for row in rows if row["what"] == "sizes"]
     for sizes in dict.fromkeys(tuple(row["sizes"]) for row in own):
@@ -273,8 +273,8 @@ def regret() -> None:
         right.plot(wrong, np.median(values), "o", color=BLUE if sizes[0] == 4 else GREY)
         right.annotate(f"{len(sizes)} x {sizes[0]}", (wrong, float(np.median(values))), (-9, 7) if crowded else (6, -3),
                        fontsize=7, textcoords="offset points")  # fmt: skip
-    right.set(xlabel="atoms that are not the best of their factor", ylabel="regret after 100,000 rounds",
-              title="factors x atoms", xlim=(0, 66), ylim=0)  # fmt: skip
+    right.set(xlabel="arms that are not the best of their factor", ylabel="regret after 100,000 rounds",
+              title="factors x arms", xlim=(0, 66), ylim=0)  # fmt: skip
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(FIGURES / "regret.png", dpi=130, metadata={"Software": None})

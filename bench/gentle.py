@@ -41,7 +41,7 @@ STRATEGY = "uniform"  # as in the papers; by magnitude, "global" leaves blocks o
 MACS = (0.5, 0.25)
 HANDLES: dict[str, Any] = {
     "increg": lambda *a, every, seed, **k: sc.IncReg(*a, rate=0.02, limit=1.0, every=every, **k),
-    "greg1": lambda *a, every, seed, **k: sc.IncReg(*a, rule="greg1", rate=0.02, limit=1.0, every=every, **k),
+    "greg1": lambda *a, every, seed, **k: sc.GReg(*a, rate=0.02, limit=1.0, every=every, **k),
     "spp": lambda *a, every, seed, **k: sc.SPP(*a, rate=0.05, every=every, seed=seed, **k),
 }
 METHODS = ("magnitude", *HANDLES)

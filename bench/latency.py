@@ -50,21 +50,21 @@ def measured(name: str, round_to: int) -> list[dict[str, Any]]:
     graph = sc.trace(model, inputs)
     scores = sc.score(model, graph, "magnitude")
     begun = time.perf_counter()
-    timing = sc.Timing(model, graph, round_to=round_to, progress=False)
+    clock = sc.measure_latency(model, graph, sc.LatencySettings(round_to=round_to))
     took, rows = time.perf_counter() - begun, []
     for part in PARTS[name]:
         begun = time.perf_counter()
-        budget = sc.Budget(latency_ms=part * timing.whole, round_to=round_to)
-        plan = sc.allocate(graph, scores, budget, timing=timing)
+        budget = sc.Budget(latency_ms=part * clock.whole_ms, round_to=round_to)
+        plan = sc.allocate(graph, scores, budget, strategy="global", latency=clock)
         seconds = time.perf_counter() - begun
         small = sc.cut(model, plan)
         whole, own = (min(latency(m, inputs)["median_ms"] for _ in range(3)) for m in (model, small))
         rows.append(
             {
-                "network": name, "round_to": round_to, "threads": torch.get_num_threads(), "whole_ms": timing.whole,
-                "error": timing.error, "timing_seconds": took, "allowed": part, "again": own / whole,
-                "fit": float(timing.ms(graph.kept(plan))) / timing.whole, "macs": graph.macs(plan) / graph.macs(),
-                "allocate_seconds": seconds,
+                "network": name, "round_to": round_to, "threads": torch.get_num_threads(), "whole_ms": clock.whole_ms,
+                "error": clock.fitted.error, "timing_seconds": took, "allowed": part, "again": own / whole,
+                "fit": float(clock.fitted.ms(graph.kept(plan))) / clock.whole_ms,
+                "macs": graph.macs(plan) / graph.macs(), "allocate_seconds": seconds,
             }
         )  # fmt: skip
     return rows

@@ -29,7 +29,7 @@ import secateur as sc
 from rows import Rows
 from secateur.lab.models.registry import build, example_input
 from secateur.measure.counting import counted
-from secateur.surgery.blocks.packing import MARGIN, milliseconds, moved, orders_of, packed
+from secateur.surgery.blocks.packing import WINNING_SHARE, milliseconds, moved, orders_of, packed
 from secateur.surgery.blocks.pattern import Pattern, blocks_for
 from secateur.surgery.permute import moves, permuted
 
@@ -75,7 +75,7 @@ def layer(kind: str, width: int, size: int, keep: float, layout: str, batch: int
 def judged(times: dict[str, float], reduction: float) -> dict[str, Any]:
     """What ``pack`` would choose, and how much of the reduction it turns into speed."""
     best = min((name for name in times if name != "dense"), key=times.__getitem__)
-    chosen = best if times[best] < MARGIN * times["dense"] else "dense"
+    chosen = best if times[best] < WINNING_SHARE * times["dense"] else "dense"
     speedup = times["dense"] / times[chosen]
     return {"ms": times, "chosen": chosen, "speedup": speedup, "reduction": reduction, "ratio": speedup / reduction}
 
@@ -85,7 +85,7 @@ def network(name: str, keep: float, layout: str, batch: int, repeats: int) -> di
     torch.manual_seed(0)
     model = build(name).eval()
     x = torch.randn(batch, *example_input(name)[1:])
-    pivoted = sc.pivot(model, x, keep, layout=layout)
+    pivoted = sc.pivot(model, x, keep, layout=layout).model
     small = sc.pack(pivoted, x)
     all_packed = sc.pack(pivoted, x[:1], way="at_once")
     times = milliseconds({"dense": model, "packed": small}, x, repeats)
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    kept = Rows(given.out, margin=MARGIN)
+    kept = Rows(given.out, margin=WINNING_SHARE)
     cases: list[dict[str, Any]] = []
     if "layers" in given.what:
         cases += [{"kind": "linear", "width": width, "size": 1} for width in WIDTHS]

@@ -26,6 +26,7 @@ from secateur.lab.models.registry import build, example_input
 from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import accuracy
 from secateur.measure.counting import counted
+from secateur.methods.layer_selection import excluded_layers
 from secateur.surgery.blocks.pivots import eligible, energy, patterns_of, pivoted
 
 HERE = Path(__file__).parent
@@ -75,8 +76,8 @@ def one(name: str, method: str, keep: float, seed: int) -> dict[str, Any]:
         some = [
             batch for _, batch in zip(range(50), data.loader("train", BATCH, shuffle=True, seed=seed), strict=False)
         ]
-        factors = sc.kronecker_factors(model, some)
-    names, _ = eligible(model, keep, layout, setting["whole"])
+        factors = sc.kronecker_factors(model, some, "cross_entropy")
+    names, _ = eligible(model, keep, layout, excluded_layers(model, setting["whole"]))
     count = 8 if method.startswith("8") else None  # by default there are 1 / keep
     patterns = patterns_of(model, names, keep, layout=layout, blocks=count, factors=factors)
     blocks = pivoted(model, patterns, {})

@@ -1,9 +1,9 @@
 """Regret of the factored bandit on additive problems: against others, in time, in the number and sizes of factors.
 
 Rewards are the sum of every factor's part and Gaussian noise of standard deviation 0.3; all players are told a spread
-of 0.5. ``players``: four factors of four atoms, parts evenly spaced from 0 to 1/4, 100,000 rounds, with the theory's
+of 0.5. ``players``: four factors of four arms, parts evenly spaced from 0 to 1/4, 100,000 rounds, with the theory's
 radius and the tuned one (the least at which no run lost twice the median, on other seeds, ``tuning``). ``sizes``: more
-factors, more atoms, each factor's best atom 0.1 better than its others, so that nothing but the sizes changes. Chunks
+factors, more arms, each factor's best arm 0.1 better than its others, so that nothing but the sizes changes. Chunks
 of repetitions that are there are not run again::
 
     python bench/regret.py tuning players sizes
@@ -62,7 +62,7 @@ def one(player: Player, rounds: int, seed: int, even: bool) -> tuple[list[float]
         while len(found) < len(marks) and marks[len(found)] <= player.rounds:
             found.append(total + float(lost[marks[len(found)] - before - 1]))
         total += float(lost[-1])
-    return found, bool(all(part[atom] == part.max() for part, atom in zip(parts, player.best(), strict=True)))
+    return found, bool(all(part[arm] == part.max() for part, arm in zip(parts, player.best(), strict=True)))
 
 
 def report(rows: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ one mini-batch and the ten best on all; ``sensitivity`` tries widths of every gr
 the least loss for the budget that it frees. Forwards see training images, with the statistics of the mini-batch;
 measured is the test accuracy of the cut network, its norms re-estimated on the same images, nothing trained
 (``tuned``: after one epoch). Rows that are there are not run again. ``overhead``: what the bandit itself takes beside
-the forwards, with 200 factors of eight atoms::
+the forwards, with 200 factors of eight arms::
 
     python bench/search.py lenet5 resnet20 --seeds 0 1 2
     python bench/search.py overhead
@@ -18,6 +18,9 @@ import argparse
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,11 +32,12 @@ from torch import nn
 
 import secateur as sc
 from rows import Rows
-from secateur.allocation.search.arms import Factors
-from secateur.allocation.search.evaluator import Evaluator
-from secateur.allocation.search.search import RATIOS
-from secateur.allocation.sensitivity import alone, greedy, tried_alone
-from secateur.allocation.strategies import STRATEGIES, Problem, fill
+from secateur._internal.workload import Workload
+from secateur.allocation.problem import Problem, fill
+from secateur.allocation.search.arms import ArmTable
+from secateur.allocation.search.evaluator import Evaluator, SharedBatches
+from secateur.allocation.search.strategy import RATIOS
+from secateur.allocation.strategies import uniform_items
 from secateur.lab.data.registry import load
 from secateur.lab.models.registry import build, example_input
 from secateur.lab.training.loop import fit
@@ -50,39 +54,42 @@ MACS = (0.5, 0.3)
 METHODS = ("uniform", "global", "threshold", "random", "sensitivity", "bandit", "duels")
 
 
+@dataclass(frozen=True)
 class Random:
     """Combinations at random around the uniform start that meet the budget, each on one mini-batch; ten on all."""
 
-    def __init__(self, model: Any, batches: list[Any], evaluations: int, seed: int) -> None:
-        self.model, self.batches, self.evaluations, self.seed = model, batches, evaluations, seed
+    evaluations: int
+    seed: int
 
-    def __call__(self, problem: Problem) -> np.ndarray:
-        """Items taken from every group."""
-        factors = Factors(problem, STRATEGIES["uniform"](problem), RATIOS)
-        evaluate = Evaluator(self.model, problem, self.batches, torch.nn.functional.cross_entropy, self.seed)
+    def widths(self, problem: Problem, work: Workload) -> np.ndarray:
+        """How many channels every group keeps."""
+        arms, evaluate = ArmTable(problem, uniform_items(problem), RATIOS), Evaluator(work, problem)
         rng, found = np.random.default_rng(self.seed), []
-        while len(found) < self.evaluations - 10 * len(self.batches):
-            taken = factors.taken(rng.integers(0, factors.sizes))
+        while len(found) < self.evaluations - 10 * len(evaluate.batches):
+            taken = arms.taken(rng.integers(0, arms.sizes))
             if problem.meter.met(problem.widths(taken)):
-                found.append((float(evaluate([(taken, len(found))])[0]), len(found), fill(problem, taken)))
+                batch = int(np.random.default_rng([self.seed, len(found)]).integers(len(evaluate.batches)))
+                found.append((float(evaluate.rises([(taken, batch)])[0]), len(found), fill(problem, taken)))
         best = [taken for _, _, taken in sorted(found)[:10]]
-        return min(best, key=evaluate.everywhere)
+        return problem.widths(min(best, key=evaluate.everywhere))
 
 
-class Sensitivity:
-    """The search's start, with all the forwards: widths of every group alone, then greedily."""
+@contextmanager
+def timed_evaluations() -> Iterator[list[float]]:
+    """A list that grows by the seconds of every call that evaluates widths."""
+    seconds, whole = [], SharedBatches.each
 
-    def __init__(self, model: Any, batches: list[Any], evaluations: int, seed: int) -> None:
-        self.model, self.batches, self.evaluations, self.seed = model, batches, evaluations, seed
+    def timed(*args: Any, **given: Any) -> Any:
+        begun = time.perf_counter()
+        found = whole(*args, **given)
+        seconds.append(time.perf_counter() - begun)
+        return found
 
-    def __call__(self, problem: Problem) -> np.ndarray:
-        """Items taken from every group."""
-        evaluate = Evaluator(self.model, problem, self.batches, torch.nn.functional.cross_entropy, self.seed)
-        tried = tried_alone(problem, self.evaluations)
-        order = np.random.default_rng(self.seed).permutation(len(self.batches))[::-1]
-        batches = order[: self.evaluations // sum(map(len, tried))].tolist()
-        rises = [evaluate.on([alone(problem, *one) for one in own], batches).mean(1).tolist() for own in tried]
-        return greedy(problem, tried, rises)
+    SharedBatches.each = timed
+    try:
+        yield seconds
+    finally:
+        SharedBatches.each = whole
 
 
 def overhead(factors: int = 200, evaluations: int = 800) -> dict[str, Any]:
@@ -96,13 +103,16 @@ def overhead(factors: int = 200, evaluations: int = 800) -> dict[str, Any]:
     graph = sc.trace(model, batches[0][0])
     scores = sc.score(model, graph, "magnitude")
     ratios = (0.4, 0.5, 0.6, 0.8, 1.0, 1.1, 1.2, 1.4)
-    search = sc.Search(model, batches, evaluations=evaluations, ratios=ratios, start="uniform", progress=False)
-    sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=search)
-    sizes = Counter(row["group"] for row in search.table)
+    bandit = sc.Bandit(evaluations=evaluations, ratios=ratios, start="uniform")
+    work, start = Workload(model, batches, "cross_entropy"), time.perf_counter()
+    with timed_evaluations() as seconds:
+        sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=bandit, work=work)
+    forwards = sum(seconds)
+    own, found = time.perf_counter() - start - forwards, work.facts["search"]
+    sizes = Counter(row["group"] for row in found["table"])
     assert len(sizes) == factors and set(sizes.values()) == {8}
-    own, forwards = search.seconds["bandit"], search.seconds["evaluations"]
-    ms = {"bandit": 1000 * own / search.done, "forward": 1000 * forwards / search.done}
-    return {"factors": factors, "atoms": 8, "evaluations": search.done, "share": own / forwards, "ms": ms}
+    ms = {"bandit": 1000 * own / found["forwards"], "forward": 1000 * forwards / found["forwards"]}
+    return {"factors": factors, "arms": 8, "evaluations": found["forwards"], "share": own / forwards, "ms": ms}
 
 
 def one(name: str, method: str, macs: float, seed: int) -> dict[str, Any]:
@@ -117,20 +127,20 @@ def one(name: str, method: str, macs: float, seed: int) -> dict[str, Any]:
         model = model.to(memory_format=torch.channels_last)
         batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in batches]
     graph = sc.trace(model, inputs)
-    scores = sc.score(model, graph, "taylor", data=batches, loss_fn="cross_entropy")
+    scores = sc.score(model, graph, "taylor", data=batches, loss="cross_entropy")
     given = {"evaluations": setting["evaluations"], "seed": seed}
     looks = {
-        "random": lambda: Random(model, batches, **given), "sensitivity": lambda: Sensitivity(model, batches, **given),
-        "bandit": lambda: sc.Search(model, batches, progress=False, **given),
-        "duels": lambda: sc.Search(model, batches, progress=False, dueling=True, **given),
+        "random": Random(**given), "sensitivity": sc.Sensitivity(**given), "bandit": sc.Bandit(**given),
+        "duels": sc.Bandit(dueling=True, **given),
     }  # fmt: skip
-    strategy: Any = looks[method]() if method in looks else method
-    start = time.perf_counter()
-    plan = sc.allocate(graph, scores, sc.Budget(macs=macs), strategy=strategy)
+    work, start = Workload(model, batches, "cross_entropy"), time.perf_counter()
+    with timed_evaluations() as seconds:
+        plan = sc.allocate(graph, scores, sc.Budget(macs=macs), strategy=looks.get(method, method), work=work)
     row: dict[str, Any] = {"network": name, "method": method, "macs": macs, "seed": seed, **setting}
     row["seconds"] = time.perf_counter() - start
-    if isinstance(strategy, sc.Search):
-        row |= strategy.facts() | {"spent": strategy.seconds}
+    if "search" in work.facts:
+        spent = {"evaluations": sum(seconds), "bandit": row["seconds"] - sum(seconds)}
+        row |= work.facts["search"] | {"spent": spent}
     small = sc.cut(model, plan)
     sc.recalibrate(small, batches)
     row |= {"remaining": graph.macs(plan) / graph.macs(), "widths": graph.kept(plan).tolist()}

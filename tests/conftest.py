@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from jaxtyping import install_import_hook
-
-with install_import_hook(
-    ["secateur.scoring.sums", "secateur.methods.sdprun", "secateur.tracing.channel_rows"], "beartype.beartype"
-):
-    import secateur  # noqa: F401
-
 import random
 import subprocess
 import sys
@@ -17,10 +10,16 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from safetensors.torch import load_file
 from torch import nn
 
+install_import_hook(
+    ["secateur.scoring.sums", "secateur.methods.sdprun", "secateur.tracing.channel_rows"], "beartype.beartype"
+)  # for good, since each of these is imported when it is first used; nothing of secateur is imported yet
 torch.set_num_threads(1)
+# a test dependency brings torchvision, which need not fit the PyTorch that is here; transformers shall not look at it
+sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
 
 
 @pytest.fixture

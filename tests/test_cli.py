@@ -1,6 +1,15 @@
+import contextlib
+import fcntl
+import json
 import os
+import pty
+import re
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +29,7 @@ threads: 1
 data: {name: digits, batch_size: 64}
 model: {name: digits_cnn, options: {width: 0.25}}
 train: {epochs: 1, lr: 0.1}
-prune: {method: magnitude, budget: {macs: 0.5}}
+prune: {budget: {macs: 0.5}, criterion: magnitude, repair: none}
 measure: {batch_sizes: [1], repeats: 1}
 """
 
@@ -62,7 +71,7 @@ BAD = {
     "budget of NaN": (["prune.budget.macs=.nan"], "not a number"),
     "two budgets that contradict": (["prune.budget.macs=0.5", "prune.budget.macs=0.3"], "contradicts"),
     "a budget that cannot be met": (["prune.budget.macs=0.00001"], "feasible are"),
-    "unknown method": (["prune.method=magnitud"], "did you mean 'magnitude'"),
+    "unknown criterion": (["prune.criterion=magnitud"], "did you mean 'magnitude'"),
     "unknown model": (["model.name=digits_cn"], "did you mean 'digits_cnn'"),
     "unknown data": (["data.name=digit"], "did you mean 'digits'"),
     "images of another shape": (["model.name=lenet5", "model.options={}"], "fails on the example inputs"),
@@ -127,10 +136,16 @@ def test_a_bug_keeps_its_traceback(recipe: str, tmp_path: Path, monkeypatch: pyt
     assert result.exit_code == 1 and isinstance(result.exception, ZeroDivisionError)
 
 
+LISTS = ("models", "data", "criteria", "strategies", "repairs", "methods", "optimizers", "schedules", "recipes")
+
+
 def test_list_names_everything() -> None:
     lines = dict(line.split(": ", 1) for line in called("list").output.splitlines())
     assert lines["models"].split(", ") == list(models.MODELS) and lines["data"].split(", ") == list(data.DATA)
-    assert {"taylor", "dead", "none"} <= set(lines["methods"].split(", "))
+    assert {"increg", "pivot", "zero"} <= set(lines["methods"].split(", "))
+    for kind, registry in (("criteria", sc.CRITERIA), ("strategies", sc.STRATEGIES), ("repairs", sc.REPAIRS)):
+        assert lines[kind].split(", ") == registry.names()
+    assert {"adam", "adamw", "sdprun", "sgd"} <= set(lines["optimizers"].split(", "))
     assert "digits-sdprun" in lines["recipes"]
     assert called("list", "data").output == f"data: {', '.join(data.DATA)}\n"
 
@@ -143,10 +158,222 @@ def test_inspect_shows_a_built_in_model(name: str) -> None:
 
 def test_inspect_reads_saved_models_and_options(tmp_path: Path) -> None:
     model = build("digits_cnn", width=0.5)
-    small = sc.prune(model, IMAGE, method="magnitude", budget=sc.Budget(channels=0.5)).model
+    small = sc.prune(model, IMAGE, sc.Budget(channels=0.5)).model
     sc.save(small, tmp_path)
     assert called("inspect", tmp_path).output.strip() == sc.trace(small, IMAGE).summary()
     assert called("inspect", "digits_cnn", "width=0.5").output.strip() == sc.trace(model, IMAGE).summary()
+
+
+MINE = """
+from torch import nn
+
+def make(width=8, classes=10):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, classes))
+
+print("imported")
+"""
+
+
+def test_a_factory_in_the_current_folder_is_run_saved_and_inspected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a program of its own, whose folder is not the current one; and nothing a file names is imported unasked."""
+    (tmp_path / "nets_at_home.py").write_text(MINE)
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("{name: digits_cnn, options: {width: 0.25}}",
+                                                    "{name: nets_at_home:make, options: {width: 12}}"))  # fmt: skip
+    done = program("run", "r.yaml", "--out", "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    stage = "out/seed-0/pruned"
+    head = json.loads((tmp_path / stage / "secateur.json").read_text())
+    assert head["model"] == {"name": "nets_at_home:make", "options": {"width": 12}}
+    asked = program("inspect", stage, folder=tmp_path)
+    assert asked.returncode == 2 and "imported" not in asked.stdout and asked.stderr.count("\n") == 1
+    command = f"secateur inspect {stage} --build nets_at_home:make width=12"
+    assert asked.stderr.strip().endswith(command)
+    found = program(*command.split()[1:], folder=tmp_path)
+    assert found.returncode == 0 and "removable channels" in found.stdout, found.stderr
+    wrong = program("inspect", stage, "--build", "nets_at_home:make", folder=tmp_path)
+    assert wrong.returncode == 2 and "saved from another model" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "SAVED"], "does not say what made it: name the factory, secateur inspect SAVED --build"),
+        (["inspect", "SAVED", "--build", "torch.nn:Linear", "in_features=4", "out_features=2"], "another model"),
+        (["inspect", "SAVED", "--build", "torch.nn:Linear", "in_features=4"], "missing a required argument: 'out_fea"),
+        (["inspect", "SAVED", "--build", "torch.nn:Linear", "in_features=4", "out_features=3"], "--input 1,3,32,32"),
+        (["inspect", "digits_cnn", "--build", "torch.nn:Linear"], "belongs to a directory that was saved"),
+        (["inspect", "SAVED", "width=2"], "takes no options, unless --build"),
+    ],
+)
+def test_what_inspect_must_know_it_asks_for(arguments: list[str], message: str, tmp_path: Path) -> None:
+    sc.save(torch.nn.Linear(4, 3), tmp_path / "x")
+    result = called(*(str(tmp_path / "x") if word == "SAVED" else word for word in arguments))
+    assert result.exit_code == 2 and message.replace("SAVED", str(tmp_path / "x")) in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def program(
+    *arguments: object, folder: Path | None = None, terminal: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``secateur`` as a program; with ``terminal``, its output goes to one of so many columns."""
+    command = [sys.executable, "-c", "import sys; del sys.path[0]; from secateur.cli import main; main()"]
+    command += [str(a) for a in arguments]
+    settings = {key: value for key, value in os.environ.items() if key not in {"COLUMNS", "LINES", "FORCE_COLOR"}}
+    settings["NO_COLOR"] = "1"
+    if terminal is None:
+        return subprocess.run(command, capture_output=True, text=True, env=settings, check=False, cwd=folder)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, terminal, 0, 0))
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=settings, cwd=folder)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # what the other end's closing is told as
+        while part := os.read(ours, 65536):
+            seen += part
+    os.close(ours)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", seen.decode()).replace("\r\n", "\n")
+    return subprocess.CompletedProcess(command, process.wait(), text, "")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["inspect", "resnet8"], ["inspect", "digits_cnn"], ["-h"], ["run", "-h"], ["inspect", "-h"]]
+)
+def test_on_a_terminal_no_line_is_too_long(arguments: list[str], columns: int) -> None:
+    done = program(*arguments, terminal=columns)
+    assert done.returncode == 0
+    assert max(len(line) for line in done.stdout.splitlines()) <= columns
+    word = {"list": "cifar10-resnet20-eigendamage-iterative", "-h": "Usage"}.get(arguments[-1], "removable")
+    assert word in done.stdout
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_the_table_of_a_run_fits_and_cuts_no_number(columns: int, recipe: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert called("run", recipe, "seeds=[0, 1]", "--out", out, "--quiet").exit_code == 0
+    done = program("run", recipe, "seeds=[0, 1]", "--out", "out", folder=tmp_path, terminal=columns)
+    assert done.returncode == 0 and max(len(line) for line in done.stdout.splitlines()) <= columns
+    assert "…" not in done.stdout and "test accuracy" in done.stdout
+    found = json.loads((out / "run.json").read_text())["summary"]
+    for column in ("before", "after"):
+        assert f"{found[column]['macs']['mean']:,.0f}" in done.stdout
+
+
+@pytest.fixture
+def nothing_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.lab.run.estimate.LONG", 0.0)
+
+
+def test_what_takes_hours_asks_before_it_begins(recipe: str, tmp_path: Path, nothing_is_short: None) -> None:
+    out = tmp_path / "out"
+    refused = called("run", recipe, "--out", out)
+    assert refused.exit_code == cli.BAD_INPUT and refused.stderr.count("\n") == 1 and not out.exists()
+    assert re.search(
+        r"takes (about|under) .* on cpu, 1 thread, estimated from .* timed now .*--yes begins", refused.stderr
+    )
+    wanted = called("run", recipe, "--out", out, "--yes")
+    assert wanted.exit_code == 0
+    again = called("run", recipe, "--out", out)  # finished: there is nothing to ask
+    assert again.exit_code == 0
+
+
+def test_a_run_that_was_begun_goes_on_unasked(
+    recipe: str, tmp_path: Path, nothing_is_short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command goes on: an estimate that comes out larger today must not stand in its way."""
+    begun = iter([True])
+
+    def stop(line: str) -> None:
+        if "pruned" in line and next(begun, False):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_say", lambda quiet: stop)
+    assert called("run", recipe, "--out", tmp_path / "out", "--yes").exit_code == cli.INTERRUPTED
+    assert called("run", recipe, "--out", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_dry_run_tells_the_stages_and_writes_nothing(columns: int, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("train:", "seeds: [3, 4]\ntrain:"))
+    done = program("run", "r.yaml", "--dry-run", folder=tmp_path, terminal=columns)
+    assert done.returncode == 0, done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+    assert max(len(line) for line in done.stdout.splitlines()) <= columns
+    for seed in (3, 4):
+        assert f"seed {seed}:\n  baseline: 1 epochs of" in done.stdout
+    for word in ("pruned: criterion", "measured: accuracy", "in all on cpu, 1 thread", "timed", "not counted"):
+        assert word in done.stdout
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(recipe: str, tmp_path: Path) -> None:
+    for case in ("a budget that cannot be met", "images of another shape", "no such weights"):
+        overrides, message = BAD[case]
+        result = called("run", recipe, *overrides, "--out", tmp_path / "out", "--dry-run")
+        assert result.exit_code == cli.BAD_INPUT and message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_there_is_no_terminal_lists_are_one_line_each() -> None:
+    done = program("list")
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == list(LISTS)
+
+
+def test_the_version_and_both_ways_to_ask_for_help() -> None:
+    assert called("--version").output == f"secateur {sc.__version__}\n"
+    for command in ([], ["run"], ["inspect"], ["list"]):
+        short, long = called(*command, "-h"), called(*command, "--help")
+        assert short.exit_code == long.exit_code == 0 and short.output == long.output and "Usage" in short.output
+
+
+def test_python_m_is_the_same_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "secateur", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"secateur {sc.__version__}\n"
+
+
+def test_help_comes_at_once() -> None:
+    """In under a second, the best of a few; and without PyTorch, which takes longer than that by itself."""
+    took = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        assert program("--help").returncode == 0
+        took.append(time.perf_counter() - begun)
+        if took[-1] < 1:
+            break
+    assert min(took) < 1
+    code = "import sys; from secateur.cli import app; app(['-h'], standalone_mode=False); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_sigterm_ends_a_run_like_an_interruption(recipe: str, tmp_path: Path) -> None:
+    """One line, its own exit code, and the same command goes on: what a batch system needs."""
+    command = [sys.executable, "-m", "secateur", "run", recipe, "train.epochs=200", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list((tmp_path / "out").glob("seed-0/baseline-checkpoints/*.safetensors")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == cli.TERMINATED == 143 and stdout == ""
+    assert stderr.splitlines()[-1] == "terminated: the same command goes on where it was" and "Traceback" not in stderr
+    kept = sorted((tmp_path / "out" / "seed-0" / "baseline-checkpoints").iterdir())
+    assert kept and not list(tmp_path.rglob("*.tmp"))
+    done = called("run", recipe, "train.epochs=200", "--out", tmp_path / "out")
+    assert done.exit_code == 0 and "epoch 1/200" not in done.stderr
+
+
+def test_where_there_is_no_terminal_there_are_no_bars_but_a_line_an_epoch(recipe: str, tmp_path: Path) -> None:
+    done = program("run", recipe, "train.epochs=3", "data.validation=0.2", "--out", "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert [
+        re.match(r"epoch (\d)/3: loss [\d.]+, validation accuracy [\d.]+, [\d.]+ s$", line)[1] for line in epochs
+    ] == [*"123"]
+    assert lines == ["seed-0: baseline", *epochs, "seed-0: pruned", "seed-0: measured"]
+    quiet = program("run", recipe, "train.epochs=3", "--out", "again", "--quiet", folder=tmp_path)
+    assert quiet.returncode == 0 and quiet.stderr == "" and "\x1b" not in quiet.stdout + done.stderr
 
 
 def test_as_a_program(recipe: str, tmp_path: Path) -> None:

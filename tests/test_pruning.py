@@ -1,4 +1,5 @@
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from torch import nn
 import secateur as sc
 from secateur.lab.data.registry import load
 from secateur.lab.models.registry import build
+from secateur.repair.directed import directed_weights
+from secateur.tracing.slices import sliced
 
 IMAGE = torch.zeros(1, 1, 8, 8)
 
@@ -21,13 +24,13 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(load("digits").loader("validation", 64))
 
 
-@pytest.mark.parametrize("method", ["magnitude", "taylor", "bn_scale", "random"])
-def test_one_call_is_the_four_steps(model: nn.Module, method: str) -> None:
-    loss = nn.functional.cross_entropy
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "bn_scale", "random"])
+def test_one_call_is_the_four_steps(model: nn.Module, criterion: str) -> None:
+    given = {"data": batches(), "loss": nn.functional.cross_entropy}
     budget = sc.Budget(macs=0.5)
-    result = sc.prune(model, IMAGE, method=method, budget=budget, data=batches(), loss_fn=loss, strategy="uniform")
+    result = sc.prune(model, IMAGE, budget, criterion=criterion, strategy="uniform", repair="none", **given)
     graph = sc.trace(model, IMAGE)
-    scores = sc.score(model, graph, method, data=batches(), loss_fn=loss)
+    scores = sc.score(model, graph, criterion, **given)
     plan = sc.allocate(graph, scores, budget, strategy="uniform")
     assert result.plan == plan
     assert result.before.macs == graph.macs() and result.after.macs == graph.macs(plan) <= 0.5 * graph.macs()
@@ -38,29 +41,45 @@ def test_one_call_is_the_four_steps(model: nn.Module, method: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_without_data_it_works(model: nn.Module) -> None:
+    result = sc.prune(model, IMAGE, sc.Budget(macs=0.5))
+    assert result.after.macs <= 0.5 * result.before.macs
+    chosen = result.facts["chosen"]
+    assert chosen["criterion"]["name"] == "magnitude" and chosen["repair"] == [{"name": "none"}]
+    assert result.facts["forwards"] == 0
+
+
+def test_auto_is_what_the_facts_say(model: nn.Module) -> None:
+    given = {"data": batches()[:2], "loss": "cross_entropy"}
+    result = sc.prune(model, IMAGE, sc.Budget(macs=0.5), **given)
+    chosen = result.facts["chosen"]
+    assert [chosen["criterion"]["name"], chosen["strategy"]["name"]] == ["taylor", "uniform"]
+    assert [repair["name"] for repair in chosen["repair"]] == ["refit"]
+    again = sc.prune(model, IMAGE, sc.Budget(macs=0.5), **given, criterion="taylor", strategy="uniform", repair="refit")
+    assert again.plan == result.plan
+    for one, two in zip(again.model.parameters(), result.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    data_alone = sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=batches()[:2]).facts["chosen"]
+    assert [data_alone["criterion"]["name"], data_alone["repair"][0]["name"]] == ["magnitude", "refit"]
+
+
 def test_the_table_says_what_the_graph_counts(model: nn.Module) -> None:
-    result = sc.prune(model, IMAGE, method="magnitude", budget=sc.Budget(channels=0.5))
+    result = sc.prune(model, IMAGE, sc.Budget(channels=0.5))
     rows = {line.split()[0]: line.split()[1:] for line in result.table().splitlines()[1:]}
     assert rows["macs"][:2] == [f"{result.before.macs:,}", f"{result.after.macs:,}"]
     assert rows["channels"] == ["40", "20", "50.0%"]
     kept = result.graph.kept(result.plan)
     assert [int(rows[g.name][1]) for g in result.graph.groups] == kept.tolist()
-
-
-def test_dead_channels_go_and_nothing_changes(model: nn.Module) -> None:
-    with torch.no_grad():
-        for name in ("conv2", "bn2"):
-            for p in model.get_submodule(name).parameters():
-                p[3:7] = 0
-    result = sc.prune(model, IMAGE, method="dead")
-    assert dict(result.plan.removed) == {"conv2": [3, 4, 5, 6]}
-    x = torch.randn(5, 1, 8, 8)
-    torch.testing.assert_close(model.eval()(x), result.model.eval()(x))
+    share = f"{result.after.macs / result.before.macs:.1%}"
+    assert share in repr(result) and repr(result).count("\n") == 0
+    assert f"<td>{result.after.macs:,}</td>" in result._repr_html_()
 
 
 def test_recalibration_is_that_of_the_verb(model: nn.Module) -> None:
-    given = {"method": "magnitude", "budget": sc.Budget(macs=0.5)}
-    plain, fresh = sc.prune(model, IMAGE, **given), sc.prune(model, IMAGE, **given, data=batches(), recalibrate=True)
+    given = {"criterion": "magnitude", "data": batches()}
+    budget = sc.Budget(macs=0.5)
+    plain = sc.prune(model, IMAGE, budget, repair="none", **given)
+    fresh = sc.prune(model, IMAGE, budget, repair="recalibrate", **given)
     assert not torch.equal(plain.model.bn1.running_mean, fresh.model.bn1.running_mean)
     sc.recalibrate(plain.model, batches())
     assert torch.equal(plain.model.bn1.running_mean, fresh.model.bn1.running_mean)
@@ -70,23 +89,47 @@ def never(*_: object, **__: object) -> None:
     raise AssertionError("work was begun")
 
 
+@dataclass(frozen=True)
+class Never:
+    """A criterion that must not be asked."""
+
+    def scores(self, graph: object, work: object) -> None:
+        never()
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("budget", "options", "message"),
     [
-        ({"method": "tailor", "budget": sc.Budget(macs=0.5)}, "did you mean 'taylor'"),
-        ({"method": "taylor"}, "a Budget is expected"),
-        ({"method": "taylor", "budget": 0.5}, "a Budget is expected"),
-        ({"method": "dead", "budget": sc.Budget(macs=0.5)}, "leave the budget out"),
-        ({"method": "dead", "batches": 3}, "option of method 'dead'"),
-        ({"method": never, "budget": sc.Budget(macs=0.5), "strategy": "globl"}, "did you mean 'global'"),
-        ({"method": never, "budget": sc.Budget(macs=1e-6)}, "budget cannot be met: macs=.*feasible are"),
-        ({"method": never, "budget": sc.Budget(macs=0.5), "recalibrate": True}, "recalibrate=True"),
-        ({"method": "random", "budget": sc.Budget(macs=0.5), "sed": 1}, "does not take this option"),
+        (sc.Budget(macs=0.5), {"criterion": "tailor"}, "did you mean 'taylor'"),
+        (None, {"criterion": "taylor"}, "a Budget is expected"),
+        (0.5, {"criterion": "taylor"}, "a Budget is expected"),
+        (sc.Budget(macs=0.5), {"criterion": Never(), "strategy": "globl"}, "did you mean 'global'"),
+        (sc.Budget(macs=0.5), {"criterion": Never(), "repair": "refti"}, "did you mean 'refit'"),
+        (sc.Budget(macs=1e-6), {"criterion": Never()}, "budget cannot be met: macs=.*feasible are"),
+        (sc.Budget(macs=0.5), {"criterion": Never(), "repair": "recalibrate"}, "recalibrate needs data="),
+        (sc.Budget(macs=0.5), {"criterion": "taylor"}, "taylor needs data=.*and loss="),
+        (
+            sc.Budget(macs=0.5),
+            {"criterion": {"name": "random", "sed": 1}},
+            "criterion 'random' 'sed'.*'seed'",
+        ),
+        (sc.Budget(macs=0.5), {"criterion": never}, "settings with a method scores"),
+        (sc.Budget(macs=0.5), {"criterion": Never(), "exclude": "conv7"}, "conv7"),
+        (sc.Budget(macs=0.5), {"criterion": Never(), "batches": 0}, "batches=0: a whole number from 1 on"),
     ],
 )
-def test_bad_input_is_told_before_any_work(model: nn.Module, options: dict, message: str) -> None:
+def test_bad_input_is_told_before_any_work(model: nn.Module, budget: object, options: dict, message: str) -> None:
     with pytest.raises(sc.SecateurError, match=message):
-        sc.prune(model, IMAGE, **options)
+        sc.prune(model, IMAGE, budget, **options)
+
+
+def test_errors_that_callers_tell_apart(model: nn.Module) -> None:
+    with pytest.raises(sc.InfeasibleBudget):
+        sc.prune(model, IMAGE, sc.Budget(macs=1e-6))
+    with pytest.raises(sc.NothingToPrune):
+        sc.prune(nn.Linear(3, 2), torch.zeros(1, 3), sc.Budget(macs=0.5))
+    with pytest.raises(sc.BadBatch):
+        sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=[], loss="cross_entropy")
 
 
 @pytest.mark.parametrize("macs", [0, -1, 1.5, math.nan, "half", True])
@@ -101,13 +144,15 @@ def test_bad_budgets(macs: object) -> None:
         ([], "empty"),
         ([(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))], r"inputs of shape \[2, 3, 8, 8\]"),
         ([(torch.full((2, 1, 8, 8), math.nan), torch.zeros(2, dtype=torch.int64))], "the loss of batch 0 is nan"),
-        ([torch.zeros(2, 1, 8, 8)], "batches .inputs, targets. are expected"),
+        ([torch.zeros(2, 1, 8, 8)], "a tensor of targets is expected"),
+        (3, "something that gives batches is expected"),
+        (["a"], "batches are tensors, pairs"),
     ],
-    ids=["empty", "shape", "NaN", "no targets"],
+    ids=["empty", "shape", "NaN", "no targets", "no data", "no batches"],
 )
-def test_bad_data(model: nn.Module, given: list, message: str) -> None:
+def test_bad_data(model: nn.Module, given: object, message: str) -> None:
     with pytest.raises(sc.SecateurError, match=message):
-        sc.prune(model, IMAGE, budget=sc.Budget(macs=0.5), data=given, loss_fn=nn.functional.cross_entropy)
+        sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=given, loss=nn.functional.cross_entropy)
 
 
 @pytest.mark.parametrize(
@@ -121,72 +166,105 @@ def test_bad_data(model: nn.Module, given: list, message: str) -> None:
 )
 def test_bad_example_inputs(model: nn.Module, inputs: object, message: str) -> None:
     with pytest.raises(sc.SecateurError, match=message):
-        sc.prune(model, inputs, method="magnitude", budget=sc.Budget(macs=0.5))
+        sc.prune(model, inputs, sc.Budget(macs=0.5))
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A criterion of a user's own: the last channels matter most."""
+
+    def scores(self, graph: sc.ChannelGraph, work: sc.Workload) -> dict[str, torch.Tensor]:
+        return {g.name: torch.arange(len(g), dtype=torch.float64) for g in graph.groups}
 
 
 def test_a_model_on_another_device(model: nn.Module) -> None:
     model.to("meta")
     with pytest.raises(sc.SecateurError, match="the model is on meta, the example inputs are on cpu"):
-        sc.prune(model, IMAGE, method="dead")
-    small = sc.prune(model, IMAGE.to("meta"), method=ordered, budget=sc.Budget(macs=0.5)).model
+        sc.prune(model, IMAGE, sc.Budget(macs=0.5))
+    with pytest.raises(sc.SecateurError, match="without weights that could be judged"):
+        sc.prune(model, IMAGE.to("meta"), sc.Budget(macs=0.5))
+    small = sc.prune(model, IMAGE.to("meta"), sc.Budget(macs=0.5), criterion="random").model
     assert all(p.is_meta for p in small.parameters())
 
 
-def ordered(model: nn.Module, graph: sc.ChannelGraph, data: object, loss_fn: object) -> dict[str, torch.Tensor]:
-    return {g.name: torch.arange(len(g), dtype=torch.float64) for g in graph.groups}
-
-
 def test_what_stays_makes_up_for_what_goes(model: nn.Module) -> None:
-    given = {"budget": sc.Budget(channels=0.7), "data": batches(), "loss_fn": "cross_entropy"}
-    plain = sc.prune(model, IMAGE, method="kron_obs", **given, fisher="exact")
-    better = sc.prune(model, IMAGE, method="kron_obs", compensate=True, **given, fisher="exact")
+    given = {"data": batches(), "loss": "cross_entropy", "criterion": sc.KronOBS(fisher="exact")}
+    budget = sc.Budget(channels=0.7)
+    plain = sc.prune(model, IMAGE, budget, repair="none", **given)
+    better = sc.prune(model, IMAGE, budget, repair=sc.Compensate(fisher="exact"), **given)
     assert plain.plan.removed == better.plan.removed
+    assert plain.facts["forwards"] == better.facts["forwards"] == len(batches())  # the factors serve both
     pairs = zip(plain.model.parameters(), better.model.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
-    with pytest.raises(sc.SecateurError, match="have factors"):
-        sc.prune(model, IMAGE, method="taylor", compensate=True, **given)
 
 
 def test_the_smaller_model_is_fitted_if_asked_for(model: nn.Module) -> None:
-    given = {"method": "magnitude", "budget": sc.Budget(channels=0.7)}
-    plain, better = (sc.prune(model, IMAGE, refit=refit, data=batches(), **given) for refit in (False, True))
+    budget, given = sc.Budget(channels=0.7), {"criterion": "magnitude", "strategy": "global"}
+    plain, better = (sc.prune(model, IMAGE, budget, repair=r, data=batches(), **given) for r in ("none", "refit"))
     sc.refit(model, plain.model, plain.plan, batches())
     for one, two in zip(plain.model.state_dict().values(), better.model.state_dict().values(), strict=True):
         assert torch.equal(one, two)
-    assert better.facts == {"not refitted": {}}
-    with pytest.raises(sc.SecateurError, match=r"prune\(refit=True\) needs data"):
-        sc.prune(model, IMAGE, refit=True, **given)
-    assert sc.prune(model, IMAGE, refit=True, data=iter(batches()), **given).facts == {"not refitted": {}}
-    with pytest.raises(sc.SecateurError, match="an iterator ends after one pass"):
-        sc.prune(
-            model, IMAGE, refit=True, data=iter(batches()), loss_fn="cross_entropy", **given | {"method": "taylor"}
-        )
+    assert better.facts["left whole"] == {}
+    with pytest.raises(sc.SecateurError, match="refit needs data"):
+        sc.prune(model, IMAGE, budget, repair="refit", **given)
+    once = sc.prune(
+        model, IMAGE, budget, repair="refit", data=iter(batches()), **given
+    )  # an iterator's batches are kept
+    for one, two in zip(once.model.state_dict().values(), better.model.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_repairs_one_after_the_other(model: nn.Module) -> None:
+    budget, given = sc.Budget(channels=0.7), {"criterion": "magnitude", "data": batches(), "loss": "cross_entropy"}
+    both = sc.prune(model, IMAGE, budget, repair=["compensate", "recalibrate"], **given)
+    small = sc.cut(model, both.plan)
+    sc.apply_repair(model, small, both.plan, ["compensate", "recalibrate"], data=batches(), loss="cross_entropy")
+    for one, two in zip(small.state_dict().values(), both.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 @pytest.mark.parametrize("mode", ["valley", "radial"])
-def test_directional_also_moves_what_stays(model: nn.Module, mode: str) -> None:
+def test_directed_also_moves_what_stays(model: nn.Module, mode: str) -> None:
     budget, data = sc.Budget(macs=0.7), batches()[:2]
     options = {"batches": 2, "share": 0.95, "soft": True}
-    result = sc.prune(
-        model, IMAGE, method="directional", budget=budget, data=data, loss_fn="cross_entropy", mode=mode, **options
-    )
+    given = {"data": data, "loss": "cross_entropy", "criterion": sc.Directional(**options), "strategy": "global"}
+    result = sc.prune(model, IMAGE, budget, repair=sc.Directed(mode=mode, **options), **given)
     graph = sc.trace(model, IMAGE)
     flat = sc.null_space_projector(model, data, "cross_entropy", **options)
-    plan = sc.allocate(graph, sc.score(model, graph, "directional", flat=flat), budget)
+    scores = sc.score(model, graph, sc.Directional(**options), data=data, loss="cross_entropy")
+    plan = sc.allocate(graph, scores, budget, strategy="global")
     assert result.facts["flat"] == flat.facts
     assert result.plan == plan
-    assert graph.macs(plan) <= 0.7 * graph.macs()
-    for ours, theirs, plain in zip(
-        result.model.parameters(),
-        sc.cut(sc.directed(model, plan, flat, mode=mode), plan).parameters(),
-        sc.cut(model, plan).parameters(),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
-        assert ours.shape == plain.shape
+    moved = directed_weights(model, plan, flat, mode=mode)
+    small, plain = dict(result.model.named_parameters()), dict(sc.cut(model, plan).named_parameters())
+    for name, ours in small.items():
+        wanted = sliced(moved[name], plan.slices.get(name, {})) if name in moved else plain[name]
+        torch.testing.assert_close(ours, wanted)
     with pytest.raises(sc.SecateurError, match="did you mean 'valley'"):
-        sc.prune(model, IMAGE, method="directional", budget=budget, data=data, loss_fn="cross_entropy", mode="vale")
+        sc.Directed(mode="vale")
     with pytest.raises(sc.SecateurError, match="needs data="):
-        sc.prune(model, IMAGE, method="directional", budget=budget)
-    with pytest.raises(sc.SecateurError, match="leave one of them out"):
-        sc.prune(model, IMAGE, method="directional", budget=budget, flat=flat, share=0.5)
+        sc.prune(model, IMAGE, budget, criterion="directional")
+
+
+def test_layers_that_are_excluded_or_frozen_keep_their_channels(model: nn.Module) -> None:
+    budget = sc.Budget(macs=0.6)
+    result = sc.prune(model, IMAGE, budget, exclude=["conv1"])
+    assert "conv1" not in result.plan.removed and "excluded" in result.plan.skipped["conv1"]
+    model.conv2.requires_grad_(False)
+    result = sc.prune(model, IMAGE, budget)
+    assert "conv2" not in result.plan.removed and "require" in result.plan.skipped["conv2"]
+    with pytest.raises(sc.InfeasibleBudget):
+        sc.prune(model, IMAGE, sc.Budget(macs=0.1), exclude=[nn.Conv2d])
+
+
+def test_approximate_cuts_are_told_with_their_difference() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    groups = {g.name: g.exact for g in sc.trace(encoder, x).groups}
+    if all(groups.values()):
+        pytest.skip("every group of this network is exact")
+    with pytest.warns(sc.SecateurWarning, match="differs from the masked one by"):
+        result = sc.prune(encoder, x, sc.Budget(macs=0.6), approximate=True)
+    assert result.facts["approximate"]["difference"] > 1e-4
+    assert not any(groups[name] for name in result.facts["approximate"]["groups"])

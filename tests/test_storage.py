@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur import storage as store
+from secateur._internal.errors import BadFile, SecateurWarning
 from secateur.lab.models.registry import build
 
 
@@ -214,14 +217,16 @@ CASES = {
     "weights cut short": (cut_short("model.safetensors"), "cut short"),
     "one bit flipped": (flipped, "checksum"),
     "unknown model": (edited(model={"name": "digits_cn", "options": {}}), "did you mean 'digits_cnn'"),
-    "a path to code": (edited(model={"name": "os:abort", "options": {}}), "unknown model"),
-    "damaged model entry": (edited(model={"name": "digits_cnn"}), "'model' is not as expected"),
-    "another original": (edited(original="0" * 16), "saved from another model"),
+    "damaged model entry": (edited(model={"name": "digits_cnn"}), "damaged: model is missing or not as expected"),
+    "a model without a name": (edited(model={"name": ["os"], "options": {}}), "damaged: model is missing"),
+    "options of another kind": (edited(model={"name": "digits_cnn", "options": {"width": "a"}}), "positive number"),
+    "nested without end": (lambda f: (f / store.FILE).write_text("[" * 100_000), "cannot be read as JSON"),
     "another final": (edited(final="0" * 16), "other shapes than were saved"),
-    "another plan": (other_plan, "replaying its record gives other shapes"),
+    "another plan": (other_plan, "the plan is damaged|replaying its record gives other shapes"),
     "unknown step": (edited(record=[{"cutt": ""}]), "unknown step.*did you mean 'cut'"),
     "no step": (edited(record=["cut"]), "not one kind of step"),
     "damaged step": (edited(record=[{"cut": "{}"}]), "cannot be replayed"),
+    "a step that is no text": (edited(record=[{"cut": {"a": 1}}]), "cannot be replayed"),
 }
 
 
@@ -229,8 +234,38 @@ CASES = {
 def test_what_is_damaged_or_foreign_says_so(case: str, saved: Path) -> None:
     spoil, message = CASES[case]
     spoil(saved)
-    with pytest.raises(sc.SecateurError, match=message):
+    with pytest.raises(BadFile, match=message):
         store.load(saved)
+
+
+def test_a_file_that_names_code_does_not_have_it_run(saved: Path) -> None:
+    edited(model={"name": "os:abort", "options": {}})(saved)
+    with pytest.raises(sc.SecateurError, match=r"made by os:abort.*no code that a file names is run"):
+        store.load(saved)
+
+
+def test_a_save_of_another_original_is_not_taken_for_this_one(saved: Path) -> None:
+    edited(original="0" * 16)(saved)
+    with pytest.raises(sc.SecateurError, match="saved from another model"):
+        store.load(saved)
+
+
+JUNK = ("", "{}", "[]", "null", "5", '{"fingerprint": 3}', '{"fingerprint": "F", "layers": {"conv1": [1e400, 1]}}',
+        '{"fingerprint": "F", "layers": {"conv1": [-1, 1]}}', '{"fingerprint": "F", "layers": {"": [1, 1]}}',
+        '{"form": 1, "fingerprint": "F", "layers": {"conv1": {}}, "patterns": {}, "unused": [], "ms": {}}',
+        '{"fingerprint": "F", "patterns": {"conv1": {"rows": [[0]], "columns": [[0]]}}, "skipped": {}}',
+        '{"secateur_plan": 1, "fingerprint": "F", "removed": {}, "slices": {"conv1.weight": {"7": [0]}}}')  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", store.REPLAY)
+@pytest.mark.parametrize("junk", JUNK)
+def test_a_step_that_somebody_has_spoiled_is_a_bad_file(kind: str, junk: str, tmp_path: Path) -> None:
+    model = build("digits_cnn", width=0.25)
+    store.save(model, tmp_path)
+    own = json.loads((tmp_path / store.FILE).read_text())["final"]
+    edited(record=[{kind: junk.replace("F", own)}], final="0" * 16)(tmp_path)
+    with pytest.raises(BadFile):
+        store.load(tmp_path)
 
 
 def test_no_such_directory(tmp_path: Path) -> None:
@@ -247,8 +282,23 @@ def test_no_such_directory(tmp_path: Path) -> None:
         (lambda: 3, "made a int"),
         (lambda: build("digits_cnn", width=0.25).to("meta"), "meta device"),
         ("digits_cn", "did you mean"),
+        (build("digits_cnn", width=0.25), "a DigitsCNN that is made already|a Sequential that is made already"),
+        (lambda width: build("digits_cnn", width=width), "called without arguments, and missing.*'width'"),
+        (3, "a function that makes the model.*not a int"),
+        ("nowhere_at_all:make", "cannot import"),
     ],
-    ids=["other width", "other model", "cut already", "no module", "meta", "unknown name"],
+    ids=[
+        "other width",
+        "other model",
+        "cut already",
+        "no module",
+        "meta",
+        "unknown name",
+        "a module",
+        "a function of one argument",
+        "a number",
+        "no such module",
+    ],
 )
 def test_the_wrong_builder_is_refused(saved: Path, make, message: str) -> None:
     with pytest.raises(sc.SecateurError, match=message):
@@ -282,6 +332,85 @@ def test_plain_weights_and_saved_directories_are_weights(saved: Path, small: nn.
     (tmp_path / "w.safetensors").write_bytes(b"not weights")
     with pytest.raises(sc.SecateurError, match="not a readable safetensors file"):
         store.load_weights(tmp_path / "w.safetensors", lambda: build("digits_cnn"))
+
+
+def averaged(model: nn.Module) -> nn.Module:
+    return torch.optim.swa_utils.AveragedModel(model)
+
+
+WRAPPERS = {
+    "compiled": torch.compile,
+    "data parallel": nn.DataParallel,
+    "averaged": averaged,
+    "averaged and compiled": lambda model: torch.compile(averaged(model)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # by what torch.compile imports
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_of_a_wrapped_model_the_model_inside_is_saved(wrap: str, small: nn.Module, tmp_path: Path) -> None:
+    if "averaged" in wrap:
+        with pytest.warns(SecateurWarning, match="n_averaged"):
+            store.save(WRAPPERS[wrap](small), tmp_path)
+    else:
+        store.save(WRAPPERS[wrap](small), tmp_path)
+    back = store.load(tmp_path)
+    assert type(back) is type(small) and same(small, back) and sc.record(back) == sc.record(small)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(sc.SecateurError, match=r"an nn\.Module is expected, a OrderedDict"):
+        store.save(build("digits_cnn").state_dict(), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("full", ["open", "fsync"])
+def test_a_full_disk_is_one_message_and_leaves_the_old_save(
+    full: str, saved: Path, small: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says where, how much, and how to go on; and what was half written takes up no room."""
+    old, files = {n: t.clone() for n, t in small.state_dict().items()}, sorted(saved.iterdir())
+    no_room = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fails(*_: object, **__: object) -> None:
+        raise no_room
+
+    if full == "fsync":
+        monkeypatch.setattr(os, "fsync", fails)
+    else:
+        plain = open
+        monkeypatch.setattr("builtins.open", lambda path, mode="r", **k: fails() if "w" in mode else plain(path, mode))
+    with torch.no_grad():
+        small.head.weight.add_(1)
+    with pytest.raises(BadFile) as caught:
+        store.save(small, saved)
+    monkeypatch.undo()
+    told = str(caught.value)
+    assert "\n" not in told and str(saved) in told and "No space left on device" in told
+    assert re.search(r"[\d,]+ bytes are to be written, [\d,]+ are free", told) and "run the same again" in told
+    assert sorted(saved.iterdir()) == files
+    assert all(torch.equal(t, old[n]) for n, t in store.load(saved).state_dict().items())
+
+
+def test_weights_that_nothing_refers_to_do_not_stay_on_a_full_disk(
+    saved: Path, small: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, replace = sorted(saved.iterdir()), os.replace
+
+    def crash(source: str, target: str) -> None:
+        if Path(target).name == store.FILE:
+            raise OSError(errno.ENOSPC, "no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(BadFile):
+        store.save(small, saved)
+    assert sorted(saved.iterdir()) == files
+
+
+def test_the_folder_of_a_whole_run_says_where_the_saves_are(saved: Path) -> None:
+    with pytest.raises(BadFile, match=rf"it has no secateur.json; these below it are: {saved}"):
+        store.load(saved.parent)
 
 
 def test_files_of_others_stay_and_earlier_weights_go(tmp_path: Path) -> None:

@@ -1,37 +1,63 @@
 """The command line: ``secateur run``, ``inspect`` and ``list``.
 
-Bad input ends with exit code 2 and one message on stderr; an interruption with 130. Anything else is a bug of ours and
-keeps its traceback.
+Bad input ends with exit code 2 and one message on stderr, an interruption with 130, and SIGTERM with 143. Anything else
+is a bug of ours and keeps its traceback. Results go to stdout; what is said meanwhile goes to stderr. Nothing heavy is
+imported before a command needs it.
 """
 
 from __future__ import annotations
 
+import json
+import signal
+import sys
+import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from shutil import get_terminal_size
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur import __version__
 from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.importing import current_folder_importable
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from secateur.lab.run.estimate import Estimate
 
 app = typer.Typer(
     help="Structured pruning for PyTorch.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-BAD_INPUT, INTERRUPTED = 2, 130
-RECIPES = Path(__file__).resolve().parent / "lab" / "recipes"
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+_SAME = "the same command goes on where it was"
 
 
 def main() -> None:
-    """The entry point of ``secateur``."""
-    app()
+    """The entry point of ``secateur`` and of ``python -m secateur``."""
+    app(prog_name="secateur")
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"secateur {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Structured pruning for PyTorch."""
 
 
 @app.command("run")
@@ -43,24 +69,33 @@ def run_command(
     out: Annotated[Path | None, typer.Option(help="The folder of the run; default: runs/NAME.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace another run in that folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the table.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the stages and about how long they take; writes nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Begin even what is going to take hours.")] = False,
 ) -> None:
     """Train or load, prune, fine-tune, measure and save. Killed, the same command goes on where it was."""
-    with told("the same command goes on where it was"):
+    with told(_SAME):
         from rich.console import Console
 
-        from secateur.lab.recipe.reading import read
-        from secateur.lab.run import folder, table
-        from secateur.lab.run.api import run
+        from secateur.lab.recipe.shipped import read_named
+        from secateur.lab.run import folder, run, table
+        from secateur.lab.run.api import dry_run as only_told
 
-        description = read(find_recipe(recipe), overrides or ())
+        description = read_named(recipe, overrides or ())
         where = out if out is not None else Path("runs") / description.name
-        console = Console()
+        if dry_run:
+            _show("\n".join(only_told(description, where, fresh=fresh).lines()))
+            return
         done = folder.earlier(where, description, fresh=fresh)
         if done is not None and done["finished"]:
-            console.print(f"{where}: this run is finished (--fresh does it again)", soft_wrap=True)
-        result = run(description, where, fresh=fresh, progress=not quiet, say=_say(console, quiet))
-        console.print(table(result))
-        console.print(f"everything is in {where}", soft_wrap=True)
+            _show(f"{where}: this run is finished (--fresh does it again)")
+        result = run(
+            description, where, fresh=fresh, progress=not quiet, say=_say(quiet), agree=None if yes else _refuse_long
+        )
+        console = Console()
+        console.print(table(result, console.width))
+        _show(f"everything is in {where}")
 
 
 @app.command("inspect")
@@ -70,33 +105,17 @@ def inspect_command(
         list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="The model's options, such as width=2.")
     ] = None,
     shape: Annotated[str | None, typer.Option("--input", help="Shape of an example input, such as 1,3,32,32.")] = None,
+    build: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FACTORY", help="What makes the original of a saved directory; it is imported."),
+    ] = None,
 ) -> None:
     """Show which channels can be removed, which cannot, and why."""
     with told("nothing was changed"):
-        import torch
+        from secateur.lab.inspecting import inspected
 
-        from secateur.lab.models.registry import build, example_input
-        from secateur.lab.recipe.yaml_text import parse_yaml
-        from secateur.storage import load, read_head
-        from secateur.tracing.api import trace
-
-        given = {}
-        for text in options or ():
-            key, equals, value = text.partition("=")
-            if not key or not equals:
-                raise SecateurError(f"option {text!r}: OPTION=VALUE is expected, such as width=2")
-            given[key] = parse_yaml(value, f"option {text!r}")
-        name = model
-        if Path(model).is_dir():
-            built = read_head(model)["model"]
-            if given:
-                raise SecateurError(f"{model} is a saved model: it takes no options")
-            network = load(model)
-            name, given = built["name"], built["options"]
-        else:
-            network = build(model, **given)
-        sizes = _sizes(shape) if shape is not None else example_input(name, **given)
-        typer.echo(trace(network, torch.zeros(sizes)).summary())
+        given = dict(_option(text) for text in options or ())
+        _show(inspected(model, given, _sizes(shape), build))
 
 
 @app.command("list")
@@ -105,19 +124,23 @@ def list_command(
 ) -> None:
     """List what there is: models, data, criteria, strategies, methods, optimizers, schedules, recipes."""
     with told("nothing was changed"):
-        from secateur.allocation.strategies import BANDIT, STRATEGIES
+        from secateur.allocation.contract import STRATEGIES
         from secateur.lab.data.registry import DATA
         from secateur.lab.models.registry import MODELS
-        from secateur.lab.recipe.sections import METHODS, OPTIMIZERS
+        from secateur.lab.recipe.shipped import shipped
+        from secateur.lab.training.optimizers.contract import OPTIMIZERS
         from secateur.lab.training.schedule import SCHEDULES
-        from secateur.scoring.api import CRITERIA
+        from secateur.methods.contract import METHODS, TRAINING_METHODS
+        from secateur.repair.contract import REPAIRS
+        from secateur.scoring.contract import CRITERIA
 
         lists = {
             "models": list(MODELS),
             "data": list(DATA),
             "criteria": list(CRITERIA),
-            "strategies": [*STRATEGIES, BANDIT],
-            "methods": list(METHODS),
+            "strategies": list(STRATEGIES),
+            "repairs": list(REPAIRS),
+            "methods": sorted({*METHODS, *TRAINING_METHODS}),
             "optimizers": list(OPTIMIZERS),
             "schedules": list(SCHEDULES),
             "recipes": sorted(shipped()),
@@ -126,47 +149,65 @@ def list_command(
             raise unknown("list", kind, lists)
         for name, entries in lists.items():
             if kind in (None, name):
-                typer.echo(f"{name}: {', '.join(entries)}")
+                _show(f"{name}: {', '.join(entries)}")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come: what a batch system or a container sends before it kills."""
 
 
 @contextmanager
 def told(word: str) -> Iterator[None]:
-    """Turn bad input and interruptions into one message and an exit code."""
+    """Turn bad input, interruptions and SIGTERM into one message and an exit code.
+
+    Args:
+        word: what an interruption leaves behind.
+    """
     try:
-        yield
+        with _sigterm_raises(), current_folder_importable():
+            yield
     except SecateurError as error:
         typer.echo(f"secateur: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
+    except Terminated as error:
+        typer.echo(f"terminated: {word}", err=True)
+        raise typer.Exit(TERMINATED) from error
     except KeyboardInterrupt as error:
         typer.echo(f"interrupted: {word}", err=True)
         raise typer.Exit(INTERRUPTED) from error
 
 
-def shipped() -> dict[str, Path]:
-    """The recipes that come with the project, by name; empty where it is installed without them."""
-    return {path.stem: path for path in RECIPES.glob("*.yaml")}
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise :class:`Terminated` meanwhile, so that everything is left as after Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may say what a signal does
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def find_recipe(given: str) -> Path:
-    """The file that is meant: a path, or the name of a shipped recipe.
-
-    Raises:
-        SecateurError: neither.
-    """
-    path = Path(given)
-    if path.is_file():
-        return path
-    known = shipped()
-    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1 or not known:
-        raise SecateurError(
-            f"recipe {given!r}: there is no such file; `secateur list recipes` shows those that are here"
-        )
-    if given not in known:
-        raise unknown("recipe", given, known)
-    return known[given]
+def _option(text: str) -> tuple[str, Any]:
+    """An option's name and value: a number, true, false, null or a list as in JSON, or else a text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise SecateurError(f"option {text!r}: OPTION=VALUE is expected, such as width=2")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, {"True": True, "False": False, "None": None}.get(value, value)
 
 
-def _sizes(text: str) -> list[int]:
+def _sizes(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
@@ -176,5 +217,32 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def _say(console: Console, quiet: bool) -> Callable[[str], None]:
-    return (lambda line: None) if quiet else (lambda line: console.print(line, style="dim", highlight=False))
+def _refuse_long(found: Estimate) -> None:
+    """Begin nothing that takes hours unless that is wanted."""
+    from secateur.lab.run.estimate import LONG, in_words
+
+    if found.seconds > LONG:
+        raise SecateurError(
+            f"this run takes {in_words(found.seconds)} on {found.where}, estimated {found.how}: --yes begins it "
+            "nevertheless, --dry-run shows its stages"
+        )
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    return (lambda line: None) if quiet else (lambda line: typer.secho(line, err=True, dim=True))
+
+
+def _show(text: str) -> None:
+    """Print lines: on a terminal broken to its width, elsewhere as they are, for other programs to read."""
+    if sys.stdout.isatty():
+        text = broken(text, get_terminal_size().columns)
+    typer.echo(text)
+
+
+def broken(text: str, width: int) -> str:
+    """Lines of at most so many signs; what is left of a line follows further in."""
+    lines = [
+        textwrap.wrap(line, width, subsequent_indent=" ", break_on_hyphens=False) if len(line) > width else [line]
+        for line in text.splitlines()
+    ]
+    return "\n".join(part for parts in lines for part in parts)

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import CannotCut, SecateurError
+from secateur.tracing.display import LONGEST, html_table, listed
 from secateur.tracing.graph import ChannelGraph
+from secateur.tracing.probe import Chosen
+from secateur.tracing.proof import has_skeleton, verify
+from secateur.tracing.slices import Patched, Value, patches
 
 VERSION = 1
-
-
-class CannotCut(SecateurError):
-    """Each group may be cut, but the model's Python does not bear this combination."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,25 +26,56 @@ class Plan:
         slices: the same for the weights: tensor name to dim to sorted positions.
         fingerprint: names and shapes of the model it was made for, hashed.
         skipped: group name to the reason for which it was left alone.
-        patched: attributes of the model's own modules that the cut changes (``"path.attribute": [old, new]``).
+        patched: what the cut changes in the model's modules: ``"path.attribute"`` to the values before and after, such
+            as ``"conv1.out_channels": (16, 8)``. Values are whole numbers; ``normalized_shape`` is a tuple of them, a
+            list in JSON.
         graph: the graph it was made with, where there is one (not part of the data).
+        proven: whether a cut skeleton has shown that the model bears it. Where none has, as for plans from a copy of a
+            graph, :func:`secateur.cut` proves it first. Plans are equal whether they are proven or not.
     """
 
     removed: Mapping[str, Sequence[int]]
     slices: Mapping[str, Mapping[int, list[int]]]
     fingerprint: str
     skipped: Mapping[str, str] = field(default_factory=dict)
-    patched: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    patched: Patched = field(default_factory=dict)
     graph: ChannelGraph | None = field(default=None, repr=False)
+    proven: bool = False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self._data() == other._data()
 
     def __hash__(self) -> int:
-        return hash(self.to_json())
+        return hash(json.dumps(self._data()))
 
     def __len__(self) -> int:
         return sum(len(positions) for positions in self.removed.values())
+
+    def __repr__(self) -> str:
+        parts = [f"{name}: {len(positions)}" for name, positions in self.removed.items()]
+        text = f"<Plan: {len(self):,} channels go ({listed(parts, LONGEST, 4)})" if parts else "<Plan: nothing goes"
+        if self.graph is not None and parts:
+            macs, params = self._parts()
+            text += f"; {macs:.1%} of the MACs and {params:.1%} of the params stay"
+        if self.skipped:
+            text += f"; {len(self.skipped)} group{'s are' if len(self.skipped) > 1 else ' is'} left alone"
+        return text + ("" if self.proven else "; not proven yet") + ">"
+
+    def _repr_html_(self) -> str:
+        of = {g.name: len(g) for g in self.graph.groups} if self.graph is not None else {}
+        rows: list[tuple[object, ...]] = [("group", "channels", "go", "stay", "left alone")]
+        for name in dict.fromkeys((*of, *self.removed, *self.skipped)):
+            gone = len(self.removed.get(name, ()))
+            rows.append(
+                (name, of.get(name, ""), gone, of[name] - gone if name in of else "", self.skipped.get(name, ""))
+            )
+        return html_table(rows, repr(self)[1:-1])
+
+    def _parts(self) -> tuple[float, float]:
+        """The parts of MACs and params that stay."""
+        assert self.graph is not None
+        whole = max(self.graph.macs(), 1), max(self.graph.params(), 1)
+        return self.graph.macs(self) / whole[0], self.graph.params(self) / whole[1]
 
     def _data(self) -> dict[str, Any]:
         return {
@@ -53,12 +84,12 @@ class Plan:
             "removed": {name: list(positions) for name, positions in self.removed.items()},
             "slices": {name: {str(d): p for d, p in dims.items()} for name, dims in self.slices.items()},
             "skipped": dict(self.skipped),
-            "patched": {name: list(values) for name, values in self.patched.items()},
+            "patched": {key: [_listed(v) for v in values] for key, values in self.patched.items()},
         }
 
     def to_json(self) -> str:
         """The plan as JSON text."""
-        return json.dumps(self._data())
+        return json.dumps(self._data() | {"proven": self.proven})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -86,12 +117,34 @@ class Plan:
                 },
                 fingerprint=str(data["fingerprint"]),
                 skipped={str(k): str(v) for k, v in data.get("skipped", {}).items()},
-                patched={str(k): (int(v[0]), int(v[1])) for k, v in data.get("patched", {}).items()},
+                patched={str(key): _change(values, key) for key, values in data.get("patched", {}).items()},
+                proven=_flag(data.get("proven", True)),  # what was written without this was proven
             )
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             if isinstance(error, SecateurError):
                 raise
             raise SecateurError(f"Plan.from_json: the plan is damaged ({type(error).__name__}: {error})") from error
+
+
+def _listed(value: Value) -> int | list[int]:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _change(given: object, key: object) -> tuple[Value, Value]:
+    """What a module remembers before and after."""
+    if not isinstance(given, list) or len(given) != 2:
+        raise SecateurError(f"Plan.from_json: 'patched' must say what {key!r} is before and after, not {given!r}")
+    values = [tuple(v) if isinstance(v, list) else v for v in given]
+    flat = [n for v in values for n in (v if isinstance(v, tuple) else (v,))]
+    if any(type(n) is not int or n < 0 for n in flat):
+        raise SecateurError(f"Plan.from_json: {key!r} must be whole numbers from 0 on, or lists of them, not {given!r}")
+    return values[0], values[1]
+
+
+def _flag(given: object) -> bool:
+    if not isinstance(given, bool):
+        raise SecateurError(f"Plan.from_json: 'proven' must be true or false, not {given!r}")
+    return given
 
 
 def _dim(given: str, name: object) -> int:
@@ -125,18 +178,18 @@ def make_plan(
 
     Args:
         graph: the traced graph.
-        removed: group name to positions in ``group.channels``.
+        removed: group name (or what else :meth:`secateur.ChannelGraph.group` takes) to positions in ``group.channels``.
         skipped: groups left alone, with reasons, for the record.
         approximate: allow groups whose removal changes more than the removed channels.
 
     Raises:
         SecateurError: an unknown group, positions out of range, a group that would keep too few channels, an
-        approximate
-            group that was not asked for.
-        CannotCut: a combination that the model's Python does not bear.
+            approximate group that was not asked for.
+        CannotCut: a combination that the model's Python does not bear. Of a copy of a graph, :func:`secateur.cut`
+            raises it.
     """
     clean: dict[str, list[int]] = {}
-    for name, given in removed.items():
+    for name, given in graph.by_name(removed).items():
         group, positions = graph.group(name), sorted({int(p) for p in given})
         if not positions:
             continue
@@ -154,10 +207,15 @@ def make_plan(
                 f"plan: group {name!r} is not exact ({group.reason}); ask for approximate=True to cut it"
             )
         clean[name] = positions
-    plan = Plan(clean, {}, graph.fingerprint, dict(skipped or {}), {}, graph)
-    if clean:
-        object.__setattr__(plan, "slices", graph.slices(plan))
-        wrong = graph.verify(plan)
-        if wrong:
-            raise CannotCut(f"plan: this combination of channels cannot be removed from the model: {wrong}")
-    return plan
+    chosen = Chosen(clean)
+    proven = has_skeleton(graph)
+    if proven and (wrong := verify(None, graph, chosen)):
+        raise cannot_cut(wrong)
+    slices = graph.slices(chosen)
+    patched = patches(graph.sizes, slices)
+    return Plan(clean, slices, graph.fingerprint, dict(skipped or {}), patched, graph, proven)
+
+
+def cannot_cut(wrong: str) -> CannotCut:
+    """The error for a combination that the model's Python does not bear."""
+    return CannotCut(f"plan: this combination of channels cannot be removed from the model: {wrong}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any
@@ -16,8 +17,9 @@ from secateur._internal.workload import Needs, Workload
 from secateur.allocation.api import allocated
 from secateur.allocation.budget import Budget, Meter
 from secateur.allocation.contract import STRATEGIES, Strategy
+from secateur.allocation.latency.api import LatencyClock, measure_latency
 from secateur.allocation.latency.clock import check_clock, check_reachable
-from secateur.allocation.latency.model import Timing
+from secateur.allocation.latency.sampler import LatencySettings
 from secateur.repair.api import repaired, repairs_of
 from secateur.repair.contract import Repair
 from secateur.result import Result, counts_of
@@ -45,7 +47,7 @@ def prune(
     repair: str | Repair | Sequence[str | Repair] = AUTO,
     exclude: Exclude = (),
     approximate: bool = False,
-    timing: Timing | None = None,
+    latency: LatencyClock | LatencySettings | None = None,
     batches: int | None = BATCHES,
     group: Group = None,
     progress: bool = False,
@@ -67,7 +69,8 @@ def prune(
         exclude: what keeps its channels: patterns of group names or module paths, modules, or types of modules. Layers
             that do not require gradients are left alone too.
         approximate: also cut groups whose removal changes more than the removed channels; by how much is told.
-        timing: for a budget in ``latency_ms``; if none is given, forwards of the example inputs are timed.
+        latency: for a budget in ``latency_ms``: what :func:`secateur.measure_latency` gave, or settings for it. If none
+            is given, forwards of the example inputs are timed.
         batches: no step uses more batches of the data than this; ``None`` for all of them.
         group: the processes that work along; ``None`` for all there are.
         progress: show what is done, how far it is and how long it will take.
@@ -91,21 +94,21 @@ def prune(
 
     graph = trace(model, example_inputs)
     alone = excluded(model, graph, exclude)
-    timing = _timing(graph, budget, timing, work, approximate=approximate, alone=alone)
-    check_feasible(graph, budget, approximate=approximate, timing=timing, without=alone)
+    clock = _clock(graph, budget, latency, work, approximate=approximate, alone=alone)
+    check_feasible(graph, budget, approximate=approximate, latency=clock, without=alone)
 
     scores = scored(one, graph, work)
-    plan = allocated(graph, scores, budget, two, work, approximate=approximate, timing=timing, without=alone)
+    plan = allocated(graph, scores, budget, two, work, approximate=approximate, latency=clock, without=alone)
     small = cut(model, plan)
     facts = repaired(three, model, small, plan, work)
 
     if approximate:
         facts |= _approximate(work, graph, small, plan)
-    if timing is not None:
-        facts["latency_ms"] = {"allowed": budget.latency_ms, **timing.facts(plan)}
+    if clock is not None:
+        facts["latency_ms"] = {"allowed": budget.latency_ms, **clock.facts(plan)}
     facts |= work.facts
     facts["chosen"] = {"criterion": _settings(one), "strategy": _settings(two), "repair": [_settings(r) for r in three]}
-    facts |= {"forwards": work.forwards, "notices": list(work.notices)}
+    facts |= {"forwards": work.forwards, "notices": list(work.notices), "remarks": list(work.remarks)}
     return Result(small, counts_of(graph), counts_of(graph, plan), plan, graph, scores, facts)
 
 
@@ -114,7 +117,7 @@ def check_feasible(
     budget: Budget,
     *,
     approximate: bool = False,
-    timing: Timing | None = None,
+    latency: LatencyClock | None = None,
     without: Iterable[str] = (),
 ) -> None:
     """Raise if no plan can meet the budget, with the range that is feasible.
@@ -125,25 +128,28 @@ def check_feasible(
     alone = set(without)
     movable = np.array([(group.exact or approximate) and group.name not in alone for group in graph.groups])
     least = np.where(movable, budget.floors(graph), graph.widths)
-    Meter(graph, budget, timing).check_feasible(least, approximate=approximate)
-    if timing is not None and budget.latency_ms is not None:
-        check_reachable(graph, least, budget.latency_ms, timing, approximate=approximate)
+    Meter(graph, budget, None if latency is None else latency.fitted).check_feasible(least, approximate=approximate)
+    if latency is not None and budget.latency_ms is not None:
+        check_reachable(graph, least, budget.latency_ms, latency, approximate=approximate)
 
 
-def _timing(
-    graph: ChannelGraph, budget: Budget, timing: Timing | None, work: Workload, *, approximate: bool,
-    alone: Iterable[str],
-) -> Timing | None:  # fmt: skip
+def _clock(
+    graph: ChannelGraph, budget: Budget, latency: LatencyClock | LatencySettings | None, work: Workload, *,
+    approximate: bool, alone: Iterable[str],
+) -> LatencyClock | None:  # fmt: skip
     """How long the model takes, if the budget limits that, once the rest of it is seen to be possible."""
-    if timing is not None and budget.latency_ms is None:
-        raise SecateurError("prune(timing=...): no budget limits latency_ms; leave the timing out")
-    check_clock(timing, graph)
-    if budget.latency_ms is None or timing is not None:
-        return timing
+    if latency is not None and budget.latency_ms is None:
+        raise SecateurError("prune(latency=...): no budget limits latency_ms; leave it out")
+    if budget.latency_ms is None:
+        return None
+    if latency is not None and not isinstance(latency, LatencySettings):
+        check_clock(latency, graph)
+        return latency
     budget.floors(graph)
     if budget.limits:
         check_feasible(graph, replace(budget, latency_ms=None), approximate=approximate, without=alone)
-    return Timing(work.model, graph, round_to=budget.round_to, approximate=approximate, progress=work.progress)
+    settings = latency or LatencySettings(round_to=budget.round_to, approximate=approximate)
+    return measure_latency(work.model, graph, settings, group=work.group, progress=work.progress)
 
 
 def _chosen(given: Any, usual: str) -> Any:
@@ -155,9 +161,10 @@ def _name(seat: Any) -> str:
 
 
 def _settings(seat: Any) -> dict[str, Any]:
-    """A seat as what a recipe would say."""
+    """A seat as what a recipe would say, as what JSON can hold."""
     own = asdict(seat) if is_dataclass(seat) and not isinstance(seat, type) else {}
-    return {"name": _name(seat), **own}
+    own.pop("checkpoint", None)  # where it keeps its state is no part of what it does
+    return {"name": _name(seat), **json.loads(json.dumps(own, default=str))}
 
 
 def _approximate(work: Workload, graph: ChannelGraph, small: nn.Module, plan: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ weights' file. The JSON is replaced last, so a crash at any moment leaves the ol
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -23,8 +24,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from secateur._internal.errors import SecateurError, unknown
-from secateur._internal.files import write_atomically
+from secateur._internal import built_in
+from secateur._internal.errors import BadFile, SecateurError, unknown
+from secateur._internal.files import make_folder, write_atomically
+from secateur._internal.importing import import_string, is_import_string
+from secateur._internal.wrappers import unwrapped
 from secateur.plan import Plan
 from secateur.surgery.blocks import packing, pivots
 from secateur.surgery.channels import cut
@@ -52,17 +56,23 @@ The JSON of every kind has a ``fingerprint``: that of the model the step was mad
 
 
 def save(model: nn.Module, directory: str | Path, *, notes: Mapping[str, Any] | None = None) -> None:
-    """Write a model: its weights, what was done to it, and the built-in model it began as, if it did.
+    """Write a model: its weights, what was done to it, and what it was made by, as far as that is known.
 
     Args:
-        model: a model, cut or not; nothing of it is changed.
+        model: a model, cut or not; nothing of it is changed. Of a model that is compiled, data parallel or averaged
+            (``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel``), the model inside is
+            written.
         directory: made if it is not there; an earlier save in it is replaced, other files stay.
         notes: anything JSON can hold, kept beside.
 
     Raises:
-        SecateurError: tensors without data or of a kind that safetensors cannot hold, state that is not a tensor, notes
-            that are not JSON, a directory that cannot be written.
+        BadFile: a directory that cannot be written, because the disk is full, say; an earlier save is still there then.
+        SecateurError: something that is no model, tensors without data or of a kind that safetensors cannot hold, state
+            that is not a tensor, notes that are not JSON.
     """
+    if not isinstance(model, nn.Module):
+        raise SecateurError(f"save: an nn.Module is expected, a {type(model).__name__} was given")
+    model = unwrapped(model, "save")
     folder = Path(directory)
     tensors = _tensors(model, "save")
     _warn_not_finite(tensors)
@@ -73,7 +83,7 @@ def save(model: nn.Module, directory: str | Path, *, notes: Mapping[str, Any] | 
     steps, before, file, original = record(model), _before(folder), _free_name(folder), _original(model)
     head = {
         "secateur": VERSION,
-        "model": _built_in(model, original),
+        "model": _origin(model, original),
         "original": original,
         "record": steps,
         "final": fingerprint(model),
@@ -85,30 +95,35 @@ def save(model: nn.Module, directory: str | Path, *, notes: Mapping[str, Any] | 
         text = json.dumps(head, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SecateurError(f"save(notes): what JSON can hold is expected ({error})") from error
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / file, content)
         write_atomically(folder / FILE, text.encode())
-        if before is not None:
-            (folder / before).unlink(missing_ok=True)
-    except OSError as error:
-        raise SecateurError(f"save: {folder} cannot be written ({error})") from error
+    except BadFile:
+        (folder / file).unlink(missing_ok=True)  # nothing refers to it, and it takes up room
+        raise
+    if before is not None:
+        (folder / before).unlink(missing_ok=True)
 
 
 def load(directory: str | Path, build: Callable[[], nn.Module] | str | None = None) -> nn.Module:
     """Read a model that :func:`save` wrote. Nothing is unpickled, and no code is run but ``build`` and secateur's own.
 
+    A file that names a function is never believed: what it says can make one of the built-in networks, by name, and
+    nothing else.
+
     Args:
         directory: what was given to ``save``.
-        build: makes the original, as it was before anything was cut: a function without arguments, or the name of a
-            built-in model; not needed if the model began as a built-in one. Its weights do not matter.
+        build: makes the original, as it was before anything was cut: a function without arguments, the name of a
+            built-in model, or ``package.module:factory``; not needed if the model began as a built-in one. Its weights
+            do not matter.
 
     Returns:
         The model in the mode, and on the device, in which ``build`` made it.
 
     Raises:
-        SecateurError: no such directory, not secateur's, written by a later version, damaged, or of another model than
-            ``build`` makes; the message says which.
+        BadFile: no such directory, not secateur's, written by a later version, or damaged; the message says which.
+        SecateurError: ``build`` is needed and missing, makes another model, or is none of the above.
     """
     folder = Path(directory)
     head = read_head(folder)
@@ -118,12 +133,13 @@ def load(directory: str | Path, build: Callable[[], nn.Module] | str | None = No
         kind, what = _step(folder, step, number)
         try:
             model = REPLAY[kind](model, what)
-        except SecateurError as error:
-            raise SecateurError(
-                f"{folder}: step {number + 1} of its record, {kind!r}, cannot be replayed: {error}"
+        except _DAMAGED as error:
+            reason = error if isinstance(error, SecateurError) else f"{type(error).__name__}: {error}"
+            raise BadFile(
+                f"{folder}: step {number + 1} of its record, {kind!r}, cannot be replayed: {reason}"
             ) from error
     if fingerprint(model) != head["final"]:
-        raise SecateurError(
+        raise BadFile(
             f"{folder}: replaying its record gives other shapes than were saved: {FILE} is damaged, or secateur "
             "has changed"
         )
@@ -135,54 +151,73 @@ def load(directory: str | Path, build: Callable[[], nn.Module] | str | None = No
     return model
 
 
+_DAMAGED = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RuntimeError, RecursionError)
+"""What a step that somebody else wrote, or a disk has spoiled, can make a replay raise."""
+
+
 def load_weights(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     """What ``build`` makes, with weights from a safetensors file of its state or from a directory that was saved.
 
     Raises:
-        SecateurError: no such file, a damaged one, or weights of another model.
+        BadFile: no such file, a damaged one, or weights of another model.
     """
     path = Path(path)
     if path.is_dir():
         return load(path, build)
     if not path.is_file():
-        raise SecateurError(
-            f"weights {path}: there is no such file; a safetensors file or a saved directory is expected"
-        )
+        raise BadFile(f"weights {path}: there is no such file; a safetensors file or a saved directory is expected")
     try:
         tensors = load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise SecateurError(f"weights {path}: not a readable safetensors file ({error})") from error
+        raise BadFile(f"weights {path}: not a readable safetensors file ({error})") from error
     model = build()
     _fill(path, model, tensors)
     return model
 
 
 def read_head(directory: str | Path) -> dict[str, Any]:
-    """What ``secateur.json`` says, checked: ``model``, ``original``, ``record``, ``final``, ``weights``, ``notes``."""
+    """What ``secateur.json`` says, checked: ``model``, ``original``, ``record``, ``final``, ``weights``, ``notes``.
+
+    Raises:
+        BadFile: no such directory, or not secateur's; a file of a later version, or a damaged one.
+    """
     folder = Path(directory)
     if not folder.is_dir():
-        raise SecateurError(f"{folder}: there is no such directory")
+        raise BadFile(f"{folder}: there is no such directory")
     if not (folder / FILE).is_file():
-        raise SecateurError(f"{folder}: not a directory that secateur saved: it has no {FILE}")
+        raise BadFile(f"{folder}: not a directory that secateur saved: it has no {FILE}{_saves_below(folder)}")
     try:
         head = json.loads((folder / FILE).read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise SecateurError(f"{folder / FILE} is damaged: it cannot be read as JSON ({error})") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise BadFile(f"{folder / FILE} is damaged: it cannot be read as JSON ({error})") from error
     if not isinstance(head, dict) or "secateur" not in head:
-        raise SecateurError(f"{folder / FILE} was not written by secateur: it has no 'secateur' entry")
+        raise BadFile(f"{folder / FILE} was not written by secateur: it has no 'secateur' entry")
     if head["secateur"] != VERSION:
-        raise SecateurError(
+        raise BadFile(
             f"{folder / FILE} has version {head['secateur']!r}, this release knows version {VERSION}: use a newer "
             "secateur"
         )
     kinds: dict[str, type] = {"original": str, "record": list, "final": str, "weights": dict, "notes": dict}
     kinds |= {"dtypes": dict} if "dtypes" in head else {}  # earlier saves have none
     wrong = [key for key, kind in kinds.items() if not isinstance(head.get(key), kind)]
-    if wrong or not isinstance(head.get("model"), dict | None) or not _is_weights(head["weights"]):
-        raise SecateurError(
-            f"{folder / FILE} is damaged: {', '.join(wrong) or 'an entry'} is missing or not as expected"
-        )
+    wrong += [] if _is_origin(head.get("model")) else ["model"]
+    if wrong or not _is_weights(head["weights"]):
+        raise BadFile(f"{folder / FILE} is damaged: {', '.join(wrong) or 'weights'} is missing or not as expected")
     return head
+
+
+def _saves_below(folder: Path) -> str:
+    """Where saves are, for whoever gave the folder of a whole run."""
+    found = sorted(str(path.parent) for path in [*folder.glob(f"*/{FILE}"), *folder.glob(f"*/*/{FILE}")])
+    more = ", ..." if len(found) > 3 else ""
+    return f"; these below it are: {', '.join(found[:3])}{more}" if found else ""
+
+
+def _is_origin(given: Any) -> bool:
+    """Nothing, or a name and options; what they may do is decided where they are used."""
+    if given is None:
+        return True
+    return isinstance(given, dict) and isinstance(given.get("name"), str) and isinstance(given.get("options"), dict)
 
 
 def _is_weights(given: Mapping[str, Any]) -> bool:
@@ -223,23 +258,31 @@ def _warn_not_finite(tensors: Mapping[str, Tensor]) -> None:
         warnings.warn(f"save: not all values of {', '.join(bad)} are finite", stacklevel=3)
 
 
-def _built_in(model: nn.Module, original: str) -> dict[str, Any] | None:
-    """Name and options of the built-in model it began as; none if that has been changed by other hands since."""
-    from secateur.lab.models.registry import BUILT, build
+def _origin(model: nn.Module, original: str) -> dict[str, Any] | None:
+    """What the model was made by: name and options of a built-in model, or of a user's own factory.
 
-    built = getattr(model, BUILT, None)
-    if built is None:
+    None if nobody knows, if a built-in model was changed by other hands since, or if the options of a user's own are
+    nothing that JSON can hold.
+    """
+    origin = built_in.origin(model)
+    if origin is None:
         return None
+    if is_import_string(origin["name"]):
+        try:
+            json.dumps(origin, allow_nan=False)
+        except (TypeError, ValueError):
+            return None
+        return origin
     with torch.device("meta"):
-        fresh = fingerprint(build(built["name"], **built["options"]))
-    return built if fresh == original else None
+        fresh = fingerprint(built_in.make(**origin))
+    return origin if fresh == original else None
 
 
 def _before(folder: Path) -> str | None:
     """The weights of an earlier save in the folder, which are the only ones that may go."""
     try:
         return str(read_head(folder)["weights"]["file"])
-    except SecateurError:
+    except BadFile:
         return None
 
 
@@ -254,38 +297,23 @@ def _free_name(folder: Path) -> str:
 def _read_weights(folder: Path, weights: Mapping[str, str]) -> dict[str, Tensor]:
     path = folder / weights["file"]
     if not path.is_file():
-        raise SecateurError(f"{folder}: its weights, {weights['file']}, are missing")
+        raise BadFile(f"{folder}: its weights, {weights['file']}, are missing")
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != weights["sha256"]:
-            raise SecateurError(
-                f"{path} is damaged, cut short or of another save: its checksum is not the one in {FILE}"
-            )
+            raise BadFile(f"{path} is damaged, cut short or of another save: its checksum is not the one in {FILE}")
         return from_bytes(content)
     except (safetensors.SafetensorError, OSError) as error:
-        raise SecateurError(f"{path} cannot be read ({error})") from error
+        raise BadFile(f"{path} cannot be read ({error})") from error
 
 
 def _build(folder: Path, head: Mapping[str, Any], build: Callable[[], nn.Module] | str | None) -> nn.Module:
-    from secateur.lab.models.registry import build as build_named
-
-    saved = head["model"]
-    if build is None and saved is None:
-        raise SecateurError(
-            f"{folder} does not begin with a built-in model: load(..., build=make_model) needs a function that makes it"
-        )
+    """The original: what the caller's ``build`` makes, or the built-in model that the file names."""
     with torch.random.fork_rng(devices=[]):  # the fresh weights do not matter, the caller's random state does
-        if callable(build):
-            model = build()
-        elif build is not None:
-            model = build_named(build)
-        else:
-            try:
-                model = build_named(_known(folder, saved["name"]), **saved["options"])
-            except (KeyError, TypeError) as error:
-                raise SecateurError(f"{folder / FILE} is damaged: its 'model' is not as expected") from error
+        model = _from_file(folder, head["model"]) if build is None else _from_caller(build)
     if not isinstance(model, nn.Module):
         raise SecateurError(f"load(build): it made a {type(model).__name__}, not an nn.Module")
+    model = unwrapped(model, "load(build)")
     if record(model):
         raise SecateurError("load(build): it made a model that has been cut already; make the original")
     if fingerprint(model) != head["original"]:
@@ -296,21 +324,53 @@ def _build(folder: Path, head: Mapping[str, Any], build: Callable[[], nn.Module]
     return model
 
 
-def _known(folder: Path, name: str) -> str:
-    """A built-in name; never a path into somebody's code, which a foreign file could make us run."""
-    from secateur.lab.models.registry import MODELS
+def _from_caller(build: Any) -> Any:
+    if isinstance(build, nn.Module):
+        raise SecateurError(
+            f"load(build): a {type(build).__name__} that is made already is given, and it would be changed: give the "
+            "function that makes it, load(directory, build=make_model)"
+        )
+    if isinstance(build, str):
+        return import_string("load(build)", build)() if is_import_string(build) else built_in.make(build, {})
+    if not callable(build):
+        raise SecateurError(
+            f"load(build): a function that makes the model, or the name of a built-in one, is expected, not a "
+            f"{type(build).__name__}"
+        )
+    try:
+        inspect.signature(build).bind()
+    except TypeError as error:
+        raise SecateurError(
+            f"load(build): it is called without arguments, and {error}: wrap it, build=lambda: make_model(...)"
+        ) from error
+    except ValueError:  # something written in C does not tell
+        pass
+    return build()
 
-    if name not in MODELS:
-        raise unknown(f"model in {folder / FILE}", name, MODELS)
-    return name
+
+def _from_file(folder: Path, saved: Mapping[str, Any] | None) -> nn.Module:
+    """The built-in model that a file names; never a path into code, which a foreign file could make us run."""
+    if saved is None:
+        raise SecateurError(
+            f"{folder} does not begin with a built-in model: load(..., build=make_model) needs a function that makes it"
+        )
+    if is_import_string(saved["name"]):
+        raise SecateurError(
+            f"{folder} was made by {saved['name']}, which is not one of the built-in models, and no code that a file "
+            "names is run: if you trust it, import it yourself and give it, load(..., build=make_model)"
+        )
+    try:
+        return built_in.make(saved["name"], saved["options"])
+    except SecateurError as error:
+        raise BadFile(f"{folder / FILE} is damaged or of a later version: {error}") from error
 
 
 def _step(folder: Path, step: Any, number: int) -> tuple[str, Any]:
     if not isinstance(step, dict) or len(step) != 1:
-        raise SecateurError(f"{folder / FILE} is damaged: step {number + 1} of its record is not one kind of step")
+        raise BadFile(f"{folder / FILE} is damaged: step {number + 1} of its record is not one kind of step")
     ((kind, what),) = step.items()
     if kind not in REPLAY:
-        raise unknown(f"step in the record of {folder}", kind, REPLAY)
+        raise BadFile(str(unknown(f"step in the record of {folder}", kind, REPLAY)))
     return kind, what
 
 
@@ -325,7 +385,7 @@ def _fill(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     ]
     if missing or extra or shapes:
         parts = [("missing", missing), ("too many", extra), ("of wrong shape", shapes)]
-        raise SecateurError(
+        raise BadFile(
             f"{path}: the weights do not fit the model: "
             + "; ".join(f"{word}: {', '.join(names[:5])}" for word, names in parts if names)
         )

@@ -27,9 +27,13 @@ print(before, sum("gloo" in name for name in threads()))
 """
 
 
+EARLY = LEAVES.replace("import secateur as sc\n", "import secateur as sc\nsc.trace\n")  # all is imported by then
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
-def test_tracing_keeps_no_group(tmp_path):
-    done = subprocess.run([sys.executable, "-c", LEAVES, str(tmp_path)], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("program", [EARLY, LEAVES], ids=["imported before the group", "imported while there is one"])
+def test_tracing_keeps_no_group(tmp_path, program):
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     before, after = (int(number) for number in done.stdout.split())
     assert before > 0
     assert after == 0

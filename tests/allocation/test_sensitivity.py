@@ -10,23 +10,26 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.allocation.problem import fill
 from secateur.allocation.sensitivity import alone, greedy, tried_alone
-from secateur.allocation.strategies import STRATEGIES
+
+
+class Catch:
+    """A strategy that keeps the problem it was given."""
+
+    def widths(self, problem, work):
+        self.problem = problem
+        return problem.least
 
 
 def problem_of(budget, widths=(12, 16, 20)):
     torch.manual_seed(0)
     sizes = [8, *widths]
     layers = [layer for ins, outs in itertools.pairwise(sizes) for layer in (nn.Linear(ins, outs), nn.ReLU())]
-    model, found = nn.Sequential(*layers, nn.Linear(sizes[-1], 4)), []
+    model, caught = nn.Sequential(*layers, nn.Linear(sizes[-1], 4)), Catch()
     graph = sc.trace(model, torch.zeros(1, 8))
-
-    def catch(problem):
-        found.append(problem)
-        return STRATEGIES["uniform"](problem)
-
-    sc.allocate(graph, sc.score(model, graph, "magnitude"), budget, strategy=catch)
-    return found[0]
+    sc.allocate(graph, sc.score(model, graph, "magnitude"), budget, strategy=caught)
+    return caught.problem
 
 
 def by_hand(problem, tried, rises):
@@ -81,3 +84,43 @@ def test_fewer_than_two_widths_a_group_are_none():
     problem = problem_of(sc.Budget(macs=0.5))
     assert tried_alone(problem, 5) == []
     assert [len(own) for own in tried_alone(problem, 6)] == [2, 2, 2]
+
+
+def test_the_strategy_is_greedy_by_what_a_loss_rises_by():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    data = [(torch.randn(16, 8), torch.randint(0, 4, (16,))) for _ in range(6)]
+    graph, budget = sc.trace(model, data[0][0]), sc.Budget(macs=0.5)
+    scores, caught = sc.score(model, graph, "magnitude"), Catch()
+    sc.allocate(graph, scores, budget, strategy=caught)
+    problem = caught.problem
+    tried = tried_alone(problem, 64)
+    chosen = np.random.default_rng(3).permutation(6)[::-1][:4]  # all of it on four of the six batches
+
+    def rise(one):
+        gone = problem.start - problem.widths(alone(problem, *one))
+        removed = {graph.groups[i].name: problem.orders[i][: gone[i]] for i in np.flatnonzero(gone)}
+        small, loss = sc.cut(model, sc.make_plan(graph, removed)), nn.functional.cross_entropy
+        with torch.no_grad():
+            return np.mean([float(loss(small(x), y) - loss(model(x), y)) for x, y in (data[b] for b in chosen)])
+
+    due = fill(problem, greedy(problem, tried, [[rise(one) for one in own] for own in tried]))
+    work = sc.Workload(model, data, "cross_entropy")
+    plan = sc.allocate(graph, scores, budget, strategy=sc.Sensitivity(evaluations=64, seed=3), work=work)
+    assert graph.kept(plan).tolist() == problem.widths(due).tolist()
+    assert work.forwards == 6 + 4 * sum(map(len, tried)) == 6 + 64
+    assert plan == sc.allocate(graph, scores, budget, strategy=sc.Sensitivity(64, seed=3), work=work)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"evaluations": 0}, "evaluations=0: a whole number from 1 on"),
+        ({"steps": 1}, "steps=1: a whole number from 2 on"),
+        ({"norms": "none"}, "unknown norms 'none'"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_bad_settings_are_told(options, message):
+    with pytest.raises(sc.SecateurError, match=message):
+        sc.Sensitivity(**options)

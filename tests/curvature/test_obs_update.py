@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from secateur._internal.errors import SecateurError
+from secateur.curvature.damped_inverse import inverse
 from secateur.curvature.kronecker import Factors
 from secateur.curvature.layers import Layer
 from secateur.curvature.obs_update import obs_update_columns, obs_update_rows
@@ -90,3 +92,12 @@ def test_columns_that_others_predict_cost_nothing():
     weight, bias = layer.weights(before + obs_update_columns(factors, -before, gone, 0.0))
     assert not weight[:, 3].any()
     torch.testing.assert_close(x @ weight.T + bias, layer.module(x).detach())
+
+
+def test_a_factor_that_is_zero_costs_nothing_and_is_not_singular() -> None:
+    factors = torch.zeros(2, 1, 1)
+    factors[1] = 4.0
+    found = inverse(factors, 0.5)
+    assert found[0].item() > 1e20 and found[1].item() == pytest.approx(1 / 6)
+    with pytest.raises(SecateurError, match="singular"):
+        inverse(factors, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,15 +12,16 @@ from torch import nn
 
 import secateur as sc
 from secateur._internal.errors import SecateurError
+from secateur.methods.greg import GReg
 from secateur.methods.increg import IncReg
 from secateur.methods.spp import SPP
 from secateur.methods.units import channel_units
 
 HANDLES = {
     "increg": lambda *a, **k: IncReg(*a, **({"rate": 0.1, "limit": 1.0} | k)),
-    "linear": lambda *a, **k: IncReg(*a, **({"rate": 0.1, "limit": 1.0, "increment": "piecewise_linear"} | k)),
-    "greg1": lambda *a, **k: IncReg(*a, **({"rule": "greg1", "rate": 0.1, "limit": 1.0} | k)),
-    "greg2": lambda *a, **k: IncReg(*a, **({"rule": "greg2", "rate": 0.1, "limit": 1.0, "pick": 0.02} | k)),
+    "linear": lambda *a, **k: IncReg(*a, **({"rate": 0.1, "limit": 1.0, "rank_schedule": "piecewise_linear"} | k)),
+    "greg1": lambda *a, **k: GReg(*a, **({"rule": "greg1", "rate": 0.1, "limit": 1.0} | k)),
+    "greg2": lambda *a, **k: GReg(*a, **({"rule": "greg2", "rate": 0.1, "limit": 1.0, "pick": 0.02} | k)),
     "spp": lambda *a, **k: SPP(*a, **({"rate": 0.1, "every": 1} | k)),
 }
 
@@ -70,7 +72,7 @@ def test_ranks_are_within_groups_and_among_what_is_left():
     gone[[1, 9, 10]] = True
     ranks = units.ranks(scores, gone)
     for i in range(len(names)):
-        own = torch.nonzero((units.group == i) & ~gone).flatten()
+        own = torch.nonzero((units.group_of == i) & ~gone).flatten()
         assert ranks[own].tolist() == scores[own].argsort().argsort().tolist()
     assert (ranks[gone] == -1).all()
 
@@ -82,7 +84,7 @@ def test_sizes_are_those_of_everything_that_writes_a_channel():
     writers = (model.first, model.norm, model.back)
     by_hand = sum(p.detach().abs().double().flatten(1).sum(1) if p.ndim > 1 else p.detach().abs().double()
                   for m in writers for p in m.parameters())  # fmt: skip
-    torch.testing.assert_close(units.sizes()[units.group == stream], by_hand)
+    torch.testing.assert_close(units.sizes()[units.group_of == stream], by_hand)
 
 
 @pytest.mark.parametrize("name", HANDLES)
@@ -90,16 +92,16 @@ def test_with_fixed_sizes_exactly_the_smallest_go(name):
     model, graph, optimizer, _x, _y = case(lr=0.0, weight_decay=0.0, momentum=0.0)
     handle = HANDLES[name](model, graph, optimizer, keep=0.6)
     sizes = handle.units.sizes()
-    expected = handle.units.ranks(sizes, handle.gone) < handle.units.wanted[handle.units.group]
+    expected = handle.units.ranks(sizes, handle.pruned) < handle.units.to_prune[handle.units.group_of]
     for _ in range(500):
         optimizer.step()
         handle.step()
         if handle.done:
             break
     assert handle.done
-    assert torch.equal(handle.gone, expected)
-    assert handle.left() == {}
-    assert [int(k) for k in handle.units.wanted] == [
+    assert torch.equal(handle.pruned, expected)
+    assert handle.unfinished() == {}
+    assert [int(k) for k in handle.units.to_prune] == [
         math.ceil(0.4 * len(graph.group(n)) - 1e-9) for n in handle.units.names
     ]
 
@@ -115,7 +117,7 @@ def test_the_first_is_out_after_limit_over_rate_updates(handle, options, expecte
     for _ in range(expected):
         optimizer.step()
         handle.step()
-        out.append(bool(handle.gone.any()))
+        out.append(bool(handle.pruned.any()))
     assert out == [False] * (expected - 1) + [True]
 
 
@@ -125,7 +127,7 @@ def test_how_long_it_takes_is_known_beforehand(name, rate):
     model, graph, optimizer, *_ = case(lr=0.0)
     options = {"settle": 7} if "greg" in name else {}
     handle = HANDLES[name](model, graph, optimizer, keep=0.4, rate=rate, every=2 if rate == 0.1 else 1, **options)
-    needed = handle.steps_needed()
+    needed = handle.steps_needed
     if rate < 0.01 and name != "increg":  # one is enough
         assert needed > 1000
         return
@@ -142,11 +144,11 @@ def test_sizes_that_waver_do_not_keep_a_group_from_being_through(name):
     model = nn.Sequential(nn.Linear(4, 200), nn.ReLU(), nn.Linear(200, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     handle = HANDLES[name](model, sc.trace(model, torch.zeros(1, 4)), optimizer, keep=0.5, rate=0.05)
-    for _ in range(2 * handle.steps_needed()):
+    for _ in range(2 * handle.steps_needed):
         optimizer.step()
         with torch.no_grad():
             sizes = (1 + 2e-3 * torch.arange(200)) * (1 + 0.05 * torch.randn(200))
-            model[0].weight.copy_(sizes[:, None] / 5).masked_fill_(handle.gone[:, None], 0)
+            model[0].weight.copy_(sizes[:, None] / 5).masked_fill_(handle.pruned[:, None], 0)
             model[0].bias.zero_()
         handle.step()
     assert handle.done
@@ -163,15 +165,15 @@ def test_a_channel_that_grows_recovers(name):
         handle.step()
     assert getattr(handle, which)[first] == pytest.approx(0.2)
     if name == "spp":
-        handle.reveal()
+        handle.unmask()
     with torch.no_grad():
-        for p, number in handle.units.parts:
+        for p, number in handle.units.owned:
             p[(number == first).expand_as(p)] = 50.0
     for _ in range(60):
         optimizer.step()
         handle.step()
     assert getattr(handle, which)[first] == 0
-    assert not handle.gone[first]
+    assert not handle.pruned[first]
 
 
 @pytest.mark.parametrize("name", HANDLES)
@@ -188,7 +190,7 @@ def test_it_ends_in_an_exact_cut_and_what_is_out_stays_out(name, make):
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         handle.step()
-    for p, gone in handle.units.each(handle.gone):
+    for p, gone in handle.units.by_parameter(handle.pruned):
         assert not p[gone.expand_as(p)].any()
         for value in optimizer.state[p].values():
             if isinstance(value, torch.Tensor) and value.shape == p.shape:
@@ -220,7 +222,7 @@ def test_a_resumed_run_ends_with_the_same_bits(name, stop):
             for thing, state in zip((model, optimizer, handle), saved, strict=True):
                 thing.load_state_dict(state)
         train(model, optimizer, handle, x, y, 25 - stop)
-        runs.append((model.state_dict(), handle.gone))
+        runs.append((model.state_dict(), handle.pruned))
     assert all(torch.equal(v, runs[1][0][k]) for k, v in runs[0][0].items())
     assert torch.equal(runs[0][1], runs[1][1])
 
@@ -229,8 +231,8 @@ def test_the_penaltys_gradient_is_that_of_half_lambda_times_the_square():
     model, graph, optimizer, x, _y = case()
     handle = IncReg(model, graph, optimizer, keep=0.5)
     handle.penalty = torch.rand(len(handle.units), dtype=torch.float64)
-    parameters = [p for p, _ in handle.units.parts]
-    total = sum((lam / 2 * p.square()).sum() for p, lam in handle.units.each(handle.penalty))
+    parameters = [p for p, _ in handle.units.owned]
+    total = sum((lam / 2 * p.square()).sum() for p, lam in handle.units.by_parameter(handle.penalty))
     expected = torch.autograd.grad(total, parameters)
     optimizer.zero_grad()
     (0 * model(x).sum()).backward()
@@ -258,7 +260,7 @@ def test_a_slowly_growing_penalty_follows_the_ridge_path_and_greg2_picks_the_fla
     model = Quadratic()
     graph = sc.trace(model, torch.ones(2, 1).double())
     optimizer = torch.optim.SGD([model.a.weight], lr=0.05)
-    handle = IncReg(
+    handle = GReg(
         model,
         graph,
         torch.optim.SGD(model.parameters(), lr=0.05),
@@ -277,31 +279,31 @@ def test_a_slowly_growing_penalty_follows_the_ridge_path_and_greg2_picks_the_fla
         handle.step()
     lam = float(handle.penalty[0])
     assert 0.5 < lam < 0.8
-    assert not handle.chosen.any()
+    assert not handle.selected.any()
     torch.testing.assert_close(model.a.weight.detach(), h / (h + lam), rtol=2e-2, atol=0)
-    while not handle.chosen.any():
+    while not handle.selected.any():
         optimizer.zero_grad()
         (h / 2 * (model.a.weight - 1).square()).sum().backward()
         optimizer.step()
         handle.step()
-    assert handle.chosen.tolist() == [False, True]
+    assert handle.selected.tolist() == [False, True]
 
 
 def test_masks_come_as_often_as_they_should_and_weights_come_back_to_the_bit():
     model, graph, optimizer, _x, _y = case(lr=0.0, momentum=0.0, weight_decay=0.0)
     handle = SPP(model, graph, optimizer, keep=0.5, every=10**6, seed=3)
-    before = [p.detach().clone() for p, _ in handle.units.parts]
+    before = [p.detach().clone() for p, _ in handle.units.owned]
     handle.probability = torch.linspace(0, 0.9, len(handle.units), dtype=torch.float64)
     count, many = torch.zeros(len(handle.units)), 2000
     for _ in range(many):
         optimizer.step()
         handle.step()
-        count += handle.hidden
+        count += handle.masked
     spread = (handle.probability * (1 - handle.probability) / many).sqrt()
     assert ((count / many - handle.probability).abs() < 4.5 * spread + 1e-12).all()
-    assert any(not torch.equal(a, p) for a, (p, _) in zip(before, handle.units.parts, strict=True))
-    handle.reveal()
-    assert all(torch.equal(a, p) for a, (p, _) in zip(before, handle.units.parts, strict=True))
+    assert any(not torch.equal(a, p) for a, (p, _) in zip(before, handle.units.owned, strict=True))
+    handle.unmask()
+    assert all(torch.equal(a, p) for a, (p, _) in zip(before, handle.units.owned, strict=True))
 
 
 def test_masked_weights_get_no_gradient_and_no_momentum():
@@ -311,15 +313,15 @@ def test_masked_weights_get_no_gradient_and_no_momentum():
     handle.probability.fill_(0.5)
     handle.before()  # a step in which the optimizer does nothing
     handle.step()
-    true = [k.clone() for k in handle._kept[: len(handle.units.parts)]]
-    hidden = [h.clone() for _, h in handle.units.each(handle.hidden)]
+    true = [kept.clone() for _, _, kept in handle.mask.hidden[: len(handle.units.owned)]]
+    hidden = [h.clone() for _, h in handle.units.by_parameter(handle.masked)]
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(x), y).backward()
-    for p, h in zip((p for p, _ in handle.units.parts), hidden, strict=True):
+    for p, h in zip((p for p, _ in handle.units.owned), hidden, strict=True):
         assert not p[h.expand_as(p)].any()
     optimizer.step()
     moved = False
-    for (p, _), h, kept in zip(handle.units.parts, hidden, true, strict=True):
+    for (p, _), h, kept in zip(handle.units.owned, hidden, true, strict=True):
         where = h.expand_as(p)
         assert torch.equal(p[where], kept[where])
         assert not p.grad[where].any()
@@ -378,7 +380,7 @@ def test_a_skipped_optimizer_step_is_no_step():
 @pytest.mark.parametrize("name", HANDLES)
 def test_a_closure_is_refused_since_it_would_undo_everything(name):
     model, graph, optimizer, x, y = case()
-    HANDLES[name](model, graph, optimizer, keep=0.5)
+    handle = HANDLES[name](model, graph, optimizer, keep=0.5)
 
     def closure():
         optimizer.zero_grad()
@@ -388,15 +390,58 @@ def test_a_closure_is_refused_since_it_would_undo_everything(name):
 
     with pytest.raises(SecateurError, match="without a closure"):
         optimizer.step(closure)
+    assert handle.steps == 0
 
 
-def test_one_handle_at_a_time():
-    model, graph, optimizer, *_ = case()
+@pytest.mark.parametrize("name", HANDLES)
+def test_a_handle_can_be_made_again_and_the_old_one_lets_go(name):
+    """As in a notebook cell that is run twice, with a new optimizer."""
+    model, graph, optimizer, x, y = case()
+    first = HANDLES[name](model, graph, optimizer, keep=0.5)
+    train(model, optimizer, first, x, y, 3)
+    again = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    with pytest.warns(
+        sc.SecateurWarning, match=rf"takes the place of {type(first).__name__}, .* of 10 units .* 3 steps"
+    ):
+        second = HANDLES[name](model, graph, again, keep=0.5)
+    assert not optimizer._optimizer_step_pre_hooks
+    with pytest.raises(SecateurError, match="is detached"):
+        first.step()
+    train(model, again, second, x, y, 400)
+    assert second.done
+    assert sc.check(model, sc.cut(model, second.plan()), second.plan(), x) < 1e-5
+
+
+def test_a_finished_handle_is_replaced_without_a_word():
+    model, graph, optimizer, x, y = case()
+    first = HANDLES["increg"](model, graph, optimizer, keep=0.75)
+    train(model, optimizer, first, x, y, 400)
+    assert first.done
+    IncReg(model, graph, optimizer, keep=0.5)  # warnings are errors here
+
+
+def test_a_handle_that_could_not_be_made_leaves_the_one_before_as_it_was():
+    model, graph, optimizer, x, y = case()
     first = SPP(model, graph, optimizer, keep=0.5)
-    with pytest.raises(SecateurError, match="prunes this model already"):
-        IncReg(model, graph, optimizer, keep=0.5)
-    first.detach()
-    IncReg(model, graph, optimizer, keep=0.5)
+    with pytest.raises(SecateurError, match="unstable"):
+        IncReg(model, graph, torch.optim.SGD(model.parameters(), lr=10.0), keep=0.5)
+    train(model, optimizer, first, x, y, 2)
+    assert first.steps == 2
+
+
+@pytest.mark.parametrize("name", HANDLES)
+def test_who_lets_a_handle_go_has_detached_it(name):
+    model, graph, optimizer, x, y = case(lr=0.0, momentum=0.0, weight_decay=0.0)
+    before = copy.deepcopy([p.detach() for p in model.parameters()])
+    handle = HANDLES[name](model, graph, optimizer, keep=0.5)
+    train(model, optimizer, handle, x, y, 3)
+    known = weakref.ref(handle)
+    del handle
+    assert known() is None, "something holds it"
+    assert not optimizer._optimizer_step_pre_hooks
+    assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True)), "a mask was left behind"
+    again = HANDLES[name](model, graph, optimizer, keep=0.5)  # without a word
+    assert again.steps == 0
 
 
 def test_a_handle_is_not_copied_since_a_copy_would_prune_nothing():
@@ -443,9 +488,9 @@ def test_what_adam_knows_of_a_masked_channel_stays():
     handle = SPP(model, graph, optimizer, keep=0.5, every=10**6)
     handle.probability.fill_(0.5)
     train(model, optimizer, handle, x, y, 5)
-    hidden = [h.clone() for _, h in handle.units.each(handle.hidden)]
+    hidden = [h.clone() for _, h in handle.units.by_parameter(handle.masked)]
     train(model, optimizer, handle, x, y, 1)
-    for (p, _), h in zip(handle.units.parts, hidden, strict=True):
+    for (p, _), h in zip(handle.units.owned, hidden, strict=True):
         state, where = optimizer.state[p], h.expand_as(p)
         assert not state["exp_avg"][where].any()
         assert where.sum() == 0 or state["exp_avg_sq"][where].any()
@@ -488,14 +533,14 @@ def test_masks_leave_no_trace_in_a_channels_running_statistics():
     model, graph, optimizer, x, _ = case(lr=0.0, momentum=0.0, weight_decay=0.0)
     plain = copy.deepcopy(model)
     handle = SPP(model, graph, optimizer, keep=0.5, every=10**6)
-    handle.probability[handle.units.group == handle.units.names.index("first")] = 0.7
+    handle.probability[handle.units.group_of == handle.units.names.index("first")] = 0.7
     often = torch.zeros(8)
     for _ in range(30):  # the same images in every step: a channel's statistics go to the same end
         optimizer.step()
         handle.step()
-        often += ~handle.hidden[handle.units.group == handle.units.names.index("first")]
+        often += ~handle.masked[handle.units.group_of == handle.units.names.index("first")]
         model(x)
-    handle.reveal()
+    handle.unmask()
     for _ in range(400):
         plain(x)
     assert often.min() > 0
@@ -510,15 +555,15 @@ def test_greg2_takes_off_the_weight_decay_that_a_parameter_has_and_no_more():
     others = [p for p in model.parameters() if all(p is not n for n in norms)]
     for make, taken in ((torch.optim.SGD, 1e-3), (torch.optim.AdamW, 0.0)):
         optimizer = make([{"params": others, "weight_decay": 1e-3}, {"params": norms, "weight_decay": 0.0}], lr=0.01)
-        handle = IncReg(model, graph, optimizer, keep=0.5, rule="greg2", rate=0.1, limit=1.0, pick=0.01)
+        handle = GReg(model, graph, optimizer, keep=0.5, rule="greg2", rate=0.1, limit=1.0, pick=0.01)
         for _ in range(2):
             optimizer.step()
             handle.step()
-        assert handle.chosen.any()
+        assert handle.selected.any()
         optimizer.zero_grad()
         (0 * model(x).sum()).backward()
         handle.before()
-        stays = int((~handle.chosen[handle.units.group == handle.units.names.index("up")]).nonzero()[0])
+        stays = int((~handle.selected[handle.units.group_of == handle.units.names.index("up")]).nonzero()[0])
         torch.testing.assert_close(model.up.weight.grad[stays], -taken * model.up.weight[stays])
         assert not model.middle.weight.grad[stays].any()
         handle.detach()
@@ -529,7 +574,7 @@ def test_what_is_still_to_go_is_told_with_what_to_change(handle, word):
     model, graph, optimizer, x, y = case()
     handle = handle(model, graph, optimizer, keep=0.5)
     train(model, optimizer, handle, x, y, 3)
-    assert sum(handle.left().values()) == 10
+    assert sum(handle.unfinished().values()) == 10
     with pytest.raises(SecateurError, match=f"after 3 steps these channels are still to go: .*{word}"):
         handle.plan()
 
@@ -550,9 +595,12 @@ def test_what_is_still_to_go_is_told_with_what_to_change(handle, word):
         ({"keep": 0.5, "rate": 0.0}, "rate=0.0"),
         ({"keep": 0.5, "every": 0}, "every=0"),
         ({"keep": 1.0, "unit": "column"}, "nothing to prune"),
-        ({"keep": 0.5, "unit": "column", "exclude": ["nope"]}, "unknown convolution"),
+        ({"keep": 0.5, "unit": "column", "exclude": ["nope"]}, "unknown layer or module"),
         ({"keep": 0.5, "unit": "row"}, "known: channel, column|unknown unit"),
-        ({"keep": 0.5, "increment": "linear"}, "piecewise_linear"),
+        ({"keep": 0.5, "rank_schedule": "linear"}, "piecewise_linear"),
+        ({"keep": 0.5, "increment": 1}, "unknown option of"),
+        ({"keep": 0.5, "exclude": 1}, "exclude=1: patterns"),
+        ({"keep": 0.5, "strategy": "globl"}, "did you mean 'global'"),
         ({"budget": sc.Budget(macs=0.5), "unit": "column"}, "columns have no budget"),
     ],
 )

@@ -11,6 +11,9 @@ from torch import nn
 
 import secateur as sc
 from secateur._internal.errors import SecateurError
+from secateur._internal.workload import Workload
+from secateur.measure.counting import counted
+from secateur.methods.contract import METHODS, TRAINING_METHODS, finished
 from secateur.surgery.blocks.packed_layers import Packed
 from secateur.surgery.blocks.pivots import remembered
 
@@ -43,7 +46,7 @@ def test_ever_less_stays_and_what_is_out_in_the_end_stays_out(make, layout):
     for _ in range(4):
         train(model, optimizer, handle, x, y, 3)
         seen.append(density(model[2]))
-        expected = handle.keep_at(len(seen))
+        expected = handle.settings.keep_at(len(seen))
         expected = 1 / math.ceil(1 / expected - 1e-9) if layout == "diagonal" else expected
         assert expected - 2 / 32 < seen[-1] <= expected + 1e-9
     assert seen == sorted(seen, reverse=True)
@@ -60,7 +63,7 @@ def test_ever_less_stays_and_what_is_out_in_the_end_stays_out(make, layout):
 
 def test_the_schedule_is_cubic():
     handle = sc.Pivoting(case()[0], 0.2, every=1, times=4)
-    assert [handle.keep_at(t) for t in range(5)] == pytest.approx(
+    assert [handle.settings.keep_at(t) for t in range(5)] == pytest.approx(
         [1, 0.2 + 0.8 * 27 / 64, 0.2 + 0.8 / 8, 0.2 + 0.8 / 64, 0.2]
     )
     assert handle.steps_needed == 4
@@ -103,7 +106,7 @@ def test_a_resumed_run_ends_with_the_same_bits(stop):
 
 def test_patterns_of_a_pivoted_model_are_kept():
     model, x, y = case()
-    pivoted = sc.pivot(model, x, 0.5)
+    pivoted = sc.pivot(model, x, 0.5).model
     out = [m.weight == 0 for m in pivoted if isinstance(m, nn.Linear)]
     handle = sc.Pivoting(pivoted, patterns=remembered(pivoted))
     assert handle.done
@@ -116,7 +119,9 @@ def test_patterns_of_a_pivoted_model_are_kept():
     ("options", "message"),
     [
         ({}, "the model has no patterns"),
-        ({"keep": 0.5, "exclude": "0"}, "a list of layers is expected"),
+        ({"keep": 0.5, "exclude": 0}, "exclude=0: patterns of names"),
+        ({"every": 3}, "give keep= too"),
+        ({"keep": 0.5, "evry": 3}, "unknown option of Pivoting 'evry': did you mean 'every'"),
         ({"keep": 0.5, "patterns": {}}, "either keep="),
         ({"keep": 0.0}, r"in \(0, 1\]"),
         ({"keep": 0.5, "every": 0}, "every=0: a whole number from 1 on"),
@@ -138,7 +143,7 @@ def test_a_pivoted_model_brings_its_patterns():
     model, x, y = case()
     with pytest.raises(SecateurError, match="the model has no patterns"):
         sc.Pivoting(model)
-    model = sc.pivot(model, x, 0.5)
+    model = sc.pivot(model, x, 0.5).model
     outside = model[0].weight == 0
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), sc.Pivoting(model), x, y, 3)
     assert torch.equal(model[0].weight == 0, outside)
@@ -167,3 +172,74 @@ def test_what_is_not_finite_outside_of_the_blocks_becomes_zero_too():
         model[0].weight[0, 0] = float("nan")
     with pytest.raises(SecateurError, match=r"layer '0': the weight holds NaN"):
         train(model, torch.optim.SGD(model.parameters(), lr=0.0), sc.Pivoting(model, 0.5, every=1), x, y, 1)
+
+
+@pytest.mark.parametrize("layout", ["bundles", "diagonal", "growth"])
+def test_the_result_counts_what_packed_layers_cost_and_says_what_stays_whole(layout):
+    model = nn.Sequential(
+        nn.Conv2d(16, 30, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(30, 32, 1, bias=False),
+        nn.Flatten(),
+        nn.Linear(32 * 36, 8),
+    )
+    x = torch.randn(2, 16, 6, 6)
+    blocks = {} if layout == "diagonal" else {"blocks": 4}
+    result = sc.pivot(model, x, keep=0.25, layout=layout, exclude="4", **blocks)
+    assert vars(result.before) == {**counted(model, x), "channels": None}
+    packed = sc.pack(result.model, x, way="at_once")
+    assert vars(result.after) == {**counted(packed, x), "channels": None}
+    assert result.plan is None
+    assert set(result.facts["left whole"]) == {"4"}
+    assert "excluded by '4'" in result.facts["left whole"]["4"]
+    assert set(result.facts["blocks"]) == set(result.facts["captured"]) == {"0", "2"}
+    json.dumps(result.facts)
+    assert "macs" in result.table()
+
+
+def test_what_is_frozen_and_what_is_excluded_by_type_or_module_stays_whole():
+    model, x, _ = case()
+    model[0].requires_grad_(False)
+    for exclude in (model[4], [model[4]], "4"):
+        result = sc.pivot(model, x, 0.5, exclude=exclude)
+        assert set(result.facts["blocks"]) == {"2"}
+        assert "does not require gradients" in result.facts["left whole"]["0"]
+        assert "excluded" in result.facts["left whole"]["4"]
+    with pytest.raises(SecateurError, match=r"no layer can have blocks.*excluded by Linear"):
+        sc.pivot(model, x, 0.5, exclude=nn.Linear)
+
+
+def test_it_is_a_method_at_once_and_one_while_training():
+    model, x, y = case()
+    once = METHODS.make("pivot", {"keep": 0.25})
+    assert not once.takes_budget
+    assert not once.plans
+    once.check(model, x, None)
+    result = once.apply(model, x, None, Workload(model))
+    direct = sc.pivot(model, x, 0.25).model
+    assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), direct.parameters(), strict=True))
+    with pytest.raises(SecateurError, match="no budget"):
+        once.apply(model, x, sc.Budget(macs=0.5), Workload(model))
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    bit_by_bit = TRAINING_METHODS.make({"name": "pivot", "keep": 0.25, "every": 2, "times": 3, "exclude": ("4",)})
+    handle = bit_by_bit.attach(model, sc.trace(model, x), optimizer, None)
+    with pytest.raises(SecateurError, match=r"after 0 steps more than keep is left, for it takes 6 steps"):
+        handle.small()
+    train(model, optimizer, handle, x, y, handle.steps_needed)
+    small, plan = finished(model, handle)
+    assert plan is None
+    assert density(small[2]) == pytest.approx(0.25)
+    with pytest.raises(SecateurError, match="no plan"):
+        handle.plan()
+    assert handle.facts["left whole"] == {"4": "excluded by '4'"}
+
+    keeper = bit_by_bit.keeper(small)
+    train(small, torch.optim.SGD(small.parameters(), lr=0.05), keeper, x, y, 3)
+    assert density(small[2]) == pytest.approx(0.25)
+    done = bit_by_bit.finish(small, x)
+    assert sorted([*done.facts["packed"], *done.facts["dense"]]) == ["0", "2"]
+    torch.testing.assert_close(done.model(x), small(x), rtol=1e-4, atol=1e-5)
+    handle.detach()
+    with pytest.raises(SecateurError, match="detached"):
+        handle.step()

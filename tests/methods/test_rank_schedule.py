@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from secateur.methods.rank_schedule import RANK_SCHEDULES, U, centre_symmetric, piecewise_linear
+from secateur.methods.rank_schedule import FLATNESS, RANK_SCHEDULES, centre_symmetric, piecewise_linear
 
 
 def at(rule, rank, wanted, left):
@@ -30,10 +30,10 @@ def test_it_is_one_at_rank_zero_and_crosses_zero_exactly_at_the_target(name, wan
 @pytest.mark.parametrize("x", [0.0, 0.3, 1.0, 2.9, 6.0])
 def test_the_exponentials_are_symmetric_about_their_centre(x):
     wanted = 9
-    centre = -math.log(U) / (math.log(2 / U) / wanted)
+    centre = -math.log(FLATNESS) / (math.log(2 / FLATNESS) / wanted)
     assert centre == pytest.approx(2 / 3 * wanted)  # for u = 1/4
     both = at(centre_symmetric, centre + x, wanted, 99) + at(centre_symmetric, centre - x, wanted, 99)
-    assert both == pytest.approx(2 * U, abs=1e-12)
+    assert both == pytest.approx(2 * FLATNESS, abs=1e-12)
 
 
 def test_the_values_of_the_papers():

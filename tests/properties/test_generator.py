@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import secateur as sc
+from secateur._internal.errors import NothingToPrune
 
 from .blocks import BLOCKS
 from .checks import fresh, run, set_mode
@@ -131,8 +132,8 @@ def test_most_networks_have_something_to_remove(drawn):
         model, inputs = network(spec)
         try:
             able += any(g.exact and len(g) > 1 for g in sc.trace(model, inputs).groups)
-        except sc.SecateurError as error:
-            assert "no removable channel" in str(error)
+        except NothingToPrune:
+            continue
     assert able >= 0.7 * len(some)
 
 

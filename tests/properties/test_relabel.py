@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import NothingToPrune, SecateurError
 from secateur.lab.models.registry import build, example_input
 from secateur.surgery.permute import moves, permuted
 
@@ -29,8 +29,7 @@ def test_random_networks_compute_the_same(first):
         model, inputs = model.double().eval(), fresh(inputs)
         try:
             graph = sc.trace(model, inputs)
-        except SecateurError as error:
-            assert "no removable channel" in str(error)
+        except NothingToPrune:
             continue
         other = permuted(model, graph, shuffled(graph, seed))
         moved += any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

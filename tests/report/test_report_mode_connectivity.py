@@ -67,5 +67,5 @@ def test_the_spectrum_shows_both_signs_and_where_flat_begins():
 
 def test_without_matplotlib_there_is_one_clear_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SecateurError, match=r"secateur\[report\]"):
+    with pytest.raises(SecateurError, match=r"secateur\[lab\]"):
         draw_spectrum(torch.ones(3))

@@ -32,5 +32,5 @@ def test_every_width_is_there(table, tmp_path):
 
 
 def test_an_empty_table_is_told():
-    with pytest.raises(SecateurError, match="draw it after the search"):
+    with pytest.raises(SecateurError, match="no group had a choice of widths"):
         draw_search([])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 
@@ -333,3 +334,108 @@ def test_slices_without_positions_or_of_no_dimension_are_told():
     ):
         with pytest.raises(sc.SecateurError, match=message):
             sc.Plan.from_json(json.dumps(data | {"slices": {"0.weight": dims}}))
+
+
+def sizes(model):
+    """Everything whole that the modules of a model remember."""
+    return {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if type(value) is int or (isinstance(value, tuple) and value and all(type(v) is int for v in value))
+    }
+
+
+def conv(i, o, k=3, **kw):
+    return nn.Conv2d(i, o, k, padding=k // 2, **kw)
+
+
+# name -> (network, inputs, what goes, what its modules remember before and after)
+PATCHED = {
+    "plain": (
+        nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.PReLU(8), conv(8, 2)), (1, 3, 4, 4), {"0": [0, 3, 7]},
+        {"0.out_channels": (8, 5), "1.num_features": (8, 5), "2.num_parameters": (8, 5), "3.in_channels": (8, 5)},
+    ),
+    "depthwise with a multiplier": (
+        nn.Sequential(conv(3, 4), conv(4, 8, groups=4), nn.GroupNorm(8, 8), conv(8, 2)), (1, 3, 4, 4), {"0": [1]},
+        {
+            "0.out_channels": (4, 3), "1.in_channels": (4, 3), "1.out_channels": (8, 6), "1.groups": (4, 3),
+            "2.num_groups": (8, 6), "2.num_channels": (8, 6), "3.in_channels": (8, 6),
+        },
+    ),
+    "grouped": (
+        nn.Sequential(conv(3, 12), conv(12, 8, groups=2), nn.GroupNorm(2, 8), conv(8, 2)), (1, 3, 4, 4),
+        {"0": [5], "1": [0, 1]},
+        {
+            "0.out_channels": (12, 10), "1.in_channels": (12, 10), "1.out_channels": (8, 4), "2.num_channels": (8, 4),
+            "3.in_channels": (8, 4),
+        },
+    ),
+    "transposed": (
+        nn.Sequential(conv(3, 6), nn.ConvTranspose2d(6, 12, 2, 2, groups=6), nn.ConvTranspose2d(12, 8, 2), conv(8, 2)),
+        (1, 3, 4, 4), {"0": [1, 2], "2": [0]},
+        {
+            "0.out_channels": (6, 4), "1.in_channels": (6, 4), "1.out_channels": (12, 8), "1.groups": (6, 4),
+            "2.in_channels": (12, 8), "2.out_channels": (8, 7), "3.in_channels": (8, 7),
+        },
+    ),
+    "layer norm": (
+        nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)), (2, 5), {"0": [1]},
+        {"0.out_features": (8, 7), "1.normalized_shape": ((8,), (7,)), "2.in_features": (8, 7)},
+    ),
+    "embedding": (
+        nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 3)), (2, 4), {"0": [0, 5]},
+        {"0.embedding_dim": (6, 4), "1.in_features": (6, 4)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_a_plan_says_what_the_cut_changes_in_modules(name):
+    model, shape, removed, expected = PATCHED[name]
+    inputs = torch.randint(0, 9, shape) if isinstance(model[0], nn.Embedding) else torch.randn(shape)
+    plan = sc.make_plan(sc.trace(model, inputs), removed, approximate=True)
+    assert plan.patched == expected
+    read = sc.Plan.from_json(plan.to_json())
+    assert read == plan and read.patched == expected
+    silent = dataclasses.replace(read, patched={})  # as a plan of a release that did not say
+    for each in (plan, read, silent):
+        small = sc.cut(model, each)
+        before, after = sizes(model), sizes(small)
+        assert {k: (before[k], after[k]) for k in before if before[k] != after[k]} == expected
+        assert sc.Plan.from_json(sc.record(small)[-1]["cut"]).patched == expected
+
+
+def test_the_whole_model_may_be_one_module():
+    class Grown(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 8)
+            self.last = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(super().forward(x).relu())
+
+    model = Grown()
+    plan = sc.make_plan(sc.trace(model, torch.randn(2, 4)), {"weight": [3]})
+    assert plan.patched == {"out_features": (8, 7), "last.in_features": (8, 7)}
+    assert sc.cut(model, plan).out_features == 7
+
+
+@pytest.mark.parametrize(
+    ("patched", "message"),
+    [
+        ({"0.out_channels": [8, 4]}, "changes 0.out_channels from 8 to 4, where its slices make 5 of 8"),
+        ({"9.out_channels": [8, 4]}, "but it is None here"),
+        ({"0.stride": [[2, 2], [1, 1]]}, r"but it is \(1, 1\) here"),
+        ({"0.out_channels": [8]}, "what '0.out_channels' is before and after"),
+        ({"0.out_channels": [8.0, 5.0]}, "must be whole numbers"),
+        ({"0.out_channels": [True, False]}, "must be whole numbers"),
+        ({"1.normalized_shape": [[-8], [5]]}, "must be whole numbers"),
+    ],
+)
+def test_a_plan_that_changes_modules_otherwise_is_refused(model, plan, patched, message):
+    before = sizes(model)
+    text = json.dumps(json.loads(plan.to_json()) | {"patched": patched})
+    with pytest.raises(sc.SecateurError, match=message):
+        sc.cut(model, sc.Plan.from_json(text))
+    assert sizes(model) == before

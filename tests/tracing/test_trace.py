@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from small_networks import Run, conv
 from torch import nn
 
 import secateur as sc
+from secateur._internal.errors import NothingToPrune
+from secateur.measure.counting import count_macs, count_params
 
 
 def image(channels=3, size=8):
@@ -143,6 +146,7 @@ def test_groups_are_as_expected(name):
     assert {g.name: len(g) for g in graph.groups} == groups
     assert tuple(g.name for g in graph.groups if not g.exact) == approximate
     assert all(g.reason for g in graph.groups if not g.exact)
+    assert (graph.macs(), graph.params()) == (count_macs(model, inputs), count_params(model))
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if set(c[2]) - set(c[3])])
@@ -158,7 +162,8 @@ def test_cut_equals_masked(name):
     plan = sc.make_plan(graph, removed)
     small = sc.cut(model, plan)
     assert sc.check(model, small, plan, inputs) < 1e-10
-    assert graph.params(plan) == sum(p.numel() for p in small.parameters()) < graph.params()
+    assert graph.params(plan) == count_params(small) < graph.params()
+    assert graph.macs(plan) == count_macs(small, inputs)
 
 
 def test_every_operation_of_attention_is_borne_and_heads_are_frozen():
@@ -183,7 +188,7 @@ UNKNOWN = {
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_is_not_understood_freezes_and_says_so(name):
     model = Run(lambda m, x: m.b(UNKNOWN[name](m.a(x))), a=nn.Linear(5, 8), b=nn.Linear(8, 3))
-    with pytest.raises(sc.SecateurError, match="no removable channel"):
+    with pytest.raises(NothingToPrune, match="no removable channel"):
         sc.trace(model, torch.randn(4, 5))
     wider = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), model)
     graph = sc.trace(wider, torch.randn(4, 4))
@@ -225,6 +230,20 @@ def test_dict_inputs_and_outputs():
     assert sc.check(model, sc.cut(model, plan), plan, inputs) < 1e-5
 
 
+def test_inputs_in_a_mapping_of_another_kind():
+    """As Hugging Face's tokenizers give them."""
+    model = Run(lambda m, *, x, scale: m.b(m.a(x) * scale), a=nn.Linear(5, 8), b=nn.Linear(8, 3))
+    inputs = UserDict(x=torch.randn(2, 5), scale=torch.tensor(2.0))
+    graph = sc.trace(model, inputs)
+    assert type(graph.inputs) is dict and [g.name for g in graph.groups] == ["a"]
+    assert graph.macs() == count_macs(model, inputs) == 2 * (40 + 24)
+    plan = sc.make_plan(graph, {"a": [1]})
+    assert sc.cut(model, plan).a.out_features == 7
+    with torch.device("meta"):  # so that no real data was needed
+        empty = Run(model.function, a=nn.Linear(5, 8), b=nn.Linear(8, 3))
+        assert sc.trace(empty, UserDict(x=torch.randn(2, 5), scale=torch.ones(()))).macs() == graph.macs()
+
+
 def test_no_memory_and_no_touch():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4096, 65536), nn.ReLU(), nn.Linear(65536, 4096))  # 2 GiB that do not exist
@@ -250,6 +269,9 @@ BAD = {
     "a list": (lambda: sc.trace(nn.Linear(3, 3), [torch.randn(1, 3)]), "a tensor, a tuple or a dict"),
     "wrong shape": (lambda: sc.trace(nn.Linear(3, 3), torch.randn(1, 4)), r"fails on the example inputs \(\[1, 4\]"),
     "nothing removable": (lambda: sc.trace(nn.Linear(3, 3), torch.randn(1, 3)), "no removable channel"),
+    "no examples": (lambda: sc.trace(nn.Linear(3, 3), torch.randn(0, 3)), r"shape \[0, 3\] is empty, .*at least one"),
+    "an empty second input": (
+        lambda: sc.trace(nn.Linear(3, 3), (torch.randn(1, 3), {"y": torch.ones(2, 0)})), r"of shape \[2, 0\] is empty"),
     "another device": (
         lambda: sc.trace(nn.Linear(3, 3, device="meta"), torch.randn(1, 3)),
         "the model is on meta, the example inputs"),
@@ -262,6 +284,15 @@ def test_bad_input_is_told_at_the_door(name):
     call, message = BAD[name]
     with pytest.raises(sc.SecateurError, match=message):
         call()
+
+
+def test_nothing_to_prune_is_an_error_of_its_own():
+    for model in (nn.Linear(3, 3), nn.ReLU()):
+        with pytest.raises(NothingToPrune):
+            sc.trace(model, torch.randn(1, 3))
+    with pytest.raises(sc.SecateurError) as caught:  # a forward that fails is no model without channels
+        sc.trace(Run(lambda m, x: m.a(x).no_removable_channel, a=nn.Linear(3, 3)), torch.randn(1, 3))
+    assert not isinstance(caught.value, NothingToPrune)
 
 
 def test_the_table_names_everything():
@@ -362,3 +393,53 @@ def test_parametrized_weights_are_named_where_nothing_can_go():
     for index in (0, 2):
         torch.nn.utils.parametrize.remove_parametrizations(model[index], "weight")
     assert len(sc.trace(model, torch.zeros(1, 4)).groups) == 1
+
+
+def blocks():
+    """Two blocks on one stream, each with a layer of its own between; the stream ends in a head."""
+
+    def forward(m, x):
+        x = m.stem(x)
+        for up, down in zip(m.ups, m.downs, strict=True):
+            x = x + down(F.relu(up(x)))
+        return m.head(torch.cat([x, m.side(x)], 1))
+
+    ups, downs = nn.ModuleList([nn.Linear(6, 9), nn.Linear(6, 10)]), nn.ModuleList([nn.Linear(9, 6), nn.Linear(10, 6)])
+    return Run(forward, stem=nn.Linear(5, 6), ups=ups, downs=downs, side=nn.Linear(6, 3), head=nn.Linear(9, 2))
+
+
+def test_a_group_is_found_by_any_layer_whose_output_it_is():
+    graph = sc.trace(blocks(), torch.randn(2, 5))
+    assert [g.name for g in graph.groups] == ["stem", "ups.0", "ups.1", "side"]
+    for path in ("stem", "stem.weight", "stem.bias", "downs.0", "downs.1.bias", "downs"):
+        assert graph.group(path).name == "stem"
+    assert [g.name for g in graph.groups_of("ups")] == ["ups.0", "ups.1"]
+    assert [g.name for g in graph.groups_of("")] == [g.name for g in graph.groups]
+    assert graph.groups_of("head") == graph.groups_of("up") == ()  # a path is no prefix of a name
+    with pytest.raises(
+        sc.SecateurError, match=r"group 'ups': this layer writes channels of 2 groups, 'ups.0', 'ups.1'"
+    ):
+        graph.group("ups")
+    with pytest.raises(
+        sc.SecateurError, match=r"group 'head': .* no channel that can be removed \(head.bias:0 belongs"
+    ):
+        graph.group("head")
+    with pytest.raises(sc.SecateurError, match=r"unknown group 'downs.2': did you mean 'downs.[01]'"):
+        graph.group("downs.2")
+    with pytest.raises(sc.SecateurError, match="unknown group ''"):
+        graph.group("")
+
+
+def test_a_layers_path_means_its_group_wherever_groups_are_named():
+    model = blocks()
+    graph = sc.trace(model, torch.randn(2, 5))
+    plan = sc.make_plan(graph, {"downs.0": [1, 2]})
+    assert plan == sc.make_plan(graph, {"stem": [1, 2]}) and set(plan.removed) == {"stem"}
+    with pytest.raises(sc.SecateurError, match=r"group 'stem' is named twice, once as 'downs.1'"):
+        sc.make_plan(graph, {"stem": [1], "downs.1": [2]})
+    scores = {g.name: torch.arange(float(len(g))) for g in graph.groups}
+    by_layer = {("downs.0" if name == "stem" else name): values for name, values in scores.items()}
+    budget = sc.Budget(params=0.6)
+    assert sc.allocate(graph, by_layer, budget) == sc.allocate(graph, scores, budget)
+    floors = sc.Budget(params=0.6, at_least={"downs.0": 5}).floors(graph)
+    assert floors.tolist() == [5, 1, 1, 1]

@@ -7,22 +7,42 @@ group.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# `torch.distributed.nn` keeps the group of the time of its import as a default argument for ever. Tracing would import
-# it later, when there may be a group, whose threads would then outlive `destroy_process_group` and may abort the
-# process at its exit (https://github.com/pytorch/pytorch/issues/190489).
+from secateur._internal.errors import SecateurError
+
+
+def _import_without_group() -> None:
+    """Import ``torch.distributed.nn``, which tracing does somewhere below, without a group in its default arguments.
+
+    Its functions take the default group of the time of the import as default argument, and keep it for ever. Its
+    threads would then outlive ``destroy_process_group``, and may abort the process at its exit
+    (https://github.com/pytorch/pytorch/issues/190489). Imported before there is a group, they have ``None`` there,
+    which means the default group of the time of the call; so that is put there when the import comes later.
+    """
+    functional = importlib.import_module("torch.distributed.nn.functional")
+    for function in vars(functional).values():
+        if inspect.isfunction(function) and function.__module__ == functional.__name__ and function.__defaults__:
+            function.__defaults__ = tuple(
+                None if isinstance(v, dist.ProcessGroup) else v for v in function.__defaults__
+            )
+
+
 if dist.is_available():
-    import torch.distributed.nn
+    _import_without_group()
 
 Group = Any
 """A ``torch.distributed`` process group, or ``None`` for the default one."""
+T = TypeVar("T")
 
 
 def world_size(group: Group = None) -> int:
@@ -65,6 +85,41 @@ def all_gather(tensor: Tensor, group: Group = None) -> list[Tensor]:
     found = [torch.zeros_like(padded) for _ in range(world)]
     dist.all_gather(found, padded, group=group)
     return [part[: int(size)] for part, size in zip(found, sizes, strict=True)]
+
+
+def together(compute: Callable[[], T], device: torch.device, group: Group = None) -> T:
+    """What each process computes by itself; an error of one is an error of all, so that none waits for another.
+
+    Args:
+        compute: must not communicate.
+        device: one that the processes can share.
+        group: the processes.
+
+    Raises:
+        SecateurError: another process failed, with its error's text; a process that failed itself raises its own error.
+    """
+    if world_size(group) == 1:
+        return compute()
+    found, failed = None, None
+    try:
+        found = compute()
+    except Exception as error:
+        failed = error
+    if all_reduce(np.array([float(failed is not None)]), device, group)[0]:
+        text = "" if failed is None else str(failed) or type(failed).__name__
+        told = all_gather(torch.tensor(list(text.encode()), dtype=torch.uint8, device=device), group)
+        if failed is not None:
+            raise failed
+        first = next(number for number, own in enumerate(told) if len(own))
+        raise SecateurError(f"process {first}: {bytes(told[first].tolist()).decode()}")
+    return found  # type: ignore[return-value]
+
+
+def broadcast_(tensor: Tensor, group: Group = None) -> Tensor:
+    """The tensor that rank 0 has, in place; it must be contiguous, and of one shape and dtype everywhere."""
+    if world_size(group) > 1:
+        dist.broadcast(tensor, dist.get_global_rank(group, 0) if group is not None else 0, group=group)
+    return tensor
 
 
 def broadcast_text(text: str, device: torch.device, group: Group = None) -> str:

@@ -40,9 +40,9 @@ def notice(text: str, stacklevel: int = 3) -> None:
     warnings.warn(text, SecateurWarning, stacklevel=stacklevel)
 
 
-def unknown(kind: str, given: object, known: Iterable[str]) -> SecateurError:
-    """An error for an unknown name that suggests the nearest known one."""
+def unknown(kind: str, given: object, known: Iterable[str], also: Iterable[str] = ()) -> SecateurError:
+    """An error for an unknown name that suggests the nearest known one, or of others that are not listed."""
     names = sorted(known)
-    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(given), [*names, *sorted(also)], n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return SecateurError(f"unknown {kind} {given!r}: {hint}known: {', '.join(names)}")

@@ -22,6 +22,31 @@ def file_at(path: str | Path | None) -> Path | None:
     return Path(path)
 
 
+def text_if_there(path: Path) -> str:
+    """The text of a file, empty if it is not there; of one that cannot be read, why: whoever parses it is told."""
+    if not path.exists():
+        return ""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        return f"unreadable: {error}"
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, unless they are there.
+
+    Raises:
+        BadFile: it cannot be made: something else is in its place, the disk is full, or it may not be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadFile(
+            f"{path} cannot be written: the folder cannot be made ({error.strerror or error}): give another folder, or "
+            "make room"
+        ) from error
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a crash at any moment leaves the old one or the new one.
 

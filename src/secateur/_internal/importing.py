@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from secateur._internal.errors import SecateurError
@@ -32,12 +34,32 @@ def import_string(kind: str, path: str) -> Callable[..., Any]:
     except Exception as error:  # whatever a user's module raises while it is imported
         raise SecateurError(
             f"{kind} {path!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
-            "is its folder on PYTHONPATH?"
+            "is its folder the current one, or on PYTHONPATH?"
         ) from error
     for part in attribute.split("."):
         if not hasattr(target, part):
-            raise SecateurError(f"{kind} {path!r}: {module_name!r} has no {attribute!r}")
+            file = getattr(sys.modules[module_name], "__file__", None)
+            where = f"; the module that was found is {file}" if file else ""
+            raise SecateurError(f"{kind} {path!r}: {module_name!r} has no {attribute!r}{where}")
         target = getattr(target, part)
     if not callable(target):
         raise SecateurError(f"{kind} {path!r}: {attribute!r} is a {type(target).__name__}, not something to call")
     return target
+
+
+@contextmanager
+def current_folder_importable() -> Iterator[None]:
+    """Find modules in the current folder, too, as ``python -m`` does: a command's own folder is that of its program.
+
+    The current folder comes last, so that a file in it never takes the place of a package that is installed.
+    """
+    here = ""
+    if here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -125,37 +125,43 @@ def fork_rng_of(model: nn.Module) -> Iterator[None]:
         back()
 
 
-class _FastPath:
-    """PyTorch has one switch for all threads: the first to turn it off remembers it, the last to leave puts it back."""
+class Switch:
+    """A switch that the whole process has once, safely turned off by several threads at a time.
 
-    def __init__(self) -> None:
-        self.lock, self.users, self.before = threading.Lock(), 0, True
+    The first that turns it off remembers how it was, and the last that is done puts it back.
 
-    def enter(self) -> None:
-        with self.lock:
-            if not self.users:
-                self.before = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
-            self.users += 1
+    Args:
+        is_on: reads the switch.
+        turn: sets it.
+    """
 
-    def leave(self) -> None:
-        with self.lock:
-            self.users -= 1
-            if not self.users:
-                torch.backends.mha.set_fastpath_enabled(self.before)
+    def __init__(self, is_on: Callable[[], bool], turn: Callable[[bool], object]) -> None:
+        self._is_on, self._turn = is_on, turn
+        self._lock, self._users, self._before = threading.Lock(), 0, True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Off for as long as this lasts, whatever other threads do meanwhile."""
+        with self._lock:
+            if not self._users:
+                self._before = self._is_on()
+                self._turn(False)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._turn(self._before)
 
 
-_FAST_PATH = _FastPath()
+_FAST_PATH = Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
 
 
-@contextmanager
-def without_fast_path() -> Iterator[None]:
+def without_fast_path() -> AbstractContextManager[None]:
     """Attention runs through its modules, which PyTorch's fused fast path would pass by."""
-    _FAST_PATH.enter()
-    try:
-        yield
-    finally:
-        _FAST_PATH.leave()
+    return _FAST_PATH.off()
 
 
 def check_differentiable(model: nn.Module) -> None:

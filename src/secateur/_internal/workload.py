@@ -31,10 +31,12 @@ class Needs:
     Attributes:
         data: batches.
         loss: a loss, and targets for it.
+        plan: a plan of channels that went (of a repair).
     """
 
     data: bool = False
     loss: bool = False
+    plan: bool = False
 
 
 class Workload:
@@ -54,6 +56,7 @@ class Workload:
         forwards: batches that were run through the model so far.
         notices: what was substituted or left out, in the order in which it was told.
         facts: what a seat wants the result to say, as what JSON can hold.
+        remarks: what whoever reads the result should know, in a sentence each.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Workload:
         self.forwards = 0
         self.notices: list[str] = []
         self.facts: dict[str, Any] = {}
+        self.remarks: list[str] = []
 
     @property
     def has_data(self) -> bool:

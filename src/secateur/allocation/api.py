@@ -20,6 +20,7 @@ from secateur.allocation.problem import Problem, fill
 from secateur.plan import Plan, make_plan
 from secateur.tracing.graph import ChannelGraph, fingerprint
 from secateur.tracing.probe import Chosen, unbearable
+from secateur.tracing.proof import verify
 
 
 def allocate(
@@ -30,12 +31,13 @@ def allocate(
     strategy: str | Strategy = "uniform",
     exclude: Sequence[str] = (),
     approximate: bool = False,
-    timing: Clock | None = None,
+    latency: Clock | None = None,
     model: nn.Module | None = None,
     data: Iterable[Any] | None = None,
     loss: Any = None,
     group: Group = None,
     progress: bool = False,
+    work: Workload | None = None,
 ) -> Plan:
     """Choose the channels to remove so that a budget is met and used.
 
@@ -45,15 +47,19 @@ def allocate(
         budget: what may remain.
         strategy: a name (``secateur list strategies`` shows them) for its defaults, or settings such as
             ``Bandit(evaluations=1000)``: ``"uniform"`` (the same fraction everywhere), ``"global"`` (least score per
-            unit of the budget that the channel frees), ``"threshold"`` (lowest score), ``"bandit"`` (widths are tried).
+            unit of the budget that the channel frees), ``"threshold"`` (lowest score), ``"sensitivity"`` (each group
+            is narrowed alone on data), ``"bandit"`` (combinations of widths are tried on data).
         exclude: groups that stay whole, by name or pattern.
         approximate: also cut groups whose removal changes more than the removed channels.
-        timing: for a budget in ``latency_ms``, how long networks take (a :class:`secateur.Timing`).
+        latency: for a budget in ``latency_ms``, how long networks take (what
+            :func:`secateur.measure_latency` gives).
         model: the traced model, for strategies that try widths.
         data: batches, likewise; every process gives its shard.
         loss: the loss, likewise.
         group: the processes that work along; rank 0 decides.
         progress: show how far it is.
+        work: a table that is laid, instead of the model, data, loss, group and progress. What the strategy learned is
+            in ``work.facts`` afterwards, and what it measured of the whole network serves the next budget.
 
     Returns:
         A plan within the budget; giving back any one channel (block of ``round_to``) would break it. With
@@ -66,23 +72,42 @@ def allocate(
     made = STRATEGIES.make(strategy)
     if not isinstance(budget, Budget):
         raise SecateurError(f"allocate(budget): a Budget is expected, for instance Budget(macs=0.5), not {budget!r}")
-    if timing is not None and budget.latency_ms is None:
-        raise SecateurError("allocate(timing=...): the budget does not limit latency_ms; leave the timing out")
-    check_clock(timing, graph)
+    if latency is not None and budget.latency_ms is None:
+        raise SecateurError("allocate(latency=...): the budget does not limit latency_ms; leave it out")
+    check_clock(latency, graph)
+    work = _laid(work, graph, model, data, loss, group, progress=progress)
     needs: Needs = getattr(made, "needs", Needs())
-    if (needs.data or needs.loss) and model is None:
+    if (needs.data or needs.loss) and work.model is _NO_MODEL:
         raise SecateurError(
             f"allocate(strategy={getattr(made, 'name', made)!r}) tries widths on the model: give model=, "
             "data= and loss=, or call secateur.prune"
         )
-    if model is not None and fingerprint(model) != graph.fingerprint:
+    if work.model is not _NO_MODEL and fingerprint(work.model) != graph.fingerprint:
         raise SecateurError("allocate(model=...): the graph is of another model; give the one that was traced")
-    work = Workload(
-        nn.Module() if model is None else model, data, loss, inputs=graph.inputs, group=group, progress=progress
-    )
     work.require(needs, f"strategy {getattr(made, 'name', made)!r}")
     without = dict.fromkeys(matching_groups(graph, exclude), "excluded")
-    return allocated(graph, scores, budget, made, work, approximate=approximate, timing=timing, without=without)
+    return allocated(graph, scores, budget, made, work, approximate=approximate, latency=latency, without=without)
+
+
+_NO_MODEL = nn.Module()
+"""In place of a model that was not given."""
+
+
+def _laid(
+    work: Workload | None, graph: ChannelGraph, model: nn.Module | None, data: Any, loss: Any, group: Group, *,
+    progress: bool,
+) -> Workload:  # fmt: skip
+    """The table of :func:`allocate`."""
+    if work is None:
+        given = _NO_MODEL if model is None else model
+        return Workload(given, data, loss, inputs=graph.inputs, group=group, progress=progress)
+    if not isinstance(work, Workload):
+        raise SecateurError(f"allocate(work={work!r}): a secateur.Workload is expected")
+    more = {"model": model, "data": data, "loss": loss, "group": group, "progress": progress or None}
+    twice = [f"{name}=" for name, value in more.items() if value is not None]
+    if twice:
+        raise SecateurError(f"allocate(work=...): it has its own {', '.join(twice)}; leave that out")
+    return work
 
 
 def allocated(
@@ -93,7 +118,7 @@ def allocated(
     work: Workload,
     *,
     approximate: bool = False,
-    timing: Clock | None = None,
+    latency: Clock | None = None,
     without: Mapping[str, str] | None = None,
 ) -> Plan:
     """:func:`allocate` at a table that is laid; the same plan on all processes, which rank 0 decides.
@@ -105,20 +130,23 @@ def allocated(
         strategy: who chooses the widths.
         work: the table.
         approximate: also cut groups that are not exact.
-        timing: for a budget in ``latency_ms``.
+        latency: for a budget in ``latency_ms``.
         without: groups that are left alone -> why, for the plan.
     """
     without = dict(without or {})
     skipped = dict(without)
     skipped |= {g.name: f"not exact: {g.reason}" for g in graph.groups if not g.exact and not approximate}
-    reasons = getattr(scores, "skipped", {})
+    reasons, given = getattr(scores, "skipped", {}), graph.by_name(scores)
     skipped |= {
         g.name: f"has no scores: {reasons[g.name]}" if g.name in reasons else "has no scores"
         for g in graph.groups
-        if g.name not in scores and g.name not in skipped
+        if g.name not in given and g.name not in skipped
     }
-    ranked = {name: _ranked(graph, name, values) for name, values in scores.items() if name not in skipped}
-    meter = Meter(graph, budget, timing)
+    ranked = {name: _ranked(graph, name, values) for name, values in given.items() if name not in skipped}
+    # all go by the scores of rank 0, so that all have the same problem to solve
+    told = work.agree({name: values.tolist() for name, values in ranked.items()})
+    ranked = {name: np.array(values) for name, values in told.items()}
+    meter = Meter(graph, budget, None if latency is None else latency.fitted)
     floors = budget.floors(graph)
     problem, orders = _problem(graph, meter, ranked, floors, budget.round_to)
     meter.check_feasible(problem.least, approximate=approximate)
@@ -135,15 +163,16 @@ def allocated(
         return checked(some, some.taken(strategy.widths(some, work)))
 
     try:
-        if timing is not None and LATENCY in meter.allowed:
-            return plan_of(by_the_clock(problem, choose, timing, plan_of))
+        if latency is not None and LATENCY in meter.allowed:
+            return plan_of(by_the_clock(problem, choose, latency, plan_of, work.note))
         return plan_of(fill(problem, choose(problem)))
     except CannotCut:  # what tracing did not meet: do without the groups that it takes
-        guilty = unbearable([graph.group(name) for name in plain], lambda some: graph.verify(Chosen(plain).of(some)))
+        groups = [graph.group(name) for name in plain]
+        guilty = unbearable(groups, lambda some: verify(None, graph, Chosen(plain).of(some)))
         if not guilty:
             raise
         why = {**without, **{g.name: f"this combination cannot be cut: {reason}" for g, reason in guilty}}
-        return allocated(graph, scores, budget, strategy, work, approximate=approximate, timing=timing, without=why)
+        return allocated(graph, scores, budget, strategy, work, approximate=approximate, latency=latency, without=why)
 
 
 def matching_groups(graph: ChannelGraph, patterns: Sequence[str]) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -16,10 +16,15 @@ from secateur.tracing.graph import ChannelGraph
 
 UNITS = ("macs", "params", "channels")
 LATENCY = "latency_ms"
+OTHER_WORDS = {
+    "flops": "macs", "ops": "macs", "parameters": "params", "weights": "params", "size": "params",
+    "filters": "channels", "neurons": "channels", "latency": LATENCY, "ms": LATENCY, "time": LATENCY,
+}  # fmt: skip
+"""What others call our units."""
 
 
 class Timed(Protocol):
-    """What knows how long a forward takes at any widths (a :class:`secateur.Timing` does)."""
+    """What knows how long a forward takes at any widths (a :class:`secateur.LatencyModel` does)."""
 
     def ms(self, widths: np.ndarray) -> np.ndarray:
         """Milliseconds at widths [..., groups], never less where any is larger."""
@@ -31,15 +36,30 @@ class Timed(Protocol):
         """What tells one such thing from another."""
 
 
-@dataclass(frozen=True)
-class Budget:
+class _KnownKeywords:
+    """Refuses a keyword that a budget does not have in our words; of a dataclass alone it would be a TypeError."""
+
+    def __new__(cls, *args: object, **given: object) -> Self:
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        for name, value in given.items():
+            if name in OTHER_WORDS:
+                raise SecateurError(f"Budget({name}={value!r}): the word here is {OTHER_WORDS[name]}=")
+            if name not in known:
+                raise unknown("budget", name, known)
+        return super().__new__(cls)
+
+
+@dataclass(frozen=True, repr=False)
+class Budget(_KnownKeywords):
     """What may remain, as fractions of the original in (0, 1]; several hold together.
+
+    A fraction of the FLOPs is the same fraction of the MACs: ``macs=0.5``.
 
     Attributes:
         macs: multiply-accumulates of one forward.
         params: parameters.
         channels: removable channels.
-        latency_ms: the time of one forward in milliseconds, no fraction, as a :class:`secateur.Timing` measures it.
+        latency_ms: milliseconds of one forward, no fraction, as :func:`secateur.measure_latency` measures them.
         round_to: every layer that is cut ends with a multiple of this many channels.
         at_least: no group ends with fewer: a whole number of channels, a fraction of its width in (0, 1), ``"all"``, or
             any of these by group name. 1 is one channel; 1.0, which could mean all as well, is refused.
@@ -67,6 +87,10 @@ class Budget:
         for floor in floors:
             _check_floor(floor)
 
+    def __repr__(self) -> str:
+        given = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"Budget({', '.join(f'{name}={value!r}' for name, value in given)})"
+
     @property
     def limits(self) -> dict[str, float]:
         """The units that are limited to fractions, with these."""
@@ -82,9 +106,7 @@ class Budget:
 
     def floors(self, graph: ChannelGraph) -> np.ndarray:
         """The least width of every group (int64), ``round_to`` respected."""
-        named = self.at_least if isinstance(self.at_least, Mapping) else {}
-        for name in named:
-            graph.group(name)  # raises with the nearest name
+        named = graph.by_name(self.at_least) if isinstance(self.at_least, Mapping) else {}
         floors = []
         for group in graph.groups:
             wanted = named.get(group.name, 1) if isinstance(self.at_least, Mapping) else self.at_least
@@ -169,16 +191,16 @@ class Meter:
     Args:
         graph: the channel graph.
         budget: what may remain.
-        timing: how long forwards take; needed where the budget limits that, and only there.
+        latency: how long forwards take; needed where the budget limits that, and only there.
 
     Attributes:
         full: unit -> what the whole network has of it.
         allowed: limited unit -> how much of it may remain.
     """
 
-    def __init__(self, graph: ChannelGraph, budget: Budget, timing: Timed | None = None) -> None:
-        self.graph, self.timing = graph, timing
-        units = UNITS if timing is None else (*UNITS, LATENCY)
+    def __init__(self, graph: ChannelGraph, budget: Budget, latency: Timed | None = None) -> None:
+        self.graph, self.budget, self.latency = graph, budget, latency
+        units = UNITS if latency is None else (*UNITS, LATENCY)
         self.full: dict[str, float] = {unit: self._count(unit, graph.widths) for unit in units}
         for unit in budget.limits:
             if not self.full[unit]:
@@ -187,10 +209,11 @@ class Meter:
             unit: math.floor(f * self.full[unit] + 1e-9) for unit, f in budget.limits.items()
         }
         if budget.latency_ms is not None:
-            if timing is None:
+            if latency is None:
                 raise SecateurError(
                     "Budget(latency_ms=...): how long networks take is to be measured first; call prune(), or "
-                    "allocate(..., timing=secateur.Timing(model, graph)); what prunes while it trains cannot limit it"
+                    "allocate(..., latency=secateur.measure_latency(model, graph)); what prunes while it trains cannot "
+                    "limit it"
                 )
             self.allowed[LATENCY] = float(budget.latency_ms)
 
@@ -207,8 +230,8 @@ class Meter:
         if unit == "channels":
             return widths.sum(-1)
         if unit == LATENCY:
-            assert self.timing is not None
-            return self.timing.ms(widths)
+            assert self.latency is not None
+            return self.latency.ms(widths)
         terms = self.graph.macs_terms if unit == "macs" else self.graph.params_terms
         return terms.totals(self.graph.lengths(widths))
 
@@ -232,8 +255,8 @@ class Meter:
                 total += 1 / self.full[unit]
                 continue
             if unit == LATENCY:
-                assert self.timing is not None
-                total += self.timing.slope(widths) / self.full[unit]
+                assert self.latency is not None
+                total += self.latency.slope(widths) / self.full[unit]
                 continue
             terms = self.graph.macs_terms if unit == "macs" else self.graph.params_terms
             slope = terms.gradient(self.graph.lengths(widths))
@@ -251,11 +274,7 @@ class Meter:
         parts = []
         for unit in over:
             low = self._count(unit, least)
-            parts.append(
-                f"{unit}={self.allowed[unit] / self.full[unit]:.4g} asks for at most {self.allowed[unit]:,} of "
-                f"{self.full[unit]:,} {unit}; "
-                f"feasible are {low:,} ({_up(low / self.full[unit])}) to {self.full[unit]:,} (1)"
-            )
+            parts.append(asked(unit, self.budget.limits[unit], self.allowed[unit], low, self.full[unit]))
         advice = (
             ""
             if approximate or all(g.exact for g in self.graph.groups)
@@ -266,16 +285,20 @@ class Meter:
         )
 
 
-def _up(fraction: float) -> str:
+def asked(unit: str, fraction: float, allowed: float, least: float, full: float) -> str:
+    """What a limit that cannot be met asks for, and what would be feasible."""
+    return (
+        f"{unit}={fraction!r} asks for at most {allowed:,} of {full:,} {unit}; feasible are {least:,} "
+        f"({rounded_up(least / full)}) to {full:,} (1)"
+    )
+
+
+def rounded_up(fraction: float) -> str:
     """A fraction, rounded up to four digits, so that it is feasible as printed."""
     digits = 4 - math.floor(math.log10(fraction)) if fraction > 0 else 4
     return f"{min(1.0, math.ceil(fraction * 10**digits) / 10**digits):.{digits}g}"
 
 
-def budget_from(given: Mapping[str, object]) -> Budget:
-    """A budget from keyword arguments in a mapping, unknown ones refused."""
-    known = (*UNITS, LATENCY, "round_to", "at_least")
-    for key in given:
-        if key not in known:
-            raise unknown("budget", key, known)
-    return Budget(**given)  # type: ignore[arg-type]
+def budget_from(given: Mapping[str, Any]) -> Budget:
+    """A budget from keyword arguments in a mapping, as a recipe has them."""
+    return Budget(**given)

@@ -18,8 +18,8 @@ from functools import cached_property
 
 import numpy as np
 
-from secateur._internal.errors import SecateurError
-from secateur.allocation.budget import Budget
+from secateur._internal.errors import InfeasibleBudget, SecateurError
+from secateur.allocation.budget import Budget, asked, floor_of
 
 Box = tuple[int, int] | None
 """Rows and columns kept, or None for a layer that is left alone."""
@@ -99,10 +99,9 @@ class Room:
         return tuple(self._side(n) for n in choice.damage.shape)  # type: ignore[return-value]
 
     def _side(self, size: int) -> np.ndarray:
-        step, floor = self.budget.round_to, float(self.budget.at_least)  # type: ignore[arg-type]
-        least = math.ceil(floor * size) if floor < 1 else int(floor)
+        least = floor_of(self.budget.at_least, size)  # type: ignore[arg-type]
         allowed = np.arange(max(1, least), size + 1)
-        allowed = allowed[allowed % step == 0]
+        allowed = allowed[allowed % self.budget.round_to == 0]
         return allowed if len(allowed) else np.array([size])
 
     def used(self, boxes: Sequence[Box]) -> dict[str, int]:
@@ -142,12 +141,13 @@ class Room:
             return
         used = self.used(boxes)
         parts = [
-            f"{u}={self.budget.limits[u]:.4g} asks for at most {self.allowed[u]:,} of {self.totals[u]:,} {u}; feasible "
-            f"are {used[u]:,} ({used[u] / self.totals[u]:.4g}) to {self.totals[u]:,} (1)"
-            for u in self.allowed
-            if used[u] > self.allowed[u]
+            asked(u, self.budget.limits[u], limit, used[u], self.totals[u])
+            for u, limit in self.allowed.items()
+            if used[u] > limit
         ]
-        raise SecateurError(f"the budget cannot be met: {'; '.join(parts)}: raise it, or lower at_least= or round_to=")
+        raise InfeasibleBudget(
+            f"the budget cannot be met: {'; '.join(parts)}: raise it, or lower at_least= or round_to="
+        )
 
 
 def lagrangian(room: Room) -> list[Box]:
@@ -250,7 +250,9 @@ def threshold(room: Room, limit: float = 0.95) -> list[Box]:
         boxes = [_kept(choice, pair, bound, limit) for choice, pair in zip(room.choices, scores, strict=True)]
         if room.met(boxes):
             return boxes
-    raise SecateurError(f"rule='threshold' cannot meet the budget with limit={limit}: raise the limit, or the budget")
+    raise InfeasibleBudget(
+        f"rule='threshold' cannot meet {room.budget} with limit={limit}: raise the limit, or the budget"
+    )
 
 
 def _kept(choice: Choice, scores: tuple[np.ndarray, np.ndarray], bound: float, limit: float) -> Box:

@@ -14,6 +14,10 @@ def check_damping(damping: object) -> None:
     check_nonnegative("damping", damping)
 
 
+NOTHING = 1e-30
+"""What stands for the mean eigenvalue of a factor that is zero throughout."""
+
+
 def damped(matrix: Tensor, damping: float) -> Tensor:
     """A factor [..., n, n] plus ``damping`` times its mean eigenvalue on the diagonal, float64.
 
@@ -23,6 +27,7 @@ def damped(matrix: Tensor, damping: float) -> Tensor:
     check_damping(damping)
     matrix = matrix.double()
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    mean = torch.where(mean > 0, mean, NOTHING)  # a factor that is zero: whatever it couples costs nothing
     return matrix + damping * mean * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 

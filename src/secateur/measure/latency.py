@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from secateur._internal.batches import arguments
-from secateur._internal.errors import SecateurError
-from secateur._internal.state import eval_mode
+from secateur._internal.checks import check_count
+from secateur._internal.state import device_of, eval_mode
 
 
 @contextmanager
@@ -53,10 +53,9 @@ def latency(
     Raises:
         SecateurError: repeats, warm_up or threads are not positive whole numbers (warm_up may be 0).
     """
-    for name, value, least in (("repeats", repeats, 1), ("warm_up", warm_up, 0), ("threads", threads, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise SecateurError(f"{name}={value!r}: an integer of at least {least} is expected")
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    check_count("repeats", repeats)
+    check_count("warm_up", warm_up, 0)
+    check_count("threads", threads, optional=True)
     with threads_set(threads) as used:
         times = in_turn([model], inputs, repeats, warm_up, 1)
     low, median, high = np.percentile(times, (25, 50, 75)).tolist()
@@ -66,15 +65,15 @@ def latency(
         "min_ms": times.min().item(),
         "repeats": repeats,
         "threads": used,
-        "device": str(device),
+        "device": str(device_of(model)),
     }
 
 
 def in_turn(models: Sequence[nn.Module], inputs: Any, repeats: int, warm_up: int, turns: int) -> np.ndarray:
     """Milliseconds of forwards in eval mode without gradients, [models, turns, repeats].
 
-    In every turn each model has as many forwards as that, one after another and some before that do not count: a
-    model's weights are in the cache then as they are where it runs alone. What slows the machine down for a while slows
+    In every turn each model has so many forwards, one after another, and before them some that do not count. So a
+    model's weights are in the cache, as they are where it runs alone. What slows the machine down for a while slows
     down all models, so their ratios in a turn tell more than their times.
 
     Args:
@@ -90,13 +89,13 @@ def in_turn(models: Sequence[nn.Module], inputs: Any, repeats: int, warm_up: int
             modes.enter_context(eval_mode(model))
         for turn in range(turns):
             for number, model in enumerate(models):
-                device = next((t.device for t in model.parameters()), torch.device("cpu"))
+                device = device_of(model)
                 for forward in range(-warm_up, repeats):
                     args, kwargs = arguments(_copied(inputs, device))
-                    _wait(device)
+                    wait_for(device)
                     start = time.perf_counter()
                     model(*args, **kwargs)
-                    _wait(device)
+                    wait_for(device)
                     if forward >= 0:
                         times[number, turn, forward] = 1000 * (time.perf_counter() - start)
     return times
@@ -113,7 +112,7 @@ def _copied(inputs: Any, device: torch.device) -> Any:
     return tree_map(lambda value: value.to(device, copy=True) if isinstance(value, Tensor) else value, inputs)
 
 
-def _wait(device: torch.device) -> None:
-    """Let the device finish: work on a GPU is only queued."""
+def wait_for(device: torch.device) -> None:
+    """Let a device finish: work on a GPU is only queued."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)

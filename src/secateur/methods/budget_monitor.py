@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 
 import numpy as np
 import torch
@@ -20,13 +20,14 @@ class BudgetMonitor:
         model: the traced model.
         graph: its graph.
         budget: what may remain.
-        exclude: groups that shall stay whole.
+        without: groups that stay whole.
 
     Raises:
-        SecateurError: a budget that cannot be met, one that rounds widths.
+        InfeasibleBudget: a budget that cannot be met.
+        SecateurError: one that rounds widths.
     """
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, budget: Budget, exclude: Set[str]) -> None:
+    def __init__(self, model: nn.Module, graph: ChannelGraph, budget: Budget, without: Collection[str]) -> None:
         if not isinstance(budget, Budget):
             raise SecateurError(f"budget={budget!r}: a Budget is expected, for instance Budget(macs=0.5)")
         if budget.round_to != 1 or budget.at_least != 1:
@@ -36,18 +37,18 @@ class BudgetMonitor:
             )
         self.graph = graph
         self.meter = Meter(graph, budget)
-        self.own = [g.exact and g.name not in exclude for g in graph.groups]
-        least = [g.least if own else len(g) for g, own in zip(graph.groups, self.own, strict=True)]
-        self.meter.check_feasible(np.array(least, dtype=np.int64), approximate=False)
-        self.least = np.array([g.least for g in graph.groups], dtype=np.int64)
+        self.prunable = [g.exact and g.name not in without for g in graph.groups]
+        smallest = [g.least if can else len(g) for g, can in zip(graph.groups, self.prunable, strict=True)]
+        self.meter.check_feasible(np.array(smallest, dtype=np.int64), approximate=False)
+        self.least_widths = np.array([g.least for g in graph.groups], dtype=np.int64)
         self.names = {p: name for name, p in model.named_parameters()}
 
-    def follow(self, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    def replace_parameters(self, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Go on with the parameters of a cut model."""
         self.names = {replaced.get(p, p): name for p, name in self.names.items()}
 
     def groups_of(self, pruned: Set[nn.Parameter], ids: Tensor) -> Tensor:
-        """The group of each id, as an index; the number of groups for those that do not count.
+        """The group of each channel, as an index; the number of groups for those that do not count.
 
         A group counts if all that writes it is pruned: otherwise its channels are never wholly zero.
 
@@ -56,21 +57,21 @@ class BudgetMonitor:
             ids: int64 channel ids.
         """
         known = {self.names[p] for p in pruned if p in self.names}
-        many = len(self.graph.groups)
-        group_of = torch.full((1 + int(ids.max()) if len(ids) else 1,), many)
-        for number, (group, own) in enumerate(zip(self.graph.groups, self.own, strict=True)):
-            if own and all(axis.name in known for axis in group.producers):
+        none = len(self.graph.groups)
+        group_of = torch.full((1 + int(ids.max()) if len(ids) else 1,), none)
+        for number, (group, can) in enumerate(zip(self.graph.groups, self.prunable, strict=True)):
+            if can and all(axis.name in known for axis in group.producers):
                 channels = torch.from_numpy(group.channels)
                 group_of[channels[channels < len(group_of)]] = number
         return group_of[ids]
 
-    def met(self, dead: Tensor, group_of: Tensor) -> bool:
+    def is_met(self, zero: Tensor, group_of: Tensor) -> bool:
         """Whether the network without its zero channels is within the budget.
 
         Args:
-            dead: bool, by channel; what has been cut off is not among them.
+            zero: bool, by channel; what has been cut off is not among them.
             group_of: int64, by channel, from :meth:`groups_of`.
         """
-        alive = torch.bincount(group_of[~dead], minlength=len(self.least) + 1)[:-1].cpu().numpy()
-        counted = np.isin(np.arange(len(self.least)), group_of.unique().cpu().numpy())
-        return self.meter.met(np.where(counted, np.maximum(alive, self.least), self.graph.widths))
+        alive = torch.bincount(group_of[~zero], minlength=len(self.least_widths) + 1)[:-1].cpu().numpy()
+        counted = np.isin(np.arange(len(self.least_widths)), group_of.unique().cpu().numpy())
+        return self.meter.met(np.where(counted, np.maximum(alive, self.least_widths), self.graph.widths))

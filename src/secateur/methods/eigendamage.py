@@ -1,277 +1,261 @@
-"""EigenDamage in one call (arXiv 1905.05934): factors, eigenbases, damages, boxes within a budget, bottlenecks."""
+"""EigenDamage (arXiv 1905.05934): factors, eigenbases, damages, boxes within a budget, bottlenecks.
+
+No channel graph is needed: any model whose linears and convolutions are modules will do. Layers become bottlenecks in
+the eigenbasis of their curvature; widths between them stay. Several processes: rank 0 decides what stays, and all get
+its network.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from secateur._internal.batches import Inputs, call_model
-from secateur._internal.errors import SecateurError, unknown
-from secateur._internal.workload import Workload
+from secateur._internal.batches import Inputs
+from secateur._internal.checks import check_choice, check_flag, check_names, check_open_fraction
+from secateur._internal.distributed import Group, broadcast_
+from secateur._internal.errors import SecateurError
+from secateur._internal.workload import Needs, Workload
 from secateur.allocation.budget import Budget
-from secateur.allocation.rank_allocation import Choice, Room, Shape, lagrangian, threshold
+from secateur.allocation.rank_allocation import Box, Choice, Room, Shape, lagrangian, threshold
 from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, second_moments
 from secateur.curvature.fisher import Fisher
-from secateur.curvature.kronecker import kronecker_factors
-from secateur.curvature.layers import measurable
+from secateur.curvature.kronecker import factors_of
+from secateur.curvature.layers import CONVOLUTIONS
+from secateur.methods.contract import METHODS, described, measured_counts, settings_from
+from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
+from secateur.repair.contract import LEFT_WHOLE
+from secateur.result import Counts, Result
 from secateur.surgery.low_rank.bottleneck import Bottleneck, bottlenecked, three
+from secateur.surgery.low_rank.replaceable import Candidate, Probed, probe, width
+from secateur.surgery.low_rank.separable import check_how, separable, separate
+from secateur.tracing.selection import Exclude
 
-EIGENDAMAGE = "eigendamage"
 RULES = ("lagrangian", "threshold")
-CUTTING = ("rule", "limit", "train_rotations")
-"""The options of :meth:`Damages.cut`; the others are those of :func:`measure_damage`."""
 
 
 def eigendamage(
     model: nn.Module,
     example_inputs: Inputs,
+    budget: Budget,
     *,
     data: Iterable[Any],
-    budget: Budget,
-    loss: Any = "cross_entropy",
-    rule: str = "lagrangian",
-    limit: float = 0.95,
-    ekfac: bool = False,
-    layers: Sequence[str] | None = None,
-    train_rotations: bool = True,
-    fisher: str = "sampled",
-    samples: int = 1,
-    batches: int | None = None,
-    seed: int = 0,
-) -> nn.Module:
+    loss: Any = None,
+    settings: EigenDamage | None = None,
+    group: Group = None,
+    progress: bool = False,
+    **options: Any,
+) -> Result:
     """Make a model smaller in the eigenbasis of its curvature: layers become bottlenecks, widths between them stay.
 
-    No channel graph is needed: any model whose linears and convolutions are modules will do. Done again on its own
-    result, the new bases are merged with the old ones and a layer stays three layers.
+    Done again on its own result, the new bases are merged with the old ones and a layer stays three layers.
 
     Args:
         model: the model; it is left untouched.
         example_inputs: as for :func:`secateur.trace`; MACs refer to their shapes.
-        data: batches (inputs, targets), passed over once (twice with ``ekfac``): something that can be iterated again.
         budget: what may remain, in MACs, parameters or both.
-        loss: as for :func:`secateur.kronecker_factors`.
+        data: batches (:mod:`secateur._internal.batches`), passed over once (twice with ``ekfac``): something that can
+            be iterated again. Where ``torch.distributed`` runs, every process gives its shard.
+        loss: the loss (:mod:`secateur._internal.losses`); not needed where batches have labels for the model's own.
+        settings: of the method; or their fields as keyword arguments.
+        group: the processes that work along; ``None`` for all there are.
+        progress: show how far it is.
+        **options: fields of :class:`EigenDamage`.
+
+    Returns:
+        A result whose ``model`` is a new module that remembers what was done. ``facts["left whole"]`` says which layers
+        stay as they were, and why: layers that compute something else than their weight times their input, whose weight
+        is used elsewhere, that have hooks, or in whose place the model's Python bears no other module;
+        ``"bottlenecks"`` how many rows and columns each other one keeps.
+
+    Raises:
+        InfeasibleBudget: a budget that cannot be met, before any pass over the data.
+        NothingToPrune: no layer can become a bottleneck.
+        SecateurError: unknown options, bad values, what the factors refuse.
+    """
+    method = settings_from(EigenDamage, settings, options, "eigendamage", ("budget", "data", "loss", "group"))
+    work = Workload(model, data, loss, inputs=example_inputs, group=group, progress=progress)
+    return method.apply(model, example_inputs, budget, work)
+
+
+@METHODS.register("eigendamage")
+@dataclass(frozen=True)
+class EigenDamage:
+    """Layers as bottlenecks in the eigenbasis of their curvature, within a budget.
+
+    Attributes:
         rule: ``"lagrangian"``: the least total damage within the budget; ``"threshold"``: the published rule, one
             threshold for all rows and columns.
         limit: for ``"threshold"``: no layer loses a larger part of its rows or columns.
         ekfac: take second moments in the eigenbasis, in a second pass over the data.
-        layers: which may become bottlenecks; all but the last one if not given.
+        layers: the paths of those that may become bottlenecks; all but the last one if not given.
+        exclude: what stays whole: patterns of module paths, modules, or types of modules. Layers that do not require
+            gradients stay whole too.
         train_rotations: whether the rotations are trained afterwards.
-        fisher: as for the factors, like ``samples``, ``batches`` and ``seed``.
+        separable: make convolutional bottlenecks depthwise-separable at the end: ``"cp"`` or ``"svd"``, see
+            :func:`secateur.separate`.
+        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``, see :class:`secateur.curvature.fisher.Fisher`.
         samples: draws of targets for each example.
         batches: use at most so many.
         seed: for the drawn targets.
-
-    Returns:
-        A new module, which remembers what was done.
-
-    Raises:
-        SecateurError: a budget that cannot be met, before any pass over the data; what the factors refuse.
-    """
-    check_rule(rule, limit, budget)
-    check_budget(model, example_inputs, budget, layers)
-    damages = measure_damage(
-        model, example_inputs, data=data, loss=loss, ekfac=ekfac, layers=layers, fisher=fisher, samples=samples,
-        batches=batches, seed=seed,
-    )  # fmt: skip
-    return damages.cut(budget, rule=rule, limit=limit, train_rotations=train_rotations)
-
-
-def check_budget(model: nn.Module, example_inputs: Inputs, budget: Budget, layers: Sequence[str] | None = None) -> None:
-    """Raise if no bottlenecks can meet the budget, with what is feasible; no data is needed for that."""
-    parts, _ = _parts(model, layers)
-    seen = _measure(model, example_inputs, parts)
-    _room(model, seen, [_choice(p, None, seen.positions[p.name]) for p in parts], budget).check()
-
-
-def check_rule(rule: str, limit: float, budget: Budget | None = None) -> None:
-    """Raise if there is no such rule, no such limit, or the rule knows not all of the budget."""
-    if rule not in RULES:
-        raise unknown("rule", rule, RULES)
-    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < 1:
-        raise SecateurError(f"limit={limit!r}: a fraction between 0 and 1 is expected")
-    if rule == "threshold" and isinstance(budget, Budget) and (budget.round_to != 1 or budget.at_least != 1):
-        raise SecateurError("rule='threshold' knows no round_to= and no at_least=: leave them out, or use 'lagrangian'")
-
-
-@dataclass(frozen=True, eq=False)
-class Damages:
-    """What the passes over the data found, from which networks of any size can be cut.
-
-    Attributes:
-        model: the model.
-        inputs: its example inputs.
-        bases: by the name of the layer (or bottleneck), rows and columns by their damage, the largest first.
-        choices: the damages and costs of every layer.
-        skipped: layers that stay as they are, and why.
     """
 
-    model: nn.Module
-    inputs: Inputs
-    bases: Mapping[str, Eigenbasis]
-    choices: Sequence[Choice]
-    skipped: Mapping[str, str]
-    _seen: _Seen
+    needs: ClassVar[Needs] = Needs(data=True, loss=True)
+    plans: ClassVar[bool] = False
+    rule: str = "lagrangian"
+    limit: float = 0.95
+    ekfac: bool = False
+    layers: Sequence[str] | None = None
+    exclude: Exclude = ()
+    train_rotations: bool = True
+    separable: str | None = None
+    fisher: str = "sampled"
+    samples: int = 1
+    batches: int | None = None
+    seed: int = 0
 
-    def cut(
-        self, budget: Budget, *, rule: str = "lagrangian", limit: float = 0.95, train_rotations: bool = True
-    ) -> nn.Module:
-        """The model within a budget; arguments as for :func:`eigendamage`."""
-        check_rule(rule, limit, budget)
-        room = _room(self.model, self._seen, self.choices, budget)
-        boxes = lagrangian(room) if rule == "lagrangian" else threshold(room, limit)
+    def __post_init__(self) -> None:
+        check_choice("rule", self.rule, RULES)
+        check_open_fraction("limit", self.limit)
+        check_flag("ekfac", self.ekfac)
+        if self.layers is not None:
+            check_names("layers", self.layers, "layers' paths")
+        check_exclude(self.exclude)
+        check_flag("train_rotations", self.train_rotations)
+        if self.separable is not None:
+            check_how(self.separable)
+        self.how(0)
+
+    def how(self, further: int) -> Fisher:
+        """The Fisher of one of the passes over the data; each draws targets of its own."""
+        return Fisher(self.fisher, self.samples, self.batches, self.seed + further)
+
+    def before_last(self) -> EigenDamage:
+        """The settings of all rounds but the last: what is separable cannot be rotated again."""
+        return replace(self, separable=None)
+
+    def check(self, model: nn.Module, inputs: Inputs, budget: Budget | None) -> None:
+        """Raise if no bottlenecks can meet the budget, with what is feasible; no data is needed for that.
+
+        Raises:
+            InfeasibleBudget: none can.
+            NothingToPrune: no layer can become a bottleneck.
+            SecateurError: a budget that the rule does not know, separable layers where there is no convolution.
+        """
+        probed, _, _ = self._begin(model, inputs, budget)
+        cores = [three(part.module)[1] for part in probed.candidates]
+        if self.separable is not None and not any(isinstance(core, CONVOLUTIONS) for core in cores):
+            raise SecateurError(
+                f"separable={self.separable!r}: no layer that can become a bottleneck is a convolution; leave it out"
+            )
+
+    def apply(self, model: nn.Module, inputs: Inputs, budget: Budget | None, work: Workload) -> Result:
+        """See :func:`eigendamage`. Once measured, the curvature serves for every budget at the same table."""
+        work.require(self.needs, "eigendamage")
+        probed, before, allowed = self._begin(model, inputs, budget)
+        parts, left = probed.candidates, dict(probed.left)
+        bases, unmeasured = work.once(self._key(parts), lambda: self._bases(work, parts))
+        left |= unmeasured
+        parts = [part for part in parts if part.name in bases]
+        sorted_bases = {part.name: _sorted(bases[part.name]) for part in parts}
+        choices = [_choice(part, sorted_bases[part.name]) for part in parts]
+        room = _room(choices, before, allowed)
+        boxes = _agreed(lagrangian(room) if self.rule == "lagrangian" else threshold(room, self.limit), work)
+
         kept = {
             choice.name: (torch.arange(box[0]), torch.arange(box[1]))
-            for choice, box in zip(self.choices, boxes, strict=True)
+            for choice, box in zip(choices, boxes, strict=True)
             if box is not None
         }
-        small = bottlenecked(self.model, self.bases, kept, train_rotations=train_rotations)
-        real = {"macs": _measure(small, self.inputs, ()).macs, "params": sum(p.numel() for p in small.parameters())}
-        over = [unit for unit, allowed in room.allowed.items() if real[unit] > allowed]
-        if over:
+        small = bottlenecked(model, sorted_bases, kept, train_rotations=self.train_rotations)
+        after = measured_counts(small, inputs)
+        _check_met(room, after)
+        facts: dict[str, Any] = {
+            "chosen": {"method": described(self)},
+            "bottlenecks": {name: [len(rows), len(columns)] for name, (rows, columns) in kept.items()},
+            LEFT_WHOLE: left,
+        }
+        if self.separable is not None:
+            facts["separated"] = separable(small)
+            if facts["separated"]:
+                small = separate(small, self.separable)
+                after = measured_counts(small, inputs)
+            else:
+                facts["remarks"] = ["separable: the budget made no convolution a bottleneck, so none is"]
+        _share_weights(small, work)
+        facts |= {"forwards": work.forwards, "notices": list(work.notices)}
+        return Result(small, before, after, facts=facts)
+
+    def _begin(self, model: nn.Module, inputs: Inputs, budget: Budget | None) -> tuple[Probed, Counts, Budget]:
+        """What can become a bottleneck, what the model costs, and the budget, which such bottlenecks can meet."""
+        if not isinstance(budget, Budget):
             raise SecateurError(
-                f"eigendamage: the result has {real[over[0]]:,} {over[0]} where {room.allowed[over[0]]:,} are allowed: "
-                "a layer is used in a way that was not seen; name the layers that may become bottlenecks (layers=)"
+                f"eigendamage(budget={budget!r}): a Budget is expected, for instance Budget(params=0.3)"
             )
-        return small
-
-
-def measure_damage(
-    model: nn.Module,
-    example_inputs: Inputs,
-    *,
-    data: Iterable[Any],
-    loss: Any = "cross_entropy",
-    ekfac: bool = False,
-    layers: Sequence[str] | None = None,
-    fisher: str = "sampled",
-    samples: int = 1,
-    batches: int | None = None,
-    seed: int = 0,
-) -> Damages:
-    """The passes over the data, without a budget; arguments as for :func:`eigendamage`."""
-    parts, skipped = _parts(model, layers)
-    seen = _measure(model, example_inputs, parts)
-    passing: dict[str, Any] = {"fisher": fisher, "samples": samples, "batches": batches}
-    curvature = kronecker_factors(model, data, loss, layers=[p.core for p in parts], bias=False, seed=seed, **passing)
-    bases = {name: eigenbasis_of(factors) for name, factors in curvature.items()}
-    if ekfac:
-        moments = second_moments(Workload(model, data, loss), bases, Fisher(fisher, samples, batches, seed + 1))
-        bases, skipped = dict(moments.bases), {**skipped, **moments.skipped}
-    sorted_bases = {p.name: _sorted(bases[p.core]) for p in parts if p.core in bases}
-    choices = [_choice(p, sorted_bases[p.name], seen.positions[p.name]) for p in parts if p.core in bases]
-    return Damages(model, example_inputs, sorted_bases, choices, {**skipped, **curvature.skipped}, seen)
-
-
-def _room(model: nn.Module, seen: _Seen, choices: Sequence[Choice], budget: Budget) -> Room:
-    if not isinstance(budget, Budget):
-        raise SecateurError(f"eigendamage(budget={budget!r}): a Budget is expected, for instance Budget(params=0.3)")
-    return Room(choices, {"macs": seen.macs, "params": sum(p.numel() for p in model.parameters())}, budget)
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A layer that may become a bottleneck, or a bottleneck that may become smaller.
-
-    Attributes:
-        name: its path.
-        core: the path of the layer whose curvature decides.
-        module: it.
-    """
-
-    name: str
-    core: str
-    module: Any
-
-
-def _parts(model: nn.Module, names: Sequence[str] | None) -> tuple[list[_Part], dict[str, str]]:
-    """The named layers, or all but the last; and of these the ones that must stay as they are, with reasons."""
-    inside: set[str] = set()
-    every: dict[str, _Part] = {}
-    for name, module in model.named_modules():
-        if name in inside:
-            continue
-        if isinstance(module, Bottleneck):
-            inside |= {f"{name}.{i}" for i in range(3)}
-            every[name] = _Part(name, f"{name}.1", module)
-        elif measurable(module):
-            every[name] = _Part(name, name, module)
-    for name in names or ():
-        if name not in every:
+        if self.rule == "threshold" and (budget.round_to != 1 or budget.at_least != 1):
             raise SecateurError(
-                f"layers: {name!r} is no linear or convolution of this model; there are {', '.join(every)}"
+                "rule='threshold' knows no round_to= and no at_least=: leave them out, or use 'lagrangian'"
             )
-    chosen = [every[n] for n in names] if names is not None else list(every.values())[:-1]
-    skipped = {p.name: reason for p in chosen if (reason := _unfit(model, p))}
-    chosen = [p for p in chosen if p.name not in skipped]
-    if not chosen:
-        told = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in skipped.items())
-        raise SecateurError(f"no layer can become a bottleneck ({told or 'the last one stays as it is'})")
-    return chosen, skipped
+        probed = probe(model, inputs, self.layers, {**excluded_layers(model, self.exclude), **frozen_layers(model)})
+        before = measured_counts(model, inputs)
+        _room([_choice(part, None) for part in probed.candidates], before, budget).check()
+        return probed, before, budget
+
+    def _key(self, parts: Sequence[Candidate]) -> tuple[Any, ...]:
+        """What the bases depend on."""
+        return ("eigendamage", self.how(0), self.ekfac, tuple(part.core for part in parts))
+
+    def _bases(self, work: Workload, parts: Sequence[Candidate]) -> tuple[dict[str, Eigenbasis], dict[str, str]]:
+        """The passes over the data: bases by the names of the candidates, and those that have none -> why."""
+        cores = [part.core for part in parts]
+        curvature = factors_of(work, self.how(0), form="channel", layers=cores, bias=False)
+        bases = {name: eigenbasis_of(factors) for name, factors in curvature.items()}
+        skipped = dict(curvature.skipped)
+        if self.ekfac:
+            moments = second_moments(work, bases, self.how(1))
+            bases, skipped = dict(moments.bases), {**skipped, **moments.skipped}
+        found = {part.name: bases[part.core] for part in parts if part.core in bases}
+        return found, {part.name: skipped[part.core] for part in parts if part.core not in bases}
 
 
-def _unfit(model: nn.Module, part: _Part) -> str:
-    """Why a layer stays as it is, if it must."""
-    if getattr(three(part.module)[1], "groups", 1) > 1:
-        return "a grouped convolution"
-    weight = part.module.get_parameter("1.weight" if isinstance(part.module, Bottleneck) else "weight")
-    places = sum(p is weight for module in model.modules() for p in module._parameters.values())
-    paths = sum(module is part.module for _, module in model.named_modules(remove_duplicate=False))
-    return "its weight is used at several places" if places > 1 or paths > 1 else ""
+def _room(choices: Sequence[Choice], before: Counts, budget: Budget) -> Room:
+    """What the budget allows."""
+    return Room(choices, {"macs": before.macs, "params": before.params}, budget)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What one forward on the example inputs shows: MACs of all, and per layer its input's and output's positions."""
-
-    macs: int
-    positions: Mapping[str, tuple[int, int]]
+def _agreed(boxes: Sequence[Box], work: Workload) -> list[Box]:
+    """The boxes that rank 0 has chosen."""
+    found = work.agree([None if box is None else [int(side) for side in box] for box in boxes])
+    return [None if box is None else (box[0], box[1]) for box in found]
 
 
-def _measure(model: nn.Module, inputs: Inputs, parts: Sequence[_Part]) -> _Seen:
-    positions: dict[str, list[int]] = {p.name: [0, 0] for p in parts}
+@torch.no_grad()
+def _share_weights(model: nn.Module, work: Workload) -> None:
+    """Let all processes have rank 0's weights: eigenvectors are found anew in each, and may differ in their signs."""
+    if work.processes > 1:
+        for p in model.parameters():
+            p.copy_(broadcast_(p.detach().contiguous(), work.group))
 
-    def attach(part: _Part) -> Any:
-        def hook(module: nn.Module, given: Any, out: Tensor) -> None:
-            first, _, last = three(module)
-            for i, (tensor, layer, inward) in enumerate(((given[0], first, True), (out, last, False))):
-                positions[part.name][i] += tensor.numel() // _width(layer, inward=inward)
 
-        return part.module.register_forward_hook(hook)
-
-    handles = [attach(p) for p in parts]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            call_model(model, inputs)
-    except Exception as error:
+def _check_met(room: Room, after: Counts) -> None:
+    """Raise if the real counts are above the budget, whatever was planned."""
+    real = {"macs": after.macs, "params": after.params}
+    over = [unit for unit, allowed in room.allowed.items() if real[unit] > allowed]
+    if over:
         raise SecateurError(
-            f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, mode in modes:
-            m.training = mode
-    return _Seen(counter.get_total_flops() // 2, {n: (a, b) for n, (a, b) in positions.items()})
+            f"eigendamage: the result has {real[over[0]]:,} {over[0]} where {room.allowed[over[0]]:,} are allowed: "
+            "a layer is used in a way that was not seen; name the layers that may become bottlenecks (layers=)"
+        )
 
 
-def _width(layer: Any, *, inward: bool) -> int:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features if inward else layer.out_features
-    return layer.in_channels if inward else layer.out_channels
-
-
-def _choice(part: _Part, basis: Eigenbasis | None, positions: tuple[int, int]) -> Choice:
+def _choice(part: Candidate, basis: Eigenbasis | None) -> Choice:
     """The layer's costs; with a basis also its damages."""
-    module, (before, after) = part.module, positions
+    module, (before, after) = part.module, part.positions
     first, core, last = three(module)
-    wide_in, wide_out = _width(first, inward=True), _width(last, inward=False)
+    wide_in, wide_out = width(first, inward=True), width(last, inward=False)
     rows, columns = core.weight.shape[:2]
     taps = core.weight[0, 0].numel()
     shapes = {}

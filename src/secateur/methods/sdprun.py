@@ -22,11 +22,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur._internal.distributed import Group, broadcast_json
 from secateur._internal.errors import SecateurError, unknown
 from secateur.allocation.budget import Budget
 from secateur.methods.budget_monitor import BudgetMonitor
+from secateur.plan import Plan
+from secateur.surgery.zero_channels import zero_plan
 from secateur.tracing.channel_rows import Channels, HasGroups, producer_axes
 from secateur.tracing.graph import ChannelGraph, ChannelGroup, fingerprint
+from secateur.tracing.selection import Exclude, excluded
 
 WEIGHTS = ("none", "sqrt")
 _ALLOWED = {
@@ -72,15 +76,17 @@ class SDPrun(torch.optim.Optimizer):
         weights: ``"none"``: ``w = 1``; ``"sqrt"``: the root of the channel's number of elements, so that large channels
             are not spared for their size (a ``c`` smaller by about that root does the same work then); or numbers by
             group name, 1 for groups that are not named.
-        exclude: names of groups that are not pruned.
+        exclude: what is not pruned: patterns of group names or module paths, modules, or types of modules.
         budget: what may remain (ours, not of the paper): the threshold grows until the network without its zero
             channels is within the budget, and then stands still; it grows on if channels come back to life. With a
             constant threshold those that stay go to a stationary point of the plain loss, so that nothing is left of
-            the shrinkage: choose ``c`` for the budget to be reached well before the end. :attr:`reached` tells.
+            the shrinkage: choose ``c`` for the budget to be reached well before the end, which
+            :attr:`reached` tells. Of several processes, rank 0 decides whether it is met.
         prox_every: K: the threshold grows in each step, but is applied in each K-th only. In between ``theta`` takes
             the same gradient steps as ``v``, from where the last threshold left it, so zeros may move. End the training
             on a multiple of K.
         param_groups: parameters, or dicts with their own ``lr``, ``c`` or ``mu``, as for any optimizer; default: all.
+        group: the processes that train along; ``None`` for all there are.
 
     Raises:
         SecateurError: bad values, a graph of another model, nothing to prune, or a channel that spans param groups with
@@ -96,10 +102,11 @@ class SDPrun(torch.optim.Optimizer):
         mu: float = 0.6,
         *,
         weights: str | Mapping[str, float] = "none",
-        exclude: Iterable[str] = (),
+        exclude: Exclude = (),
         budget: Budget | None = None,
         prox_every: int = 1,
         param_groups: Iterable[Any] | None = None,
+        group: Group = None,
     ) -> None:
         traced = getattr(graph, "fingerprint", None)
         if traced is not None and traced != fingerprint(model):
@@ -110,17 +117,19 @@ class SDPrun(torch.optim.Optimizer):
         by_name = _check_weights(weights, graph) if isinstance(weights, Mapping) else None
         if by_name is None and weights not in WEIGHTS:
             raise unknown("weights", weights, WEIGHTS)
-        excluded = frozenset([exclude] if isinstance(exclude, str) else exclude)
-        _check_groups(excluded, graph, "exclude")
+        self.skipped = _excluded(model, graph, exclude)
         if isinstance(prox_every, bool) or not isinstance(prox_every, int) or prox_every < 1:
             raise SecateurError(f"SDPrun(prox_every={prox_every!r}): a whole number of steps, 1 or more, is expected")
-        self._axes = producer_axes(model, _Without(graph, excluded))
+        self._axes = producer_axes(model, _Without(graph, frozenset(self.skipped)))
         self._weights = None if by_name is None else _by_channel(by_name, graph)
         self._monitor: BudgetMonitor | None = None
         if budget is not None:
             if not isinstance(graph, ChannelGraph):
                 raise SecateurError("SDPrun(budget=...): the graph must be one that trace(model, inputs) gives")
-            self._monitor = BudgetMonitor(model, graph, budget, excluded)
+            self._monitor = BudgetMonitor(model, graph, budget, self.skipped)
+        self.group = group
+        self._graph: HasGroups | None = graph
+        self._names = dict(model.named_parameters())
         self._key: list[Any] | None = None  # what the present _pruned and _plain were made for
         self._pruned: _Pruned
         self._plain: list[list[nn.Parameter]] = []
@@ -153,8 +162,46 @@ class SDPrun(torch.optim.Optimizer):
         """Whether the zero channels met the budget in the last step."""
         return any(group.get("held", False) for group in self.param_groups)
 
+    @property
+    def done(self) -> bool:
+        """Whether all is zero that shall be: the budget is :attr:`reached`; without a budget there is no end."""
+        return self.reached
+
+    @property
+    def steps_needed(self) -> int | None:
+        """How many steps it takes at least: nobody knows, since it depends on the gradients."""
+        return None
+
+    def plan(self) -> Plan:
+        """The plan that removes every channel that is zero now, for :func:`secateur.cut`.
+
+        Raises:
+            SecateurError: the model was cut already, or the graph is none of :func:`secateur.trace`.
+        """
+        if self._graph is None:
+            raise SecateurError(
+                "SDPrun.plan(): the optimizer follows a model that was cut, which its graph does not describe; trace "
+                "the smaller model, and call zero_channels(model, graph)"
+            )
+        if not isinstance(self._graph, ChannelGraph):
+            raise SecateurError("SDPrun.plan(): the graph must be one that trace(model, inputs) gives")
+        return zero_plan(self._names, self._graph, without=self.skipped)
+
+    def detach(self) -> None:
+        """Prune no more: from now on this is plain SGD, from the weights as they are; zeros may move."""
+        for group in self.param_groups:
+            group["c"], group["g"] = 0.0, 0.0
+            if "held" in group:
+                group["held"] = False
+            for p in group["params"]:
+                self.state.pop(p, None)
+        self._key = None
+
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_axes": self._axes, "_weights": self._weights, "_monitor": self._monitor}
+        own = {
+            "_axes": self._axes, "_weights": self._weights, "_monitor": self._monitor, "_graph": self._graph,
+            "_names": self._names, "skipped": self.skipped, "group": self.group,
+        }  # fmt: skip
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -198,9 +245,10 @@ class SDPrun(torch.optim.Optimizer):
             return v[k] if grad is None else v[k].add_(grad, alpha=-rates[k])
 
         if apply_threshold and v:
-            dead = self._pruned.shrink(v, stepped, [group["g"] for group in self.param_groups])
+            zero = self._pruned.shrink(v, stepped, [group["g"] for group in self.param_groups])
             if self._monitor is not None:
-                held = self._monitor.met(dead, self._groups_of)
+                held = self._monitor.is_met(zero, self._groups_of)
+                held = broadcast_json(held, self._pruned.weight.device, self.group)
                 for group in self.param_groups:
                     group["held"] = held
         return loss
@@ -245,7 +293,9 @@ class SDPrun(torch.optim.Optimizer):
         for group in self.param_groups:
             group["params"] = [replaced.get(p, p) for p in group["params"]]
         if self._monitor is not None:
-            self._monitor.follow(replaced)
+            self._monitor.replace_parameters(replaced)
+        if replaced:
+            self._graph = None
         self._key = None
 
     def _v(self, p: nn.Parameter) -> Tensor:
@@ -309,11 +359,20 @@ class _Without:
     """A graph without some of its groups."""
 
     graph: HasGroups
-    excluded: frozenset[str]
+    without: frozenset[str]
 
     @property
     def groups(self) -> list[ChannelGroup]:
-        return [group for group in self.graph.groups if group.name not in self.excluded]
+        return [group for group in self.graph.groups if group.name not in self.without]
+
+
+def _excluded(model: nn.Module, graph: HasGroups, exclude: Exclude) -> dict[str, str]:
+    """The groups that are not pruned -> why; of parameters that are not trained a group prunes the others."""
+    if isinstance(graph, ChannelGraph):
+        return excluded(model, graph, exclude, frozen=False)
+    if exclude not in ((), []):
+        raise SecateurError("SDPrun(exclude=...): the graph must be one that trace(model, inputs) gives")
+    return {}
 
 
 def _check_groups(names: Iterable[str], graph: HasGroups, argument: str) -> None:

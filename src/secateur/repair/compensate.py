@@ -89,7 +89,7 @@ class Compensate:
         positions: use so many positions of each batch.
     """
 
-    needs: ClassVar[Needs] = Needs(data=True, loss=True)
+    needs: ClassVar[Needs] = Needs(data=True, loss=True, plan=True)
     at: str = "producers"
     damping: float = DAMPING
     fisher: str = "sampled"

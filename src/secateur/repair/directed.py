@@ -85,7 +85,7 @@ class Directed(NullSpace):
         damping: likewise.
     """
 
-    needs: ClassVar[Needs] = Needs(data=True, loss=True)
+    needs: ClassVar[Needs] = Needs(data=True, loss=True, plan=True)
     mode: str = "valley"
     shift: float = 0.0
     damping: float | None = None

@@ -115,7 +115,7 @@ class Refit:
         damping: in units of the mean square of the layer's inputs.
     """
 
-    needs: ClassVar[Needs] = Needs(data=True)
+    needs: ClassVar[Needs] = Needs(data=True, plan=True)
     examples: int = 1024
     positions: int | None = None
     damping: float = DAMPING

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from secateur._internal.errors import SecateurError
+from secateur._internal.extras import extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,12 +16,10 @@ def new_figure(panels: int = 1, *, width: float = 5.0, height: float = 3.5) -> t
     """An empty figure and its axes, one a panel.
 
     Raises:
-        SecateurError: matplotlib is not installed.
+        MissingExtra: matplotlib is not installed.
     """
-    try:
+    with extra("lab", "a figure"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SecateurError("figures need matplotlib: pip install 'secateur[report]'") from error
     figure = Figure(figsize=(width * panels, height), layout="constrained")
     axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
     for one in axes:

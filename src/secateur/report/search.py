@@ -1,4 +1,4 @@
-"""What a search of widths learned, as a figure."""
+"""What the strategy ``"bandit"`` learned, as a figure."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ if TYPE_CHECKING:
 
 
 def draw_search(table: Sequence[Mapping[str, Any]]) -> Figure:
-    """Every width that was tried: how good it looks, how often it was played, what was ruled out and what was found.
+    """Draw every width that was tried: how good it looks, how often it was played, what was ruled out, what was found.
 
     Args:
-        table: ``search.table``, or ``result.facts["search"]["table"]`` of :func:`secateur.prune`.
+        table: ``result.facts["search"]["table"]`` of :func:`secateur.prune` with ``strategy="bandit"``.
+
+    Raises:
+        SecateurError: an empty table: no group had a choice of widths.
     """
     if not table:
-        raise SecateurError("draw_search: the table is empty; draw it after the search, see secateur.Search")
+        raise SecateurError(
+            "draw_search: the table is empty, for no group had a choice of widths; give other ratios, see "
+            "secateur.Bandit"
+        )
     names = list(dict.fromkeys(row["group"] for row in table))
     figure, (axes,) = new_figure(width=6.4, height=1.4 + 0.28 * len(names))
     most = max(row["plays"] for row in table) or 1

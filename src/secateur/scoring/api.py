@@ -74,7 +74,7 @@ def _checked(scores: object, graph: ChannelGraph) -> Scores:
             f"score: a criterion gives a dict from group name to scores, this one gave {type(scores).__name__}"
         )
     result = Scores(skipped=getattr(scores, "skipped", {}))
-    for name, values in scores.items():
+    for name, values in graph.by_name(scores).items():
         due = len(graph.group(name))
         try:
             tensor = torch.as_tensor(values).detach()

@@ -14,15 +14,16 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs, call_model, tensors_in
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import CannotCut, SecateurError
 from secateur._internal.state import eval_mode
-from secateur.plan import Plan
+from secateur.plan import Plan, cannot_cut
 from secateur.surgery.optimizer_remapper import OptimizerRemapper
 from secateur.surgery.records import add_to_record
 from secateur.tracing.copying import copy_module
 from secateur.tracing.graph import fingerprint
-from secateur.tracing.slices import remember_sizes, sliced
-from secateur.tracing.tracer import copyable
+from secateur.tracing.proof import verify
+from secateur.tracing.skeleton import copyable
+from secateur.tracing.slices import Patched, patch, patches, remembered, sliced
 
 
 def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
@@ -39,6 +40,7 @@ def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> 
 
     Raises:
         SecateurError: the plan was made for another model, or the result does not run on the traced example inputs.
+        CannotCut: the plan was made without the proof (:attr:`secateur.Plan.proven`), and the model does not bear it.
     """
     with torch.inference_mode(False):  # what is made in it could never be trained
         return _cut(model, plan, optimizer)
@@ -46,12 +48,13 @@ def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> 
 
 def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None) -> nn.Module:
     check_plan(model, plan)
+    plan = replace(proven(model, plan), patched=patched(model, plan))
     follower = OptimizerRemapper(model, plan, optimizer) if optimizer is not None else None
     new = {id(t): _remaining(t, plan.slices.get(n, {})) for n, t in (*model.named_parameters(), *model.named_buffers())}
     small = copy_module(
         model, dict(new)
     )  # wherever the copy meets an old tensor, in a plain list too, it takes the new
-    remember_sizes(small)
+    patch(small, plan.patched)
     if plan.graph is not None and plan.graph.inputs is not None:
         _try(small, plan.graph.inputs)
     add_to_record(small, model, {"cut": replace(plan, graph=None)})
@@ -82,6 +85,41 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 raise SecateurError(
                     f"the plan is damaged: it removes positions of {name}:{dim} that the model does not have"
                 )
+
+
+def patched(model: nn.Module, plan: Plan) -> Patched:
+    """What modules must remember otherwise after the cut; a plan that does not say it is told by the model.
+
+    Raises:
+        SecateurError: the plan says something else.
+    """
+    due = patches(remembered(model), plan.slices)
+    for key, (before, after) in due.items():
+        if plan.patched.get(key, due[key]) != (before, after):
+            raise SecateurError(
+                f"the plan is damaged: it changes {key} from {plan.patched[key][0]} to {plan.patched[key][1]}, where "
+                f"its slices make {after} of {before}"
+            )
+    return {**due, **plan.patched}
+
+
+def proven(model: nn.Module, plan: Plan) -> Plan:
+    """The plan, once it is known that the model bears it.
+
+    Raises:
+        CannotCut: it does not, or there is no graph to prove it with.
+    """
+    if plan.proven:
+        return plan
+    if plan.graph is None:
+        if plan.slices or plan.removed:
+            raise CannotCut(
+                "cut(plan): nobody has proven that the model bears this plan, and it has no graph to prove it with: "
+                "make the plan anew, with the graph of secateur.trace(model, example_inputs)"
+            )
+    elif wrong := verify(model, plan.graph, plan):
+        raise cannot_cut(wrong)
+    return replace(plan, proven=True)
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:

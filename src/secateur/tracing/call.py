@@ -1,4 +1,4 @@
-"""One operation as a rule sees it: its arguments by their schema names, and the names its tensors carry."""
+"""One operation as a rule sees it: its arguments by the names of the schema, and the labels that its tensors carry."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from secateur.tracing.labels import Dim, Ids, Labelled, Labels, lasting, vanishi
 
 BROADCAST = "one position is broadcast over others"
 Result = Labelled | Sequence[Labelled] | None
+"""What a rule returns: the labels of one result, or of the first results in order, or nothing."""
 Rule = Callable[["Call"], Result]
 
 
@@ -27,27 +28,35 @@ def _signature(func: Any) -> tuple[dict[str, tuple[int, Any]], str, str, bool, s
 
 
 class Call:
-    """An executed operation.
+    """An operation that was run.
+
+    Args:
+        labels: the table.
+        lookup: gives the labels of a tensor.
+        func: the ATen operation.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        out: what it returned.
 
     Attributes:
-        names: the table to add facts to.
+        labels: the table, to which a rule adds facts.
         op: the operation's name without namespace, e.g. ``add_``.
         base: the name of its out-of-place twin: ``add``.
-        overload: which of several signatures it is.
+        overload: which of several signatures it has.
         writes: whether it changes an argument.
         out: what it returned.
     """
 
     def __init__(
         self,
-        names: Labels,
+        labels: Labels,
         lookup: Callable[[Tensor], Labelled],
         func: Any,
         args: tuple,
         kwargs: Mapping[str, Any],
         out: Any,
     ) -> None:
-        self.names = names
+        self.labels = labels
         self._lookup = lookup
         self._arguments, self.op, self.base, self.writes, self.overload = _signature(func)
         self._args = args
@@ -55,7 +64,7 @@ class Call:
         self.out = out
 
     def arg(self, name: str, default: Any = None) -> Any:
-        """An argument by its schema name, with the schema's default."""
+        """An argument by the name in the schema. If it was not given, the schema's default; else ``default``."""
         if name not in self._arguments:
             return default
         position, value = self._arguments[name]
@@ -64,15 +73,15 @@ class Call:
         return self._kwargs.get(name, value)
 
     def first(self) -> Any:
-        """The first argument, whatever it is called."""
+        """The first argument, whatever its name."""
         return self._args[0]
 
     def of(self, tensor: Tensor | None) -> Labelled | None:
-        """Labels of a tensor, or None for no tensor."""
+        """The labels of a tensor; None for no tensor."""
         return self._lookup(tensor) if tensor is not None else None
 
     def tensors(self) -> list[Tensor]:
-        """All tensor arguments in order, lists opened."""
+        """All tensors among the arguments, in order; lists are opened."""
         found: list[Tensor] = []
         for value in (*self._args, *self._kwargs.values()):
             if isinstance(value, Tensor):
@@ -82,7 +91,7 @@ class Call:
         return found
 
     def results(self) -> list[Tensor]:
-        """All tensors returned."""
+        """All tensors that it returned."""
         if isinstance(self.out, Tensor):
             return [self.out]
         if isinstance(self.out, (list, tuple)):
@@ -95,25 +104,26 @@ class Call:
         return [v for v in given if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
     def freeze(self, ids: Dim, reason: str) -> None:
-        """These names cannot be removed, because of this operation."""
-        self.names.freeze(ids, self.op, reason)
+        """The channels with these labels cannot be removed, because of this operation."""
+        self.labels.freeze(ids, self.op, reason)
 
     def placed(self, ids: Dim) -> None:
-        """These names are treated by position or by size, which may be another tensor's."""
+        """This operation treats these labels by position or by size. Either may come from another tensor."""
         if ids is not None:
-            self.names.places.append(ids)
+            self.labels.places.append(ids)
 
     def moved(self, ids: Dim, kept: Dim) -> None:
-        """Of these names some are kept, perhaps elsewhere, by their places: a probe must be able to tell those apart.
+        """This operation keeps some of these labels, perhaps elsewhere, by their positions.
 
-        Positions that are tied have one name, and fixed ones have none: there a wrong one would look right. Leaving out
-        one end needs no such care, for what is right in number is right.
+        A probe must be able to tell the kept positions apart. It cannot where positions are tied, since they have one
+        label, or fixed, since they have none: a wrong position would look right. Leaving out one end needs no such
+        care: there the right number of positions is the right positions.
         """
         if ids is not None and kept is not None:
-            self.names.moved.append((ids, kept, self.op))
+            self.labels.moved.append((ids, kept, self.op))
 
     def freeze_all(self, reason: str) -> None:
-        """No name on any input can be removed, because of this operation."""
+        """The channels of all inputs cannot be removed, because of this operation."""
         for tensor in self.tensors():
             for ids in self._lookup(tensor).dims:
                 self.freeze(ids, reason)
@@ -122,50 +132,50 @@ class Call:
 def merge(
     call: Call, operands: Sequence[tuple[Labelled, Sequence[int]]], shape: Sequence[int], zero: str
 ) -> tuple[Dim, ...]:
-    """Labels of a broadcast result: aligned positions become one.
+    """The labels of a broadcast result. Aligned positions get one label.
 
     Args:
         call: the operation.
-        operands: names and shape of each tensor operand.
+        operands: labels and shape of each tensor.
         shape: shape of the result.
-        zero: ``"any"`` if one vanishing operand makes the result vanish (a product), ``"all"`` if every operand must (a
-            sum), ``"lose"`` if it never does.
+        zero: when the result vanishes with the channel: ``"any"`` if one operand that vanishes is enough (a product),
+            ``"all"`` if every operand must (a sum), ``"lose"`` if it never does.
     """
     dims: list[Dim] = []
     for d, size in enumerate(shape):
         present: list[Dim] = []
         absent = False
-        for named, own in operands:
+        for labelled, own in operands:
             at = d - (len(shape) - len(own))
             if at < 0:
                 absent = True
             elif own[at] == 1 and size != 1:
-                call.freeze(named.dims[at], BROADCAST)
+                call.freeze(labelled.dims[at], BROADCAST)
                 absent = True
             else:
-                present.append(named.dims[at])
+                present.append(labelled.dims[at])
         dims.append(_merge_dim(call, present, absent, zero))
     return tuple(dims)
 
 
 def _merge_dim(call: Call, present: Sequence[Dim], absent: bool, zero: str) -> Dim:
-    named = [ids for ids in present if ids is not None]
-    if not named:
+    labelled = [ids for ids in present if ids is not None]
+    if not labelled:
         return None
-    if len(named) < len(present):
-        for ids in named:
+    if len(labelled) < len(present):
+        for ids in labelled:
             call.freeze(ids, "meets a tensor whose positions are fixed")
         return None
-    first: Ids = named[0]
-    for other in named[1:]:
-        call.names.unite(first, other)
+    first: Ids = labelled[0]
+    for other in labelled[1:]:
+        call.labels.unite(first, other)
     if zero == "lose":
         return lasting(first)
     if zero == "all" and absent:
         return lasting(first)
-    if len(named) == 1:
+    if len(labelled) == 1:
         return first
     keep = first > 0
-    for other in named[1:]:
+    for other in labelled[1:]:
         keep = keep & (other > 0) if zero == "all" else keep | (other > 0)
     return first if (keep == (first > 0)).all() else vanishing(first, keep)

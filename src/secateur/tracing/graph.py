@@ -8,16 +8,21 @@ parameters are sums of products of axis lengths. Nothing is run or built to coun
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.errors import NothingToPrune, SecateurError, unknown
+from secateur.tracing.display import LONGEST, Cell, html_table, listed, paragraph, terminal_width, text_table, wrapped
+from secateur.tracing.slices import Size
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -73,6 +78,13 @@ class ChannelGroup:
 
     def __len__(self) -> int:
         return len(self.channels)
+
+    def __repr__(self) -> str:
+        exact = "exact" if self.exact else f"not exact: {self.reason}"
+        return (
+            f"<ChannelGroup {self.name!r}: {len(self)} channels, {exact}; written by "
+            f"{listed([repr(axis) for axis in self.producers], LONGEST, 2)}>"
+        )
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -133,32 +145,37 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """What :func:`secateur.trace` returns: the groups, what is frozen and why, and exact counts of any plan.
+
+    It is data: it can be copied, pickled and sent to another process. Only plans from the graph that ``trace`` itself
+    returned are proven as they are made; those from a copy are proven when they are cut
+    (:mod:`secateur.tracing.proof`).
 
     Attributes:
         groups: removable groups, exact ones and approximate ones, in the order of the model's parameters.
         frozen: what cannot be removed, with reasons.
         axes: every axis of every parameter and buffer, in the model's order.
         fingerprint: hash of the traced model's names and shapes.
-        inputs: the example inputs.
-        verify: runs the traced skeleton as a plan would cut it; says what is wrong, or nothing.
+        sizes: what its standard modules remember of the lengths of axes.
+        inputs: the example inputs, without their gradients.
     """
 
     groups: tuple[ChannelGroup, ...]
     frozen: tuple[Frozen, ...]
     axes: tuple[Axis, ...]
     fingerprint: str
+    sizes: tuple[Size, ...] = field(repr=False)
     fixed: np.ndarray = field(repr=False)
     multiplicity: csr_matrix = field(repr=False)
     macs_terms: Terms = field(repr=False)
     params_terms: Terms = field(repr=False)
     inputs: Any = field(default=None, repr=False)
-    verify: Callable[[HasRemoved], str] = field(default=lambda plan: "", repr=False)
 
-    def __post_init__(self) -> None:
-        self._index = {group.name: i for i, group in enumerate(self.groups)}
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {group.name: i for i, group in enumerate(self.groups)}
 
     @property
     def widths(self) -> np.ndarray:
@@ -166,18 +183,66 @@ class ChannelGraph:
         return np.array([len(group) for group in self.groups], dtype=np.int64)
 
     def group(self, name: str) -> ChannelGroup:
-        """The group of that name."""
-        if name not in self._index:
-            raise unknown("group", name, self._index)
-        return self.groups[self._index[name]]
+        """The group of that name, or the one that the output channels of a layer form.
+
+        Args:
+            name: a group's name, or the path of a layer, or of one of its parameters, that writes channels of exactly
+                one group.
+
+        Raises:
+            SecateurError: nothing has this name, or the layer writes channels of several groups or of none; the message
+                lists them, or says why.
+        """
+        return self.groups[self._at(name)]
+
+    def groups_of(self, path: str) -> tuple[ChannelGroup, ...]:
+        """The groups whose channels a module, or a parameter, writes.
+
+        Args:
+            path: of a module (with all that is in it) or of a parameter; the empty path is the whole model.
+        """
+        return tuple(group for group in self.groups if any(_is_in(axis.name, path) for axis in group.producers))
+
+    def by_name(self, values: Mapping[str, T]) -> dict[str, T]:
+        """Values by whatever :meth:`group` takes, as values by the groups' own names.
+
+        Raises:
+            SecateurError: see :meth:`group`; two of them are one group.
+        """
+        found: dict[str, T] = {}
+        for given, value in values.items():
+            name = self.group(given).name
+            if name in found:
+                raise SecateurError(f"group {name!r} is named twice, once as {given!r}: name it once")
+            found[name] = value
+        return found
+
+    def _at(self, name: str) -> int:
+        """The index of a group."""
+        if name in self._index:
+            return self._index[name]
+        found = self.groups_of(name) if name else ()
+        if len(found) == 1:
+            return self._index[found[0].name]
+        if found:
+            listed = ", ".join(repr(group.name) for group in found)
+            raise SecateurError(
+                f"group {name!r}: this layer writes channels of {len(found)} groups, {listed}: name one"
+            )
+        own = [axis.name for axis in self.axes if name and _is_in(axis.name, name)]
+        if own:
+            why = {f"{f.axis}:{f.dim} {f.reason}" for f in self.frozen if f.axis in own and f.dim == 0}
+            raise SecateurError(
+                f"group {name!r}: this layer writes no channel that can be removed ({'; '.join(sorted(why)[:3])})"
+            )
+        paths = {axis.name.rpartition(".")[0] for axis in self.axes} - {""}
+        raise unknown("group", name, self._index, also=paths)
 
     def kept(self, plan: HasRemoved | None = None) -> np.ndarray:
         """Widths of all groups after a plan (int64), in the order of ``groups``."""
         widths = self.widths
         for name, positions in (plan.removed if plan is not None else {}).items():
-            if name not in self._index:
-                raise unknown("group in the plan", name, self._index)
-            widths[self._index[name]] -= len(positions)
+            widths[self._at(name)] -= len(positions)
         return widths
 
     def lengths(self, widths: np.ndarray) -> np.ndarray:
@@ -215,37 +280,61 @@ class ChannelGraph:
                 result.setdefault(axis.name, {})[axis.dim] = positions.tolist()
         return result
 
-    def summary(self) -> str:
-        """A table of the groups, and what is frozen and why, as text."""
-        rows = [("group", "width", "exact", "producers", "consumers")]
-        rows += [
-            (g.name, _width(g), "yes" if g.exact else "no", _names(g.producers), _names(g.consumers))
-            for g in self.groups
-        ]
-        lines = _columns(rows)
-        lines.append(f"{self.macs():,} MACs, {self.params():,} params, {int(self.widths.sum()):,} removable channels")
-        approximate = [("not exact", "reason"), *((g.name, g.reason) for g in self.groups if not g.exact)]
-        if len(approximate) > 1:
-            lines += ["", *_columns(approximate)]
-        if self.frozen:
-            frozen = [("frozen axis", "positions", "operation", "reason")]
-            frozen += [(f"{f.axis}:{f.dim}", str(f.positions), f.operation, f.reason) for f in self.frozen]
-            lines += ["", *_columns(frozen)]
+    def summary(self, width: int | None = None) -> str:
+        """The groups, what is not exact or frozen, and why, as text.
+
+        Args:
+            width: columns of the text; those of the terminal if not given. Long names and lists are shortened to it.
+        """
+        width = terminal_width(width)
+        lines = text_table([_HEADS, *map(_row, self.groups)], width)
+        lines += wrapped(self._counts(), width)
+        for reason, names in _by_reason((g.reason, g.name, 1) for g in self.groups if not g.exact):
+            lines += ["", *paragraph(f"not exact: {reason}", [name for name, _ in names], width)]
+        frozen = ((f"{f.reason} ({f.operation})", f"{f.axis}:{f.dim}", f.positions) for f in self.frozen)
+        for reason, axes in _by_reason(frozen):
+            count = sum(positions for _, positions in axes)
+            lines += ["", *paragraph(f"frozen, {count:,} positions: {reason}", [name for name, _ in axes], width)]
         return "\n".join(lines)
 
+    def _counts(self) -> str:
+        return (
+            f"{self.macs():,} MACs, {self.params():,} params, {int(self.widths.sum()):,} removable channels in "
+            f"{len(self.groups)} group{'s' * (len(self.groups) != 1)}"
+        )
 
-def _width(group: ChannelGroup) -> str:
-    return f"{len(group)}" + (f" (at least {group.least})" if group.least > 1 else "")
+    def __repr__(self) -> str:
+        loose = sum(not group.exact for group in self.groups)
+        return (
+            f"<ChannelGraph: {self._counts()}{f' ({loose} not exact)' * bool(loose)}, {len(self.frozen)} frozen axes; "
+            "summary() tells more>"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [[cell if isinstance(cell, str) else listed(cell, LONGEST, 4) for cell in _row(g)] for g in self.groups]
+        return html_table([_HEADS, *rows], self._counts(), [f"{len(self.frozen)} axes are frozen: see summary()"])
 
 
-def _names(axes: Iterable[Axis], most: int = 4) -> str:
-    names = [repr(axis) for axis in axes]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+_HEADS = ("group", "width", "exact", "producers", "consumers")
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+def _row(group: ChannelGroup) -> tuple[Cell, ...]:
+    width = f"{len(group)}" + (f" (at least {group.least})" if group.least > 1 else "")
+    names = [[repr(axis) for axis in axes] for axes in (group.producers, group.consumers)]
+    return group.name, width, "yes" if group.exact else "no", *names
+
+
+def _by_reason(entries: Iterable[tuple[str, str, int]]) -> Iterable[tuple[str, list[tuple[str, int]]]]:
+    """Reasons with all that have them, in the order in which the reasons first occur."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for reason, name, count in entries:
+        found.setdefault(reason, []).append((name, count))
+    return found.items()
+
+
+def _is_in(name: str, path: str) -> bool:
+    """Whether a parameter is the one of that path, or in the module of that path."""
+    return not path or name == path or name.startswith(f"{path}.")
 
 
 def multiplicities(axes: Sequence[np.ndarray], group_of: np.ndarray, groups: int) -> tuple[np.ndarray, csr_matrix]:
@@ -269,7 +358,7 @@ def multiplicities(axes: Sequence[np.ndarray], group_of: np.ndarray, groups: int
     return fixed, matrix
 
 
-def no_removable_channel(frozen: Sequence[Frozen], model: nn.Module) -> SecateurError:
+def no_removable_channel(frozen: Sequence[Frozen], model: nn.Module) -> NothingToPrune:
     """The error for a model in which nothing can go."""
     reasons = "; ".join(sorted({f"{f.axis}:{f.dim}: {f.reason}" for f in frozen})[:5])
     computed = [name for name, module in model.named_modules() if is_parametrized(module)]
@@ -277,7 +366,7 @@ def no_removable_channel(frozen: Sequence[Frozen], model: nn.Module) -> Secateur
         f"; weights of {', '.join(computed[:3])} are computed from others in every forward: call "
         "torch.nn.utils.parametrize.remove_parametrizations(module, name) on such first"
     )
-    return SecateurError(
+    return NothingToPrune(
         f"the model has no removable channel ({reasons or 'no parameter was used in its forward'})"
         + (advice if computed else "")
     )

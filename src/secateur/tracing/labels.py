@@ -1,9 +1,10 @@
-"""The table of names: every position of every axis gets one, and equalities between names are only ever added.
+"""The table of labels: every position of every axis gets one, and equalities between labels are only ever added.
 
-A name is an integer. Its absolute value says which positions live and die together; its sign says whether the values
+A label is an integer. Its absolute value says which positions live and die together. Its sign says whether the values
 there *vanish with the channel*: positive where zero producers mean zero values, negative where they do not (after a
-sigmoid, say). ``0`` is a frozen position. Arrays of names flow through the network unchanged, so that equal names stay
-recognisable; equalities are collected and resolved once, at the end, as connected components.
+sigmoid, say). ``0`` is a frozen position. Arrays of labels flow through the network unchanged, so that equal labels
+stay recognisable. Equalities are collected, and resolved once, at the end, as connected components: then every label
+stands for a channel.
 """
 
 from __future__ import annotations
@@ -16,36 +17,37 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 Ids = np.ndarray
+"""Int64 array of labels; once equalities are resolved, of channels."""
 Dim = Ids | None
-"""Labels of one dim of a tensor: int64 array of its length, or None if all its positions are fixed."""
+"""Labels of one dim of a tensor: an array of its length, or None if all its positions are fixed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """The names of a tensor.
+    """The labels of a tensor.
 
     Attributes:
         dims: one entry a dim.
-        weight: True if it was computed from parameters and constants only, never from the model's inputs.
+        weight: True if the tensor was computed from parameters and constants only, never from the model's inputs.
     """
 
     dims: tuple[Dim, ...]
     weight: bool
 
     @property
-    def named(self) -> bool:
-        """Whether any dim carries names."""
+    def has_labels(self) -> bool:
+        """Whether any dim carries labels."""
         return any(ids is not None for ids in self.dims)
 
 
-def anonymous(ndim: int, *, weight: bool) -> Labelled:
+def unlabelled(ndim: int, *, weight: bool) -> Labelled:
     """A tensor all of whose positions are fixed."""
     return Labelled((None,) * ndim, weight)
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The axis of a parameter or buffer that a run of fresh names belongs to."""
+    """The axis of a parameter or buffer that a run of fresh labels belongs to."""
 
     name: str
     dim: int
@@ -70,54 +72,54 @@ class Labels:
         self.edges: list[tuple[Ids, Ids]] = []
 
     def fresh(self, size: int) -> Ids:
-        """New names, all different, all vanishing."""
+        """New labels, all different, all vanishing."""
         ids = np.arange(self.count, self.count + size, dtype=np.int64)
         self.count += size
         return ids
 
     def own(self, name: str, dim: int, size: int) -> Ids:
-        """New names for an axis of a parameter or buffer."""
+        """New labels for an axis of a parameter or buffer."""
         self.owners.append(Owner(name, dim, self.count, size))
         self.arrays.append(self.fresh(size))
         return self.arrays[-1]
 
     def unite(self, a: Ids, b: Ids) -> None:
-        """Position by position, the names of ``a`` and ``b`` are one (both broadcast to one shape)."""
+        """Position by position, the labels of ``a`` and ``b`` are equal (both broadcast to one shape)."""
         if a is not b:
             self.edges.append((a, b))
 
     def freeze(self, ids: Dim, operation: str, reason: str) -> None:
-        """These names cannot be removed."""
+        """The channels with these labels cannot be removed."""
         if ids is not None and len(ids):
             self.freezes.append((ids, operation, reason))
 
     def approximate(self, ids: Dim, reason: str) -> None:
-        """Removing these names changes something else."""
+        """Removing the channels with these labels changes something else."""
         if ids is not None and len(ids):
             self.approximations.append((ids, reason))
 
     def read(self, ids: Dim, operation: str) -> None:
-        """A consumer sums over these names: exact only where the values vanish with the channel."""
+        """A consumer sums over these labels: exact only where the values vanish with the channel."""
         if ids is not None and (ids < 0).any():
             self.approximate(ids[ids < 0], f"{operation} reads a channel that is not zero when its producers are")
 
     def mark(self, role: str, ids: Dim) -> None:
-        """The axes that own these names are producers, consumers or merely carried."""
+        """The axes that own these labels are producers, consumers or merely carried."""
         if ids is not None and len(ids):
             self.roles[role].append(ids)
 
     def alias(self, a: Dim, b: Dim) -> None:
-        """The axes that own these names (all of them weights) play the same roles."""
+        """The axes that own these labels (all of them weights) play the same roles."""
         if a is not None and b is not None and len(a) and len(b):
             self.aliases.append((abs(int(a[0])), abs(int(b[0]))))
 
     def term(self, factor: int, *dims: tuple[Dim, int]) -> None:
-        """Count ``factor * product of the lengths`` multiply-accumulates; a dim is its names and its size."""
-        named = tuple(ids for ids, _ in dims if ids is not None)
+        """Count ``factor * product of the lengths`` multiply-accumulates; a dim is its labels and its size."""
+        counted = tuple(ids for ids, _ in dims if ids is not None)
         for ids, size in dims:
             if ids is None:
                 factor *= size
-        self.terms.append((factor, named))
+        self.terms.append((factor, counted))
 
     def state(self) -> dict[str, int]:
         """How much is known by now."""
@@ -131,7 +133,7 @@ class Labels:
             del facts[length:]
 
     def components(self) -> np.ndarray:
-        """The component label of every name (label of name 0 is its own)."""
+        """The component of every label (label 0 has one of its own)."""
         if not self.edges:
             return np.arange(self.count)
         pairs = [np.broadcast_arrays(a, b) for a, b in self.edges]
@@ -146,10 +148,10 @@ class Labels:
 
 
 def vanishing(ids: Ids, where: np.ndarray) -> Ids:
-    """The same names, positive exactly where asked."""
+    """The same labels, positive exactly where asked."""
     return np.where(where, np.abs(ids), -np.abs(ids))
 
 
 def lasting(ids: Dim) -> Dim:
-    """The same names, of values that do not vanish."""
+    """The same labels, of values that do not vanish."""
     return None if ids is None else -np.abs(ids)

@@ -1,8 +1,8 @@
-"""What a model's own Python cannot bear: cut a skeleton, run it again, and compare every tensor with the first run.
+"""What a model's own Python cannot bear: a cut skeleton is run, and every tensor is compared with the first run.
 
-The second run starts from the channel ids that survive. Every tensor in it must then carry exactly the names that the
-first run's tensor has without the removed ones; a slice at a constant position, a view with a remembered width or an
-index table betray themselves at the operation where they happen, even where the shapes agree.
+The second run starts from the channels that are left. Each of its tensors must carry exactly the channels that the
+first run's tensor carries, without the removed ones. A slice at a constant position, a view with a remembered width or
+an index table show at the operation where they happen, even if the shapes agree.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from torch import Tensor
 
 from secateur.tracing.graph import ChannelGraph, ChannelGroup
 from secateur.tracing.labels import Dim, Labels
-from secateur.tracing.op_log import Step, compare, remaining
+from secateur.tracing.op_log import OpLog, compare, remaining
+from secateur.tracing.skeleton import Skeleton, quiet
 from secateur.tracing.slices import shrink, shrunk, sliced
-from secateur.tracing.tracer import Skeleton, quiet, watch
+from secateur.tracing.tracer import watch
 
 Refused = tuple[ChannelGroup, str]
-"""A group and the reason."""
+"""A group that must stay whole, and the reason."""
 
 
 class Chosen:
-    """Removed positions by group name: the least that counts as a plan here."""
+    """Removed positions by group name: all of a plan that is needed here."""
 
     def __init__(self, removed: Mapping[str, Sequence[int]]) -> None:
         self.removed = {name: positions for name, positions in removed.items() if len(positions)}
@@ -33,13 +34,13 @@ class Chosen:
         return Chosen({g.name: self.removed.get(g.name, ()) for g in groups})
 
 
-def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen: Chosen) -> str:
+def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen) -> str:
     """Why the model does not bear this removal, or an empty string.
 
     Args:
-        skeleton: the traced skeleton; it is changed and changed back.
-        steps: the first run, with final channel ids.
-        graph: where the groups are looked up.
+        skeleton: the traced skeleton. It is cut, run and changed back.
+        log: what the first run computed, with channels for labels.
+        graph: the graph with the groups.
         chosen: what to remove.
     """
     if not chosen.removed:
@@ -49,13 +50,13 @@ def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen:
     gone = np.zeros(1 + max((int(a.channels.max(initial=0)) for a in graph.axes), default=0), dtype=bool)
     gone[np.concatenate(ids)] = True
     left = {(a.name, a.dim): a.channels[~gone[a.channels]] for a in graph.axes}
-    expected = remaining(steps, gone)
+    expected = remaining(log, gone)
 
-    def survivors(_: Labels, key: str, tensor: Tensor) -> tuple[Dim, ...]:
-        return tuple(ids if ids.any() else None for ids in (left[key, d] for d in range(tensor.ndim)))
+    def survivors(_: Labels, name: str, tensor: Tensor) -> tuple[Dim, ...]:
+        return tuple(ids if ids.any() else None for ids in (left[name, d] for d in range(tensor.ndim)))
 
     try:
-        undo = shrink(skeleton.module, removed, shrunk if skeleton.kind != "real" else sliced)
+        undo = shrink(skeleton.module, removed, graph.sizes, shrunk if skeleton.kind != "real" else sliced)
     except Exception as error:
         return f"a module cannot be made smaller: {_words(error)}"
     try:
@@ -65,7 +66,7 @@ def mismatch(skeleton: Skeleton, steps: list[Step], graph: ChannelGraph, chosen:
         return f"the model's forward cannot bear it: {_words(error)}"
     finally:
         undo()
-    return compare(expected, watcher.steps, watcher.agree, free=skeleton.kind == "real")
+    return compare(expected, watcher.log, watcher.agree, free=skeleton.kind == "real")
 
 
 def _words(error: Exception) -> str:
@@ -73,11 +74,13 @@ def _words(error: Exception) -> str:
 
 
 def unbearable(groups: Sequence[ChannelGroup], probe: Callable[[Sequence[ChannelGroup]], str]) -> list[Refused]:
-    """The groups that the model does not bear to lose a channel of, by bisection: few forwards in the usual case.
+    """The groups that the model does not bear to lose channels of.
+
+    They are found by bisection, so that one forward is enough if the model bears all.
 
     Args:
         groups: candidates.
-        probe: removes one unit of each of some groups; gives a reason or an empty string.
+        probe: removes channels of some groups; gives a reason, or an empty string.
     """
     bad: list[Refused] = []
     left = list(groups)
@@ -101,20 +104,21 @@ def _bisect(groups: Sequence[ChannelGroup], probe: Callable[[Sequence[ChannelGro
         return [(groups[0], reason)]
     half = len(groups) // 2
     found = _bisect(groups[:half], probe) + _bisect(groups[half:], probe)
-    return found or [(g, reason) for g in groups]  # each alone is borne, together they are not
+    return found or [(g, reason) for g in groups]  # the model bears each alone, but not both
 
 
 def ends(groups: Iterable[ChannelGroup]) -> Chosen:
-    """The first and the last channel of each group (only the first of two), so that both ends of a slice move."""
+    """The first and the last channel of each group (of two only the first), so that both ends of a slice move."""
     return Chosen({g.name: [0, len(g) - 1] if len(g) > 2 else [0] for g in groups if len(g) > 1})
 
 
 def uneven(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
-    """Removals that move places and sizes unevenly: they find widths that are halved, or computed from a sibling's.
+    """Removals that change positions and sizes unevenly.
 
-    First every group loses a channel at one end, at the other, and some anywhere; then only some groups do, such that
-    of any two groups each is cut once while the other is whole. At least two channels of a group stay (see
-    :func:`lone`), so that pairs are left alone.
+    They find widths that are halved, or computed from another group's. First every group loses a channel at one end,
+    then at the other, then some anywhere. Then only some groups lose channels, such that of any two groups each is cut
+    once while the other is whole. Two channels of each group stay at least (see :func:`lone`), so groups of two are
+    left out.
     """
     wide = [g for g in groups if len(g) > 2]
     if not wide:
@@ -127,16 +131,16 @@ def uneven(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
 
 
 def lone(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
-    """All channels but one: with a single one left, broadcasting and contractions take other paths.
+    """Removals that leave one channel, with which broadcasting and contractions take other paths.
 
-    Of all groups at once, and of only some, as in :func:`uneven`.
+    All groups are cut at once, then only some, as in :func:`uneven`.
     """
     for some in _telling_apart(groups):
         yield Chosen({g.name: [p for p in range(len(g)) if p != len(g) // 2] for g in some})
 
 
 def _telling_apart(groups: Sequence[ChannelGroup]) -> Iterable[list[ChannelGroup]]:
-    """All groups, then about half of them a time, such that any two are told apart once in each way."""
+    """All groups, then halves of them; of any two groups each is in one half without the other."""
     yield list(groups)
     for bit in range(max(len(groups) - 1, 0).bit_length()):
         for side in (1, 0):

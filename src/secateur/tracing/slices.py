@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateur._internal.errors import SecateurError
+
 Removed = Mapping[str, Mapping[int, list[int]]]
 """Tensor name to dim to the sorted positions that go."""
+Value = int | tuple[int, ...]
+"""What a module remembers: a whole number, or one for each axis (``normalized_shape``)."""
+Patched = Mapping[str, tuple[Value, Value]]
+"""``"path.attribute"`` to its value before and after a cut."""
 
 _CONVOLUTIONS = nn.modules.conv._ConvNd
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
 
 
 def kept_positions(size: int, removed: list[int], device: torch.device | str = "cpu") -> Tensor:
@@ -43,16 +53,158 @@ def shrunk(tensor: Tensor, removed: Mapping[int, list[int]]) -> Tensor:
     return tensor.new_empty(shape)
 
 
+# -------------------------------------------------------------------------------------------- sizes that are remembered
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that a module remembers; it is proportional to the length of an axis of one of the module's tensors.
+
+    Attributes:
+        path: of the module.
+        attribute: where it remembers it.
+        value: what it remembers now.
+        due: what it should remember for the shapes of now, one number an axis.
+        tensor: name of the tensor.
+        dims: the axes, one for each number.
+        lengths: of these axes now.
+    """
+
+    path: str
+    attribute: str
+    value: Value
+    due: tuple[int, ...]
+    tensor: str
+    dims: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """``path.attribute``."""
+        return f"{self.path}.{self.attribute}" if self.path else self.attribute
+
+    def after(self, removed: Mapping[int, list[int]]) -> Value:
+        """What it should remember once the tensor has lost these positions."""
+        left = [n - len(removed.get(d, ())) for d, n in zip(self.dims, self.lengths, strict=True)]
+        due = tuple(size * k // n if n else size for size, k, n in zip(self.due, left, self.lengths, strict=True))
+        return due if isinstance(self.value, tuple) else due[0]
+
+
+def remembered(model: nn.Module) -> tuple[Size, ...]:
+    """The sizes that the standard modules of a model remember."""
+    names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    found = []
+    for path, part in model.named_modules():
+        tensor, sizes = _sizes(part)
+        for attribute, (dims, due) in sizes.items():
+            value = _value(getattr(part, attribute, None))
+            if tensor is not None and value is not None:
+                lengths = tuple(tensor.shape[d] for d in dims)
+                found.append(Size(path, attribute, value, due, names[id(tensor)], dims, lengths))
+    return tuple(found)
+
+
+def patches(sizes: Iterable[Size], removed: Removed) -> dict[str, tuple[Value, Value]]:
+    """What modules must remember once positions are gone: ``path.attribute`` to its value before and after."""
+    found = {}
+    for size in sizes:
+        after = size.after(removed.get(size.tensor, {}))
+        if size.tensor in removed and after != size.value:
+            found[size.key] = (size.value, after)
+    return found
+
+
+def patch(model: nn.Module, patched: Patched) -> None:
+    """Let modules remember other sizes, in place; all are looked at before the first is changed.
+
+    Raises:
+        SecateurError: there is no such module, or it remembers something else.
+    """
+    modules = dict(model.named_modules())
+    places = [_place(modules, key) for key in patched]
+    for (part, attribute), (key, (before, after)) in zip(places, patched.items(), strict=True):
+        found = getattr(part, attribute, None)
+        if _value(found) != before:
+            raise SecateurError(
+                f"the plan changes {key} from {before} to {after}, but it is {found!r} here: the plan is damaged, or "
+                "of another model"
+            )
+    for (part, attribute), (_, after) in zip(places, patched.values(), strict=True):
+        setattr(part, attribute, after)
+
+
+def _place(modules: Mapping[str, nn.Module], key: str) -> tuple[nn.Module | None, str]:
+    """The module that ``path.attribute`` means, if there is one, and the attribute."""
+    path, _, attribute = key.rpartition(".")
+    return modules.get(path), attribute
+
+
+def _value(given: Any) -> Value | None:
+    """A remembered value as data, None if it is no size."""
+    if isinstance(given, (tuple, list)):
+        return tuple(map(int, given)) if all(type(v) is int for v in given) else None
+    return given if type(given) is int else None
+
+
+_Sizes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def _sizes(part: nn.Module) -> tuple[Tensor | None, _Sizes]:
+    """The tensor whose shape tells a standard module's sizes, and by attribute the axes and what is due for them."""
+    tensors = {**part._buffers, **part._parameters}
+    if isinstance(part, nn.RNNBase):
+        first = tensors.get("weight_ih_l0")
+        return (None, {}) if first is None else (first, {"input_size": ((1,), (first.shape[1],))})
+    weight = next((tensors[k] for k in ("weight", "running_mean") if tensors.get(k) is not None), None)
+    if weight is None:
+        return None, {}
+    shape = tuple(weight.shape)
+    rows: tuple[tuple[int, ...], tuple[int, ...]] = ((0,), shape[:1])
+    columns = ((1,), shape[1:2])
+    if isinstance(part, (_CONVOLUTIONS, nn.Linear, nn.Embedding)) and len(shape) < 2:
+        return None, {}
+    if isinstance(part, _CONVOLUTIONS):
+        return weight, _convolution_sizes(part, shape)
+    if isinstance(part, nn.Linear):
+        return weight, {"in_features": columns, "out_features": rows}
+    if isinstance(part, _BATCH_NORMS):
+        return weight, {"num_features": rows}
+    if isinstance(part, nn.GroupNorm):
+        own = part.num_groups == part.num_channels  # one group a channel stays so
+        return weight, {"num_channels": rows, "num_groups": rows} if own else {"num_channels": rows}
+    if isinstance(part, (nn.LayerNorm, nn.RMSNorm)):
+        return weight, {"normalized_shape": (tuple(range(len(shape))), shape)}
+    if isinstance(part, nn.Embedding):
+        return weight, {"num_embeddings": rows, "embedding_dim": columns}
+    if isinstance(part, nn.PReLU):
+        return weight, {"num_parameters": rows}
+    return None, {}
+
+
+def _convolution_sizes(part: nn.modules.conv._ConvNd, shape: tuple[int, ...]) -> _Sizes:
+    groups, (rows, columns, *_) = part.groups, shape
+    inside, outside = (rows, columns * groups) if part.transposed else (columns * groups, rows)
+    if groups > 1 and part.in_channels == groups:  # every channel has its own filters: groups go, offsets stay
+        return {"in_channels": ((0,), (inside,)), "out_channels": ((0,), (outside,)), "groups": ((0,), (groups,))}
+    inner, outer = (0, 1) if part.transposed else (1, 0)
+    return {"in_channels": ((inner,), (inside,)), "out_channels": ((outer,), (outside,))}
+
+
+# ------------------------------------------------------------------------------------------------------ a whole module
+
+
 def shrink(
-    module: nn.Module, removed: Removed, take: Callable[[Tensor, Mapping[int, list[int]]], Tensor] = sliced
+    module: nn.Module,
+    removed: Removed,
+    sizes: Iterable[Size],
+    take: Callable[[Tensor, Mapping[int, list[int]]], Tensor] = sliced,
 ) -> Undo:
     """Replace the tensors of a module, in place, by what remains of them; shared tensors stay shared.
-
-    Standard modules get their remembered sizes (``out_channels``, ``groups``, ``num_features``...) from the new shapes.
 
     Args:
         module: the module to change.
         removed: what goes, by the tensors' names in ``module``.
+        sizes: what its modules remember.
         take: how a tensor is made smaller.
 
     Returns:
@@ -61,92 +213,41 @@ def shrink(
     names = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
     new: dict[int, Tensor] = {}
     undo = Undo()
-    for part in module.modules():
-        touched = False
+    modules = dict(module.named_modules())
+    for part in modules.values():
         for table in (part._parameters, part._buffers):
             for key, tensor in table.items():
                 if tensor is None or names[id(tensor)] not in removed:
                     continue
-                touched = True
                 if id(tensor) not in new:
                     smaller = take(tensor.detach(), removed[names[id(tensor)]])
                     if isinstance(tensor, nn.Parameter):
                         smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
                     new[id(tensor)] = smaller
                 undo.entries.append((table, key, tensor))
-        if touched:
-            undo.attributes.extend((part, key, getattr(part, key)) for key in _sizes(part))
     try:
         for table, key, tensor in undo.entries:
             table[key] = new[id(tensor)]
-        for part, _, _ in undo.attributes:
-            for key, value in _sizes(part).items():
-                setattr(part, key, value)
+        for key, (_, after) in patches(sizes, removed).items():
+            owner, attribute = _place(modules, key)
+            undo.attributes.append((owner, attribute, getattr(owner, attribute)))
+            setattr(owner, attribute, after)
     except Exception:
         undo()
         raise
-    undo.replaced = {names[i]: t for i, t in new.items()}
     return undo
 
 
 class Undo:
-    """How to change a shrunk module back; ``replaced`` holds the new tensors by name."""
+    """How to change a shrunk module back."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[Any, str, Tensor]] = []
-        self.attributes: list[tuple[nn.Module, str, Any]] = []
-        self.replaced: dict[str, Tensor] = {}
+        self.attributes: list[tuple[Any, str, Any]] = []
 
     def __call__(self) -> None:
         """Put everything back."""
         for table, key, tensor in self.entries:
             table[key] = tensor
-        for part, key, value in self.attributes:
-            setattr(part, key, value)
-
-
-def remember_sizes(module: nn.Module) -> None:
-    """Set the sizes that standard modules remember to those of the tensors they hold."""
-    for part in module.modules():
-        for key, value in _sizes(part).items():
-            if getattr(part, key) != value:
-                setattr(part, key, value)
-
-
-def _sizes(part: nn.Module) -> dict[str, Any]:
-    """The sizes a standard module remembers, computed from the shapes it holds now."""
-    tensors = {**part._buffers, **part._parameters}
-    if isinstance(part, nn.RNNBase):
-        first = tensors.get("weight_ih_l0")
-        return {} if first is None else {"input_size": first.shape[1]}
-    weight = next((tensors[k] for k in ("weight", "running_mean") if tensors.get(k) is not None), None)
-    if weight is None:
-        return {}
-    shape = tuple(weight.shape)
-    if isinstance(part, (_CONVOLUTIONS, nn.Linear, nn.Embedding)) and len(shape) < 2:
-        return {}
-    if isinstance(part, _CONVOLUTIONS):
-        return _convolution_sizes(part, shape)
-    if isinstance(part, nn.Linear):
-        return {"in_features": shape[1], "out_features": shape[0]}
-    if isinstance(part, _BATCH_NORMS):
-        return {"num_features": shape[0]}
-    if isinstance(part, nn.GroupNorm):
-        own = part.num_groups == part.num_channels  # one group a channel stays so
-        return {"num_channels": shape[0], "num_groups": shape[0] if own else part.num_groups}
-    if isinstance(part, (nn.LayerNorm, nn.RMSNorm)):
-        return {"normalized_shape": shape}
-    if isinstance(part, nn.Embedding):
-        return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
-    if isinstance(part, nn.PReLU):
-        return {"num_parameters": shape[0]}
-    return {}
-
-
-def _convolution_sizes(part: nn.modules.conv._ConvNd, shape: tuple[int, ...]) -> dict[str, Any]:
-    groups = part.groups
-    rows, columns = shape[:2]
-    if groups > 1 and part.in_channels == groups:  # every channel has its own filters: groups go, offsets stay
-        groups = rows if part.transposed else rows * groups // part.out_channels
-    inside, outside = (rows, columns * groups) if part.transposed else (columns * groups, rows)
-    return {"in_channels": inside, "out_channels": outside, "groups": groups}
+        for part, attribute, value in self.attributes:
+            setattr(part, attribute, value)

@@ -1,53 +1,52 @@
-"""Run a model once, watched from below, and name every position of every tensor.
+"""One run of a skeleton, watched below the model's Python: every position of every tensor gets a label.
 
-The model itself is never run: a *skeleton* is, a deep copy whose parameters and buffers hold no data (meta tensors).
-Where the model's Python wants more than shapes, fake tensors are tried, then a copy with real data.
+The watcher sees each ATen operation after it ran. The rule of the operation reads the labels of the arguments, adds to
+the table what it learns, and gives the labels of the results. What was computed is written down in the op log.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from secateur._internal.batches import Inputs, call_model, tensors_in
+from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
-from secateur._internal.state import fork_rng_of, rng_state, without_fast_path
 from secateur.tracing.call import Call
-from secateur.tracing.copying import copy_module
-from secateur.tracing.labels import Dim, Labelled, Labels, anonymous, lasting
-from secateur.tracing.op_log import Step
+from secateur.tracing.labels import Dim, Labelled, Labels, lasting, unlabelled
+from secateur.tracing.op_log import Operation, OpLog
 from secateur.tracing.rules.table import RULES, unknown_operation
 from secateur.tracing.shapes import quick
+from secateur.tracing.skeleton import Skeleton
 
 
 class Watcher(TorchDispatchMode):
-    """Sees every ATen operation and lets the rules name what it returns.
+    """Sees every ATen operation, and lets its rule label what it returns.
 
     Args:
-        names: the table to fill.
-        expected: in a second run, the steps of the first one (with final names): constants take their names from there.
+        labels: the table, to which the rules add.
+        expected: for a second run, the op log that it should show, with channels for labels. Constants take their
+            labels from it.
+
+    Attributes:
+        labels: the table.
+        log: what was computed so far.
     """
 
-    def __init__(self, names: Labels, expected: list[Step] | None = None) -> None:
+    def __init__(self, labels: Labels, expected: OpLog | None = None) -> None:
         super().__init__()
-        self.names = names
-        self.expected = expected
-        self.steps: list[Step] = []
+        self.labels = labels
+        self.log: OpLog = []
+        self._expected = expected
         self._agreed: dict[tuple[int, int], tuple[Dim, Dim, bool]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Labelled]] = {}
 
     def agree(self, want: Dim, got: Dim) -> bool:
-        """Whether two dims carry the same names; arrays flow through a network by reference, so few pairs are new."""
+        """Whether two dims carry the same labels. Arrays flow through a network by reference, so few pairs are new."""
         if want is got:
             return True
         key = (id(want), id(got))
@@ -58,23 +57,23 @@ class Watcher(TorchDispatchMode):
                 same = other is None or not other.any()
             else:
                 same = len(want) == len(got) and bool((want == np.abs(got)).all())
-            known = self._agreed[key] = (want, got, same)  # holding the arrays keeps their ids theirs
+            known = self._agreed[key] = (want, got, same)  # while the arrays are held, no other gets their id
         return known[2]
 
-    def set(self, tensor: Tensor, named: Labelled) -> None:
-        """Remember the names of a tensor."""
-        self._known[id(tensor)] = (weakref.ref(tensor), named)
+    def set(self, tensor: Tensor, labelled: Labelled) -> None:
+        """Remember the labels of a tensor."""
+        self._known[id(tensor)] = (weakref.ref(tensor), labelled)
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether it was named, or came out of an operation that was watched."""
+        """Whether a tensor was labelled, or came out of an operation that was watched."""
         entry = self._known.get(id(tensor))
         return entry is not None and entry[0]() is tensor
 
     def get(self, tensor: Tensor) -> Labelled:
-        """The names of a tensor; one never seen is a constant, with fixed positions."""
+        """The labels of a tensor. One that was never seen is a constant, whose positions are fixed."""
         entry = self._known.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
-            return anonymous(tensor.ndim, weight=True)
+            return unlabelled(tensor.ndim, weight=True)
         return entry[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -82,25 +81,30 @@ class Watcher(TorchDispatchMode):
         out = quick(func, args, kwargs)
         if out is None:
             out = func(*args, **kwargs)
-        if func.namespace == "aten":
-            self._observe(Call(self.names, self.get, func, args, kwargs, out))
-        elif func.namespace != "prim":
-            self._observe(Call(self.names, self.get, func, args, kwargs, out), known=False)
+        if func.namespace != "prim":
+            call = Call(self.labels, self.get, func, args, kwargs, out)
+            self._observe(call, known=func.namespace == "aten")
         return out
 
-    def _observe(self, call: Call, *, known: bool = True) -> None:
+    def _observe(self, call: Call, *, known: bool) -> None:
+        """Label the results of an operation, and write it down.
+
+        Args:
+            call: the operation.
+            known: whether a rule may know it. Rules are for ATen's operations only.
+        """
         results = call.results()
         if not results:
             if call.op in {"item", "_local_scalar_dense", "is_nonzero", "equal"}:
                 call.freeze_all("its value steers the model's Python")
             return
         function = RULES.get(call.base) if known and not call.overload.endswith("out") else None
-        named = (function or unknown_operation)(call)
-        listed = [named] if isinstance(named, Labelled) else list(named or ())
+        given = (function or unknown_operation)(call)
+        listed = [given] if isinstance(given, Labelled) else list(given or ())
         told = len(listed) or len(results)  # what a rule is silent about (saved statistics) is nobody's input
         weight = all(self.get(t).weight for t in call.tensors())
-        listed += [anonymous(t.ndim, weight=weight) for t in results[len(listed) :]]
-        if self.expected is not None:
+        listed += [unlabelled(t.ndim, weight=weight) for t in results[len(listed) :]]
+        if self._expected is not None:
             listed = self._as_expected(listed, results, constant=call.base in _CONSTANTS)
         for tensor, new in zip(results, listed, strict=True):
             if call.writes:
@@ -108,36 +112,37 @@ class Watcher(TorchDispatchMode):
             self.set(tensor, new)
         numbers = _numbers(call)
         if call.base not in _IDENTITIES or numbers:
-            op = "view" if call.base in _VIEWS else call.base
+            name = "view" if call.base in _VIEWS else call.base
             shapes = tuple(tuple(t.shape) for t in results[:told])
-            self.steps.append(Step(op, tuple(n.dims for n in listed[:told]), shapes, numbers))
+            self.log.append(Operation(name, tuple(each.dims for each in listed[:told]), shapes, numbers))
 
     def _as_expected(self, listed: list[Labelled], results: list[Tensor], *, constant: bool) -> list[Labelled]:
-        """Labels that a second run cannot know take those of the first: constants', and those of a lone channel.
+        """The labels that results carry, those of the first run where a second run cannot know them.
 
-        Where one channel is left, all places look alike: a view may drop its name, or put it on another dim.
+        It cannot for two kinds of results. A constant has no labels of its own. And where one channel is left, all
+        positions look alike: a view may drop its label, or put it on another dim.
         """
-        at = len(self.steps)
-        if self.expected is None or at >= len(self.expected):
+        at = len(self.log)
+        if self._expected is None or at >= len(self._expected):
             return listed
-        result = list(listed)
-        for i, (named, tensor, dims) in enumerate(zip(listed, results, self.expected[at].names, strict=False)):
+        found = list(listed)
+        for i, (labelled, tensor, dims) in enumerate(zip(listed, results, self._expected[at].labels, strict=False)):
             if len(dims) != tensor.ndim or any(
                 ids is not None and len(ids) != n for ids, n in zip(dims, tensor.shape, strict=True)
             ):
                 continue
-            differ = [
-                d for d, (want, got) in enumerate(zip(dims, named.dims, strict=True)) if not self.agree(want, got)
-            ]
+            pairs = enumerate(zip(dims, labelled.dims, strict=True))
+            differ = [d for d, (want, got) in pairs if not self.agree(want, got)]
             if not differ:
                 continue
-            given = _values(named.dims[d] for d in differ)
-            if constant or (len(lone := _values(dims[d] for d in differ) - {0}) == 1 and given <= lone):
-                result[i] = Labelled(dims, named.weight)
-        return result
+            wanted = _values(dims[d] for d in differ) - {0}
+            lone = len(wanted) == 1 and _values(labelled.dims[d] for d in differ) <= wanted
+            if constant or lone:
+                found[i] = Labelled(dims, labelled.weight)
+        return found
 
     def _written(self, call: Call, tensor: Tensor, new: Labelled) -> None:
-        """An in-place operation that changes what the names say must not be seen through another view."""
+        """Freeze what an in-place operation changes if another view shows it, which keeps its old labels."""
         old = self.get(tensor)
         if len(old.dims) == len(new.dims) and all(_same(a, b) for a, b in zip(old.dims, new.dims, strict=True)):
             return
@@ -149,43 +154,21 @@ class Watcher(TorchDispatchMode):
                     call.freeze(ids, "is written in place through a view")
 
 
-# whether PyTorch copies or views depends on strides, and so on widths
 _IDENTITIES = {"clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh"}
+"""Not in the op log: whether PyTorch copies depends on strides, and so on widths."""
 _VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
+"""One operation in the op log: whether PyTorch views or reshapes depends on strides too."""
 _CONSTANTS = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "new_empty", "scalar_tensor"}
 
-
-# operations whose whole numbers are values, not places or sizes
+# the whole numbers that these take are values, not positions or sizes
 _ARITHMETIC = {
-    "add",
-    "sub",
-    "rsub",
-    "mul",
-    "div",
-    "pow",
-    "fill",
-    "full",
-    "new_full",
-    "scalar_tensor",
-    "clamp",
-    "eq",
-    "ne",
-    "lt",
-    "gt",
-    "le",
-    "ge",
-    "maximum",
-    "minimum",
-    "remainder",
-    "fmod",
-    "floor_divide",
-    "arange",
-    "linspace",
-}
+    "add", "sub", "rsub", "mul", "div", "pow", "fill", "full", "new_full", "scalar_tensor", "clamp", "eq", "ne", "lt",
+    "gt", "le", "ge", "maximum", "minimum", "remainder", "fmod", "floor_divide", "arange", "linspace",
+}  # fmt: skip
 
 
 def _numbers(call: Call) -> tuple[float, ...]:
-    """Plain numbers that enter an operation's values: they must not depend on a width."""
+    """The plain numbers that enter the values of the results. They must not depend on a width."""
     numbers = [v for v in call.scalars() if isinstance(v, float) or call.base in _ARITHMETIC]
     numbers += [v for v in map(call.arg, ("alpha", "beta", "correction")) if isinstance(v, int)]
     if call.base.startswith("lift_fresh"):
@@ -203,123 +186,31 @@ def _same(a: Dim, b: Dim) -> bool:
     return a is b or (a is not None and b is not None and len(a) == len(b) and bool((a == b).all()))
 
 
-class Skeleton:
-    """A copy of a model that can be run without data, made smaller, and changed back.
-
-    Args:
-        model: the user's model, left untouched.
-        inputs: example inputs, left untouched.
-        kind: ``"meta"``, ``"fake"`` or ``"real"``: what stands in for the tensors.
-    """
-
-    def __init__(self, model: nn.Module, inputs: Inputs, kind: str) -> None:
-        self.kind = kind
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else None
-        stand_in = {"meta": _to_meta, "fake": self._to_fake, "real": _to_real}[kind]
-        memo: dict[int, Any] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            smaller = stand_in(tensor.detach())
-            if isinstance(tensor, nn.Parameter):
-                smaller = nn.Parameter(smaller, requires_grad=False)
-            memo[id(tensor)] = smaller
-        with copyable(model):
-            self.module = copy_module(model, memo)
-        self.module.eval()
-        self.begin = rng_state()
-        self.inputs = pytree.tree_map(lambda v: stand_in(v.detach()) if isinstance(v, Tensor) else v, inputs)
-
-    def _to_fake(self, tensor: Tensor) -> Tensor:
-        assert self.fake is not None
-        return self.fake.from_tensor(tensor)
-
-    def run(self, watcher: Watcher) -> Any:
-        """One forward under the watcher, in eval mode, without gradients; the random state comes back.
-
-        All runs begin with the same one: a forward that draws must not seem to depend on widths.
-        """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(fork_rng_of(self.module))
-            self.begin()
-            stack.enter_context(torch.inference_mode(False))  # in which operations would come in larger pieces
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(without_fast_path())
-            if self.fake is not None:
-                stack.enter_context(self.fake)
-            stack.enter_context(watcher)
-            return call_model(self.module, self.inputs)
-
-
-def _to_meta(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta")
-
-
-def _to_real(tensor: Tensor) -> Tensor:
-    return tensor.clone()
-
-
-@contextlib.contextmanager
-def copyable(model: nn.Module) -> Iterator[None]:
-    """Raise in our words if a model cannot be copied."""
-    try:
-        yield
-    except Exception as error:
-        raise SecateurError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); secateur works on a deep "
-            "copy so that your model stays untouched: make copy.deepcopy(model) work first"
-        ) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """A forward that fails is an answer here: PyTorch shall not log it as an accident."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-@contextlib.contextmanager
-def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training mode for all but dropout, whose noise is no matter of channels; eval mode afterwards."""
-    if not training:
-        yield
-        return
-    for part in module.modules():
-        part.training = not isinstance(part, nn.modules.dropout._DropoutNd)
-    try:
-        yield
-    finally:
-        module.eval()
-
-
 def watch(
     skeleton: Skeleton,
-    name: Callable[[Labels, str, Tensor], tuple[Dim, ...]],
-    expected: list[Step] | None = None,
-    names: Labels | None = None,
+    label: Callable[[Labels, str, Tensor], tuple[Dim, ...]],
+    expected: OpLog | None = None,
+    labels: Labels | None = None,
 ) -> Watcher:
-    """Run a skeleton with its parameters and buffers named, and freeze what it returns.
+    """Run a skeleton with its parameters and buffers labelled, and freeze what it returns.
 
     Args:
         skeleton: what to run.
-        name: gives the names of a parameter or buffer.
-        expected: steps of an earlier run, see :class:`Watcher`.
-        names: the table to add to, a new one if not given.
+        label: gives the labels of a parameter or buffer: ``label(table, name, tensor)``.
+        expected: for a second run, see :class:`Watcher`.
+        labels: the table to add to; a new one if not given.
 
     Raises:
         SecateurError: no tensor is found in what the model returns.
     """
-    watcher = Watcher(names or Labels(), expected)
-    for key, tensor in (*skeleton.module.named_parameters(), *skeleton.module.named_buffers()):
-        dims = name(watcher.names, key, tensor)
+    watcher = Watcher(labels or Labels(), expected)
+    for name, tensor in (*skeleton.module.named_parameters(), *skeleton.module.named_buffers()):
+        dims = label(watcher.labels, name, tensor)
         if not isinstance(tensor, nn.Parameter):  # nothing zeroes a buffer
             dims = tuple(lasting(ids) for ids in dims)
         watcher.set(tensor, Labelled(dims, weight=True))
     for tensor in tensors_in(skeleton.inputs):
-        watcher.set(tensor, anonymous(tensor.ndim, weight=False))
+        watcher.set(tensor, unlabelled(tensor.ndim, weight=False))
     out = skeleton.run(watcher)
     outputs = tensors_in(out)
     if not outputs:
@@ -335,8 +226,7 @@ def watch(
         )
     for tensor in outputs:
         for ids in watcher.get(tensor).dims:
-            watcher.names.freeze(ids, "output", "belongs to the model's output")
-    watcher.steps.append(
-        Step("output", tuple(watcher.get(t).dims for t in outputs), tuple(tuple(t.shape) for t in outputs))
-    )
+            watcher.labels.freeze(ids, "output", "belongs to the model's output")
+    shapes = tuple(tuple(t.shape) for t in outputs)
+    watcher.log.append(Operation("output", tuple(watcher.get(t).dims for t in outputs), shapes))
     return watcher

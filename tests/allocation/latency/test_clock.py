@@ -8,33 +8,46 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.allocation.strategies import STRATEGIES
+from secateur._internal.workload import Workload
+from secateur.allocation.api import allocated
 
 
-class Made:
-    """A clock that shows what an equation says, and a fit of it that is wrong by a factor and in its base."""
+def true_ms(graph, widths):
+    """Milliseconds by an equation."""
+    macs = graph.macs_terms.totals(graph.lengths(widths))
+    return 1.0 + 8.0 * macs / graph.macs() + 0.02 * widths.sum(-1)
 
-    def __init__(self, graph, wrong=1.0, base=1.0, noise=0.0, seed=0):
-        self.graph, self.wrong, self.base, self.noise, self.asked = graph, wrong, base, noise, []
-        self.rng = np.random.default_rng(seed)
 
-    def true(self, widths):
-        macs = self.graph.macs_terms.totals(self.graph.lengths(widths))
-        return 1.0 + 8.0 * macs / self.graph.macs() + 0.02 * widths.sum(-1)
+class Fitted:
+    """A fit of the equation that is wrong by a factor, and in its base."""
+
+    def __init__(self, graph, wrong=1.0, base=1.0):
+        self.graph, self.wrong, self.base = graph, wrong, base
 
     def ms(self, widths):
-        return self.wrong * (self.true(widths) - 1.0 + self.base)
+        return self.wrong * (true_ms(self.graph, widths) - 1.0 + self.base)
 
     def slope(self, widths):
         per_length = self.graph.macs_terms.gradient(self.graph.lengths(widths))
         return self.wrong * (8.0 * self.graph.multiplicity.T @ per_length / self.graph.macs() + 0.02)
 
+    def key(self):
+        return str(self.wrong)
+
+
+class Made:
+    """A clock that shows what the equation says, with noise."""
+
+    def __init__(self, graph, wrong=1.0, base=1.0, noise=0.0, seed=0):
+        self.graph, self.fitted, self.noise, self.asked = graph, Fitted(graph, wrong, base), noise, []
+        self.rng = np.random.default_rng(seed)
+
+    def true(self, widths):
+        return true_ms(self.graph, widths)
+
     def measured(self, plan):
         self.asked.append(float(self.true(self.graph.kept(plan))) * (1 + self.noise * self.rng.standard_normal()))
         return self.asked[-1]
-
-    def key(self):
-        return str(self.wrong)
 
 
 def case():
@@ -54,7 +67,7 @@ def test_the_clock_decides_and_most_of_the_budget_is_used(strategy, wrong, base,
     _, graph, scores = case()
     clock = Made(graph, wrong, base)
     allowed = float(part * clock.true(graph.widths))
-    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=allowed), strategy=strategy, timing=clock)
+    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=allowed), strategy=strategy, latency=clock)
     took = float(clock.true(graph.kept(plan)))
     assert took <= allowed
     one_wider = min(float(clock.true(graph.kept(plan) + unit)) for unit in np.eye(len(graph.groups), dtype=int))
@@ -62,36 +75,36 @@ def test_the_clock_decides_and_most_of_the_budget_is_used(strategy, wrong, base,
     assert len(clock.asked) <= 2 * 11
 
 
+class Asked:
+    """Another strategy, which keeps the limits that it was given."""
+
+    def __init__(self, strategy):
+        self.strategy, self.limits = strategy, []
+
+    def widths(self, problem, work):
+        self.limits.append(problem.meter.allowed["latency_ms"])
+        return self.strategy.widths(problem, work)
+
+
 def test_a_clock_that_is_right_changes_nothing_of_a_strategys_answer():
     _, graph, scores = case()
-    clock = Made(graph)
-    given = []
-
-    def strategy(problem):
-        given.append(problem.meter.allowed["latency_ms"])
-        return STRATEGIES["threshold"](problem)
-
-    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=6.0), strategy=strategy, timing=clock)
-    assert given == [pytest.approx(6.0)]
-    as_well = sc.allocate(graph, scores, sc.Budget(latency_ms=6.0), strategy="threshold", timing=clock)
+    clock, asked = Made(graph), Asked(sc.Threshold())
+    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=6.0), strategy=asked, latency=clock)
+    assert asked.limits == [pytest.approx(6.0)]
+    as_well = sc.allocate(graph, scores, sc.Budget(latency_ms=6.0), strategy="threshold", latency=clock)
     assert plan == as_well
 
 
 def test_a_strategy_is_asked_for_what_the_fit_says_of_the_limit():
     _, graph, scores = case()
-    clock, given = Made(graph, 0.7), []
-
-    def strategy(problem):
-        given.append(problem.meter.allowed["latency_ms"])
-        return STRATEGIES["global"](problem)
-
-    sc.allocate(graph, scores, sc.Budget(latency_ms=6.0), strategy=strategy, timing=clock)
-    assert given == [pytest.approx(0.7 * 6.0)]
+    clock, asked = Made(graph, 0.7), Asked(sc.Global())
+    sc.allocate(graph, scores, sc.Budget(latency_ms=6.0), strategy=asked, latency=clock)
+    assert asked.limits == [pytest.approx(0.7 * 6.0)]
 
 
 def test_a_budget_that_the_whole_network_meets_takes_nothing():
     _, graph, scores = case()
-    assert len(sc.allocate(graph, scores, sc.Budget(latency_ms=1000.0), timing=Made(graph))) == 0
+    assert len(sc.allocate(graph, scores, sc.Budget(latency_ms=1000.0), strategy="global", latency=Made(graph))) == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -99,7 +112,7 @@ def test_a_clock_that_is_not_steady_was_seen_to_show_no_more_than_the_budget(see
     _, graph, scores = case()
     clock = Made(graph, 1.2, noise=0.03, seed=seed)
     allowed = float(0.5 * clock.true(graph.widths))
-    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=allowed), timing=clock)
+    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=allowed), strategy="global", latency=clock)
     assert float(clock.true(graph.kept(plan))) <= 1.1 * allowed
     assert min(clock.asked) <= allowed
 
@@ -107,7 +120,9 @@ def test_a_clock_that_is_not_steady_was_seen_to_show_no_more_than_the_budget(see
 def test_other_limits_hold_beside_it_and_widths_are_rounded():
     _, graph, scores = case()
     clock = Made(graph, 1.1)
-    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=6.0, params=0.4, round_to=4), timing=clock)
+    plan = sc.allocate(
+        graph, scores, sc.Budget(latency_ms=6.0, params=0.4, round_to=4), strategy="global", latency=clock
+    )
     assert graph.params(plan) <= 0.4 * graph.params()
     kept = graph.kept(plan)
     assert clock.true(kept) <= 6.0
@@ -118,44 +133,57 @@ def test_what_is_narrowest_is_tried_before_a_budget_is_said_to_be_impossible():
     _, graph, scores = case()
     clock = Made(graph, base=0.01)  # the base is a hundred times what is fitted
     least = float(clock.true(np.ones(len(graph.groups), dtype=int)))
-    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=1.001 * least), timing=clock)
+    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=1.001 * least), strategy="global", latency=clock)
     assert clock.true(graph.kept(plan)) <= 1.001 * least
 
 
-def test_what_was_seen_to_meet_a_budget_is_the_answer_if_the_clock_shows_more_later(monkeypatch):
-    _, graph, scores = case()
+def test_what_was_seen_to_meet_a_budget_is_the_answer_if_the_clock_shows_more_later():
+    model, graph, scores = case()
+    work = sc.Workload(model)
     clock = Made(graph)
-    least = float(clock.true(np.ones(len(graph.groups), dtype=int)))
-    steady = clock.measured
-    seen = []
+    allowed = float(0.5 * clock.true(graph.widths))
+    steady, seen = clock.measured, []
 
     def later_slower(plan):
-        seen.append(steady(plan) * (1 if not seen or min(seen) > 1.01 * least else 1.1))
+        seen.append(steady(plan) * (1 if not seen or min(seen) > allowed else 10))
         return seen[-1]
 
     clock.measured = later_slower
-    with pytest.warns(UserWarning, match="it is not steady, and the answer is uniform widths"):
-        plan = sc.allocate(graph, scores, sc.Budget(latency_ms=1.01 * least), timing=clock)
-    assert clock.true(graph.kept(plan)) <= 1.01 * least
-    assert max(seen[1:]) > 1.01 * least
+    with pytest.warns(sc.SecateurWarning, match="it is not steady, and the answer is uniform widths"):
+        plan = sc.allocate(graph, scores, sc.Budget(latency_ms=allowed), strategy="global", latency=clock, work=work)
+    assert plan == sc.allocate(graph, scores, sc.Budget(latency_ms=allowed), strategy="uniform", latency=Made(graph))
+    assert max(seen[1:]) > allowed
+    assert len(work.notices) == 1  # which the result tells as well
+
+
+class Never:
+    """A criterion that notes that it was asked."""
+
+    def __init__(self, asked):
+        self.asked = asked
+
+    def scores(self, graph, work):
+        self.asked.append(0)
 
 
 def test_a_budget_that_cannot_be_met_is_told():
     _, graph, scores = case()
     clock = Made(graph, 0.5)  # thinks that half of it would do
     with pytest.raises(
-        sc.SecateurError, match=r"latency_ms=1.05 is asked for, and the least that was measured is 1\.0"
+        sc.InfeasibleBudget, match=r"latency_ms=1.05 is asked for, and the least that was measured is 1\.0"
     ):
-        sc.allocate(graph, scores, sc.Budget(latency_ms=1.05), timing=clock)
+        sc.allocate(graph, scores, sc.Budget(latency_ms=1.05), strategy="global", latency=clock)
     low = float(clock.true(np.ones(len(graph.groups), dtype=int)))
-    assert Made(graph, 1.7).ms(np.ones(len(graph.groups), dtype=int)) > 1.05 * low  # what the fit says decides nothing
-    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=1.05 * low), timing=Made(graph, 1.7))
+    assert (
+        Made(graph, 1.7).fitted.ms(np.ones(len(graph.groups), dtype=int)) > 1.05 * low
+    )  # what the fit says decides nothing
+    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=1.05 * low), strategy="global", latency=Made(graph, 1.7))
     assert float(clock.true(graph.kept(plan))) <= 1.05 * low
     scored = []
-    for method in ("magnitude", lambda *given: scored.append(0)):
+    for criterion in (sc.Magnitude(), Never(scored)):
         model, clock = case()[0], Made(graph)
-        with pytest.raises(sc.SecateurError, match=r"latency_ms=1.05 is asked for, .* least that was measured is 1\.0"):
-            sc.prune(model, torch.zeros(1, 3, 8, 8), method=method, budget=sc.Budget(latency_ms=1.05), timing=clock)
+        with pytest.raises(sc.InfeasibleBudget, match=r"latency_ms=1.05 is asked for, .* that was measured is 1\.0"):
+            sc.prune(model, torch.zeros(1, 3, 8, 8), sc.Budget(latency_ms=1.05), criterion=criterion, latency=clock)
         assert len(clock.asked) == 1
     assert not scored  # told before any work
 
@@ -165,13 +193,16 @@ def test_a_search_looks_for_widths_under_a_budget_in_milliseconds(tmp_path):
     clock = Made(graph, 1.1)
     data = [(torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))) for _ in range(4)]
     path, budget = tmp_path / "search.json", sc.Budget(latency_ms=5.0)
-    search = sc.Search(model, data, evaluations=100, progress=False, checkpoint=path)
-    plan = sc.allocate(graph, scores, budget, strategy=search, timing=clock)
+    bandit = sc.Bandit(evaluations=100, checkpoint=str(path))
+    work = Workload(model, data, "cross_entropy")
+    plan = allocated(graph, scores, budget, bandit, work, latency=clock)
     assert 0.9 * 5.0 < clock.true(graph.kept(plan)) <= 5.0
-    assert search.table and search.price >= 0
-    other = sc.Search(model, data, evaluations=100, progress=False, checkpoint=path)
-    with pytest.raises(sc.SecateurError, match="of another search"):  # prices by another clock are others
-        sc.allocate(graph, scores, budget, strategy=other, timing=Made(graph, 1.2))
+    found = work.facts["search"]
+    assert found["table"] and found["price"] >= 0
+    with pytest.raises(
+        sc.SecateurError, match="of another search, with another latency"
+    ):  # prices by another clock are others
+        allocated(graph, scores, budget, bandit, Workload(model, data, "cross_entropy"), latency=Made(graph, 1.2))
 
 
 def test_a_clock_of_another_model_or_trace_is_told_before_any_work():
@@ -189,21 +220,21 @@ def test_a_clock_of_another_model_or_trace_is_told_before_any_work():
     scores = sc.score(model, graph, "magnitude")
     for wrong in (Made(shorter), Made(case()[1])):
         for call in (
-            lambda clock: sc.allocate(graph, scores, sc.Budget(latency_ms=1.0), timing=clock),
+            lambda clock: sc.allocate(graph, scores, sc.Budget(latency_ms=1.0), latency=clock),
             lambda clock: sc.prune(
-                model, {"x": torch.zeros(1, 6)}, method=None, budget=sc.Budget(latency_ms=1.0), timing=clock
+                model, {"x": torch.zeros(1, 6)}, sc.Budget(latency_ms=1.0), criterion=Never([]), latency=clock
             ),
         ):
             with pytest.raises(sc.SecateurError, match="of another model, or was traced with other inputs"):
                 call(wrong)
-    with pytest.raises(sc.SecateurError, match=r"timing=5: a secateur\.Timing is expected"):
-        sc.allocate(graph, scores, sc.Budget(latency_ms=1.0), timing=5)
+    with pytest.raises(sc.SecateurError, match=r"latency=5: what secateur\.measure_latency gives is expected"):
+        sc.allocate(graph, scores, sc.Budget(latency_ms=1.0), strategy="global", latency=5)
     one, three = (nn.Sequential(nn.Conv2d(1, 8, 3, stride), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval() for stride in (1, 3))
     image = torch.zeros(1, 1, 32, 32)
     graph = sc.trace(three, image)
     with pytest.raises(sc.SecateurError, match="of another model, or was traced with other inputs"):  # names and shapes
         sc.allocate(
-            graph, sc.score(three, graph, "magnitude"), sc.Budget(latency_ms=1.0), timing=Made(sc.trace(one, image))
+            graph, sc.score(three, graph, "magnitude"), sc.Budget(latency_ms=1.0), latency=Made(sc.trace(one, image))
         )
 
 
@@ -214,10 +245,10 @@ def test_a_clock_of_another_model_or_trace_is_told_before_any_work():
         (lambda m, g, s: sc.Budget(latency_ms="fast"), "latency_ms='fast'"),
         (lambda m, g, s: sc.Budget(latency_ms=float("nan")), "latency_ms=nan"),
         (lambda m, g, s: sc.allocate(g, s, sc.Budget(latency_ms=1.0)), "to be measured first; call prune"),
-        (lambda m, g, s: sc.allocate(g, s, sc.Budget(macs=0.5), timing=Made(g)), "does not limit latency_ms"),
+        (lambda m, g, s: sc.allocate(g, s, sc.Budget(macs=0.5), latency=Made(g)), "does not limit latency_ms"),
         (lambda m, g, s: sc.eigendamage(m, torch.zeros(1, 3, 8, 8),
             data=[(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))],
-            loss_fn="cross_entropy", budget=sc.Budget(latency_ms=1.0)), "rotated layers: only prune"),
+            loss="cross_entropy", budget=sc.Budget(latency_ms=1.0)), "rotated layers: only prune"),
         (lambda m, g, s: sc.SDPrun(m, g, lr=0.1, c=1e-3, mu=0.6, budget=sc.Budget(latency_ms=1.0)),
             "what prunes while it trains cannot"),
         (lambda m, g, s: sc.IncReg(m, g, torch.optim.SGD(m.parameters(), lr=0.1), budget=sc.Budget(latency_ms=1.0)),

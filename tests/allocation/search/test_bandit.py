@@ -50,7 +50,7 @@ def sum_of(parts):
 
 @pytest.mark.parametrize("dueling", [False, True])
 @pytest.mark.parametrize("sizes", [(4, 3), (2, 5, 3), (7,)])
-def test_statistics_are_antisymmetric_grow_and_leave_ghost_atoms_alone(sizes, dueling):
+def test_statistics_are_antisymmetric_grow_and_leave_ghost_arms_alone(sizes, dueling):
     bandit, mean = FactoredBandit(sizes, dueling=dueling, seed=1), sum_of(additive(sizes))
     before = bandit.matches.copy()
     for _ in range(30):
@@ -66,7 +66,7 @@ def test_statistics_are_antisymmetric_grow_and_leave_ghost_atoms_alone(sizes, du
 
 
 @pytest.mark.parametrize("dueling", [False, True])
-def test_in_a_block_every_active_atom_is_played_at_least_once(dueling):
+def test_in_a_block_every_active_arm_is_played_at_least_once(dueling):
     bandit, mean = FactoredBandit((5, 3, 2), radius=0.5, dueling=dueling), sum_of(additive((5, 3, 2)))
     shorter = 0
     for _ in range(300):
@@ -86,7 +86,7 @@ def test_in_a_block_every_active_atom_is_played_at_least_once(dueling):
 
 
 @pytest.mark.parametrize("dueling", [False, True])
-def test_a_block_that_dwells_is_near_the_favourite_and_plays_every_active_atom(dueling):
+def test_a_block_that_dwells_is_near_the_favourite_and_plays_every_active_arm(dueling):
     bandit, mean = FactoredBandit((5, 3, 2), radius=0.5, dueling=dueling, dwell=4), sum_of(additive((5, 3, 2)))
     out = 0
     for number in range(300):
@@ -144,7 +144,7 @@ def test_matching_is_unbiased_whatever_the_others_play(dueling, dwell):
         assert np.abs(mean[factor, :size, :size] - expected).max() < 5 * error.max()
 
 
-def test_with_identifiability_alone_the_best_atom_is_ahead_by_its_least_gap():
+def test_with_identifiability_alone_the_best_arm_is_ahead_by_its_least_gap():
     found = []
     for seed in range(200):
         bandit = FactoredBandit((4, 3), radius=1e9, seed=seed)
@@ -235,10 +235,10 @@ def test_what_is_resumed_from_json_goes_on_bit_for_bit(dueling, waiting, dwell):
 def test_the_table_tells_what_was_learned():
     parts = [np.array([0.1, 0.5]), np.array([0.4, 0.0, 0.2])]
     bandit = FactoredBandit((2, 3), radius=1)
-    assert bandit.table()[0] == {"factor": 0, "atom": 0, "gap": 0.0, "plays": 0, "active": True}
+    assert bandit.table()[0] == {"factor": 0, "arm": 0, "gap": 0.0, "plays": 0, "active": True}
     assert bandit.table()[1]["gap"] is None
     play(bandit, sum_of(parts), 3000, 0.1)
-    rows = {(row["factor"], row["atom"]): row for row in bandit.table()}
+    rows = {(row["factor"], row["arm"]): row for row in bandit.table()}
     assert rows[0, 0]["gap"] == pytest.approx(0.4, abs=0.1)
     assert rows[1, 1]["gap"] == pytest.approx(0.4, abs=0.1)
     assert [key for key, row in rows.items() if row["active"]] == [(0, 1), (1, 0)]
@@ -247,7 +247,7 @@ def test_the_table_tells_what_was_learned():
 
 def test_what_is_known_of_rewards_need_not_be_learned_and_may_change():
     parts = additive((4, 3), seed=1)
-    costs = np.array([[0.0, 0.3, 0.1, 0.2], [0.2, 0.0, 0.4, 9.9]])  # the last is no atom
+    costs = np.array([[0.0, 0.3, 0.1, 0.2], [0.2, 0.0, 0.4, 9.9]])  # the last is no arm
     told, known = FactoredBandit((4, 3), radius=1e9, seed=3), FactoredBandit((4, 3), radius=1e9, seed=4)
     known.known = -costs
     for _ in range(1500):
@@ -284,9 +284,9 @@ def test_the_logarithm_is_never_below_one():
     ("sizes", "options", "message"),
     [
         ([], {}, "at least one factor"),
-        ([3, 0], {}, "factor 1 has 0 atoms"),
-        ([3, 1], {}, "factor 1 has one atom: there is nothing to choose"),
-        ([2.5], {}, "factor 0 has 2.5 atoms"),
+        ([3, 0], {}, "factor 1 has 0 arms"),
+        ([3, 1], {}, "factor 1 has one arm: there is nothing to choose"),
+        ([2.5], {}, "factor 0 has 2.5 arms"),
         ([2], {"radius": 0}, "radius=0: a number above 0"),
         ([2], {"spread": float("inf")}, "spread=inf"),
         ([2], {"bounds": (1, 0)}, "the least and the largest reward"),
@@ -297,7 +297,7 @@ def test_the_logarithm_is_never_below_one():
         ([2], {"dwell": 1.5}, "dwell=1.5: a whole number"),
         ([2], {"dueling": "no"}, "dueling='no': true or false"),
         ([2], {"seed": -1}, "seed=-1: a whole number from 0 on"),
-        (5, {}, "sizes=5: the number of atoms of every factor"),
+        (5, {}, "sizes=5: the number of arms of every factor"),
     ],
 )
 def test_bad_input_is_told(sizes, options, message):

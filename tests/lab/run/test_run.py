@@ -1,6 +1,8 @@
+import errno
 import importlib
 import json
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -16,23 +18,29 @@ from safetensors.torch import load_file
 from torch import nn
 
 import secateur as sc
-from secateur.cli import RECIPES
+from secateur._internal.errors import BadFile
+from secateur.allocation.latency import sampler
+from secateur.allocation.search import checkpoint
+from secateur.allocation.search.evaluator import Evaluator
 from secateur.lab import data, recipe
 from secateur.lab.models.registry import build
+from secateur.lab.recipe.shipped import shipped
 from secateur.lab.run import folder, table
 from secateur.lab.run.api import run
+from secateur.lab.training.loop import _Run as TrainingRun
 from secateur.methods.gradual import GradualPruner
 from secateur.methods.pivoting import Pivoting
 
+SDPRUN = {"name": "sdprun", "c": 0.3, "weights": "sqrt"}
 ALL_STAGES = {
     "name": "all stages",
     "device": "cpu",
     "threads": 1,
     "data": {"name": "digits", "batch_size": 64, "validation": 0.5},
     "model": {"name": "digits_cnn", "options": {"width": 0.25}},
-    "train": {"optimizer": "sdprun", "epochs": 4, "lr": 0.2, "c": 0.3, "weights": "sqrt", "baseline": True},
-    "prune": {"method": "dead"},
-    "finetune": {"epochs": 2, "lr": 0.01, "momentum": 0.9},
+    "train": {"optimizer": SDPRUN, "epochs": 4, "lr": 0.2, "baseline": True},
+    "prune": {"method": "zero"},
+    "finetune": {"optimizer": {"momentum": 0.9}, "epochs": 2, "lr": 0.01},
     "measure": {"batch_sizes": [1], "repeats": 2},
 }
 TAYLOR = {
@@ -42,7 +50,13 @@ TAYLOR = {
     "data": {"name": "digits", "batch_size": 64},
     "model": {"name": "digits_cnn", "options": {"width": 0.25}},
     "train": {"epochs": 1, "lr": 0.1},
-    "prune": {"method": "taylor", "budget": {"macs": 0.5}, "batches": 2, "recalibrate": True},
+    "prune": {
+        "budget": {"macs": 0.5},
+        "criterion": "taylor",
+        "strategy": "global",
+        "repair": "recalibrate",
+        "batches": 2,
+    },
     "measure": {"batch_sizes": [1], "repeats": 1},
 }
 PROCESSES = multiprocessing.get_context("forkserver")  # its children have imported all already
@@ -82,7 +96,7 @@ def test_every_stage_is_kept_and_loads(finished: tuple[Path, dict[str, Any]]) ->
         assert sc.trace(model, torch.zeros(1, 1, 8, 8)).macs() == seed[column]["macs"]
         assert sum(p.numel() for p in model.parameters()) == seed[column]["params"]
     removed = sum(a - b for a, b in seed["stages"]["pruned"]["widths"].values())
-    assert removed == seed["stages"]["pruned"]["dead"] > 0
+    assert removed == seed["stages"]["pruned"]["removed"] > 0
     assert seed["stages"]["pruned"]["difference"] < 1e-5
     assert len(list(whole.parameters())) == len(list(cut.parameters()))
 
@@ -115,14 +129,15 @@ def test_a_finished_run_is_not_done_again(finished: tuple[Path, dict[str, Any]])
 
 
 def test_sdprun_with_c_0_is_its_baseline(tmp_path: Path) -> None:
-    train = {**ALL_STAGES["train"], "c": 0.0, "epochs": 1}
+    train = {**ALL_STAGES["train"], "optimizer": {**SDPRUN, "c": 0.0}, "epochs": 1}
     run(made(ALL_STAGES, train=train, prune=None, finetune=None), tmp_path, progress=False)
     kept = [load_file(tmp_path / "seed-0" / stage / "model.safetensors") for stage in ("baseline", "trained")]
     assert all(torch.equal(tensor, kept[1][name]) for name, tensor in kept[0].items())
 
 
 def test_sdprun_stops_at_its_budget_and_says_so_if_it_does_not_get_there(tmp_path: Path) -> None:
-    train = {**ALL_STAGES["train"], "budget": {"macs": 0.6}, "exclude": ["conv1"], "baseline": False}
+    settings = {**SDPRUN, "budget": {"macs": 0.6}, "exclude": ["conv1"]}
+    train = {**ALL_STAGES["train"], "optimizer": settings, "baseline": False}
     told: list[str] = []
     out = tmp_path / "met"
     result = run(made(ALL_STAGES, train=train, finetune=None), out, progress=False, say=told.append)
@@ -131,7 +146,7 @@ def test_sdprun_stops_at_its_budget_and_says_so_if_it_does_not_get_there(tmp_pat
     before, after = result["seeds"]["0"]["stages"]["pruned"]["widths"]["conv1"]
     assert before == after
     assert not any("was not reached" in line for line in told)
-    train = {**train, "c": 1e-6, "epochs": 1}
+    train = {**train, "optimizer": {**settings, "c": 1e-6}, "epochs": 1}
     short = made(ALL_STAGES, train=train, prune=None, finetune=None)
     result = run(short, tmp_path / "not", progress=False, say=told.append)
     assert result["seeds"]["0"]["stages"]["trained"]["reached"] is False
@@ -144,7 +159,7 @@ def test_sdprun_stops_at_its_budget_and_says_so_if_it_does_not_get_there(tmp_pat
     ids=str,
 )
 def test_what_sdprun_cannot_do_is_told_before_any_work(tmp_path: Path, changes: dict, message: str) -> None:
-    given = made(ALL_STAGES, train={**ALL_STAGES["train"], **changes})
+    given = made(ALL_STAGES, train={**ALL_STAGES["train"], "optimizer": {**SDPRUN, **changes}})
     with pytest.raises(sc.SecateurError, match=message):
         run(given, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -229,11 +244,16 @@ def test_a_folder_in_which_a_process_was_killed_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "prune",
     [
-        {"method": "eigendamage", "budget": {"params": 0.5}, "batches": 2, "options": {"fisher": "exact"}},
-        {"method": "kron_obs", "budget": {"macs": 0.5}, "batches": 2, "compensate": True, "options": {"damping": 0.1}},
-        {"method": "obd", "budget": {"params": 0.5}, "batches": 2, "refit": True, "options": {"samples": 2}},
+        {"method": {"name": "eigendamage", "fisher": "exact"}, "budget": {"params": 0.5}, "batches": 2},
+        {
+            "criterion": {"name": "kron_obs", "damping": 0.1},
+            "repair": "compensate",
+            "budget": {"macs": 0.5},
+            "batches": 2,
+        },
+        {"criterion": {"name": "obd", "samples": 2}, "repair": "refit", "budget": {"params": 0.5}, "batches": 2},
     ],
-    ids=lambda prune: prune["method"],
+    ids=["eigendamage", "kron_obs", "obd"],
 )
 def test_second_order_methods_run_and_load(tmp_path: Path, prune: dict[str, Any]) -> None:
     result = run(made(TAYLOR, prune=prune), tmp_path, progress=False)["seeds"]["0"]
@@ -246,16 +266,16 @@ def test_second_order_methods_run_and_load(tmp_path: Path, prune: dict[str, Any]
 @pytest.mark.parametrize(
     "prune",
     [
-        {"method": "taylor", "budget": {"macs": 0.3, "params": 0.5}, "batches": 2, "rounds": 3},
+        {"criterion": "taylor", "budget": {"macs": 0.3, "params": 0.5}, "batches": 2, "rounds": 3},
         {
-            "method": "eigendamage", "budget": {"params": 0.3, "macs": 0.5}, "batches": 2, "rounds": 2,
-            "options": {"separable": "cp", "rule": "threshold", "limit": 0.9},
+            "method": {"name": "eigendamage", "separable": "cp", "rule": "threshold", "limit": 0.9},
+            "budget": {"params": 0.3, "macs": 0.5}, "batches": 2, "rounds": 2,
         },
     ],
-    ids=lambda prune: prune["method"],
+    ids=["taylor", "eigendamage"],
 )  # fmt: skip
 def test_rounds_reach_the_budget_in_equal_factors(tmp_path: Path, prune: dict[str, Any]) -> None:
-    finetune = {"epochs": 1, "lr": 0.01, "momentum": 0.9}
+    finetune = {"optimizer": {"momentum": 0.9}, "epochs": 1, "lr": 0.01}
     seed = run(made(TAYLOR, prune=prune, finetune=finetune), tmp_path, progress=False)["seeds"]["0"]
     rounds = prune["rounds"]
     columns = [*(f"round {k}" for k in range(1, rounds)), "after"]
@@ -269,7 +289,7 @@ def test_rounds_reach_the_budget_in_equal_factors(tmp_path: Path, prune: dict[st
     for number, column in enumerate(columns, 1):
         small = sc.load(tmp_path / "seed-0" / ("tuned" if column == "after" else f"tuned-{number}"))
         assert sum(p.numel() for p in small.parameters()) == seed[column]["params"]
-    if prune["method"] == "eigendamage":
+    if "method" in prune:
         assert [next(iter(step)) for step in sc.record(small)] == ["eigendamage"] * rounds + ["separate"]
 
 
@@ -280,8 +300,9 @@ GENTLE = {
 
 
 def gently(method: str, **changes: Any) -> dict[str, Any]:
-    train = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "schedule": "constant"}
-    return {"method": method, "budget": {"macs": 0.6}, "options": GENTLE[method], "train": train, **changes}
+    train = {"optimizer": {"momentum": 0.9}, "epochs": 2, "lr": 0.05, "schedule": "constant"}
+    options = changes or GENTLE[method]
+    return {"method": {"name": method, **options}, "budget": {"macs": 0.6}, "train": train}
 
 
 @pytest.mark.parametrize("gradual", [True, False])
@@ -292,19 +313,19 @@ def test_pivoting_runs_packs_loads_and_ends_the_same_when_stopped_in_between(
         return {name: 1.0 if name == "dense" else 0.1 for name in ways}
 
     monkeypatch.setattr(importlib.import_module("secateur.surgery.blocks.packing"), "milliseconds", milliseconds)
-    prune: dict[str, Any] = {"method": "pivot", "options": {"keep": 0.25}}
+    prune: dict[str, Any] = {"method": {"name": "pivot", "keep": 0.25}}
     if gradual:
-        prune["options"] |= {"every": 5, "times": 8}
-        prune["train"] = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "schedule": "constant"}
+        prune["method"] |= {"every": 5, "times": 8}
+        prune["train"] = {"optimizer": {"momentum": 0.9}, "epochs": 2, "lr": 0.05, "schedule": "constant"}
     recipe = made(TAYLOR, model={"name": "digits_cnn"}, prune=prune, finetune={"epochs": 2, "lr": 0.01})
     said: list[str] = []
     whole = run(recipe, tmp_path / "whole", progress=False, say=said.append)
-    assert any(line.startswith("pivot: whole stay conv1 (keep=0.25 of 32 x 1") for line in said)
+    assert any(line.startswith("left whole: conv1 (keep=0.25 of 32 x 1") for line in said)
     seed = whole["seeds"]["0"]
     assert 0.25 * seed["before"]["macs"] < seed["after"]["macs"] < 0.35 * seed["before"]["macs"]
-    assert seed["stages"]["packed"]["packed"]
-    assert set(seed["stages"]["pruned"]["skipped"]) == {"conv1"}
-    packed = sc.load(tmp_path / "whole" / "seed-0" / "packed")
+    assert seed["stages"]["finished"]["packed"]
+    assert set(seed["stages"]["pruned"]["left whole"]) == {"conv1"}
+    packed = sc.load(tmp_path / "whole" / "seed-0" / "finished")
     assert [next(iter(step)) for step in sc.record(packed)] == ["pivot", "pack"]
     images = torch.rand(3, 1, 8, 8)
     assert torch.allclose(packed(images), sc.load(tmp_path / "whole" / "seed-0" / "tuned")(images), atol=1e-4)
@@ -319,17 +340,16 @@ def test_a_search_of_widths_runs_and_goes_on_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Any
 ) -> None:
     prune = {
-        "method": "magnitude", "budget": {"macs": 0.5}, "strategy": "bandit", "batches": 4, "recalibrate": True,
-        "search": {"evaluations": 80},
+        "criterion": "magnitude", "budget": {"macs": 0.5}, "strategy": {"name": "bandit", "evaluations": 80},
+        "repair": "recalibrate", "batches": 4,
     }  # fmt: skip
     recipe = made(TAYLOR, prune=prune)
     whole = run(recipe, tmp_path / "whole", progress=False)
     seed = whole["seeds"]["0"]
     assert seed["after"]["macs"] <= 0.5 * seed["before"]["macs"]
     assert seed["stages"]["pruned"]["search"]["table"]
-    module = importlib.import_module("secateur.allocation.search.search")
-    monkeypatch.setattr(module, "EVERY", 0.0)
-    calls = interrupted(module.Evaluator, "_rise", 50)
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_SAVES", 0.0)
+    calls = interrupted(Evaluator, "_rise", 50)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "again", progress=False)
     assert timeless(run(recipe, tmp_path / "again", progress=False)) == timeless(whole)
@@ -340,18 +360,19 @@ def test_a_search_of_widths_runs_and_goes_on_where_it_was_interrupted(
 def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    impossible = {"method": "magnitude", "budget": {"latency_ms": 1e-6}}
+    impossible = {"criterion": "magnitude", "budget": {"latency_ms": 1e-6}}
     with pytest.raises(sc.SecateurError, match="latency_ms=1e-06 is asked for, and the least that was"):
         run(made(TAYLOR, prune=impossible), tmp_path / "impossible", progress=False)
     assert not (tmp_path / "impossible").exists() or not list((tmp_path / "impossible").rglob("*.safetensors"))
     module = importlib.import_module("secateur.lab.run.pruning")
-    counted, prune, measure = [], module.prune, sc.Timing._measure
+    latency = importlib.import_module("secateur.allocation.latency.api")
+    counted, prune, measure = [], module.prune, latency.measured_model
 
-    def counting(timing: sc.Timing, count: int, progress: bool) -> None:
-        counted.append((count, timing.where["inputs"][0][0], timing.threads))
-        measure(timing, count, progress)
+    def counting(stopwatch: Any, graph: Any, settings: sc.LatencySettings, **given: Any) -> Any:
+        counted.append((settings.samples, stopwatch.where(graph)["inputs"][0][0], settings.threads))
+        return measure(stopwatch, graph, settings, **given)
 
-    monkeypatch.setattr(sc.Timing, "_measure", counting)
+    monkeypatch.setattr(latency, "measured_model", counting)
     monkeypatch.setattr(module, "TIMED", 6)
     budget = {"latency_ms": 1000.0, "macs": 0.5}
     recipe = made(TAYLOR, prune=TAYLOR["prune"] | {"budget": budget}, measure={"batch_sizes": [4], "threads": 1})
@@ -380,16 +401,13 @@ def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_u
         weights = np.array([sum(tensor.numel() for tensor in model.parameters()) for model in models])
         return slower[0] * weights[:, None, None] / weights[0] * rng.uniform(0.9, 1.1, (len(models), turns, 1))
 
-    monkeypatch.setitem(sc.Timing.__init__.__globals__, "in_turn", noisy)
-    search, pruning = (
-        importlib.import_module(f"secateur.{name}") for name in ("allocation.search.search", "lab.run.pruning")
-    )
-    monkeypatch.setattr(pruning, "TIMED", 6)
-    monkeypatch.setattr(search, "EVERY", 0.0)
-    calls = interrupted(search.Evaluator, "_rise", 50)
+    monkeypatch.setattr(sampler, "in_turn", noisy)
+    monkeypatch.setattr(importlib.import_module("secateur.lab.run.pruning"), "TIMED", 6)
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_SAVES", 0.0)
+    calls = interrupted(Evaluator, "_rise", 50)
     prune = {
-        "method": "magnitude", "budget": {"latency_ms": 0.7}, "strategy": "bandit", "batches": 4, "recalibrate": True,
-        "search": {"evaluations": 80},
+        "criterion": "magnitude", "budget": {"latency_ms": 0.7}, "strategy": {"name": "bandit", "evaluations": 80},
+        "repair": "recalibrate", "batches": 4,
     }  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         run(made(TAYLOR, prune=prune), tmp_path, progress=False)
@@ -400,9 +418,9 @@ def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_u
 
 
 def test_pivoting_that_the_training_is_too_short_for_is_told_before_any_work(tmp_path: Path) -> None:
-    train = {"epochs": 2, "lr": 0.05, "momentum": 0.9}
-    for options, message in (({"keep": 0.25}, "are 46 steps; pivoting"), ({"keep": 0.001}, "no layer can have")):
-        prune = {"method": "pivot", "options": options, "train": train}
+    train = {"optimizer": {"momentum": 0.9}, "epochs": 2, "lr": 0.05}
+    for options, message in (({"keep": 0.25}, "are 46 steps, and pivot takes"), ({"keep": 0.001}, "no layer can have")):
+        prune = {"method": {"name": "pivot", **options}, "train": train}
         with pytest.raises(sc.SecateurError, match=message):
             run(made(TAYLOR, prune=prune), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -429,10 +447,10 @@ def test_gentle_methods_run_load_and_end_the_same_when_stopped_in_between(
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        (gently("increg", options={"rate": 0.01, "limit": 1.0}), "are 46 steps, and increg takes [0-9]+ at least"),
-        (gently("spp", options={"rate": 0.05, "every": 180}), "or a smaller every than 180"),
-        (gently("increg", options={"rate": 0.2, "limit": 100.0}), "must stay below 3.8"),
-        (gently("spp", options={"exclude": ["conv9"]}), "conv9"),
+        (gently("increg", rate=0.01, limit=1.0), "are 46 steps, and increg takes [0-9]+ at least"),
+        (gently("spp", rate=0.05, every=180), "or a smaller every than 180"),
+        (gently("increg", rate=0.2, limit=100.0), "must stay below 3.8"),
+        (gently("spp", exclude=["conv9"]), "conv9"),
     ],
 )
 def test_what_gentle_methods_cannot_do_is_told_before_any_work(tmp_path: Path, prune: dict, message: str) -> None:
@@ -442,7 +460,7 @@ def test_what_gentle_methods_cannot_do_is_told_before_any_work(tmp_path: Path, p
 
 
 def test_rounds_that_were_interrupted_end_the_same(tmp_path: Path) -> None:
-    recipe = made(TAYLOR, prune={"method": "magnitude", "budget": {"params": 0.5}, "rounds": 2})
+    recipe = made(TAYLOR, prune={"criterion": "magnitude", "budget": {"params": 0.5}, "rounds": 2})
     whole = run(recipe, tmp_path / "whole", progress=False)
 
     def stop(line: str) -> None:
@@ -512,10 +530,10 @@ REFUSED = {
     "no files of the data": ({"data": {"name": "mnist", "root": "/nowhere"}}, "/nowhere holds no mnist"),
     "nothing to remove": ({"model": {"name": "mine:linear"}}, "no removable channel"),
     "unknown option": ({"model": {**OWN, "options": {"widht": 2}}}, "did you mean 'width'"),
-    "a budget that cannot be met": ({"prune": {"method": "random", "budget": {"macs": 1e-4}}}, "feasible are"),
+    "a budget that cannot be met": ({"prune": {"criterion": "random", "budget": {"macs": 1e-4}}}, "feasible are"),
     "no such weights": ({"train": None, "model": {**OWN, "weights": "none.safetensors"}}, "no such file"),
     "a group that is not there": (
-        {"prune": {"method": "random", "budget": {"macs": 0.5, "at_least": {"conv4": 2}}}},
+        {"prune": {"criterion": "random", "budget": {"macs": 0.5, "at_least": {"conv4": 2}}}},
         "did you mean 'conv3'|did you mean 'conv",
     ),
 }
@@ -531,8 +549,8 @@ def test_what_cannot_be_done_leaves_nothing(case: str, mine: types.ModuleType, t
 
 def test_the_folder_of_another_run(finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
-    changed = {**ALL_STAGES["train"], "c": 0.1}
-    with pytest.raises(sc.SecateurError, match=r"another run \(train.c 0.3, now 0.1\).*--fresh"):
+    changed = {**ALL_STAGES["train"], "optimizer": {**SDPRUN, "c": 0.1}}
+    with pytest.raises(sc.SecateurError, match=r"another run \(train.optimizer.c 0.3, now 0.1\).*--fresh"):
         run(made(ALL_STAGES, train=changed), out, progress=False)
 
 
@@ -576,13 +594,13 @@ def test_a_run_from_before_a_setting_was_there_is_the_same_run(
 
 def test_separable_where_no_convolution_can_be_or_is_a_bottleneck(tmp_path: Path) -> None:
     prune = {
-        "method": "eigendamage", "budget": {"params": 0.99}, "batches": 2,
-        "options": {"separable": "svd", "layers": ["head"]},
+        "method": {"name": "eigendamage", "separable": "svd", "layers": ["head"]}, "budget": {"params": 0.99},
+        "batches": 2,
     }  # fmt: skip
     with pytest.raises(sc.SecateurError, match="no layer is a convolution"):
         run(made(TAYLOR, prune=prune), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
-    prune["options"]["layers"] = ["conv1", "head"]
+    prune["method"]["layers"] = ["conv1", "head"]
     said = []
     found = run(made(TAYLOR, prune=prune), tmp_path / "out", progress=False, say=said.append)["seeds"]["0"]["stages"]
     assert found["pruned"]["separated"] == [] and list(found["pruned"]["bottlenecks"]) == ["head"]
@@ -605,6 +623,35 @@ def test_a_damaged_stage_says_what_to_delete(tmp_path: Path) -> None:
     assert (tmp_path / "seed-0" / "baseline").exists()  # what is done stays
 
 
+def test_on_a_full_disk_what_was_done_stays_and_with_room_the_same_call_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = made(TAYLOR, train={"epochs": 4, "lr": 0.1})
+    whole = run(given, tmp_path / "whole", progress=False)
+    sync, written = os.fsync, []
+
+    def fills_up(handle: int) -> None:
+        written.append(handle)
+        if len(written) > 6:  # run.json and two checkpoints, each a file and its folder
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fills_up)
+    with pytest.raises(
+        BadFile, match=r"No space left on device.*bytes are to be written.*run the same again"
+    ) as caught:
+        run(given, tmp_path / "again", progress=False)
+    assert "\n" not in str(caught.value)
+    kept = list((tmp_path / "again" / "seed-0" / "baseline-checkpoints").iterdir())
+    assert len(kept) == 2 and not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.undo()
+    epochs, plain = [], TrainingRun.pass_once
+    monkeypatch.setattr(TrainingRun, "pass_once", lambda own, *args: (epochs.append(own.epoch), plain(own, *args)))
+    assert timeless(run(given, tmp_path / "again", progress=False)) == timeless(whole)
+    assert epochs == [2, 3]  # those before had been kept
+    assert weights(tmp_path / "again") == weights(tmp_path / "whole")
+
+
 def test_one_process_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(sc.SecateurError, match="accelerate launch"):
@@ -614,7 +661,7 @@ def test_one_process_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.slow
 def test_the_digits_recipe_survives_ten_kills(tmp_path: Path) -> None:
     """The run of ``make demo``, each time killed once at a random moment and begun again."""
-    given = recipe.read(RECIPES / "digits-sdprun.yaml")
+    given = recipe.read(shipped()["digits-sdprun"])
     start = time.monotonic()
     killed_and_resumed(tmp_path / "whole", [], given)
     whole = time.monotonic() - start

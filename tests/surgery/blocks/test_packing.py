@@ -94,7 +94,7 @@ def test_packed_is_masked(name, layout, keep, way):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         model, x = case(name, dtype)
         before = {n: t.clone() for n, t in model.state_dict().items()}
-        pivoted = sc.pivot(model, x, keep, exclude=["head"] if name == "residual" else [], **several(layout))
+        pivoted = sc.pivot(model, x, keep, exclude=["head"] if name == "residual" else [], **several(layout)).model
         packed = sc.pack(pivoted, x, way=way)
         with torch.no_grad():
             wanted, given = pivoted(x), packed(x)
@@ -114,7 +114,7 @@ def test_blocks_that_do_not_divide_a_layer_change_nothing_and_train_on_like_the_
     model = nn.Sequential(nn.Linear(shape[1], shape[0]), nn.Tanh(), nn.Linear(shape[0], 2)).double()
     x = torch.randn(4, shape[1], dtype=torch.float64)
     given = {"layout": layout, "exclude": ["2"]} | ({} if layout == "diagonal" else {"blocks": 3})
-    pivoted = sc.pivot(model, x, 0.5, **given)
+    pivoted = sc.pivot(model, x, 0.5, **given).model
     packed = sc.pack(pivoted, x, way=way)
     assert isinstance(packed[0], Packed)
     assert packed[0].order is None
@@ -151,7 +151,7 @@ def test_planted_structures_that_fit_need_no_gather_at_all(way):
         whole = torch.from_numpy(np.kron(np.eye(4), np.ones((8, 8)))).float() * torch.randn(32, 32)
         layer.weight.data = whole[np.argsort(inner[i + 1])][:, np.argsort(inner[i])]
     x = torch.randn(3, 32)
-    pivoted = sc.pivot(model, x, 0.25, layout="diagonal")
+    pivoted = sc.pivot(model, x, 0.25, layout="diagonal").model
     assert all(torch.equal(a, b) for a, b in zip(pivoted.parameters(), model.parameters(), strict=True))
     packed = sc.pack(pivoted, x, way=way)
     assert indices(packed) == (0, 0)
@@ -162,7 +162,7 @@ def test_planted_structures_that_fit_need_no_gather_at_all(way):
 @pytest.mark.parametrize("name", ["perceptron", "chain"])
 def test_in_a_chain_only_the_ends_need_an_index_after_the_rows(name, layout):
     model, x = case(name)
-    packed = sc.pack(sc.pivot(model, x, 0.25, **several(layout)), x, way="blocks")
+    packed = sc.pack(sc.pivot(model, x, 0.25, **several(layout)).model, x, way="blocks")
     layers = [m for m in packed.modules() if isinstance(m, Packed)]
     assert all(layer.order is None for layer in layers[:-1])  # the last writes the output, whose order is the user's
     assert len(layers) >= 2
@@ -170,7 +170,7 @@ def test_in_a_chain_only_the_ends_need_an_index_after_the_rows(name, layout):
 
 def test_in_a_residual_stream_one_of_those_that_write_it_needs_no_index():
     model, x = case("residual")
-    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4, exclude=["head"]), x, way="blocks")
+    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4, exclude=["head"]).model, x, way="blocks")
     assert packed.up.order is None
     assert packed.wide.order is None
     assert [packed.back.order is None, packed.narrow.order is None].count(True) == 1
@@ -179,7 +179,7 @@ def test_in_a_residual_stream_one_of_those_that_write_it_needs_no_index():
 @pytest.mark.parametrize("way", ["blocks", "at_once"])
 def test_training_goes_on_with_the_gradients_of_the_masked_model(way):
     model, x = case("perceptron")
-    pivoted = sc.pivot(model, x, 0.5, blocks=4)
+    pivoted = sc.pivot(model, x, 0.5, blocks=4).model
     packed = sc.pack(pivoted, x, way=way)
     for each in (pivoted, packed):
         each.train()
@@ -191,7 +191,7 @@ def test_training_goes_on_with_the_gradients_of_the_masked_model(way):
 
 def test_what_is_slower_stays_dense(monkeypatch):
     model, x = case("perceptron")
-    pivoted = sc.pivot(model, x, 0.25)
+    pivoted = sc.pivot(model, x, 0.25).model
     for dense, expected in ((1.0, 4), (0.51, 0)):
         monkeypatch.setattr(
             packing, "milliseconds", lambda ways, _, dense=dense: {n: dense if n == "dense" else 0.5 for n in ways}
@@ -207,7 +207,7 @@ def test_what_is_slower_stays_dense(monkeypatch):
 
 def test_a_model_that_is_no_faster_as_a_whole_stays_dense(monkeypatch):
     model, x = case("perceptron")
-    pivoted, after = sc.pivot(model, x, 0.25), packing.milliseconds
+    pivoted, after = sc.pivot(model, x, 0.25).model, packing.milliseconds
 
     def milliseconds(ways, x):
         after(ways, x, 1)  # they run
@@ -224,7 +224,7 @@ def test_a_model_that_is_no_faster_as_a_whole_stays_dense(monkeypatch):
 
 def test_packing_again_for_another_batch_uses_the_channels_as_they_lie_now(monkeypatch):
     model, x = case("perceptron")
-    pivoted = sc.pivot(model, x, 0.5, blocks=4)
+    pivoted = sc.pivot(model, x, 0.5, blocks=4).model
     with monkeypatch.context() as patch:
         patch.setattr(packing, "milliseconds", lambda ways, _: {n: 0.1 if n == "dense" else 1.0 for n in ways})
         dense = sc.pack(pivoted, x)
@@ -243,7 +243,7 @@ def test_packing_again_for_another_batch_uses_the_channels_as_they_lie_now(monke
 
 def test_weights_that_changed_outside_of_the_blocks_are_told():
     model, x = case("perceptron")
-    pivoted = sc.pivot(model, x, 0.5, blocks=4)
+    pivoted = sc.pivot(model, x, 0.5, blocks=4).model
     with torch.no_grad():
         pivoted[2].weight += 1
     with pytest.raises(SecateurError, match="'2' have changed outside of its blocks"):
@@ -263,7 +263,7 @@ def test_a_forward_that_the_example_does_not_take_computes_the_same():
 
     torch.manual_seed(0)
     model, x = Branches().double(), torch.randn(5, 16).double()
-    pivoted = sc.pivot(model, x, 0.25, blocks=4)
+    pivoted = sc.pivot(model, x, 0.25, blocks=4).model
     packed = sc.pack(pivoted, x, way="blocks")
     assert json.loads(sc.record(packed)[-1]["pack"])["unread"] == ["other.weight", "other.bias"]
     with torch.no_grad():
@@ -273,8 +273,8 @@ def test_a_forward_that_the_example_does_not_take_computes_the_same():
 
 def test_a_model_that_was_changed_since_is_told():
     model, x = case("perceptron")
-    pivoted = sc.pivot(model, x, 0.5)
-    cut = sc.prune(pivoted, x, method="magnitude", budget=sc.Budget(macs=0.5)).model
+    pivoted = sc.pivot(model, x, 0.5).model
+    cut = sc.prune(pivoted, x, sc.Budget(macs=0.5), criterion="magnitude", strategy="global").model
     with pytest.raises(SecateurError, match=r"changed since it was pivoted .*pivot it again"):
         sc.pack(cut, x)
 
@@ -290,15 +290,15 @@ def test_low_precision_inside_of_a_model_is_no_reason_to_refuse():
             return self.body(x).double()
 
     model, x = Wide(), torch.randn(16, 64)
-    packed = sc.pack(sc.pivot(model, x, 0.5), x, way="blocks")
+    packed = sc.pack(sc.pivot(model, x, 0.5).model, x, way="blocks")
     assert packed(x).dtype is torch.float64
-    half = sc.pivot(model.half(), x.half(), 0.5)
+    half = sc.pivot(model.half(), x.half(), 0.5).model
     assert isinstance(sc.pack(half, x.half(), way="blocks").body[0], Packed)
 
 
 def test_what_is_not_finite_inside_of_the_blocks_is_no_change_outside():
     model, x = case("perceptron")
-    pivoted = sc.pivot(model, x, 0.5, blocks=4)
+    pivoted = sc.pivot(model, x, 0.5, blocks=4).model
     weight = pivoted[2].weight.data
     weight[tuple(weight.nonzero()[0])] = torch.nan
     assert isinstance(sc.pack(pivoted, x, way="blocks")[2], Packed)
@@ -326,7 +326,7 @@ def test_a_model_that_is_not_the_sum_of_its_layers_is_told():
 
     x = torch.randn(3, 16)
     with pytest.raises(SecateurError, match="does a module read the weights of another"):
-        sc.pack(sc.pivot(Reads(), x, 0.5), x, way="blocks")
+        sc.pack(sc.pivot(Reads(), x, 0.5).model, x, way="blocks")
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), Doubled(16, 16))
     model[0].register_forward_hook(lambda module, args, output: output * 2)
     model[1].forward = lambda x: 2 * nn.Linear.forward(model[1], x)
@@ -349,7 +349,7 @@ def test_a_layer_under_two_names_and_one_called_by_keyword_are_packed():
 
     torch.manual_seed(0)
     model, x = Two().double(), torch.randn(3, 16, dtype=torch.float64)
-    pivoted = sc.pivot(model, x, 0.5, blocks=4)
+    pivoted = sc.pivot(model, x, 0.5, blocks=4).model
     packed = sc.pack(pivoted, x, way="at_once")
     assert packed.first is packed.layers[0]
     assert sum(p.numel() for p in packed.parameters()) < 0.6 * sum(p.numel() for p in model.parameters())
@@ -369,7 +369,7 @@ def test_the_users_model_random_state_and_inputs_stay_as_they_were():
 
     model, x = Counts().train(), torch.randn(3, 16)
     before, given = torch.get_rng_state(), x.clone()
-    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4), x, way="blocks")
+    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4).model, x, way="blocks")
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(x, given)
     assert model.calls == packed.calls == 0
@@ -386,11 +386,11 @@ def test_outputs_that_are_not_finite_or_rough_are_no_reason_to_refuse():
             return self.b(self.a(x).relu()).masked_fill(torch.arange(16) < 3, -torch.inf)
 
     x = torch.randn(3, 16)
-    assert isinstance(sc.pack(sc.pivot(Masks(), x, 0.5), x, way="blocks").a, Packed)
+    assert isinstance(sc.pack(sc.pivot(Masks(), x, 0.5).model, x, way="blocks").a, Packed)
     torch.manual_seed(0)
     deep = nn.Sequential(*(m for _ in range(11) for m in (nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)))).bfloat16()
     x = torch.randn(32, 64, dtype=torch.bfloat16)
-    assert isinstance(sc.pack(sc.pivot(deep, x, 0.5, blocks=4), x, way="blocks")[0], Packed)
+    assert isinstance(sc.pack(sc.pivot(deep, x, 0.5, blocks=4).model, x, way="blocks")[0], Packed)
 
 
 def test_packing_never_brings_gathers():
@@ -419,11 +419,11 @@ def test_packing_never_brings_gathers():
 def test_macs_are_the_part_that_stays(layout, keep):
     model, x = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 3)), torch.randn(1, 16, 8, 8)
     for way in ("at_once", "blocks"):
-        packed = sc.pack(sc.pivot(model, x, keep, **several(layout)), x, way=way)
+        packed = sc.pack(sc.pivot(model, x, keep, **several(layout)).model, x, way=way)
         assert counted(packed, x)["macs"] == keep * counted(model, x)["macs"]
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64))
     for x, way in itertools.product((torch.randn(1, 64), torch.randn(3, 64)), ("at_once", "blocks")):
-        packed = sc.pack(sc.pivot(model, x, keep, **several(layout)), x, way=way)
+        packed = sc.pack(sc.pivot(model, x, keep, **several(layout)).model, x, way=way)
         assert counted(packed, x)["macs"] == keep * counted(model, x)["macs"]
 
 
@@ -431,19 +431,19 @@ def test_macs_are_the_part_that_stays(layout, keep):
 @pytest.mark.parametrize("name", ["chain", "residual", "lines"])
 def test_saved_and_loaded_it_is_the_same(tmp_path, name, way):
     model, x = case(name, torch.float32)
-    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4), x, way=way)
+    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4).model, x, way=way)
     sc.save(packed, tmp_path)
     again = sc.load(tmp_path, lambda: case(name, torch.float32, seed=1)[0])
     assert torch.equal(again(x), packed(x))
     assert sc.record(again) == sc.record(packed)
     assert torch.equal(copy.deepcopy(packed)(x), packed(x))
-    fresh = sc.pack(sc.pivot(model, x, 0.5, blocks=4), x, way=way)
+    fresh = sc.pack(sc.pivot(model, x, 0.5, blocks=4).model, x, way=way)
     fresh.load_state_dict(packed.state_dict())
 
 
 def test_a_damaged_record_is_told(tmp_path):
     model, x = case("chain", torch.float32)
-    sc.save(sc.pack(sc.pivot(model, x, 0.5, blocks=4), x, way="blocks"), tmp_path)
+    sc.save(sc.pack(sc.pivot(model, x, 0.5, blocks=4).model, x, way="blocks"), tmp_path)
     text = (tmp_path / "secateur.json").read_text()
     for old, new in (
         ('\\"blocks\\": 4', '\\"blocks\\": 0'),
@@ -464,7 +464,7 @@ def test_it_can_be_exported_and_compiled(name, way):
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     evaluator = importlib.import_module("onnx.reference").ReferenceEvaluator
     model, x = case(name, torch.float32)
-    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4), x, way=way)
+    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4).model, x, way=way)
     with torch.no_grad():
         wanted = packed(x)
         assert torch.allclose(torch.export.export(packed, (x,)).module()(x), wanted, atol=1e-5)
@@ -482,7 +482,7 @@ def test_it_can_be_exported_and_compiled(name, way):
 def test_a_packed_linear_takes_any_number_of_vectors(layout, bias, way):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 21, bias=bias), nn.ReLU(), nn.Linear(21, 2)).double()
-    pivoted = sc.pivot(model, torch.zeros(3, 24, dtype=torch.float64), 0.5, exclude=["2"], **several(layout))
+    pivoted = sc.pivot(model, torch.zeros(3, 24, dtype=torch.float64), 0.5, exclude=["2"], **several(layout)).model
     packed = sc.pack(pivoted, torch.zeros(3, 24, dtype=torch.float64), way=way)
     for shape in ((), (1,), (1, 1), (0,), (2, 0), (5,), (2, 3)):
         x = torch.randn(*shape, 24, dtype=torch.float64)
@@ -500,7 +500,7 @@ def test_a_packed_linear_takes_any_number_of_vectors(layout, bias, way):
 @pytest.mark.parametrize("way", ["blocks", "at_once"])
 def test_it_can_be_exported_for_any_number_of_examples(way):
     model, x = case("perceptron", torch.float32)
-    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4), x, way=way)
+    packed = sc.pack(sc.pivot(model, x, 0.5, blocks=4).model, x, way=way)
     program = torch.export.export(packed, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
     for rows in (2, 5, 9):
         other = torch.randn(rows, 24)
@@ -512,17 +512,17 @@ def test_the_energy_is_that_of_magnitude_or_of_the_fisher():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5)).double()
     data = [(torch.randn(8, 3, 4, 4, dtype=torch.float64), torch.randint(0, 5, (8,)))]
     assert np.allclose(energy(model[0]), model[0].weight.detach().square().sum((2, 3)))
-    factors = sc.kronecker_factors(model, data, fisher="exact")
+    factors = sc.kronecker_factors(model, data, "cross_entropy", fisher="exact")
     for name in ("0", "2"):
         a, g = factors[name].a[0].diagonal(), factors[name].g[0].diagonal()
         n = model[int(name)].weight.shape[1]
         squared = model[int(name)].weight.detach().square().reshape(*model[int(name)].weight.shape[:2], -1).sum(2)
         wanted = (squared * g[:, None] * a[:n]).numpy()
         assert np.allclose(energy(model[int(name)], factors[name]), wanted)
-    full = sc.kronecker_factors(model, data, form="full")
+    full = sc.kronecker_factors(model, data, "cross_entropy", form="full")
     with pytest.raises(SecateurError, match="form='channel'"):
         energy(model[0], full["0"])
-    assert set(sc.record(sc.pivot(model, data[0][0], 1.0, factors=factors))[-1]) == {"pivot"}
+    assert set(sc.record(sc.pivot(model, data[0][0], 1.0, factors=factors).model)[-1]) == {"pivot"}
 
 
 def test_with_the_fishers_energy_what_inputs_never_show_goes_first():
@@ -530,9 +530,9 @@ def test_with_the_fishers_energy_what_inputs_never_show_goes_first():
     model = nn.Linear(16, 8)
     x = torch.randn(64, 16) * (torch.arange(16) < 8)  # half of the inputs are always zero
     factors = sc.kronecker_factors(model, [(x, torch.zeros(64, 8))], "mse")
-    pivoted = sc.pivot(model, x, 0.5, factors=factors, blocks=1)
+    pivoted = sc.pivot(model, x, 0.5, factors=factors, blocks=1).model
     assert torch.allclose(pivoted(x), model(x), atol=1e-6)
-    assert not torch.allclose(sc.pivot(model, x, 0.5, blocks=1)(x), model(x), atol=1e-2)
+    assert not torch.allclose(sc.pivot(model, x, 0.5, blocks=1).model(x), model(x), atol=1e-2)
 
 
 def test_layers_that_cannot_have_blocks_stay_whole_and_say_why():
@@ -546,7 +546,7 @@ def test_layers_that_cannot_have_blocks_stay_whole_and_say_why():
     )  # fmt: skip
     model["again"] = nn.Linear(16, 16)
     model["again"].weight = shared.weight
-    found, skipped = eligible(model, 0.5, "bundles", ["out"])
+    found, skipped = eligible(model, 0.5, "bundles", {"out": "excluded"})
     assert found == ["one"]
     for name, why in {
         "tied": "shares", "again": "shares", "row": "16 leaves", "few": "fewer than 4", "grouped": "grouped",
@@ -565,7 +565,7 @@ def test_layers_that_are_not_used_stay_whole():
             return self.used(x)
 
     model = Half()
-    pivoted = sc.pivot(model, torch.zeros(1, 16), 0.5)
+    pivoted = sc.pivot(model, torch.zeros(1, 16), 0.5).model
     assert torch.equal(pivoted.idle.weight, model.idle.weight)
     assert "not used" in json.loads(sc.record(pivoted)[-1]["pivot"])["skipped"]["idle"]
 
@@ -585,8 +585,10 @@ def test_layers_that_are_not_used_stay_whole():
         ({"keep": 0.5, "seed": -1}, "seed=-1: a whole number from 0 on"),
         ({"keep": 0.5, "factors": {"0": 1}}, "kronecker_factors"),
         ({"keep": 0.5, "factors": {}}, "kronecker_factors"),
-        ({"keep": 0.5, "exclude": "2"}, "exclude='2': a list of layers"),
-        ({"keep": 0.5, "exclude": None}, "exclude=None: a list of layers"),
+        ({"keep": 0.5, "exclude": ["2", 5]}, r"exclude=\['2', 5\]: patterns"),
+        ({"keep": 0.5, "exclude": None}, "exclude=None: patterns"),
+        ({"keep": 0.5, "exclude": nn.Conv2d}, "unknown type of module in exclude 'Conv2d'"),
+        ({"keep": 0.5, "exclude": nn.Linear(2, 2)}, "no module of the model"),
     ],
 )
 def test_bad_input_is_told(options, message):

@@ -103,7 +103,7 @@ def test_the_assignment_is_the_best_one_and_of_parts_never_worse(monkeypatch):
     found = _assigned(gain, np.arange(6), blocks, rng)
     assert sorted(found) == list(range(6))
     assert worth(found, gain, blocks) == pytest.approx(best)
-    monkeypatch.setattr(importlib.import_module("secateur.surgery.blocks.pattern"), "AT_ONCE", 3)
+    monkeypatch.setattr(importlib.import_module("secateur.surgery.blocks.pattern"), "ASSIGNED_AT_ONCE", 3)
     gain, blocks = rng.random((20, 4)), np.repeat(np.arange(4), 5)
     found = _assigned(gain, np.arange(20), blocks, rng)
     assert sorted(found) == list(range(20))

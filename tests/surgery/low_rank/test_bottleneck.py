@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur as sc
+from secateur._internal.workload import Workload
 from secateur.allocation.rank_allocation import Choice, Room, Shape, fill, lagrangian
 from secateur.curvature.eigenbasis import eigenbasis_of
 from secateur.curvature.kronecker import kronecker_factors
-from secateur.methods.eigendamage import measure_damage
+from secateur.methods.eigendamage import EigenDamage
 from secateur.surgery.low_rank.bottleneck import Bottleneck, hollow, split
 
 LAYERS = {
@@ -169,6 +170,7 @@ def network():
 X = torch.randn(20, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(20) % 4
 DATA = [(X[:10], Y[:10]), (X[10:], Y[10:])]
+LOSS = "cross_entropy"
 
 
 def counts(model, x):
@@ -183,7 +185,7 @@ def test_the_real_counts_are_within_the_budget(limits, rule):
     model = network()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     options = {"rule": rule, "ekfac": rule == "lagrangian", "limit": 0.99}
-    small = sc.eigendamage(model, X[:2], data=DATA, budget=sc.Budget(**limits), **options)
+    small = sc.eigendamage(model, X[:2], sc.Budget(**limits), data=DATA, loss=LOSS, **options).model
     macs, params = counts(model, X[:2])
     real = dict(zip(("macs", "params"), counts(small, X[:2]), strict=True))
     assert all(real[u] <= f * {"macs": macs, "params": params}[u] for u, f in limits.items())
@@ -194,15 +196,15 @@ def test_the_real_counts_are_within_the_budget(limits, rule):
 
 def test_a_budget_of_everything_leaves_every_layer_alone():
     model = network()
-    small = sc.eigendamage(model, X[:2], data=DATA, budget=sc.Budget(params=1.0))
+    small = sc.eigendamage(model, X[:2], sc.Budget(params=1.0), data=DATA, loss=LOSS).model
     assert not any(isinstance(m, Bottleneck) for m in small.modules())
     assert torch.equal(small(X), model(X))
 
 
 def test_again_on_its_own_result_it_stays_three_layers():
     model = network()
-    one = sc.eigendamage(model, X[:2], data=DATA, budget=sc.Budget(params=0.5))
-    two = sc.eigendamage(one, X[:2], data=DATA, budget=sc.Budget(params=0.5))
+    one = sc.eigendamage(model, X[:2], sc.Budget(params=0.5), data=DATA, loss=LOSS).model
+    two = sc.eigendamage(one, X[:2], sc.Budget(params=0.5), data=DATA, loss=LOSS).model
     assert counts(two, X[:2])[1] <= 0.5 * counts(one, X[:2])[1]
     for module in two.modules():
         if isinstance(module, Bottleneck):
@@ -211,15 +213,15 @@ def test_again_on_its_own_result_it_stays_three_layers():
 
 
 def test_it_is_saved_and_loaded(tmp_path):
-    small = sc.eigendamage(network(), X[:2], data=DATA, budget=sc.Budget(params=0.5))
-    small = sc.eigendamage(small, X[:2], data=DATA, budget=sc.Budget(params=0.6))
+    small = sc.eigendamage(network(), X[:2], sc.Budget(params=0.5), data=DATA, loss=LOSS).model
+    small = sc.eigendamage(small, X[:2], sc.Budget(params=0.6), data=DATA, loss=LOSS).model
     sc.save(small, tmp_path)
     again = sc.load(tmp_path, network)
     assert torch.equal(again.eval()(X), small.eval()(X))
 
 
 def test_rotations_may_stay_fixed_and_it_exports():
-    small = sc.eigendamage(network(), X[:2], data=DATA, budget=sc.Budget(params=0.4), train_rotations=False)
+    small = sc.eigendamage(network(), X[:2], sc.Budget(params=0.4), data=DATA, loss=LOSS, train_rotations=False).model
     made = [m for m in small.modules() if isinstance(m, Bottleneck)]
     assert all(not m[0].weight.requires_grad and m.core.weight.requires_grad for m in made)
     F.cross_entropy(small.train()(X), Y).backward()
@@ -235,34 +237,43 @@ def test_hollow_has_the_shapes():
 
 BAD = {
     "rule": ({"rule": "lagrange"}, "did you mean 'lagrangian'"),
+    "option": ({"ruel": "lagrangian"}, "unknown option of eigendamage 'ruel': did you mean 'rule'"),
     "no budget": ({"budget": 0.5}, "a Budget is expected"),
-    "limit": ({"limit": 1.0}, "between 0 and 1"),
+    "limit": ({"limit": 1.0}, r"limit=1.0: a number in \(0, 1\)"),
     "layer": ({"layers": ["1"]}, "'1' is no linear"),
     "floors": (
         {"rule": "threshold", "budget": sc.Budget(params=0.5, round_to=4)}, "knows no round_to"),
     "too small": ({"budget": sc.Budget(params=0.01)}, "cannot be met"),
     "only grouped": ({"layers": ["5"]}, "no layer can become"),
+    "all excluded": ({"exclude": [nn.Conv2d, "8"]}, "no layer can become.*0: excluded by Conv2d.*8: excluded by '8'"),
     "loader": ({"data": []}, "loader is empty"),
+    "no loss": ({"loss": None}, "eigendamage needs data=.*loss="),
     "inputs": ({"example_inputs": X[:, :1]}, "fails on the example inputs"),
+    "separable": ({"separable": "cpd"}, "did you mean 'cp'"),
+    "fisher": ({"fisher": "exact", "samples": 2}, "draws nothing"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_told(name):
     changed, message = BAD[name]
-    given = {"example_inputs": X[:2], "data": DATA, "budget": sc.Budget(params=0.5), **changed}
+    given = {"example_inputs": X[:2], "data": DATA, "loss": LOSS, "budget": sc.Budget(params=0.5), **changed}
     with pytest.raises(sc.SecateurError, match=message):
         sc.eigendamage(network(), **given)
 
 
-def test_damages_once_measured_serve_for_every_budget():
+def test_the_curvature_once_measured_serves_for_every_budget():
     model = network()
-    damages = measure_damage(model, X[:2], data=DATA)
-    assert set(damages.bases) == {"0", "3", "8"} and damages.skipped == {"5": "a grouped convolution"}
+    work = Workload(model, DATA, LOSS)
+    method = EigenDamage(ekfac=True)
     for fraction in (0.7, 0.4):
-        one = damages.cut(sc.Budget(params=fraction))
-        two = sc.eigendamage(model, X[:2], data=DATA, budget=sc.Budget(params=fraction))
-        assert torch.equal(one.eval()(X), two.eval()(X))
+        one = method.apply(model, X[:2], sc.Budget(params=fraction), work)
+        assert work.forwards == 2 * len(DATA), "two passes, and no more for the second budget"
+        two = sc.eigendamage(model, X[:2], sc.Budget(params=fraction), data=DATA, loss=LOSS, ekfac=True)
+        assert torch.equal(one.model.eval()(X), two.model.eval()(X))
+        assert set(one.facts["left whole"]) == {"5", "10"}
+        assert one.facts["left whole"]["5"] == "a grouped convolution"
+        assert "the last layer" in one.facts["left whole"]["10"]
 
 
 def test_layers_whose_weight_is_not_theirs_alone_stay_and_the_budget_is_still_met():
@@ -273,8 +284,7 @@ def test_layers_whose_weight_is_not_theirs_alone_stay_and_the_budget_is_still_me
     computed = nn.utils.parametrizations.weight_norm(nn.Linear(20, 20))
     model = nn.Sequential(nn.Linear(20, 60), nn.Linear(60, 20), shared, tied, twin, shared, computed, nn.Linear(20, 3))
     x = torch.randn(30, 20)
-    damages = measure_damage(model, x, data=[x], fisher="exact")
-    assert set(damages.bases) == {"0", "1"} and set(damages.skipped) == {"2", "3", "4"}
-    small = damages.cut(sc.Budget(params=0.7))
-    assert counts(small, x)[1] <= 0.7 * counts(model, x)[1]
-    assert "6" in kronecker_factors(model, [x]).skipped
+    result = sc.eigendamage(model, x, sc.Budget(params=0.7), data=[x], loss=LOSS, fisher="exact")
+    assert set(result.facts["bottlenecks"]) <= {"0", "1"} and set(result.facts["left whole"]) == {"2", "3", "4", "7"}
+    assert counts(result.model, x)[1] <= 0.7 * counts(model, x)[1]
+    assert "6" in kronecker_factors(model, [x], "cross_entropy").skipped

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_bottleneck import DATA, X, network
+from test_bottleneck import DATA, LOSS, X, network
 from torch import nn
 
 import secateur as sc
@@ -24,7 +24,7 @@ def rotated(**options):
     torch.manual_seed(0)
     x = torch.randn(6, 4, 9, 9, dtype=torch.float64)
     model = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1, **options), nn.ReLU(), nn.Conv2d(6, 2, 1)).double()
-    return x, sc.eigendamage(model, x, data=[x], loss_fn="mse", budget=sc.Budget(params=0.8), layers=["0"])
+    return x, sc.eigendamage(model, x, sc.Budget(params=0.8), data=[x], loss="mse", layers=["0"]).model
 
 
 def test_orthogonal_products_are_found_at_once():
@@ -75,7 +75,7 @@ def test_a_core_of_one_tap_stays_what_it_was():
     torch.manual_seed(0)
     x = torch.randn(8, 6, 3, 3, dtype=torch.float64)
     model = nn.Sequential(nn.Conv2d(6, 8, 1), nn.Conv2d(8, 2, 1)).double()
-    small = sc.eigendamage(model, x, data=[x], loss_fn="mse", budget=sc.Budget(params=0.7))
+    small = sc.eigendamage(model, x, sc.Budget(params=0.7), data=[x], loss="mse").model
     torch.testing.assert_close(sc.separate(small, "svd")(x), small(x))
 
 
@@ -86,19 +86,19 @@ def test_alternating_is_nearer_than_the_mean_tap():
 
 
 def test_it_is_saved_loaded_exported_and_not_rotated_again(tmp_path):
-    small = sc.eigendamage(network(), X[:2], data=DATA, budget=sc.Budget(macs=0.5))
+    small = sc.eigendamage(network(), X[:2], sc.Budget(macs=0.5), data=DATA, loss=LOSS).model
     made = sc.separate(small).eval()
     assert [next(iter(step)) for step in sc.record(made)] == ["eigendamage", "separate"]
     sc.save(made, tmp_path)
     assert torch.equal(sc.load(tmp_path, network).eval()(X), made(X))
     exported = torch.export.export(made, (X[:2],)).module()
     torch.testing.assert_close(exported(X[:2]), made(X[:2]))
-    again = sc.eigendamage(made, X[:2], data=DATA, budget=sc.Budget(params=0.95))
+    again = sc.eigendamage(made, X[:2], sc.Budget(params=0.95), data=DATA, loss=LOSS).model
     assert all(torch.equal(again.state_dict()[n], t) for n, t in made.state_dict().items() if n.startswith("3."))
 
 
 def test_rotations_that_stay_fixed_stay_fixed():
-    small = sc.eigendamage(network(), X[:2], data=DATA, budget=sc.Budget(macs=0.5), train_rotations=False)
+    small = sc.eigendamage(network(), X[:2], sc.Budget(macs=0.5), data=DATA, loss=LOSS, train_rotations=False).model
     made = sc.separate(small)
     assert [p.requires_grad for p in made.parameters()] == [p.requires_grad for p in small.parameters()]
 
@@ -117,13 +117,13 @@ def test_products_that_begin_at_zero_are_woken():
 def test_nothing_is_drawn_from_the_users_random_state():
     model = network()
     before = torch.get_rng_state()
-    small = sc.eigendamage(model, X[:2], data=DATA, budget=sc.Budget(macs=0.5))
+    small = sc.eigendamage(model, X[:2], sc.Budget(macs=0.5), data=DATA, loss=LOSS).model
     sc.separate(small)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_bottlenecks_of_a_bottleneck_are_merged_when_separable_too():
-    made = sc.separate(sc.eigendamage(network(), X[:2], data=DATA, budget=sc.Budget(macs=0.5))).eval()
+    made = sc.separate(sc.eigendamage(network(), X[:2], sc.Budget(macs=0.5), data=DATA, loss=LOSS).model).eval()
     nested = copy.deepcopy(made)
     for name in ("0", "3"):
         if isinstance(made[int(name)], Bottleneck) and made[int(name)].core.groups > 1:

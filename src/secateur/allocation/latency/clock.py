@@ -1,8 +1,13 @@
-r"""The clock decides: an answer that a fitted time says meets the budget is measured, and made narrower or wider.
+r"""A limit on the latency, kept by measuring: the clock decides, and a fitted model only proposes.
 
-What is fitted is wrong by some per cent, near an answer nearly always by the same factor::
+A latency model is wrong by some per cent. Near an answer it is nearly always wrong by the same factor. So where an
+answer was measured, it is known what the model says at the widths where the clock would show the limit::
 
-    aim = limit fitted(k) / measured(k)         what the fit says where the clock would show the limit
+    aim = limit fitted(k) / measured(k)
+
+Widths that the model expects to take that long are cut and measured next. Uniform widths find the aim first; then the
+strategy answers to it; and its answer is made narrower or wider by scores, until it is within the limit and uses most
+of it.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from secateur._internal.errors import CannotCut, InfeasibleBudget, SecateurError, notice
+from secateur._internal.errors import CannotCut, InfeasibleBudget, SecateurError
 from secateur.allocation.budget import LATENCY, Timed
 from secateur.allocation.problem import Problem, fill, narrowed
 from secateur.allocation.strategies import uniform_items
@@ -22,18 +27,24 @@ from secateur.tracing.graph import ChannelGraph
 
 Choose = Callable[[Problem], np.ndarray]
 """Items taken from every group of a problem, int64 [groups]."""
-ENOUGH, TRIES, SAFE = 0.97, 10, 0.99
-"""How much of the limit is to be used, how often the clock is asked, and the part of an aim that is aimed at."""
+USED_ENOUGH = 0.97
+"""An answer that uses so much of the limit is wide enough."""
+MOST_MEASUREMENTS = 10
+"""Answers that are measured, at most, before the narrowest one is."""
+AIM_MARGIN = 0.99
+"""Which part of an aim is aimed at: an answer just above the limit is of no use."""
 
 
-class Clock(Timed, Protocol):
-    """What can also measure (a :class:`secateur.Timing` does).
+class Clock(Protocol):
+    """What knows how long a network takes, and what is cut from it: a :class:`secateur.LatencyClock`, say."""
 
-    Attributes:
-        graph: of the model that it measures.
-    """
+    @property
+    def graph(self) -> ChannelGraph:
+        """The graph of the network that it measures."""
 
-    graph: ChannelGraph
+    @property
+    def fitted(self) -> Timed:
+        """About how long networks of any widths take."""
 
     def measured(self, plan: Plan) -> float:
         """The milliseconds that the cut network takes."""
@@ -43,31 +54,31 @@ def check_clock(clock: Clock | None, graph: ChannelGraph) -> None:
     """Raise if this cannot tell how long plans of a graph take."""
     if clock is None:
         return
-    if not all(hasattr(clock, name) for name in ("graph", "ms", "slope", "measured", "key")):
-        raise SecateurError(f"timing={clock!r}: a secateur.Timing is expected")
+    if not all(hasattr(clock, name) for name in ("graph", "fitted", "measured")):
+        raise SecateurError(f"latency={clock!r}: what secateur.measure_latency gives is expected")
     own, other = ([(g.name, len(g)) for g in some.groups] for some in (clock.graph, graph))
     timed, asked = (
         some.macs_terms.each(some.lengths(some.widths)) / max(some.macs(), 1) for some in (clock.graph, graph)
     )
     alike = own == other and timed.shape == asked.shape and np.allclose(timed, asked)
     if clock.graph.fingerprint != graph.fingerprint or not alike:
-        raise SecateurError("timing: it is of another model, or was traced with other inputs; measure this one")
+        raise SecateurError("latency: it is of another model, or was traced with other inputs; measure this one")
 
 
-def by_the_clock(problem: Problem, choose: Choose, clock: Clock, plan_of: Callable[[np.ndarray], Plan]) -> np.ndarray:
-    """Items taken from every group, so that the measured time is within the budget and most of it is used.
-
-    Where the fit has the limit is found first, with uniform widths; the strategy answers to that, and what then is
-    still missing or left over is taken or given back by scores.
+def by_the_clock(
+    problem: Problem, choose: Choose, clock: Clock, plan_of: Callable[[np.ndarray], Plan], tell: Callable[[str], None]
+) -> np.ndarray:
+    """Items taken from every group, so that the measured time is within the limit and most of it is used.
 
     Args:
         problem: groups, items and a budget that limits the latency.
         choose: the strategy.
-        clock: measures, and says what it thinks without.
+        clock: measures, and says what it expects.
         plan_of: the plan of an answer.
+        tell: tells the user what was substituted.
 
     Raises:
-        SecateurError: the clock shows more than the budget however little stays.
+        InfeasibleBudget: the clock shows more than the limit however little stays.
     """
     limit = problem.meter.allowed[LATENCY]
     uniform, aim, least = _settled(problem, fill(problem, uniform_items(problem)), limit, clock, plan_of)
@@ -79,8 +90,8 @@ def by_the_clock(problem: Problem, choose: Choose, clock: Clock, plan_of: Callab
         return uniform
     found, _, _ = _settled(aimed, fill(aimed, answer), limit, clock, plan_of)
     if found is None:
-        notice(
-            f"latency_ms={limit:.4g}: the clock showed more however narrow the strategy's answer was, and less for "
+        tell(
+            f"latency_ms={limit!r}: the clock showed more however narrow the strategy's answer was, and less for "
             "uniform widths before: it is not steady, and the answer is uniform widths; measure on a quieter machine, "
             "or allow more",
         )
@@ -101,7 +112,7 @@ def check_reachable(graph: ChannelGraph, least: np.ndarray, limit: float, clock:
 
 def _unreachable(limit: float, least: float) -> InfeasibleBudget:
     return InfeasibleBudget(
-        f"the budget cannot be met: latency_ms={limit:.4g} is asked for, and the least that was measured is "
+        f"the budget cannot be met: latency_ms={limit!r} is asked for, and the least that was measured is "
         f"{least:.4g}: raise it, or lower at_least= or round_to="
     )
 
@@ -120,19 +131,23 @@ def _aiming(problem: Problem, aim: float) -> Problem:
 def _settled(
     problem: Problem, taken: np.ndarray, limit: float, clock: Clock, plan_of: Callable[[np.ndarray], Plan]
 ) -> tuple[np.ndarray | None, float, float]:
-    """The widest answer that was measured within the limit, what the fit says of the limit there, the least time."""
-    found, there, least = None, 0.0, np.inf
-    for attempt in range(TRIES + 1):
-        if attempt == TRIES:  # nothing so far: what is narrowest decides
+    """Measure an answer, and others near it that are narrower or wider, until one uses enough of the limit.
+
+    Returns:
+        The widest answer that was measured within the limit, or None; the aim there; the least time that was measured.
+    """
+    found, aim_there, least = None, 0.0, np.inf
+    for attempt in range(MOST_MEASUREMENTS + 1):
+        if attempt == MOST_MEASUREMENTS:  # nothing so far: what is narrowest decides
             taken = problem.count
         took = clock.measured(plan_of(taken))
         least = min(least, took)
-        aim = limit * clock.ms(problem.widths(taken)).item() / took
+        aim = limit * clock.fitted.ms(problem.widths(taken)).item() / took
         if took <= limit and (found is None or taken.sum() < found.sum()):
-            found, there = taken, aim
-        if found is not None and (ENOUGH * limit <= took <= limit or attempt >= TRIES // 2):
+            found, aim_there = taken, aim
+        if found is not None and (USED_ENOUGH * limit <= took <= limit or attempt >= MOST_MEASUREMENTS // 2):
             break
-        aimed = _aiming(problem, SAFE * aim)
+        aimed = _aiming(problem, AIM_MARGIN * aim)
         if took <= limit:
             changed = fill(aimed, taken)
         elif aimed.meter.met(aimed.widths(problem.count)):
@@ -145,4 +160,4 @@ def _settled(
             changed = problem.count
         taken = changed
     # where what is narrowest takes more than the aim, a strategy would have no answer
-    return found, max(there, clock.ms(problem.widths(problem.count)).item()), least
+    return found, max(aim_there, clock.fitted.ms(problem.widths(problem.count)).item()), least

@@ -1,17 +1,20 @@
-r"""Factored bandits: the best combination of atoms, one of every factor, from noisy rewards of whole combinations.
+r"""A factored bandit: the best combination of arms, one of every factor, found from noisy rewards.
 
-The temporary-elimination algorithm of arXiv 1807.01488 (only its abstract is public; the constants are a
-reconstruction). Rounds go in blocks. In a block every factor plays each of its active atoms at least once, in an order
-drawn for itself alone, so that what the other factors play is noise of mean zero between any two of its atoms::
+Only the reward of a whole combination is seen. This is the temporary-elimination algorithm of arXiv 1807.01488. Of that
+paper only the abstract is public, so the constants are a reconstruction.
+
+Rounds go in blocks. In a block every factor plays each of its active arms at least once, in a random order of its own.
+So what the other factors play is noise, and has the same mean for any two arms of the factor::
 
     D_ij += m (mean_i - mean_j),    N_ij += m           m = min(plays of i, plays of j) in the block
     f(t) = (t + 1) log^2(t + 1)
     radius_ij = spread sqrt(radius log(2 |A| f(t)) / N_ij)
-    j is active unless some i has D_ij / N_ij > radius_ij; all atoms are while some N_ij = 0
+    j is active unless some i has D_ij / N_ij > radius_ij; all arms are active while some N_ij = 0
 
-What is eliminated comes back when ``f(t)`` has grown enough: the algorithm needs no horizon. It asks that a factor's
-best atom is best whatever the others play (uniform identifiability); its regret then grows with the *sum* of the
-factors' sizes and the logarithm of time. A problem ``u_i v_j`` of rank one with positive parts is a special case.
+An arm that is eliminated comes back when ``f(t)`` has grown enough, so the algorithm needs no horizon. It assumes
+*uniform identifiability*: a factor's best arm is best whatever the others play. Its regret then grows with the *sum* of
+the factors' sizes and with the logarithm of time, not with the number of combinations. Rewards ``u_i v_j`` of rank one
+with positive parts are a special case.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from secateur._internal.checks import check_seed
+from secateur._internal.checks import check_count, check_flag, check_positive, check_seed
 from secateur._internal.errors import SecateurError
 
-RADIUS = 12.0
+THEORY_RADIUS = 12.0
 """Twice the variance proxy of a matched difference: noise of variance 1 on both sides, and the partners' effects."""
 
 _ARRAYS = ("known", "favourite", "difference", "matches", "plays", "active")
@@ -39,10 +42,10 @@ def log_f(rounds: int) -> float:
 
 
 class Player(ABC):
-    """Anything that plays combinations: :meth:`ask` for the next ones, :meth:`tell` what they brought.
+    """Anything that plays combinations of arms: :meth:`ask` gives the next ones, :meth:`tell` takes their rewards.
 
     Args:
-        sizes: how many atoms each factor has, two or more.
+        sizes: how many arms each factor has, two or more.
         seed: of whatever is drawn.
 
     Attributes:
@@ -53,13 +56,13 @@ class Player(ABC):
     def __init__(self, sizes: Sequence[int], seed: int = 0) -> None:
         if isinstance(sizes, str) or not isinstance(sizes, (Sequence, np.ndarray)) or not len(sizes):
             raise SecateurError(
-                f"sizes={sizes!r}: the number of atoms of every factor, at least one factor, is expected"
+                f"sizes={sizes!r}: the number of arms of every factor, at least one factor, is expected"
             )
         for factor, size in enumerate(sizes):
             if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-                raise SecateurError(f"factor {factor} has {size!r} atoms: a whole number from 2 on is expected")
+                raise SecateurError(f"factor {factor} has {size!r} arms: a whole number from 2 on is expected")
             if size == 1:
-                raise SecateurError(f"factor {factor} has one atom: there is nothing to choose, leave the factor out")
+                raise SecateurError(f"factor {factor} has one arm: there is nothing to choose, leave the factor out")
         check_seed(seed)
         self.sizes = np.array(sizes, dtype=np.int64)
         self.rounds = 0
@@ -67,7 +70,7 @@ class Player(ABC):
         self._asked: np.ndarray | None = None
 
     def combinations(self, most: int) -> int:
-        """How many combinations there are, for players that have an arm for each.
+        """How many combinations there are, for players to whom each is an arm.
 
         Raises:
             SecateurError: more than so many.
@@ -78,17 +81,17 @@ class Player(ABC):
         return count
 
     def ask(self, most: int | None = None) -> np.ndarray:
-        """The next combinations, int64 [rounds, factors]; the same again until they are answered.
+        """The next combinations, int64 [rounds, factors]; the same ones until their rewards are told.
 
         Args:
-            most: rounds that may be planned at once where more would bring the same (default: one block).
+            most: where nothing is left to learn, so many rounds may be planned at once (default: one block).
         """
         if self._asked is None:
             self._asked = self._plan(most)
         return self._asked.copy()
 
     def tell(self, rewards: Sequence[float] | np.ndarray) -> None:
-        """What the combinations that were asked for have brought.
+        """Learn from the rewards of the combinations that were asked for.
 
         Args:
             rewards: one finite number a combination.
@@ -138,41 +141,38 @@ class FactoredBandit(Player):
     """Temporary elimination, factor by factor.
 
     Args:
-        sizes: how many atoms each factor has, two or more.
+        sizes: how many arms each factor has, two or more.
         radius: of the confidence intervals, squared; 12 is the theory's. Less explores less and errs more often.
-        spread: rewards are thought of as ``spread`` times something with means in [-1, 1] and noise of variance 1 or
-            less (sub-Gaussian).
-        bounds: instead, the least and the largest reward there can be: ``spread`` is half of their distance then, and
+        spread: the scale of the rewards: divided by it they have means in [-1, 1] and sub-Gaussian noise of variance 1
+            or less.
+        bounds: the least and the largest possible reward, instead of ``spread``, which is half of their distance then;
             rewards outside are refused.
-        dueling: two combinations are played against each other, and the reward is what the first has brought beyond the
-            second: ``ask`` gives [rounds, 2, factors].
-        dwell: a block is so many times as long, and what each factor plays beyond its active atoms is its favourite:
-            then few factors at a time are away from it, and what the others play disturbs less.
+        dueling: play two combinations against each other: ``ask`` gives [rounds, 2, factors], and the reward is by how
+            much the first was better.
+        dwell: makes a block so many times as long; beyond its active arms each factor then plays its favourite. So few
+            factors are away from their favourites at a time, and what the others play disturbs less.
         seed: of the orders.
 
     Attributes:
-        known: a part of every atom's reward that is known and not in what :meth:`tell` is told (what it costs, say),
-            float64 [factors, atoms]; it may be set to other values at any time, what was learned stays right.
-        favourite: with ``dwell``, the combination to stay near, int64 [factors], which may be set at any time; where
-            it is -1 or ruled out, the best-looking atom.
-        difference: ``D``, float64 [factors, atoms, atoms].
+        known: a known part of each arm's reward that :meth:`tell` is not told, such as its cost, float64 [factors,
+            arms]. It may be changed at any time; what was learned stays right.
+        favourite: with ``dwell``, the combination to stay near, int64 [factors]. It may be changed at any time; where
+            it is -1 or eliminated, the best-looking arm takes its place.
+        difference: ``D``, float64 [factors, arms, arms].
         matches: ``N``, likewise.
-        plays: how often each atom was played, int64 [factors, atoms].
-        active: bool [factors, atoms].
+        plays: how often each arm was played, int64 [factors, arms].
+        active: bool [factors, arms].
     """
 
     def __init__(
-        self, sizes: Sequence[int], *, radius: float = RADIUS, spread: float = 1.0,
+        self, sizes: Sequence[int], *, radius: float = THEORY_RADIUS, spread: float = 1.0,
         bounds: tuple[float, float] | None = None, dueling: bool = False, dwell: int = 1, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(sizes, seed)
-        for name, value in (("radius", radius), ("spread", spread)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise SecateurError(f"{name}={value!r}: a number above 0 is expected")
-        if not isinstance(dueling, bool):
-            raise SecateurError(f"dueling={dueling!r}: true or false is expected")
-        if isinstance(dwell, bool) or not isinstance(dwell, int) or dwell < 1:
-            raise SecateurError(f"dwell={dwell!r}: a whole number from 1 on is expected")
+        check_positive("radius", radius)
+        check_positive("spread", spread)
+        check_flag("dueling", dueling)
+        check_count("dwell", dwell)
         if bounds is not None and spread != 1.0:
             raise SecateurError("spread and bounds: the one follows from the other; give one of them")
         self.radius, self.bounds, self.dueling = float(radius), None if bounds is None else _pair(bounds), dueling
@@ -188,7 +188,7 @@ class FactoredBandit(Player):
         self.active = self._real.copy()
 
     def _active_at(self, rounds: int) -> np.ndarray:
-        """Which atoms are active if these are the statistics after so many rounds."""
+        """Which arms are active if these are the statistics after so many rounds."""
         level = self.radius * self.spread**2 * (np.log(2 * self.sizes) + log_f(rounds))[:, None, None]
         # D / N > sqrt(level / N), without a division by zero
         total = self.difference + self.matches * self._known_differences()
@@ -201,19 +201,19 @@ class FactoredBandit(Player):
         return self.known[:, :, None] - self.known[:, None, :]
 
     def means(self) -> np.ndarray:
-        """Of what was told, how much better each atom looks than each other, [factors, atoms, atoms], or NaN."""
+        """By how much each arm looks better than each other by its rewards, [factors, arms, arms], or NaN."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(self.matches > 0, self.difference / self.matches, np.nan)
 
     def gaps(self) -> np.ndarray:
-        """By how much each atom looks worse than its factor's best-looking one, [factors, atoms]; NaN: not known."""
+        """By how much each arm looks worse than its factor's best-looking one, [factors, arms]; NaN: not known."""
         mean, best = self.means() + self._known_differences(), self.best()
         found = np.where(self._real, np.take_along_axis(mean, best[:, None, None], 1)[:, 0], np.nan)
         found[np.arange(len(best)), best] = 0
         return found
 
     def _wins(self) -> np.ndarray:
-        """The mean difference to the other active atoms, [factors, atoms]; minus infinity for those that are not."""
+        """The mean difference to the other active arms, [factors, arms]; minus infinity for those that are not."""
         both = self._pairs & self.active[:, :, None] & self.active[:, None, :] & (self.matches > 0)
         mean = np.divide(self.difference, self.matches, out=np.zeros_like(self.difference), where=both)
         mean += self._known_differences() * both
@@ -230,7 +230,7 @@ class FactoredBandit(Player):
         if least == 1 and most is not None and most > 1:
             only = self.active.argmax(1)
             return np.repeat((np.stack([only, only]) if self.dueling else only)[None], self._unchanged(most), 0)
-        # each active atom once; where a factor has fewer than the block has rounds, round again, the best-looking first
+        # each active arm once; a factor with fewer arms than the block has rounds goes round, the best-looking first
         order = np.argsort(-self._wins(), axis=1, kind="stable")
         turns = np.take_along_axis(order, np.arange(least * self.dwell)[None] % counts[:, None], 1)
         if self.dwell > 1:
@@ -242,7 +242,7 @@ class FactoredBandit(Player):
         return self.rng.permuted(turns, axis=1).T
 
     def _unchanged(self, most: int) -> int:
-        """For how many rounds, up to so many, no eliminated atom comes back: nothing is learnt by one atom alone."""
+        """For how many rounds, up to so many, no eliminated arm comes back: one arm alone teaches nothing."""
         low, high = 1, most
         while low < high:
             middle = (low + high + 1) // 2
@@ -264,7 +264,7 @@ class FactoredBandit(Player):
     def _learn(self, played: np.ndarray, rewards: np.ndarray) -> None:
         if self.dueling:  # what the first brought beyond the second, the second brought less
             played, rewards = played.reshape(-1, len(self.sizes)), np.stack([rewards, -rewards], 1).flatten()
-        chosen = played[:, :, None] == np.arange(self.plays.shape[1])  # [rounds, factors, atoms]
+        chosen = played[:, :, None] == np.arange(self.plays.shape[1])  # [rounds, factors, arms]
         count = chosen.sum(0)
         self.plays += count
         mean = np.einsum("rfa,r->fa", chosen, rewards) / np.maximum(count, 1)
@@ -273,15 +273,15 @@ class FactoredBandit(Player):
         self.matches += weight
 
     def table(self) -> list[dict[str, Any]]:
-        """A row an atom: ``factor``, ``atom``, ``gap`` to the best (or ``None``), ``plays``, ``active``."""
+        """A row an arm: ``factor``, ``arm``, ``gap`` to the best (or ``None``), ``plays``, ``active``."""
         active, gaps = self._active_at(self.rounds), self.gaps()
         return [
             {
-                "factor": factor, "atom": atom, "gap": None if math.isnan(gap := float(gaps[factor, atom])) else gap,
-                "plays": int(self.plays[factor, atom]), "active": bool(active[factor, atom]),
+                "factor": factor, "arm": arm, "gap": None if math.isnan(gap := float(gaps[factor, arm])) else gap,
+                "plays": int(self.plays[factor, arm]), "active": bool(active[factor, arm]),
             }
             for factor, size in enumerate(self.sizes)
-            for atom in range(size)
+            for arm in range(size)
         ]  # fmt: skip
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""What a factored bandit is compared with: uniform play, UCB1 by factors or for every combination, elimination."""
+"""Players that a factored bandit is compared with: uniform play, UCB1 by factor or by combination, elimination."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from secateur.allocation.search.bandit import RADIUS, Player, log_f
+from secateur.allocation.search.bandit import THEORY_RADIUS, Player, log_f
 
 
 class Uniform(Player):
@@ -83,7 +83,7 @@ class JointUCB(Player):
 
 
 class SuccessiveElimination(Player):
-    """Every combination an arm, each that is left played once a block, for good without those that are beaten.
+    """Successive elimination: every combination is an arm; a block plays each that is left once; what is beaten is out.
 
     Args:
         sizes: see :class:`Player`.
@@ -92,7 +92,9 @@ class SuccessiveElimination(Player):
         seed: of the order within a block.
     """
 
-    def __init__(self, sizes: Sequence[int], *, radius: float = RADIUS, spread: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self, sizes: Sequence[int], *, radius: float = THEORY_RADIUS, spread: float = 1.0, seed: int = 0
+    ) -> None:
         super().__init__(sizes, seed)
         arms = self.combinations(10**4)
         self.radius, self.spread = radius, spread

@@ -1,4 +1,4 @@
-"""How far a search of widths has come, as data: one that was interrupted goes on from it."""
+"""The state of a search of widths, as data: what a checkpoint holds, and from where an interrupted search goes on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from secateur.allocation.search.arms import Effects
 from secateur.allocation.search.bandit import FactoredBandit
+from secateur.allocation.sensitivity import Rises
 
 
 @dataclass
@@ -17,11 +18,11 @@ class Plays:
     """What was played around a start.
 
     Attributes:
-        bandit: what it knows.
-        effects: what is fitted to the plays.
-        scale: of the rewards.
-        log: of each play the atoms, the reward and the batch.
-        fitted: how many plays there were when price and favourite were last found.
+        bandit: decides what is played next.
+        effects: the fit to the plays.
+        scale: what the rises of the loss are divided by to be rewards.
+        log: of each play the arms, the reward and the batch.
+        fitted: how many plays there were when the price and the favourite were last computed.
     """
 
     bandit: FactoredBandit
@@ -50,36 +51,24 @@ class History:
     """How far a search has come.
 
     Attributes:
-        whole: the whole network's loss on every batch.
-        done: forwards.
-        rises: of the loss when a group is narrowed alone, for each width, a list a batch and group (the next group's
-            comes next).
+        done: forwards so far, of all processes; those of the whole network are not counted.
+        rises: what the loss rose by where single groups were narrowed.
         plays: what was played, once the start is known.
     """
 
-    whole: list[float]
     done: int = 0
-    rises: list[list[float]] = field(default_factory=list)
+    rises: Rises = field(default_factory=dict)
     plays: Plays | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As what JSON can hold."""
         plays = None if self.plays is None else self.plays.to_dict()
-        return {"whole": self.whole, "done": self.done, "rises": self.rises, "plays": plays}
+        rises = [[group, batch, own] for (group, batch), own in self.rises.items()]
+        return {"done": self.done, "rises": rises, "plays": plays}
 
     @staticmethod
     def from_dict(state: Mapping[str, Any]) -> History:
         """What :meth:`to_dict` gave."""
         plays = None if state["plays"] is None else Plays.from_dict(state["plays"])
-        return History([float(loss) for loss in state["whole"]], int(state["done"]), list(state["rises"]), plays)
-
-    def alone(self, groups: int) -> list[list[float]]:
-        """The mean rises, a list a group, over the batches that all groups were tried on; none if there is no such."""
-        batches = len(self.rises) // max(groups, 1)
-        if not batches:
-            return []
-        return [np.mean(self.rises[group : batches * groups : groups], 0).tolist() for group in range(groups)]
-
-    def fits(self, whole: np.ndarray) -> bool:
-        """Whether it is of these losses of the whole network (a loss function has no better name)."""
-        return len(self.whole) == len(whole) and np.allclose(self.whole, whole, rtol=1e-4, atol=1e-6)
+        rises = {(int(group), int(batch)): [float(r) for r in own] for group, batch, own in state["rises"]}
+        return History(int(state["done"]), rises, plays)

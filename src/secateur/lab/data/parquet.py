@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import BadFile
+from secateur._internal.extras import extra
 
 JPEG = b"\xff\xd8\xff"
 
@@ -53,7 +54,7 @@ def files_of(folder: Path, split: str) -> list[Path]:
     """The parquet files of one split below a folder, in order; empty if there are none.
 
     Raises:
-        SecateurError: some parts of a split are missing.
+        BadFile: some parts of a split are missing.
     """
     if (folder / f"{split}.parquet").is_file():
         return [folder / f"{split}.parquet"]
@@ -62,9 +63,7 @@ def files_of(folder: Path, split: str) -> list[Path]:
         if parts:
             count = int(re.findall(r"-of-(\d+)", parts[0].name)[-1])
             if len(parts) != count:
-                raise SecateurError(
-                    f"{parts[0].parent}: {len(parts)} of {count} parts of {split!r} are there: add the rest"
-                )
+                raise BadFile(f"{parts[0].parent}: {len(parts)} of {count} parts of {split!r} are there: add the rest")
             return parts
     return []
 
@@ -73,7 +72,7 @@ def read(files: Sequence[Path], layout: Layout) -> Decoded:
     """Decode the files of one split, or take the pixels from the cache.
 
     Raises:
-        SecateurError: a file, a column or an image cannot be read or is not what the layout says.
+        BadFile: a file, a column or an image cannot be read or is not what the layout says.
     """
     cached = cache_file(files)
     known = _from_cache(cached, layout)
@@ -86,35 +85,36 @@ def read(files: Sequence[Path], layout: Layout) -> Decoded:
         any(part.jpeg for part in parts),
     )
     if not len(result.labels):
-        raise SecateurError(f"{files[0]}: there is no image in it")
+        raise BadFile(f"{files[0]}: there is no image in it")
     _to_cache(cached, result)
     return result
 
 
 def decode(file: Path, layout: Layout) -> Decoded:
     """Decode one parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with extra("lab", "reading parquet files"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
     try:
         table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
-        raise SecateurError(f"{file}: cannot be read as parquet ({error}): fetch it again") from error
+        raise BadFile(f"{file}: cannot be read as parquet ({error}): fetch it again") from error
     column = next((name for name in layout.columns if name in table.column_names), None)
     if column is None or "label" not in table.column_names:
-        raise SecateurError(
+        raise BadFile(
             f"{file}: columns {table.column_names}; expected {' or '.join(map(repr, layout.columns))} and 'label'"
         )
     kind = table.schema.field(column).type
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-        raise SecateurError(f"{file}: column {column!r} is {kind}; expected a struct of bytes and path")
+        raise BadFile(f"{file}: column {column!r} is {kind}; expected a struct of bytes and path")
     if not pa.types.is_integer(table.schema.field("label").type):
-        raise SecateurError(f"{file}: column 'label' is {table.schema.field('label').type}; expected integers")
+        raise BadFile(f"{file}: column 'label' is {table.schema.field('label').type}; expected integers")
     if table.column("label").null_count:
-        raise SecateurError(f"{file}: some labels are missing")
+        raise BadFile(f"{file}: some labels are missing")
     labels = table.column("label").to_numpy().astype(np.int64)
     if len(labels) and (labels.min() < 0 or labels.max() >= layout.classes):
-        raise SecateurError(f"{file}: labels {labels.min()} to {labels.max()}; expected 0 to {layout.classes - 1}")
+        raise BadFile(f"{file}: labels {labels.min()} to {labels.max()}; expected 0 to {layout.classes - 1}")
     images = np.empty((len(labels), *layout.shape), dtype=np.uint8)
     jpeg, row = False, 0
     for chunk in table.column(column).chunks:
@@ -126,18 +126,19 @@ def decode(file: Path, layout: Layout) -> Decoded:
 
 
 def _image(encoded: bytes | None, layout: Layout, where: str) -> np.ndarray:
-    from PIL import Image
+    with extra("lab", "decoding images"):
+        from PIL import Image
 
     channels, height, width = layout.shape
     if not encoded:
-        raise SecateurError(f"{where}: the image is missing")
+        raise BadFile(f"{where}: the image is missing")
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SecateurError(f"{where}: the image cannot be decoded ({error}): fetch the file again") from error
+        raise BadFile(f"{where}: the image cannot be decoded ({error}): fetch the file again") from error
     if pixels.shape[:2] != (height, width):
-        raise SecateurError(f"{where}: an image of {pixels.shape[0]}x{pixels.shape[1]}; expected {height}x{width}")
+        raise BadFile(f"{where}: an image of {pixels.shape[0]}x{pixels.shape[1]}; expected {height}x{width}")
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from secateur._internal import importing as factory
 from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.extras import extra
 from secateur.lab.data import parquet
 from secateur.lab.data.dataset import Dataset, Split, hold_out, stratified
 
@@ -24,20 +25,25 @@ class Source:
     Attributes:
         repository: where huggingface_hub finds it.
         layout: what its files hold.
+        images: how many training and test images it has.
         mean: of each channel of the training images, after division by 255.
         std: likewise.
     """
 
     repository: str
     layout: parquet.Layout
+    images: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-MNIST = Source("ylecun/mnist", parquet.Layout(("image", "img"), (1, 28, 28), 10), (0.1307,), (0.3081,))
+MNIST = Source(
+    "ylecun/mnist", parquet.Layout(("image", "img"), (1, 28, 28), 10), (60_000, 10_000), (0.1307,), (0.3081,)
+)
 CIFAR10 = Source(
     "uoft-cs/cifar10",
     parquet.Layout(("img", "image"), (3, 32, 32), 10),
+    (50_000, 10_000),
     (0.4914, 0.4822, 0.4465),
     (0.2470, 0.2435, 0.2616),
 )
@@ -45,7 +51,8 @@ CIFAR10 = Source(
 
 def digits(root: str | Path | None, validation: float) -> Dataset:
     """The 1,797 8x8 digits inside scikit-learn, values in [0, 1]; a fixed fifth of every class is the test split."""
-    from sklearn.datasets import load_digits
+    with extra("lab", "data 'digits'"):
+        from sklearn.datasets import load_digits
 
     raw = load_digits()
     images = torch.from_numpy((raw.images / 16).astype(np.float32))[:, None]
@@ -66,10 +73,10 @@ def from_parquet(name: str, source: Source, root: str | Path | None, validation:
     return Dataset(name, kept, held_out, splits[1], source.layout.classes, source.mean, source.std, notes)
 
 
+SOURCES = {"mnist": MNIST, "cifar10": CIFAR10}
 DATA: dict[str, Callable[[str | Path | None, float], Dataset]] = {
     "digits": digits,
-    "mnist": partial(from_parquet, "mnist", MNIST),
-    "cifar10": partial(from_parquet, "cifar10", CIFAR10),
+    **{name: partial(from_parquet, name, source) for name, source in SOURCES.items()},
 }
 
 
@@ -101,14 +108,55 @@ def load(
     return DATA[name](root, validation).to(device)
 
 
-def find(name: str, source: Source, root: str | Path | None) -> dict[str, list[Path]]:
-    """The files of the splits ``train`` and ``test``: local ones, or fetched."""
+def stand_in(
+    name: str, *, root: str | Path | None = None, device: str | torch.device = "cpu", validation: float = 0.1
+) -> Dataset:
+    """A data set of the same sizes whose images are all zero: nothing is read from large files, fetched or kept.
+
+    Of ``digits``, which is small, and of a user's own, which nobody here knows, it is the data set itself.
+
+    Args:
+        name: as for :func:`load`.
+        root: likewise.
+        device: likewise.
+        validation: likewise.
+    """
+    source = SOURCES.get(name)
+    if source is None:
+        return load(name, root=root, device=device, validation=validation)
+    here = local(name, root) is not None
+    held_out = round(validation * source.images[0])
+
+    def split(number: int) -> Split:
+        images = torch.zeros((1, *source.layout.shape), dtype=torch.uint8, device=device).expand(number, -1, -1, -1)
+        return Split(images, torch.arange(number, device=device) % source.layout.classes)
+
+    train, test = split(source.images[0] - held_out), split(source.images[1])
+    notes = "" if here else f"data {name!r} is not here: a run fetches it from {source.repository}"
+    layout = source.layout
+    return Dataset(name, train, split(held_out) if held_out else None, test, layout.classes, notes=notes)
+
+
+def local(name: str, root: str | Path | None) -> dict[str, list[Path]] | None:
+    """The files of the splits ``train`` and ``test`` where they are here.
+
+    Raises:
+        SecateurError: a folder is named, and holds none.
+    """
     for folder in folders(root):
         files = {split: parquet.files_of(folder / name, split) for split in ("train", "test")}
         if all(files.values()):
             return files
     if root is not None:
         raise SecateurError(f"data {name!r}: {root} holds no {name}/train.parquet and {name}/test.parquet")
+    return None
+
+
+def find(name: str, source: Source, root: str | Path | None) -> dict[str, list[Path]]:
+    """The files of the splits ``train`` and ``test``: local ones, or fetched."""
+    here = local(name, root)
+    if here is not None:
+        return here
     fetched = fetch(name, source.repository)
     files = {split: parquet.files_of(fetched, split) for split in ("train", "test")}
     if not all(files.values()):
@@ -130,7 +178,8 @@ def folders(root: str | Path | None) -> Iterator[Path]:
 
 def fetch(name: str, repository: str) -> Path:
     """Fetch a data set's parquet files by huggingface_hub, which keeps them in its own cache."""
-    from huggingface_hub import snapshot_download
+    with extra("lab", f"fetching data {name!r}"):
+        from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=["*.parquet"]))

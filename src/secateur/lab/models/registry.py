@@ -5,16 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from secateur._internal import built_in
 from secateur._internal import importing as factory
 from secateur._internal.errors import SecateurError, unknown
 from secateur.lab.models import resnet, small, vgg
-
-BUILT = "_secateur_built"
-"""Attribute of a built-in model: its name and options, so that a saved one can be built again."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ MODELS: dict[str, Entry] = {
 def build(name: str, **options: Any) -> nn.Module:
     """A freshly initialised model, from the global random state.
 
+    The model remembers its name and options, and :func:`secateur.save` writes them down.
+
     Args:
         name: a key of ``MODELS``, or ``package.module:factory``.
         options: what the factory takes: ``classes``, ``in_channels``, and ``width`` where it makes sense.
@@ -57,18 +58,29 @@ def build(name: str, **options: Any) -> nn.Module:
     make = factory.import_string("model", name) if factory.is_import_string(name) else _entry(name).make
     for option, value in options.items():
         _check(name, make, option, value)
+    _check_complete(name, make, options)
     model = make(**options)
     if not isinstance(model, nn.Module):
         raise SecateurError(f"model {name!r}: the factory returned a {type(model).__name__}, not an nn.Module")
-    if name in MODELS:
-        setattr(model, BUILT, {"name": name, "options": options})
+    built_in.set_origin(model, name, options)
     return model
 
 
+for _name in MODELS:
+    built_in.register(_name, partial(build, _name))
+
+
 def example_input(name: str, **options: Any) -> tuple[int, int, int, int]:
-    """The shape [1, channels, height, width] of one example input of a built-in model."""
+    """The shape [1, channels, height, width] of one example input of a built-in model.
+
+    Raises:
+        SecateurError: a model of the user's own, whose inputs nobody here knows.
+    """
     if factory.is_import_string(name):
-        raise SecateurError(f"model {name!r}: only built-in models know their input shape; give example inputs")
+        raise SecateurError(
+            f"model {name!r}: only built-in models know their input shape; give example inputs, on the command line "
+            "--input 1,3,32,32"
+        )
     channels, height, width = _entry(name).image
     return (1, options.get("in_channels", channels), height, width)
 
@@ -92,3 +104,13 @@ def _check(name: str, make: Callable[..., Any], option: str, value: Any) -> None
         raise SecateurError(
             f"model {name!r}: {option}={value!r}: a positive {'integer' if whole else 'number'} is expected"
         )
+
+
+def _check_complete(name: str, make: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Raise if a factory of the user's own needs more than it is given."""
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise SecateurError(f"model {name!r}: its factory cannot be called with these options: {error}") from error
+    except ValueError:  # something written in C does not tell
+        pass

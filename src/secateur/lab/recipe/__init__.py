@@ -6,9 +6,9 @@
     seeds: [0]
     data: {name: digits, batch_size: 64, validation: 0.1}
     model: {name: digits_cnn}
-    train: {optimizer: sgd, epochs: 20, lr: 0.1, momentum: 0.9}
-    prune: {method: taylor, budget: {macs: 0.5}, batches: 8}
-    finetune: {epochs: 5, lr: 0.01, momentum: 0.9}
+    train: {optimizer: {name: sgd, momentum: 0.9}, epochs: 20, lr: 0.1}
+    prune: {budget: {macs: 0.5}, criterion: taylor, repair: refit, batches: 8}
+    finetune: {epochs: 5, lr: 0.01}
     measure: {batch_sizes: [1, 32], repeats: 50, threads: 1}
 
 Unknown keys, keys given twice and settings that contradict each other are refused, each with one message.
@@ -16,7 +16,10 @@ Unknown keys, keys given twice and settings that contradict each other are refus
 
 from __future__ import annotations
 
-from secateur.lab.recipe.reading import read, validate
-from secateur.lab.recipe.sections import METHODS, OPTIMIZERS, Recipe, Train, Tune
+from secateur._internal.extras import extra
 
-__all__ = ["METHODS", "OPTIMIZERS", "Recipe", "Train", "Tune", "read", "validate"]
+with extra("lab", "a recipe"):
+    from secateur.lab.recipe.reading import read, validate
+    from secateur.lab.recipe.sections import Recipe, Train, Tune
+
+__all__ = ["Recipe", "Train", "Tune", "read", "validate"]

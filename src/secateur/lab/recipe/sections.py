@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from secateur._internal.errors import SecateurError, unknown
 from secateur._internal.importing import is_import_string
+from secateur._internal.registry import Registry, options_of
+from secateur._internal.workload import Needs
 from secateur.allocation.budget import Budget, budget_from, check_rounds
-from secateur.allocation.search.search import check_search
-from secateur.allocation.strategies import BANDIT, STRATEGIES
+from secateur.allocation.contract import STRATEGIES
 from secateur.lab.data.registry import DATA
 from secateur.lab.models.registry import MODELS
-from secateur.lab.recipe.options import check_options
+from secateur.lab.recipe.yaml_text import TypedFloat
+from secateur.lab.training.optimizers.contract import OPTIMIZERS, Optimizer
 from secateur.lab.training.schedule import SCHEDULES
-from secateur.methods import GENTLE
-from secateur.methods.eigendamage import EIGENDAMAGE
-from secateur.methods.sdprun import WEIGHTS
-from secateur.pruning import DEAD, FACTORED
-from secateur.scoring.api import CRITERIA
-from secateur.surgery.blocks.pivots import PIVOT
-
-METHODS = (*CRITERIA, EIGENDAMAGE, *GENTLE, PIVOT, DEAD, "none")
-OPTIMIZERS = {  # the settings each takes beside the learning rate
-    "sgd": ("momentum", "nesterov", "weight_decay"),
-    "adam": ("weight_decay",),
-    "adamw": ("weight_decay",),
-    "sdprun": ("c", "mu", "weights", "exclude", "budget", "baseline"),
-}
-_OWN = sorted({setting for settings in OPTIMIZERS.values() for setting in settings})
+from secateur.methods.contract import METHODS, TRAINING_METHODS
+from secateur.pruning import AUTO
+from secateur.repair.contract import REPAIRS
+from secateur.scoring.contract import CRITERIA
 
 
 def _sound(given: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +43,13 @@ Limits = Annotated[dict[str, Any], AfterValidator(_sound)]
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _as_typed(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """A number that remembers how it was written goes on remembering it."""
+        checked = check(value)
+        return value if isinstance(value, TypedFloat) and checked == value else checked
+
     def changed(self) -> set[str]:
         """The settings that are not at their defaults: only those can contradict others."""
         defaults = {
@@ -57,7 +63,7 @@ class Data(_Section):
 
     Attributes:
         name: built-in, or ``package.module:factory``.
-        root: the folder that holds it; ``None`` to look where ``secateur.data.load`` looks.
+        root: the folder that holds it; ``None`` to look where ``secateur.lab.data.load`` looks.
         batch_size: images a step.
         augment: random crops and mirror images while training.
         validation: share of the training images held out, to choose settings by.
@@ -95,29 +101,31 @@ class Model(_Section):
         return _one_of("model", name, MODELS)
 
 
+Seat = str | dict[str, Any]
+"""Who sits there: a name (or ``package.module:Class``), or a mapping of a name and settings."""
+
+
+DEFAULT_OPTIMIZER = "sgd"
+
+
 class Tune(_Section):
     """Training of the cut network.
 
     Attributes:
-        optimizer: ``sgd``, ``adam`` or ``adamw``; for ``Train`` also ``sdprun``.
+        optimizer: a name in :mod:`secateur.lab.training.optimizers`, or a name and settings; one that prunes while it
+            trains is for ``Train`` alone.
         epochs: passes over the training images.
         lr: learning rate at the schedule's 1.
         schedule: a name in ``secateur.lab.training.schedule``.
-        momentum: of sgd.
-        nesterov: of sgd.
-        weight_decay: of all but sdprun.
         label_smoothing: of the cross entropy, in [0, 1).
         channels_last: run in that memory format.
         compile: run through ``torch.compile``.
     """
 
-    optimizer: str = "sgd"
+    optimizer: Seat = DEFAULT_OPTIMIZER
     epochs: int = Field(ge=1)
     lr: float = Field(gt=0)
     schedule: str = "one_cycle"
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    nesterov: bool = False
-    weight_decay: float = Field(default=0.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     channels_last: bool = False
     compile: bool = False
@@ -127,151 +135,186 @@ class Tune(_Section):
     def _known(cls, schedule: str) -> str:
         return _one_of("schedule", schedule, SCHEDULES)
 
+    @field_validator("optimizer")
+    @classmethod
+    def _named(cls, optimizer: Seat) -> Seat:
+        """Settings without a name are those of the default."""
+        return {"name": DEFAULT_OPTIMIZER, **optimizer} if isinstance(optimizer, dict) else optimizer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _below_their_optimizer(cls, given: Any) -> Any:
+        """Where settings of an optimizer belong is told to whoever writes them beside it."""
+        if isinstance(given, dict):
+            name = name_of(given.get("optimizer", DEFAULT_OPTIMIZER))
+            for key in [key for key in given if key not in cls.model_fields]:
+                owners = [other for other in OPTIMIZERS if key in options_of(OPTIMIZERS.find(other))]
+                if name in owners:
+                    raise SecateurError(
+                        f"{key} belongs to the optimizer: optimizer: {{name: {name}, {key}: {given[key]}}}, or "
+                        f"optimizer.{key}={given[key]} as an override"
+                    )
+                if owners:
+                    raise SecateurError(f"{key} is a setting of optimizer {' and '.join(owners)}, and this is {name}")
+        return given
+
     @model_validator(mode="after")
     def _fits(self) -> Tune:
-        known = OPTIMIZERS if isinstance(self, Train) else [name for name in OPTIMIZERS if name != "sdprun"]
-        _one_of("optimizer", self.optimizer, known)
-        for setting in _OWN:
-            if setting in self.changed() and setting not in OPTIMIZERS[self.optimizer]:
-                why = " (either breaks the sum of gradients it keeps)" if self.optimizer == "sdprun" else ""
-                raise SecateurError(
-                    f"optimizer {self.optimizer!r} takes no {setting}{why}; it takes lr, "
-                    + ", ".join(OPTIMIZERS[self.optimizer])
-                )
-        if self.nesterov and not self.momentum:
-            raise SecateurError("nesterov: true needs a momentum above 0")
+        if self.make_optimizer().prunes and not isinstance(self, Train):
+            others = [name for name in OPTIMIZERS if not OPTIMIZERS.find(name).prunes]  # type: ignore[attr-defined]
+            raise SecateurError(
+                f"optimizer {name_of(self.optimizer)!r} prunes while it trains, which is for the train section "
+                f"alone; here {', '.join(others)} are known"
+            )
         return self
+
+    def make_optimizer(self) -> Optimizer:
+        """The settings of the optimizer."""
+        found = made(OPTIMIZERS, self.optimizer, {})
+        if not isinstance(found, Optimizer):
+            raise SecateurError(
+                f"optimizer {name_of(self.optimizer)!r}: a subclass of Optimizer in "
+                "secateur.lab.training.optimizers.contract is expected"
+            )
+        return found
 
 
 class Train(Tune):
-    """Training of the network: what ``Tune`` has, and the settings of sdprun.
+    """Training of the network.
 
     Attributes:
-        c: strength of sdprun's pruning.
-        mu: growth of its threshold in time.
-        weights: ``none`` or ``sqrt``: how its threshold depends on a channel's size.
-        exclude: names of groups that it leaves alone (``secateur inspect`` shows them).
-        budget: what may remain, as the arguments of :class:`secateur.Budget`; once met, its threshold stands still.
-        baseline: also train the same network by plain SGD, same seed and schedule, as the "before".
+        baseline: of an optimizer that prunes: also train the same network without pruning, same seed and schedule, as
+            the "before".
     """
 
-    c: float = Field(default=5e-4, ge=0)
-    mu: float = Field(default=0.6, gt=0, le=1)
-    weights: str = "none"
-    exclude: list[str] = Field(default_factory=list)
-    budget: Limits | None = None
     baseline: bool = False
 
-    @field_validator("weights")
-    @classmethod
-    def _known_weights(cls, weights: str) -> str:
-        return _one_of("weights", weights, WEIGHTS)
+    @model_validator(mode="after")
+    def _has_a_baseline(self) -> Train:
+        if self.baseline and not self.make_optimizer().prunes:
+            raise SecateurError(
+                f"baseline: optimizer {name_of(self.optimizer)!r} prunes nothing and is its own baseline; leave it out"
+            )
+        return self
 
 
 class Prune(_Section):
-    """What goes.
+    """What goes: either criterion, strategy and repair, or a method that does it all.
 
     Attributes:
-        method: a criterion; ``eigendamage``; ``increg`` or ``spp``, which prune while the network trains on; ``pivot``
-            for dense blocks, at once or while it trains on; ``dead`` for what sdprun has driven to zero; ``none``.
         budget: what may remain, as the arguments of :class:`secateur.Budget`.
-        strategy: how the budget is shared among the groups; ``bandit`` tries widths on the training images.
-        search: settings of ``bandit``: ``evaluations``, ``minutes``, ``start``, ``ratios``, ``radius``, ``dueling``,
-            ``norms``.
+        criterion: which channels matter least; ``auto``, a name, or a name and settings.
+        strategy: how many every group keeps; likewise.
+        repair: how what stays makes up for what goes; likewise, or a list of them.
+        method: instead of these three, a method; with a ``train`` section one that prunes while the network trains on.
+        train: the training during which such a method prunes, as a ``finetune`` section.
+        exclude: patterns of group names or module paths that keep their channels.
         approximate: also cut groups whose removal changes more than the removed channels.
-        recalibrate: re-estimate batch-norm statistics after the cut.
-        batches: batches of training images for scores and recalibration; ``None`` for all.
-        compensate: what stays makes up for what goes (``obs``, ``kron_obd``, ``kron_obs``).
-        refit: fit the smaller model's layers to what the original computes, and re-estimate batch-norm statistics.
-        train: the training during which ``increg``, ``spp`` and ``pivot`` prune, as a ``finetune`` section.
+        batches: batches of training images that any step may use; ``None`` for all.
         rounds: reach the budget in so many rounds, each with a fine-tune, in equal factors.
-        options: the method's own, see :data:`secateur.lab.recipe.options.OPTIONS`.
     """
 
-    method: str = "none"
     budget: Limits | None = None
-    strategy: str = "global"
-    approximate: bool = False
-    recalibrate: bool = False
-    batches: int | None = Field(default=None, ge=1)
-    compensate: bool = False
-    refit: bool = False
+    criterion: Seat = AUTO
+    strategy: Seat = AUTO
+    repair: Seat | list[Seat] = AUTO
+    method: Seat | None = None
     train: Tune | None = None
-    search: dict[str, Any] = Field(default_factory=dict)
+    exclude: list[str] = Field(default_factory=list)
+    approximate: bool = False
+    batches: int | None = Field(default=None, ge=1)
     rounds: int = Field(default=1, ge=1)
-    options: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, method: str) -> str:
-        return _one_of("method", method, METHODS)
-
-    @field_validator("strategy")
-    @classmethod
-    def _known_strategy(cls, strategy: str) -> str:
-        return _one_of("strategy", strategy, (*STRATEGIES, BANDIT))
 
     @model_validator(mode="after")
     def _fits(self) -> Prune:
-        given = self.changed() - {"method"}
-        if self.method == "none" and given:
-            raise SecateurError(f"method 'none' prunes nothing, but {', '.join(sorted(given))} is given; leave it out")
-        wrong = given & {"budget", "strategy", "rounds"}
-        if self.method == DEAD and wrong:
-            raise SecateurError(
-                f"method 'dead' takes what training has driven to zero, but {' and '.join(sorted(wrong))} is given: "
-                "leave it out, or use another method"
-            )
-        wrong = given & {"strategy", "approximate", "refit"}
-        if self.method == EIGENDAMAGE and wrong:
-            raise SecateurError(
-                f"method 'eigendamage' removes no channels, but {' and '.join(sorted(wrong))} is given: leave it out"
-            )
-        wrong = given & {"approximate", "refit", "compensate", "batches", "rounds"}
-        if self.method in GENTLE and (wrong or self.train is None):
-            what = f"{' and '.join(sorted(wrong))} is given: leave it out" if wrong else "it has no train section"
-            raise SecateurError(
-                f"method {self.method!r} prunes while the network trains on, and the cut is exact, but {what}"
-                + ("" if wrong else ", such as train: {epochs: 2, lr: 0.01, momentum: 0.9}")
-            )
-        wrong = given & {"budget", "strategy", "rounds", "approximate", "refit", "compensate", "batches"}
-        if self.method == PIVOT and (wrong or "keep" not in self.options):
-            raise SecateurError(
-                "method 'pivot' leaves dense blocks of every layer, "
-                + (
-                    f"but {' and '.join(sorted(wrong))} is given: leave it out"
-                    if wrong
-                    else "but how much stays is not "
+        given = self.changed()
+        if self.method is None:
+            if given - {"budget"} and self.budget is None:
+                raise SecateurError(
+                    f"{', '.join(sorted(given))} is given, but no budget: give one, for instance budget: {{macs: 0.5}}"
                 )
-                + ("" if wrong else "given, for instance options: {keep: 0.25}")
-            )
-        if self.method == PIVOT and self.train is None and {"every", "times"} & set(self.options):
-            raise SecateurError("method 'pivot' without a train section prunes at once: leave every and times out")
-        if self.method not in {*GENTLE, PIVOT} and self.train is not None:
-            raise SecateurError(
-                f"method {self.method!r} does not train: leave prune.train out; finetune comes after it"
-            )
-        if self.strategy == BANDIT and self.method not in CRITERIA:
-            raise SecateurError(
-                f"strategy 'bandit': the methods {', '.join(CRITERIA)} score channels, {self.method!r} does not"
-            )
-        if self.search and self.strategy != BANDIT:
-            raise SecateurError(f"search: strategy {self.strategy!r} searches nothing; leave it out")
-        check_search(self.search)
-        if self.compensate and self.method not in FACTORED:
-            raise SecateurError(f"compensate: the methods {', '.join(FACTORED)} have factors, {self.method!r} has none")
-        check_options(self.method, self.options, self.make_budget())
-        if self.method in {*CRITERIA, EIGENDAMAGE, *GENTLE} and self.budget is None:
-            raise SecateurError(f"method {self.method!r} needs a budget, for instance budget: {{macs: 0.5}}")
+            if self.train is not None:
+                raise SecateurError("train: only a method trains; leave prune.train out (finetune comes after pruning)")
+            self.make_criterion()
+            self.make_strategy()
+            self.make_repairs()
+        else:
+            wrong = given & {"criterion", "strategy", "approximate"}
+            if wrong:
+                raise SecateurError(
+                    f"method {name_of(self.method)!r} decides itself what goes, but {' and '.join(sorted(wrong))} is "
+                    "given: leave it out, or leave the method out"
+                )
+            method = self.make_method()
+            for repair in self.make_repairs():
+                if getattr(repair, "needs", Needs()).plan and not getattr(method, "plans", True):
+                    raise SecateurError(
+                        f"method {name_of(self.method)!r} removes no channels, which repair "
+                        f"{getattr(repair, 'name', repair)!r} makes up for: leave it out"
+                    )
+            takes = getattr(method, "takes_budget", True)
+            if takes and self.budget is None:
+                raise SecateurError(
+                    f"method {name_of(self.method)!r} needs a budget, for instance budget: {{macs: 0.5}}"
+                )
+            if not takes and (self.budget is not None or self.rounds > 1):
+                raise SecateurError(f"method {name_of(self.method)!r} takes no budget and no rounds: leave them out")
+            if self.train is not None and self.rounds > 1:
+                raise SecateurError("rounds: a method that prunes while training takes one; leave rounds out")
         if self.budget is not None:
-            check_rounds(budget_from(self.budget), self.rounds)
-            if self.method not in CRITERIA:
-                budget_from(self.budget).refuse_latency(f"method {self.method!r}")
+            budget = budget_from(self.budget)
+            check_rounds(budget, self.rounds)
+            if self.method is not None:
+                budget.refuse_latency(f"method {name_of(self.method)!r}")
         return self
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is pruned."""
+        return self.method is not None or self.budget is not None
 
     def make_budget(self) -> Budget | None:
         """The budget, if there is one."""
         return None if self.budget is None else budget_from(self.budget)
+
+    def make_criterion(self, **more: Any) -> Any:
+        """The criterion, or ``"auto"``; ``more`` are settings that the recipe may leave open, such as a seed."""
+        return self.criterion if self.criterion == AUTO else made(CRITERIA, self.criterion, more)
+
+    def make_strategy(self, **more: Any) -> Any:
+        """The strategy, or ``"auto"``."""
+        return self.strategy if self.strategy == AUTO else made(STRATEGIES, self.strategy, more)
+
+    def make_repairs(self, **more: Any) -> list[Any]:
+        """The repairs in their order; ``"auto"`` is one of them where nothing is said and no method is given."""
+        if self.repair == AUTO:
+            return [] if self.method is not None else [AUTO]
+        listed = self.repair if isinstance(self.repair, list) else [self.repair]
+        return [made(REPAIRS, repair, more) for repair in listed]
+
+    def make_method(self, **more: Any) -> Any:
+        """The method, if there is one: one that prunes at once, or, with a train section, while training."""
+        if self.method is None:
+            return None
+        return made(METHODS if self.train is None else TRAINING_METHODS, self.method, more)
+
+
+def name_of(seat: Any) -> str:
+    """The name of who sits there."""
+    return str(seat.get("name")) if isinstance(seat, dict) else str(seat)
+
+
+def made(registry: Registry[Any], seat: Seat, more: dict[str, Any]) -> Any:
+    """Settings, with those of ``more`` that they know and the recipe leaves open."""
+    given = {"name": seat} if isinstance(seat, str) else dict(seat)
+    if not isinstance(given.get("name"), str):
+        return registry.make(given)  # which says so
+    cls = registry.find(name_of(given))
+    known = options_of(cls)
+    for option, why in getattr(cls, "refused", {}).items():
+        if option in given:
+            raise SecateurError(f"{registry.kind} {name_of(given)!r} takes no {option}: {why}")
+    return registry.make({**{key: value for key, value in more.items() if key in known}, **given})
 
 
 class Measure(_Section):
@@ -341,22 +384,16 @@ class Recipe(_Section):
         if (self.train is None) == (self.model.weights is None):
             state = "neither" if self.train is None else "both"
             raise SecateurError(f"give either a train section or model.weights; {state} is given")
-        pruned_in_training = self.train is not None and self.train.optimizer == "sdprun"
-        if self.prune.method == DEAD and self.train is not None and not pruned_in_training:
-            raise SecateurError(f"method 'dead' needs optimizer 'sdprun': {self.train.optimizer!r} leaves no zeros")
-        if self.finetune is not None and self.prune.method == "none":
+        wanted = getattr(self.prune.make_method(), "needs_optimizer", None)
+        if wanted is not None and self.train is not None and name_of(self.train.optimizer) != wanted:
+            raise SecateurError(
+                f"method {name_of(self.prune.method or '')!r} needs optimizer {wanted!r}: "
+                f"{name_of(self.train.optimizer)!r} "
+                "leaves nothing that it could take"
+            )
+        if self.finetune is not None and not self.prune.prunes:
             raise SecateurError("a finetune section needs a prune section: nothing is pruned")
         return self
-
-
-SECTIONS: dict[str, type[_Section]] = {
-    "data": Data,
-    "model": Model,
-    "train": Train,
-    "prune": Prune,
-    "finetune": Tune,
-    "measure": Measure,
-}
 
 
 def _one_of(kind: str, name: str, known: Any) -> str:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from secateur._internal.errors import SecateurError
-from secateur.lab.data.registry import load
+from secateur._internal.errors import BadFile, SecateurError
+from secateur._internal.files import make_folder
+from secateur.lab.data.dataset import Dataset
+from secateur.lab.data.registry import SOURCES, load, stand_in
 from secateur.lab.recipe.sections import Recipe
 from secateur.lab.run import folder, stages
+from secateur.lab.run.estimate import Estimate, estimate
 from secateur.lab.run.setting import Setting
 from secateur.lab.run.table import summary
 from secateur.measure.latency import threads_set
@@ -26,43 +30,42 @@ def run(
     fresh: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
+    agree: Callable[[Estimate], None] | None = None,
 ) -> dict[str, Any]:
     """Carry out a recipe, or go on with it where an earlier call was interrupted.
 
     On the CPU the result does not depend on interruptions, bit for bit; only times do, and what a budget in
-    ``latency_ms`` makes of them. The global random states are
-    set from the seeds.
+    ``latency_ms`` makes of them. The global random states are set from the seeds.
 
     Args:
-        recipe: from :func:`secateur.recipe.read`.
+        recipe: from :func:`secateur.lab.recipe.read`.
         out: the folder to keep everything in: ``run.json``, and ``seed-N/STAGE`` with a model that
             :func:`secateur.load` reads.
         fresh: replace another run in the folder.
         progress: show progress bars.
         say: is told each stage as it begins.
+        agree: is told what a new run is going to do and how long that takes, before anything is written; it may raise.
 
     Returns:
         What ``run.json`` holds.
 
     Raises:
+        BadFile: what was kept is damaged, or cannot be kept, because the disk is full, say; with more room, the same
+            call goes on.
         SecateurError: what the recipe asks for cannot be done (told before anything is written), a loss that is not
             finite, a folder that holds something else or is in use.
     """
     out = Path(out)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SecateurError(
-            "a run is one process; under `accelerate launch`, call secateur.lab.training.loop.fit instead"
-        )
+    _check_alone()
     before = folder.earlier(out, recipe, fresh=fresh)
     if before is not None and before["finished"]:
         return before
     with threads_set(recipe.threads) as threads:
-        accelerator = Accelerator(cpu=recipe.device == "cpu")
-        data = load(
-            recipe.data.name, root=recipe.data.root, device=accelerator.device, validation=recipe.data.validation
-        )
-        setting = Setting(recipe, data, accelerator, progress, say)
+        setting = _setting(recipe, load, progress, say)
+        data, accelerator = setting.data, setting.accelerator
         stages.check_setting(setting, new=before is None)
+        if agree is not None and before is None:
+            agree(estimate(setting, threads=threads))
         new = not out.exists()
         with folder.held(out):
             folder.sweep(out)
@@ -81,6 +84,8 @@ def run(
                 folder.write(out, begun)
             try:
                 return _finish(setting, out, begun)
+            except BadFile:  # a full disk, say: all that is kept can be gone on with
+                raise
             except SecateurError:
                 if before is None and not any(out.glob("seed-*/*/secateur.json")):  # nothing that could be gone on with
                     folder.clear(out)
@@ -89,11 +94,50 @@ def run(
                 raise
 
 
+def dry_run(recipe: Recipe, out: str | Path, *, fresh: bool = False) -> Estimate:
+    """What :func:`run` would do, checked as far as it can be without work, and how long it would take.
+
+    Nothing is written, and no data are read that are not small (:func:`secateur.lab.data.registry.stand_in`).
+
+    Args:
+        recipe: as for :func:`run`.
+        out: likewise; where a run is there that goes on, the stages that it has done are counted as done.
+        fresh: likewise.
+
+    Raises:
+        SecateurError: what :func:`run` would raise before any work.
+    """
+    out = Path(out)
+    _check_alone()
+    before = folder.earlier(out, recipe, fresh=fresh)
+    with threads_set(recipe.threads) as threads:
+        setting = _setting(recipe, stand_in, progress=False, say=lambda line: None)
+        stages.check_setting(setting, new=False)
+        found = estimate(setting, None if before is None else out, threads=threads)
+    missing = setting.data.notes if recipe.data.name in SOURCES else ""
+    return replace(found, remarks=[missing]) if missing else found
+
+
+def _check_alone() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SecateurError(
+            "a run is one process; under `accelerate launch`, call secateur.lab.training.loop.fit instead"
+        )
+
+
+def _setting(recipe: Recipe, load_data: Callable[..., Dataset], progress: bool, say: Callable[[str], None]) -> Setting:
+    """What all stages share, with the data on the recipe's device."""
+    accelerator = Accelerator(cpu=recipe.device == "cpu")
+    section = recipe.data
+    data = load_data(section.name, root=section.root, device=accelerator.device, validation=section.validation)
+    return Setting(recipe, data, accelerator, progress, say)
+
+
 def _finish(setting: Setting, out: Path, begun: dict[str, Any]) -> dict[str, Any]:
     seeds = {}
     for seed in setting.recipe.seeds:
         at = out / f"seed-{seed}"
-        at.mkdir(exist_ok=True)
+        make_folder(at)
         seeds[str(seed)] = stages.one_seed(setting, seed, at)
     folder.write(out, {**begun, "finished": True, "summary": summary(list(seeds.values())), "seeds": seeds})
     return folder.read(out)

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from secateur._internal.errors import SecateurError
-from secateur._internal.files import write_atomically
+from secateur._internal.errors import BadFile, SecateurError
+from secateur._internal.files import make_folder, write_atomically
 from secateur.lab.recipe.reading import validate
 from secateur.lab.recipe.sections import Recipe
 
@@ -52,7 +52,7 @@ def earlier(out: Path, recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]
     found = read(out)
     if fresh:
         return None
-    changes = list(_differences(_with_defaults(found.get("recipe", {})), dump(recipe)))
+    changes = list(_differences(_with_defaults(found.get("recipe", {})), recipe.model_dump()))
     if changes:
         raise SecateurError(
             f"--out {out}: it holds another run ({'; '.join(changes[:5])}): give another folder, or --fresh to replace "
@@ -67,13 +67,17 @@ def earlier(out: Path, recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]
 
 
 def read(out: Path) -> dict[str, Any]:
-    """The ``run.json`` of a folder."""
+    """The ``run.json`` of a folder.
+
+    Raises:
+        BadFile: it is damaged, or not a run's.
+    """
     try:
         found = json.loads((out / FILE).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SecateurError(f"{out / FILE} is damaged ({error}): give another folder, or delete this one") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadFile(f"{out / FILE} is damaged ({error}): give another folder, or delete this one") from error
     if not isinstance(found, dict) or found.get("secateur_run") != VERSION:
-        raise SecateurError(f"{out / FILE} is not a run of this version of secateur: give another folder")
+        raise BadFile(f"{out / FILE} is not a run of this version of secateur: give another folder")
     return found
 
 
@@ -95,11 +99,11 @@ def dump(recipe: Recipe) -> dict[str, Any]:
 @contextmanager
 def held(out: Path) -> Iterator[None]:
     """Make the folder, and keep other processes out of it; the lock goes with the process."""
+    make_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out, os.O_RDONLY)
     except OSError as error:
-        raise SecateurError(f"--out {out}: it cannot be written ({error})") from error
+        raise BadFile(f"--out {out}: it cannot be read ({error})") from error
     try:
         _lock(handle, out)
         yield
@@ -155,7 +159,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
 
 
 def _short(value: Any) -> str:
-    return "..." if isinstance(value, dict) else json.dumps(value)
+    """A setting in a few signs: a section as dots, a number as it was written."""
+    return "..." if isinstance(value, dict) else repr(value) if isinstance(value, float) else json.dumps(value)
 
 
 def _words(found: Mapping[str, str] | None) -> str:

@@ -16,24 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from secateur import storage as store
-from secateur._internal.errors import SecateurError
-from secateur.curvature.layers import CONVOLUTIONS
-from secateur.lab.recipe.sections import Train, Tune
+from secateur._internal.errors import BadFile, SecateurError
+from secateur.lab.inspecting import INPUT
+from secateur.lab.recipe.sections import Tune, name_of
 from secateur.lab.run.folder import write_json
-from secateur.lab.run.pruning import packed, pruned, timed
+from secateur.lab.run.pruning import finish, make_handle, pruned, timed
 from secateur.lab.run.setting import TEST_BATCH, Facts, Setting
-from secateur.lab.run.training import fitted, make_handle, make_optimizer, plain
+from secateur.lab.run.training import fitted, make_optimizer, plain
 from secateur.measure.accuracy import accuracy
 from secateur.measure.counting import counted
 from secateur.measure.latency import file_size, latency
-from secateur.methods import GENTLE
-from secateur.methods.eigendamage import EIGENDAMAGE, check_budget
-from secateur.methods.pivoting import Pivoting
-from secateur.methods.sdprun import SDPrun
 from secateur.pruning import check_feasible
-from secateur.surgery.blocks.pivots import PIVOT, remembered
-from secateur.surgery.low_rank.bottleneck import Bottleneck
 from secateur.tracing.api import trace
+from secateur.tracing.graph import ChannelGraph
+from secateur.tracing.selection import excluded
 
 
 def check_setting(setting: Setting, *, new: bool) -> None:
@@ -60,47 +56,36 @@ def check_setting(setting: Setting, *, new: bool) -> None:
         )
     if setting.recipe.train is not None:
         make_optimizer(setting, model, setting.recipe.train)  # it refuses what it cannot do
-    budget = setting.recipe.prune.make_budget()
-    section = setting.recipe.prune
-    if budget is not None and section.method == EIGENDAMAGE:
-        layers = section.options.get("layers")
-        check_budget(model, setting.inputs, budget, layers)
-        named = dict(model.named_modules())
-        if section.options.get("separable") and not any(
-            isinstance(named[name], (*CONVOLUTIONS, Bottleneck)) for name in layers or named
-        ):
-            raise SecateurError("prune.options.separable: no layer is a convolution that could be; leave it out")
-    elif budget is not None:
-        if budget.latency_ms is None:
-            check_feasible(graph, budget, approximate=section.approximate)
-        elif new:
-            check_feasible(graph, budget, approximate=section.approximate, timing=timed(setting, model, samples=4))
-    if section.method in GENTLE:
-        assert section.train is not None
-        handle = make_handle(setting, model, graph, make_optimizer(setting, model, section.train), 0)
+    _try_pruning(setting, model, graph, new=new)
+
+
+def _try_pruning(setting: Setting, model: nn.Module, graph: ChannelGraph, *, new: bool) -> None:
+    """Raise if the budget cannot be met, or a method that prunes while training has not the time to."""
+    section, budget = setting.recipe.prune, setting.recipe.prune.make_budget()
+    method = section.make_method()
+    if method is None:
+        if budget is not None and (budget.latency_ms is None or new):
+            clock = None if budget.latency_ms is None else timed(setting, model, samples=4)
+            without = excluded(model, graph, section.exclude)
+            check_feasible(graph, budget, approximate=section.approximate, latency=clock, without=without)
+        return
+    if section.train is None:
+        if hasattr(method, "check"):
+            method.check(model, setting.inputs, budget)
+        return
+    if budget is not None:
+        check_feasible(graph, budget)
+    handle = make_handle(setting, model, make_optimizer(setting, model, section.train), budget, 0)
+    needed = getattr(handle, "steps_needed", 0)
+    if hasattr(handle, "detach"):
         handle.detach()
-        batches = len(setting.data.loader("train", setting.recipe.data.batch_size))
-        if section.train.epochs * batches < handle.steps_needed():
-            raise SecateurError(
-                f"prune.train.epochs={section.train.epochs} are {section.train.epochs * batches} steps, and "
-                f"{section.method} takes {handle.steps_needed()} at least until everything is out: train longer, or "
-                f"{handle.advice()}"
-            )
-    if section.method == PIVOT:
-        _try_pivoting(setting, model)
-
-
-def _try_pivoting(setting: Setting, model: nn.Module) -> None:
-    """Raise if no layer can have blocks, or the training ends before the last update."""
-    section = setting.recipe.prune
-    gradual = Pivoting(model, **section.options)
-    if section.train is not None:
-        steps = section.train.epochs * len(setting.data.loader("train", setting.recipe.data.batch_size))
-        if steps < gradual.steps_needed:
-            raise SecateurError(
-                f"prune.train.epochs={section.train.epochs} are {steps} steps; pivoting takes every={gradual.every} "
-                f"times {gradual.times}: train longer, or give less of one"
-            )
+    steps = section.train.epochs * len(setting.data.loader("train", setting.recipe.data.batch_size))
+    if steps < needed:
+        advice = handle.advice() if hasattr(handle, "advice") else "let the method take larger steps"
+        raise SecateurError(
+            f"prune.train.epochs={section.train.epochs} are {steps} steps, and {name_of(section.method or '')} takes "
+            f"{needed} at least until everything is out: train longer, or {advice}"
+        )
 
 
 def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
@@ -121,23 +106,23 @@ def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
 
     if train is None:
         last = before = kept("baseline", lambda _: (setting.begin(seed), {}))
-    elif train.optimizer != "sdprun" or train.baseline:
+    elif train.baseline or not train.make_optimizer().prunes:
         last = before = kept("baseline", lambda at: _train(setting, setting.begin(seed), plain(train), seed, at))
-    if train is not None and train.optimizer == "sdprun":
+    if train is not None and train.make_optimizer().prunes:
         last = kept("trained", lambda at: _train(setting, setting.begin(seed), train, seed, at))
         before = before or last
     assert before is not None
     columns = {"before": before}
-    rounds = recipe.prune.rounds if recipe.prune.method != "none" else 0
+    rounds = recipe.prune.rounds if recipe.prune.prunes else 0
     for number in range(1, rounds + 1):
         mark = "" if number == rounds else f"-{number}"
         last = kept(f"pruned{mark}", partial(_prune, setting, last, seed, number))
         if recipe.finetune is not None:
             last = kept(f"tuned{mark}", partial(_tune, setting, last, recipe.finetune, seed))
         columns["after" if number == rounds else f"round {number}"] = last
-    if recipe.prune.method == PIVOT:
-        columns["after"] = last = kept("packed", lambda _: packed(setting, _load(setting, last)))
-    if last != before:  # sdprun beside its baseline, even where nothing is pruned
+    if hasattr(recipe.prune.make_method(), "finish"):
+        columns["after"] = last = kept("finished", lambda _: finish(setting, _load(setting, last)))
+    if last != before:  # pruned in training beside its baseline, even where nothing is cut
         columns["after"] = last
     return {**_measured(setting, folder, columns), "stages": stages}
 
@@ -148,37 +133,34 @@ def _stage(setting: Setting, folder: Path, name: str, make: Callable[[Path], tup
     if not (at / store.FILE).exists():
         setting.say(f"{folder.name}: {name}")
         model, facts = make(checkpoints)
-        store.save(model, at, notes=facts)
+        store.save(model, at, notes={**facts, INPUT: list(setting.inputs.shape)})
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return dict(store.read_head(at)["notes"])
+    return {name: fact for name, fact in store.read_head(at)["notes"].items() if name != INPUT}
 
 
 def _load(setting: Setting, at: Path) -> nn.Module:
     try:
         return store.load(at, setting.build)
-    except SecateurError as error:
-        raise SecateurError(f"{error}; delete {at} to have this stage done again") from error
+    except BadFile as error:
+        raise BadFile(f"{error}; delete {at} to have this stage done again") from error
 
 
 def _train(setting: Setting, model: nn.Module, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
     optimizer = make_optimizer(setting, model, section)
     facts = fitted(setting, model, optimizer, section, seed, checkpoints)
-    if isinstance(section, Train) and section.budget is not None and isinstance(optimizer, SDPrun):
-        facts["reached"] = optimizer.reached
-        if not optimizer.reached:
-            setting.say(
-                f"the budget {section.budget} was not reached in {section.epochs} epochs with c={section.c:g}: give a "
-                "larger c, or more epochs; what is zero by now is cut"
-            )
-    return model, facts
+    found, remark = section.make_optimizer().outcome(optimizer, section.epochs)
+    if remark:
+        setting.say(remark)
+    return model, {**facts, **found}
 
 
 def _tune(setting: Setting, source: Path, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
     model = _load(setting, source)
-    if setting.recipe.prune.method != PIVOT:
+    method = setting.recipe.prune.make_method()
+    if not hasattr(method, "keeper"):
         return _train(setting, model, section, seed, checkpoints)
-    blocks = Pivoting(model, patterns=remembered(model))
-    return model, fitted(setting, model, make_optimizer(setting, model, section), section, seed, checkpoints, blocks)
+    optimizer, keeper = make_optimizer(setting, model, section), method.keeper(model)
+    return model, fitted(setting, model, optimizer, section, seed, checkpoints, keeper)
 
 
 def _prune(setting: Setting, source: Path, seed: int, number: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
@@ -193,8 +175,8 @@ def _measured(setting: Setting, folder: Path, columns: Mapping[str, Path]) -> Fa
         write_json(path, {name: metrics(setting, _load(setting, at)) for name, at in columns.items()})
     try:
         return dict(json.loads(path.read_text("utf-8")))
-    except ValueError as error:
-        raise SecateurError(f"{path} is damaged ({error}); delete it to have this stage done again") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadFile(f"{path} is damaged ({error}); delete it to have this stage done again") from error
 
 
 def metrics(setting: Setting, model: nn.Module) -> Facts:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = ("before", "after")
+_HEADS = {"change": "after / before"}
 
 
 def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -25,25 +26,69 @@ def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def table(result: Mapping[str, Any]) -> Table:
-    """What ``run.json`` holds, as a table for the terminal."""
+def table(result: Mapping[str, Any], width: int = 80) -> Table:
+    """What ``run.json`` holds, as a table for the terminal.
+
+    Args:
+        result: what :func:`secateur.lab.run.run` returns.
+        width: signs in a line; where the columns do not fit side by side, they are below each other, and no number is
+            cut short.
+    """
+    drawn = _side_by_side(result)
+    return drawn if _needs(drawn) <= width else _below_each_other(result)
+
+
+def _side_by_side(result: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
-    found, recipe = result["summary"], result["recipe"]
-    seeds = recipe["seeds"]
-    over = f"mean ± sd of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
-    note = f" ({result['data']})" if result["data"] else ""
-    how = recipe["measure"]
-    timed = f"latency: CPU, {how['threads']} thread{'s'[: how['threads'] - 1]}, median of {how['repeats']}"
-    caption = f"{recipe['data']['name']}{note}; {over}; {timed}"
-    drawn = Table(title=f"{recipe['name']}: {recipe['model']['name']}", caption=caption, title_style="bold")
+    found = result["summary"]
+    drawn = Table(title=_name(result), caption=_caption(result), title_style="bold")
     drawn.add_column("")
     for column in found:
-        drawn.add_column({"change": "after / before"}.get(column, column), justify="right")
-    for name in found["before"]:
-        if name != "validation_accuracy":
-            drawn.add_row(_title(name), *_cells(name, found))
+        drawn.add_column(_HEADS.get(column, column), justify="right", no_wrap=True)
+    for name in _shown(found):
+        drawn.add_row(_title(name), *_cells(name, found))
     return drawn
+
+
+def _below_each_other(result: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    found = result["summary"]
+    drawn = Table(title=_name(result), caption=_caption(result), title_style="bold", box=None, show_header=False)
+    drawn.add_column("")
+    drawn.add_column("", justify="right", no_wrap=True)
+    for name in _shown(found):
+        drawn.add_row(_title(name), "")
+        for column, cell in zip(found, _cells(name, found), strict=True):
+            drawn.add_row(f"  {_HEADS.get(column, column)}", cell)
+    return drawn
+
+
+def _needs(drawn: Table) -> int:
+    """Signs in a line that a table needs if nothing in it is to be broken."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(width=1000)
+    return Measurement.get(console, console.options, drawn).maximum
+
+
+def _name(result: Mapping[str, Any]) -> str:
+    return f"{result['recipe']['name']}: {result['recipe']['model']['name']}"
+
+
+def _caption(result: Mapping[str, Any]) -> str:
+    recipe = result["recipe"]
+    seeds, how = recipe["seeds"], recipe["measure"]
+    over = f"mean ± sd of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    note = f" ({result['data']})" if result["data"] else ""
+    timed = f"latency: CPU, {how['threads']} thread{'s'[: how['threads'] - 1]}, median of {how['repeats']}"
+    return f"{recipe['data']['name']}{note}; {over}; {timed}"
+
+
+def _shown(found: Mapping[str, Any]) -> list[str]:
+    return [name for name in found["before"] if name != "validation_accuracy"]
 
 
 def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:

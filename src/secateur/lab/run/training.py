@@ -11,50 +11,21 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.nn import functional as F
 
-from secateur.allocation.budget import budget_from
-from secateur.lab.recipe.sections import OPTIMIZERS, Train, Tune
+from secateur.lab.recipe.sections import Train, Tune
 from secateur.lab.run.setting import TEST_BATCH, Facts, Setting
 from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import accuracy
-from secateur.methods import GENTLE
-from secateur.methods.gradual import GradualPruner
-from secateur.methods.sdprun import SDPrun
-from secateur.tracing.api import trace
-from secateur.tracing.graph import ChannelGraph
 
 
 def plain(train: Train) -> Tune:
-    """The same training without pruning: of sdprun, plain SGD under the same schedule."""
-    if train.optimizer != "sdprun":
-        return train
-    own = {*OPTIMIZERS["sdprun"], "optimizer"}
-    return Tune.model_validate({**train.model_dump(exclude=own, exclude_unset=True), "optimizer": "sgd"})
+    """The same training without pruning, under the same schedule."""
+    optimizer = train.make_optimizer()
+    return train if not optimizer.prunes else train.model_copy(update={"optimizer": optimizer.unpruned().name})
 
 
 def make_optimizer(setting: Setting, model: nn.Module, section: Tune) -> torch.optim.Optimizer:
     """The optimizer that a section describes."""
-    if isinstance(section, Train) and section.optimizer == "sdprun":
-        graph = trace(model, setting.inputs.cpu())
-        return SDPrun(
-            model, graph, lr=section.lr, c=section.c, mu=section.mu, weights=section.weights, exclude=section.exclude,
-            budget=None if section.budget is None else budget_from(section.budget),
-        )  # fmt: skip
-    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
-    if section.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=section.momentum, nesterov=section.nesterov, **common)
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    return kinds[section.optimizer](model.parameters(), **common)
-
-
-def make_handle(
-    setting: Setting, model: nn.Module, graph: ChannelGraph, optimizer: torch.optim.Optimizer, seed: int
-) -> GradualPruner:
-    """What the prune section describes, attached to the optimizer."""
-    section = setting.recipe.prune
-    given = {"budget": section.make_budget(), "strategy": section.strategy, **section.options}
-    if section.method == "spp":
-        given["seed"] = seed
-    return GENTLE[section.method](model, graph, optimizer, **given)
+    return section.make_optimizer().make(model, setting.inputs, section.lr)
 
 
 def fitted(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from secateur._internal.errors import BadFile, SecateurError
+from secateur._internal.files import make_folder
 from secateur._internal.serial import read, write
 
 KEPT = 2
@@ -20,7 +21,7 @@ PATTERN = re.compile(r"step-(\d+)\.safetensors")
 
 def save(folder: Path, step: int, state: Any) -> None:
     """Write the checkpoint of a step; drop all but the last two, and what a killed run left half written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write(folder / f"step-{step:010d}.safetensors", state)
     for old in [*_found(folder)[KEPT:], *folder.glob("step-*.safetensors.*.tmp")]:
         old.unlink(missing_ok=True)

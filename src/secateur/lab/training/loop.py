@@ -1,8 +1,8 @@
 """One training loop: CPU, one GPU, mixed precision, data parallel; an interrupted run ends as if it had not been.
 
 A checkpoint holds the model, the optimizer, the handles, all random states, the place in the epoch and the history.
-With a loader whose batches depend on ``(seed, epoch)`` alone (``secateur.data.Loader``), a resumed run on the CPU has
-the same weights, bit for bit.
+With a loader whose batches depend on ``(seed, epoch)`` alone (``secateur.lab.data.Loader``), a resumed run on the CPU
+has the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,20 +11,24 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur._internal.errors import SecateurError
+from secateur._internal.extras import extra
 from secateur.lab.training import checkpoint
 from secateur.lab.training.schedule import Schedule, named
+
+with extra("lab", "training"):
+    from accelerate import Accelerator
+    from accelerate.utils import broadcast, gather_object
 
 History = list[dict[str, float]]
 
@@ -51,7 +55,7 @@ def fit(
     Args:
         model: moved to the accelerator's device; its mode is as before afterwards.
         optimizer: of the model's parameters; its learning rates are as before afterwards.
-        loader: sized batches ``(x, y)``. ``secateur.data.Loader`` is sharded over the ranks and resumes inside an
+        loader: sized batches ``(x, y)``. ``secateur.lab.data.Loader`` is sharded over the ranks and resumes inside an
             epoch; for any other, exact resumption needs an order that does not change from epoch to epoch.
         epochs: how often to pass over the data.
         loss_fn: mean loss of ``(output, y)``.
@@ -62,7 +66,7 @@ def fit(
             and ``load_state_dict`` are kept in the checkpoints.
         after_epoch: numbers to add to each epoch's row, such as the validation accuracy.
         accelerator: of Hugging Face accelerate; without one, its defaults (a GPU if there is one).
-        progress: show a bar with the time left.
+        progress: show a bar with the time left; where there is no terminal, a line an epoch.
         channels_last: run in that memory format (faster for convolutions on most machines).
         compile: run the forward through ``torch.compile``.
 
@@ -93,10 +97,11 @@ def fit(
     try:
         if folder is not None:
             run.resume(folder)
-        with _bar(progress and accelerator.is_main_process, run) as advance:
+        with _shown(progress and accelerator.is_main_process, run) as (advance, tell):
             while run.epoch < epochs:
                 run.pass_once(folder, every, advance)
                 run.end_epoch(after_epoch)
+                tell(run.history[-1])
                 if folder is not None:
                     run.save(folder)
     finally:
@@ -327,7 +332,7 @@ def _check(loader: Any, epochs: int, every: float) -> None:
         raise SecateurError(f"every={every!r}: seconds between checkpoints, 0 or more, are expected")
     if not hasattr(loader, "__len__"):
         raise SecateurError(
-            f"loader: a {type(loader).__name__} has no length: use secateur.data.Loader or a DataLoader"
+            f"loader: a {type(loader).__name__} has no length: use secateur.lab.data.Loader or a DataLoader"
         )
     if len(loader) == 0:
         raise SecateurError("loader: it is empty: there is nothing to train on")
@@ -343,15 +348,37 @@ def _batches(loader: Any, epoch: int, start: int) -> Iterator[tuple[Tensor, Tens
 
 
 @contextmanager
-def _bar(shown: bool, run: _Run) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar over all steps; gives the function that moves it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not shown, transient=True) as bar:
+def _shown(on: bool, run: _Run) -> Iterator[tuple[Callable[[int], None], Callable[[Mapping[str, float]], None]]]:
+    """Show how far training is, on stderr: on a terminal a bar over all steps, elsewhere a line an epoch.
+
+    Args:
+        on: whether anything is shown.
+        run: that is shown.
+
+    Yields:
+        What is told how many steps are done, and what is told an epoch's row.
+    """
+    console = Console(stderr=True)
+    bar = on and console.is_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) if bar else nullcontext() as drawn:
         start = run.epoch * run.steps + run.step
-        task = bar.add_task("training", total=run.epochs * run.steps, completed=start)
+        task = None if drawn is None else drawn.add_task("training", total=run.epochs * run.steps, completed=start)
 
         def advance(done: int) -> None:
-            mean = run.total / max(run.seen, 1)
-            bar.update(task, completed=done, description=f"epoch {run.epoch + 1}/{run.epochs} loss {mean:.3f}")
+            if drawn is not None and task is not None:
+                mean = run.total / max(run.seen, 1)
+                drawn.update(task, completed=done, description=f"epoch {run.epoch + 1}/{run.epochs} loss {mean:.3f}")
 
-        yield advance
+        def tell(row: Mapping[str, float]) -> None:
+            if on and drawn is None:
+                console.print(_line(row, run.epochs), soft_wrap=True, markup=False, highlight=False)
+
+        yield advance, tell
+
+
+def _line(row: Mapping[str, float], epochs: int) -> str:
+    """An epoch's row in words: its loss, what else was measured, and the time."""
+    told = {"loss": row["loss"]} | {k: v for k, v in row.items() if k not in {"epoch", "loss", "lr", "seconds"}}
+    numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in told.items())
+    return f"epoch {row['epoch']:.0f}/{epochs}: {numbers}, {row['seconds']:.1f} s"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._internal.batches import Inputs, call_model, tensors_in
-from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.errors import NothingToPrune, SecateurError, unknown
 from secateur.surgery.blocks.packed_layers import Layout, Packed, hollow
 from secateur.surgery.blocks.pattern import Pattern
 from secateur.surgery.blocks.pivots import PACK, apply, check_patterns, cloned, outputs, remembered, used_by
@@ -36,17 +36,18 @@ from secateur.tracing.build import UNUSED
 from secateur.tracing.graph import ChannelGraph, fingerprint
 
 WAYS = ("fastest", "blocks", "at_once")
-FORM = 2  # of what is written down: the weights of packed linears were [blocks, columns, rows] once
-WHOLE = ""  # the path of the whole model, among those of the layers that were timed
-MARGIN = 0.95
+FORM = 2
+"""The version of what is written down: the weights of packed linears were [blocks, columns, rows] once."""
+WHOLE = ""
+"""The path of the whole model, among those of the layers that were timed."""
+WINNING_SHARE = 0.95
 """A packed layer or model must take less than this part of the dense one's time."""
-LONG, MOST = 0.1, 200
+TIMED_SECONDS, MOST_TURNS = 0.1, 200
 """Seconds that a comparison takes at least, and after how many turns it is over nevertheless."""
-TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-}  # of others a tenth: they round, and are compared to catch faults
-ON_GPU = 1e-2  # float32 products have ten bits there, if PyTorch is told so
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""How far packed and masked outputs may be apart; of other dtypes a tenth: they round, and faults shall be caught."""
+TOLERANCE_ON_GPU = 1e-2
+"""Likewise there: float32 products have ten bits, if PyTorch is told so."""
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,12 @@ def packed(layer: Any, pattern: Pattern, *, at_once: bool) -> Packed:
 def milliseconds(layers: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, repeats: int = 15) -> dict[str, float]:
     """The least time of each layer on an input, in turn, so that what else the machine does strikes all alike.
 
-    What takes microseconds is timed more often than ``repeats`` says, until all have taken ``LONG`` seconds together.
+    What takes microseconds is timed more often than ``repeats`` says, until all have taken ``TIMED_SECONDS`` together.
     """
     times: dict[str, list[float]] = {name: [] for name in layers}
     with torch.no_grad():
         begun, turn = time.perf_counter(), 0
-        while turn < repeats + 2 or (time.perf_counter() - begun < LONG and turn < MOST):
+        while turn < repeats + 2 or (time.perf_counter() - begun < TIMED_SECONDS and turn < MOST_TURNS):
             for name, layer in layers.items():
                 _wait(x)
                 start = time.perf_counter()
@@ -214,11 +215,11 @@ def pack(
     """A copy in which layers with patterns are packed, where that is faster; it computes what the masked one computes.
 
     Args:
-        model: a model from :func:`pivot`, or any one with ``patterns``; it is left untouched.
+        model: a model from :func:`secateur.pivot`, or any one with ``patterns``; it is left untouched.
         example_inputs: what its forward takes; layers are timed on what they see then, so give the batch size, the
             device and the number of threads that the model will run with.
-        patterns: by layer, weights outside of which become zero; default: those that :func:`pivot` or an earlier
-            packing left, outside of which weights must be zero.
+        patterns: by layer, weights outside of which become zero; default: those that :func:`secateur.pivot` or an
+            earlier packing left, outside of which weights must be zero.
         way: ``"fastest"``: whatever is, measured here and now; ``"blocks"`` or ``"at_once"``: this way, for all layers.
 
     Returns:
@@ -257,7 +258,7 @@ def pack(
         if way == "fastest":
             times[name] = milliseconds({"dense": dense, **ways}, seen.pop(name))
             best = min(ways, key=times[name].__getitem__)
-            if times[name][best] >= MARGIN * times[name]["dense"]:
+            if times[name][best] >= WINNING_SHARE * times[name]["dense"]:
                 left[name] = own
                 continue
         layouts[name] = ways[best].layout
@@ -265,7 +266,7 @@ def pack(
     _check_same(wanted, new, example_inputs)
     if way == "fastest" and layouts:  # single calls may be faster and the whole not, where it is all overhead
         times[WHOLE] = _whole(whole, new, example_inputs)
-        if times[WHOLE]["packed"] >= MARGIN * times[WHOLE]["dense"]:
+        if times[WHOLE]["packed"] >= WINNING_SHARE * times[WHOLE]["dense"]:
             new, layouts, left = whole, {}, dict(patterns)
     return add_to_record(new, model, {PACK: Packing(fingerprint(model), layouts, left, unused, times, unread)})
 
@@ -290,9 +291,7 @@ def exchanged(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 def _graph(model: nn.Module, example_inputs: Inputs) -> ChannelGraph | None:
     try:
         return trace(model, example_inputs)
-    except SecateurError as error:
-        if "no removable channel" not in str(error):
-            raise
+    except NothingToPrune:
         return None  # a single layer between input and output, say: nothing can change its order
 
 
@@ -309,7 +308,7 @@ def _check_same(wanted: Sequence[Tensor], new: nn.Module, example_inputs: Inputs
         whole, small, sound = a.detach().to(wide), b.detach().to(wide), a.isfinite()
         scale = whole[sound].abs().max().clamp_min(1e-30) if bool(sound.any()) else 1.0
         gap = float((whole - small)[sound].abs().max() / scale) if bool(sound.any()) else 0.0
-        allowed = max(TOLERANCE.get(d, 0.1) for d in (a.dtype, *coarse)) if a.device.type == "cpu" else ON_GPU
+        allowed = max(TOLERANCE.get(d, 0.1) for d in (a.dtype, *coarse)) if a.device.type == "cpu" else TOLERANCE_ON_GPU
         if not gap <= allowed or not torch.equal(sound, b.isfinite()):
             raise SecateurError(
                 f"pack: the packed model computes something else (relative difference {gap:.1e}); does its forward "

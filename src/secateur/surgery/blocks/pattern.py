@@ -28,11 +28,9 @@ from scipy.optimize import linear_sum_assignment
 from secateur._internal.errors import SecateurError, unknown
 
 LAYOUTS = ("diagonal", "growth", "bundles")
-AT_ONCE = 1024
+ASSIGNED_AT_ONCE = 1024
 """So many rows or columns are assigned at once, at most; of more, random parts in turn."""
-
-
-TALL = 32
+FEWEST_ROWS = 32
 """Rows of a block, at least, if nobody says how many blocks; convolutions of fewer filters hardly get faster."""
 
 
@@ -161,8 +159,8 @@ def find_pattern(
 
 
 def blocks_for(keep: float, rows: int) -> int:
-    """How many blocks a matrix has if nobody says: ``1 / keep``, but none of fewer than ``TALL`` rows."""
-    return max(1, min(int(1 / keep + 1e-9), rows // TALL))
+    """How many blocks a matrix has if nobody says: ``1 / keep``, but none of fewer than ``FEWEST_ROWS`` rows."""
+    return max(1, min(int(1 / keep + 1e-9), rows // FEWEST_ROWS))
 
 
 def _checked(energy: np.ndarray) -> np.ndarray:
@@ -287,9 +285,11 @@ def _assigned(gain: np.ndarray, items: np.ndarray, blocks: np.ndarray, rng: np.r
     """
     items, padded = items.copy(), np.c_[gain, np.zeros(len(gain))]  # block -1 is the last column
     parts = [np.arange(len(items))]
-    if len(items) > AT_ONCE:
+    if len(items) > ASSIGNED_AT_ONCE:
         parts = [
-            part for _ in range(2) for part in np.array_split(rng.permutation(len(items)), -(-len(items) // AT_ONCE))
+            part
+            for _ in range(2)
+            for part in np.array_split(rng.permutation(len(items)), -(-len(items) // ASSIGNED_AT_ONCE))
         ]
     for part in parts:
         own = items[part]

@@ -14,8 +14,9 @@ import copy
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,22 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur._internal.batches import Inputs, call_model, tensors_in
-from secateur._internal.checks import check_seed
-from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.batches import Inputs, call_model, first_argument, tensors_in
+from secateur._internal.checks import check_choice, check_count, is_number
+from secateur._internal.errors import NothingToPrune, SecateurError, unknown
 from secateur._internal.state import eval_mode
 from secateur.curvature.kronecker import Curvature, Factors
 from secateur.curvature.layers import CONVOLUTIONS, Layer, measurable
 from secateur.surgery.blocks.pattern import LAYOUTS, Pattern, blocks_for, find_pattern
 from secateur.surgery.records import add_to_record, record
-from secateur.tracing.api import check_traceable
 from secateur.tracing.graph import fingerprint
-from secateur.tracing.tracer import copyable
+from secateur.tracing.skeleton import copyable
 
 PIVOT, PACK = "pivot", "pack"
 FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-LEAST = 4
+SMALLEST_BLOCK = 4
 """Blocks of fewer rows or columns than this are no gain for any hardware."""
 
 
@@ -98,49 +98,50 @@ def why_not(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def check_pivot(keep: object, layout: str, blocks: object) -> None:
+def check_pivot(keep: object, layout: object, blocks: object) -> None:
     """Raise if these are no settings of pivoting."""
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-        raise SecateurError(f"keep={keep!r}: a fraction of the coefficients in (0, 1] is expected")
-    if layout not in LAYOUTS:
-        raise unknown("layout", layout, LAYOUTS)
-    if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
-        raise SecateurError(f"blocks={blocks!r}: a whole number from 1 on is expected")
+    if not is_number(keep) or not 0 < keep <= 1:  # type: ignore[operator]
+        raise SecateurError(f"keep={keep!r}: a fraction of the coefficients in (0, 1] is expected, for instance 0.25")
+    check_choice("layout", layout, LAYOUTS)
+    check_count("blocks", blocks, optional=True)
     if layout == "diagonal" and blocks is not None:
         raise SecateurError("blocks: with layout='diagonal' there are 1 / keep of them; leave it out")
-    if layout == "diagonal" and abs(1 / keep - round(1 / keep)) > 1e-6:
+    if layout == "diagonal" and abs(1 / keep - round(1 / keep)) > 1e-6:  # type: ignore[operator]
         raise SecateurError(
             f"keep={keep:g}: block-diagonal layers keep a half, a third, a quarter, ...; give one of these"
         )
 
 
 def eligible(
-    model: nn.Module, keep: float, layout: str, exclude: Sequence[str] = (), factors: Curvature | None = None
+    model: nn.Module,
+    keep: float,
+    layout: str,
+    without: Mapping[str, str] = MappingProxyType({}),
+    factors: Curvature | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """The layers that can have blocks, and why others cannot.
 
-    Raises:
-        SecateurError: an unknown layer.
+    Args:
+        model: the model.
+        keep: the part of each layer's coefficients that stays.
+        layout: of the blocks.
+        without: paths of layers that stay whole -> why.
+        factors: if given, a layer must have some.
     """
     if factors is not None and not (factors and all(isinstance(f, Factors) for f in _values(factors))):
         raise SecateurError("factors: what secateur.kronecker_factors gives is expected")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS))}
-    if isinstance(exclude, str) or not isinstance(exclude, Collection):
-        raise SecateurError(f"exclude={exclude!r}: a list of layers is expected, for instance ['head']")
-    for name in exclude:
-        if name not in layers:
-            raise unknown("layer", name, layers)
     skipped = why_not(model)
     for name, layer in layers.items():
         if name in skipped:
             continue
         m, n = layer.weight.shape[:2]
-        if name in exclude:
-            skipped[name] = "is excluded"
+        if name in without:
+            skipped[name] = without[name]
         elif factors is not None and name not in factors:
             skipped[name] = f"has no factors: {factors.skipped.get(name, 'it was not measured')}"
-        elif int(keep * n + 1e-9) < LEAST or (m * keep if layout == "diagonal" else m) < LEAST:
-            skipped[name] = f"keep={keep:g} of {m} x {n} leaves blocks of fewer than {LEAST} rows or columns"
+        elif int(keep * n + 1e-9) < SMALLEST_BLOCK or (m * keep if layout == "diagonal" else m) < SMALLEST_BLOCK:
+            skipped[name] = f"keep={keep:g} of {m} x {n} leaves blocks of fewer than {SMALLEST_BLOCK} rows or columns"
     return [name for name in layers if name not in skipped], skipped
 
 
@@ -152,9 +153,10 @@ def patterns_of(
     model: nn.Module, names: Sequence[str], keep: float, *, layout: str = "bundles", blocks: int | None = None,
     factors: Curvature | None = None, seed: int = 0, final: float | None = None,
 ) -> dict[str, Pattern]:  # fmt: skip
-    """The pattern of each of these layers; see :func:`pivot`. Of block-diagonal ones the next that keep no more.
+    """The pattern of each of these layers; of block-diagonal ones the next that keep no more.
 
-    ``final`` is what stays in the end, if that is less: there are as many blocks as there will be then.
+    Arguments are those of :func:`secateur.pivot`. ``final`` is what stays in the end, if that is less: there are as
+    many blocks as there will be then.
     """
     final = keep if final is None else final
     if layout == "diagonal":
@@ -163,7 +165,7 @@ def patterns_of(
     for name in names:
         layer: Any = model.get_submodule(name)
         rows = layer.weight.shape[0]
-        count = blocks_for(final, rows) if blocks is None else min(blocks, rows // LEAST)
+        count = blocks_for(final, rows) if blocks is None else min(blocks, rows // SMALLEST_BLOCK)
         try:
             table = energy(layer, factors[name].of(model) if factors is not None else None)
         except SecateurError as error:
@@ -174,51 +176,11 @@ def patterns_of(
     return found
 
 
-def pivot(
-    model: nn.Module, example_inputs: Inputs, keep: float, *, layout: str = "bundles", blocks: int | None = None,
-    factors: Curvature | None = None, exclude: Sequence[str] = (), seed: int = 0,
-) -> nn.Module:  # fmt: skip
-    """A copy in which every linear and convolution has dense blocks, and zeros outside; :func:`pack` makes it fast.
-
-    Args:
-        model: the model; it is left untouched.
-        example_inputs: what its forward takes, as for :func:`secateur.trace`; layers it does not use stay whole.
-        keep: the part of each layer's coefficients that stays, in (0, 1]; for ``"diagonal"`` a half, a third, ...
-        layout: ``"bundles"``: every bundle of rows has its own columns; ``"diagonal"``: block-diagonal after permuting
-            rows and columns, with ``1 / keep`` blocks; ``"growth"``: by complete pivoting.
-        blocks: how many blocks a layer has, at most; fewer are faster, more keep more of the energy. Default:
-            ``1 / keep``, but none of fewer than 32 rows; a layer of fewer than 64 rows then has one block, whose rows
-            all read the same columns. Not for ``"diagonal"``.
-        factors: of :func:`secateur.kronecker_factors` in channel form, for the Fisher's energy instead of magnitude.
-        exclude: layers that shall stay whole.
-        seed: of the search.
-
-    Returns:
-        A new module of the same shape, which remembers its patterns (:func:`secateur.record`, with the layers that
-        stayed whole and why). Where blocks do not divide the rows of a layer, the last one is filled up with zeros; a
-        block has ``keep`` of the columns, rounded down.
-
-    Raises:
-        SecateurError: bad values, an unknown layer, inputs on which the model does not run, no layer that can have
-            blocks.
-    """
-    check_traceable(model, example_inputs, "pivot")
-    check_pivot(keep, layout, blocks)
-    check_seed(seed)
-    names, skipped = eligible(model, keep, layout, exclude, factors)
-    used = used_by(model, example_inputs, names)
-    skipped |= {name: "is not used on these inputs" for name in names if name not in used}
-    names = [name for name in names if name in used]
-    check_some(names, skipped, "pivot")
-    patterns = patterns_of(model, names, keep, layout=layout, blocks=blocks, factors=factors, seed=seed)
-    return pivoted(model, patterns, skipped)
-
-
 def check_some(names: Sequence[str], skipped: Mapping[str, str], who: str) -> None:
     """Raise if no layer can have blocks."""
     if not names:
         why = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
-        raise SecateurError(f"{who}: no layer can have blocks: {why or 'there is no linear and no convolution'}")
+        raise NothingToPrune(f"{who}: no layer can have blocks: {why or 'there is no linear and no convolution'}")
 
 
 def used_by(model: nn.Module, example_inputs: Inputs, names: Sequence[str]) -> dict[str, Tensor]:
@@ -233,7 +195,7 @@ def used_by(model: nn.Module, example_inputs: Inputs, names: Sequence[str]) -> d
     for name in names:
 
         def watch(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            seen.setdefault(name, (args[0] if args else next(iter(kwargs.values()))).detach())
+            seen.setdefault(name, first_argument(args, kwargs).detach())
 
         copied.get_submodule(name).register_forward_pre_hook(watch, with_kwargs=True)
     _run(copied, example_inputs)

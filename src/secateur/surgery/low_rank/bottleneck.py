@@ -15,7 +15,7 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,29 @@ Kept = Mapping[str, tuple[Tensor, Tensor]]
 class Bottleneck(nn.Sequential):
     """Rotation in, core, rotation out."""
 
+    __jit_unused_properties__: ClassVar[list[str]] = ["core", "weight", "bias"]  # for those who still script models
+
     @property
     def core(self) -> Any:
         """The layer in the middle."""
         return self[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and dtype of the weight that it stands for, without data: on the meta device.
+
+        Modules around it may look at the weights of their parts: PyTorch's transformer layers do, to see whether one
+        fused kernel can take them all. What has no data no kernel takes, so that they call their parts instead.
+        """
+        first, core, last = three(self)
+        shape = (last.weight.shape[0], first.weight.shape[1], *core.weight.shape[2:])
+        return torch.empty(shape, dtype=core.weight.dtype, device="meta")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the layer that it stands for."""
+        found: Tensor | None = three(self)[2].bias
+        return found
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,9 @@ def bottlenecked(
         made: Any = split(copied.get_submodule(name), bases[name], rows, columns)
         for rotation in (made[0], made[2]):
             rotation.weight.requires_grad_(train_rotations)
+        bias = three(model.get_submodule(name))[2].bias
+        if bias is not None:
+            made[2].bias.requires_grad_(bias.requires_grad)
         copied = put(copied, name, made)
     sizes = {name: (len(rows), len(columns)) for name, (rows, columns) in kept.items()}
     return add_to_record(copied, model, {"eigendamage": Rewrite(fingerprint(model), sizes)})

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur._internal.errors import SecateurError, unknown
+from secateur._internal.checks import check_choice, check_count
+from secateur._internal.errors import SecateurError
 from secateur.curvature.layers import CONVOLUTIONS
 from secateur.surgery.low_rank.bottleneck import Bottleneck, Rewrite, hollow, put, sizes_of
 from secateur.surgery.records import add_to_record
@@ -45,8 +46,7 @@ def separate(model: nn.Module, how: str = "cp", *, sweeps: int = 100) -> nn.Modu
         SecateurError: an unknown ``how``, no convolutional bottleneck in the model, weights that are not finite.
     """
     check_how(how)
-    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
-        raise SecateurError(f"separate(sweeps={sweeps!r}): a whole number from 0 on is expected")
+    check_count("sweeps", sweeps, 0)
     copied, ranks = copy.deepcopy(model), {}
     for name in separable(model):
         layer: Any = copied.get_submodule(name)
@@ -79,8 +79,7 @@ def separate(model: nn.Module, how: str = "cp", *, sweeps: int = 100) -> nn.Modu
 
 def check_how(how: object) -> None:
     """Raise if there is no such way."""
-    if how not in HOW:
-        raise unknown("way to separate", str(how), HOW)
+    check_choice("way to separate", how, HOW)
 
 
 def replay(model: nn.Module, text: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The rules: how names flow through each ATen operation. Importing this room fills the table."""
+"""The rules: how labels flow through each ATen operation. Importing this room fills the table."""
 
 from __future__ import annotations
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from secateur.tracing.call import Call, Result
-from secateur.tracing.labels import Labelled, anonymous, lasting
+from secateur.tracing.labels import Labelled, lasting, unlabelled
 from secateur.tracing.rules.table import rule
 
 
 @rule("zeros ones full new_zeros new_ones new_full empty new_empty scalar_tensor")
 def _constant(call: Call) -> Result:
-    """A tensor filled with one value has no positions of its own: it takes the names it meets."""
+    """A tensor filled with one value has no positions of its own: it takes the labels it meets."""
     out = call.results()[0]
-    dims = [call.names.fresh(n) if n > 1 else None for n in out.shape]
+    dims = [call.labels.fresh(n) if n > 1 else None for n in out.shape]
     if not call.base.endswith("zeros"):
         return Labelled(tuple(lasting(ids) for ids in dims), weight=True)
     return Labelled(tuple(dims), weight=True)
@@ -19,4 +19,4 @@ def _constant(call: Call) -> Result:
 
 @rule("arange linspace eye randn rand randint randperm tril_indices triu_indices")
 def _numbers(call: Call) -> Result:
-    return anonymous(call.results()[0].ndim, weight=True)
+    return unlabelled(call.results()[0].ndim, weight=True)

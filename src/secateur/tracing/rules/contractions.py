@@ -1,4 +1,4 @@
-"""How names flow through contractions: inner axes become one, outer axes pass, kernel positions freeze."""
+"""How labels flow through contractions: inner axes become one, outer axes pass, kernel positions freeze."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ import numpy as np
 from torch import Tensor
 
 from secateur.tracing.call import Call, Result, merge
-from secateur.tracing.labels import Dim, Labelled, anonymous, lasting, vanishing
+from secateur.tracing.labels import Dim, Labelled, lasting, unlabelled, vanishing
 from secateur.tracing.rules.table import rule
 
 
 def _inner(call: Call, left: Dim, right: Dim, *, left_weight: bool, right_weight: bool) -> None:
-    """Two dims are summed against each other: equal names, and one side must vanish."""
-    names = call.names
+    """Two dims are summed against each other: their labels become equal, and one side must vanish."""
+    labels = call.labels
     if left is not None and right is not None:
-        names.unite(left, right)
+        labels.unite(left, right)
     else:
         call.freeze(left, "is contracted with fixed positions")
         call.freeze(right, "is contracted with fixed positions")
     if right_weight and not left_weight:
-        names.read(left, call.op)
-        names.mark("consumer", right)
+        labels.read(left, call.op)
+        labels.mark("consumer", right)
     elif left_weight and not right_weight:
-        names.read(right, call.op)
-        names.mark("consumer", left)
+        labels.read(right, call.op)
+        labels.mark("consumer", left)
     elif left_weight:
-        names.read(right, call.op)
-        names.mark("consumer", left)
-        names.mark("producer", right)
+        labels.read(right, call.op)
+        labels.mark("consumer", left)
+        labels.mark("producer", right)
     elif left is not None and right is not None and ((left < 0) & (right < 0)).any():
-        names.approximate(
+        labels.approximate(
             left[(left < 0) & (right < 0)], f"{call.op} contracts a channel that is not zero on either side"
         )
 
 
-def _produce(call: Call, named: Labelled, *dims: Dim) -> None:
-    for ids in dims if named.weight else ():
-        call.names.mark("producer", ids)
+def _produce(call: Call, labelled: Labelled, *dims: Dim) -> None:
+    for ids in dims if labelled.weight else ():
+        call.labels.mark("producer", ids)
 
 
 def _matmul(call: Call, a: Tensor, b: Tensor, batch: int) -> Labelled:
@@ -58,7 +58,7 @@ def _matmul(call: Call, a: Tensor, b: Tensor, batch: int) -> Labelled:
     if left.weight and not right.weight:
         inner = left.dims[-1]
     sizes = [(ids, n) for ids, n in zip(shared, a.shape[:batch], strict=True)]
-    call.names.term(1, *sizes, (rows, a.shape[-2]), (inner, a.shape[-1]), (columns, b.shape[-1]))
+    call.labels.term(1, *sizes, (rows, a.shape[-2]), (inner, a.shape[-1]), (columns, b.shape[-1]))
     return Labelled((*shared, rows, columns), weight)
 
 
@@ -93,7 +93,7 @@ def _mv(call: Call) -> Result:
     if not right.weight:
         _produce(call, left, *left.dims[:-1])
     inner = (left if left.weight else right).dims[-1 if left.weight else 0]
-    call.names.term(1, *zip(left.dims[:-1], a.shape[:-1], strict=True), (inner, b.shape[0]))
+    call.labels.term(1, *zip(left.dims[:-1], a.shape[:-1], strict=True), (inner, b.shape[0]))
     product = Labelled(left.dims[:-1], left.weight and right.weight)
     return _plus_bias(call, product, bias[0]) if bias else product
 
@@ -108,10 +108,10 @@ def _convolution(call: Call) -> Result:
         call.freeze(ids, "kernel position")
     for ids in data.dims[2:]:
         call.freeze(ids, "is a spatial position")
-    names, channels, first, second = call.names, data.dims[1], weight.dims[0], weight.dims[1]
+    labels, channels, first, second = call.labels, data.dims[1], weight.dims[0], weight.dims[1]
     space = x.shape[2:] if transposed else call.results()[0].shape[2:]
     factor = x.shape[0] * prod(space) * prod(w.shape[2:])
-    names.term(factor, (first, w.shape[0]), (second, w.shape[1]))
+    labels.term(factor, (first, w.shape[0]), (second, w.shape[1]))
 
     if groups == 1:
         outer, inner = (second, first) if transposed else (first, second)
@@ -129,7 +129,7 @@ def _convolution(call: Call) -> Result:
         _produce(call, bias, bias.dims[0])
         batch = lasting(batch)
     elif b is not None:
-        call.freeze((call.of(b) or anonymous(1, weight=True)).dims[0], "meets fixed positions")
+        call.freeze((call.of(b) or unlabelled(1, weight=True)).dims[0], "meets fixed positions")
     return Labelled((batch, outer, *(None,) * (x.ndim - 2)), data.weight and weight.weight)
 
 
@@ -138,9 +138,9 @@ def _grouped(
 ) -> Dim:
     """Grouped convolution: the unit is the whole group if it reads one channel, else the offset within all groups.
 
-    Returns the names of the output channels; ``first`` and ``second`` are the names of the weight's first two dims.
+    Returns the labels of the output channels; ``first`` and ``second`` are the labels of the weight's first two dims.
     """
-    names, (rows, columns, *_) = call.names, tuple(shape)
+    labels, (rows, columns, *_) = call.labels, tuple(shape)
     per_input = rows // groups if transposed else columns
     if per_input == 1:  # depthwise: every channel has its own filters
         call.freeze(second, "kernel position")
@@ -148,23 +148,23 @@ def _grouped(
             call.freeze(channels, "depthwise convolution of fixed positions")
             call.freeze(first, "depthwise convolution of fixed positions")
             return None
-        names.unite(channels[:, None], first.reshape(groups, -1))
+        labels.unite(channels[:, None], first.reshape(groups, -1))
         outer = np.repeat(first, columns) if transposed else first
         return vanishing(outer, (outer > 0) | (np.repeat(channels, len(outer) // groups) > 0))
 
     if first is not None:
         table = first.reshape(groups, -1)
-        names.unite(table[:1], table[1:])
+        labels.unite(table[:1], table[1:])
     inner = first if transposed else second
-    names.read(channels, call.op)
-    names.mark("consumer", inner)
+    labels.read(channels, call.op)
+    labels.mark("consumer", inner)
     if channels is None or inner is None:
         call.freeze(channels, "is contracted with fixed positions")
         call.freeze(inner, "is contracted with fixed positions")
     else:
         offsets = channels.reshape(groups, per_input)
-        names.unite(offsets[:1], offsets[1:])
-        names.unite(offsets if transposed else offsets[0], inner.reshape(groups, -1) if transposed else inner)
+        labels.unite(offsets[:1], offsets[1:])
+        labels.unite(offsets if transposed else offsets[0], inner.reshape(groups, -1) if transposed else inner)
     if transposed:
         return None if second is None else np.tile(second, groups)
     return first
@@ -177,12 +177,21 @@ def _grouped(
 )
 def _attention(call: Call) -> Result:
     q, k, v = (call.arg(n) for n in ("query", "key", "value"))
-    names = [call.of(t) for t in (q, k, v)]
-    for named in names:
-        for ids in named.dims if named is not None else ():
+    for labelled in (call.of(t) for t in (q, k, v)):
+        for ids in labelled.dims if labelled is not None else ():
             call.freeze(ids, "attention heads are not cut")
     *batch, length, depth = q.shape
-    call.names.term(prod(batch) * length * k.shape[-2] * (depth + v.shape[-1]))
+    call.labels.term(prod(batch) * length * k.shape[-2] * (depth + v.shape[-1]))
+    return None
+
+
+@rule("mkldnn_rnn_layer _cudnn_rnn miopen_rnn")
+def _recurrent(call: Call) -> Result:
+    """A recurrent layer as one kernel, which models that need values are traced with: counted, and left whole."""
+    call.freeze_all("a recurrent layer that runs as one kernel is not cut")
+    x = call.arg("input")
+    weights = call.arg("weight") or (call.arg("weight0"), call.arg("weight1"))
+    call.labels.term(prod(x.shape[:-1]) * sum(w.numel() for w in weights if w.ndim == 2))
     return None
 
 

@@ -1,4 +1,4 @@
-"""How names flow through norms: what they hold lives and dies with what they normalise."""
+"""How labels flow through norms: what they hold lives and dies with what they normalise."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ def _affine(call: Call, ids: Dim, *, zero: bool) -> Dim:
     scale = bias = None
     for argument in ("weight", "bias", "running_mean", "running_var"):
         tensor = call.arg(argument)
-        named = call.of(tensor)
-        if named is None:
+        labelled = call.of(tensor)
+        if labelled is None:
             continue
-        own = named.dims[0]
+        own = labelled.dims[0]
         if ids is None or own is None:
             call.freeze(own, "normalises fixed positions")
             call.freeze(ids, "is normalised by fixed positions")
             continue
-        call.names.unite(ids, own)
-        if named.weight:
-            call.names.mark("carried" if argument.startswith("running") else "producer", own)
+        call.labels.unite(ids, own)
+        if labelled.weight:
+            call.labels.mark("carried" if argument.startswith("running") else "producer", own)
         if argument == "weight":
             scale = own
         if argument == "bias":
@@ -40,23 +40,23 @@ def _affine(call: Call, ids: Dim, *, zero: bool) -> Dim:
     "miopen_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm_with_update"
 )
 def _batch_norm(call: Call) -> Result:
-    named = call.of(call.arg("input"))
-    assert named is not None
-    for d, ids in enumerate(named.dims):
+    labelled = call.of(call.arg("input"))
+    assert labelled is not None
+    for d, ids in enumerate(labelled.dims):
         if d != 1:
             call.freeze(ids, "batch norm takes its statistics over it")
     own_statistics = call.arg("running_mean") is None or bool(call.arg("training", default=False))
-    dims = [None] * len(named.dims)
-    return [Labelled((dims[0], _affine(call, named.dims[1], zero=own_statistics), *dims[2:]), named.weight)]
+    dims = [None] * len(labelled.dims)
+    return [Labelled((dims[0], _affine(call, labelled.dims[1], zero=own_statistics), *dims[2:]), labelled.weight)]
 
 
 @rule("native_layer_norm _fused_rms_norm")
 def _layer_norm(call: Call) -> Result:
-    named = call.of(call.arg("input"))
-    assert named is not None
+    labelled = call.of(call.arg("input"))
+    assert labelled is not None
     over = len(call.arg("normalized_shape"))
     kind = "layer norm" if call.base == "native_layer_norm" else "root-mean-square norm"
-    dims = [*named.dims]
+    dims = [*labelled.dims]
     tensors = [call.of(call.arg(a)) for a in ("weight", "bias")]
     scale = tensors[0] is not None
     for back in range(1, over + 1):
@@ -67,28 +67,28 @@ def _layer_norm(call: Call) -> Result:
                 call.freeze(own, "normalises fixed positions")
                 call.freeze(ids, "is normalised by fixed positions")
             else:
-                call.names.unite(ids, own)
-                call.names.mark("producer", own)
+                call.labels.unite(ids, own)
+                call.labels.mark("producer", own)
         if ids is not None:
-            call.names.approximate(ids, f"{kind} takes its statistics over it")
+            call.labels.approximate(ids, f"{kind} takes its statistics over it")
             keeps = scale or kind != "layer norm"
             dims[-back] = vanishing(ids, np.full(len(ids), keeps))
     if tensors[1] is not None:
         dims[: len(dims) - over] = [lasting(ids) for ids in dims[: len(dims) - over]]
-    return [Labelled(tuple(dims), named.weight)]
+    return [Labelled(tuple(dims), labelled.weight)]
 
 
 @rule("native_group_norm")
 def _group_norm(call: Call) -> Result:
-    named, groups = call.of(call.arg("input")), call.arg("group")
-    assert named is not None
-    for d, ids in enumerate(named.dims):
+    labelled, groups = call.of(call.arg("input")), call.arg("group")
+    assert labelled is not None
+    for d, ids in enumerate(labelled.dims):
         if d != 1:
             call.freeze(ids, "group norm takes its statistics over it")
-    ids = named.dims[1]
+    ids = labelled.dims[1]
     if ids is not None and groups < len(ids):
         offsets = ids.reshape(groups, -1)
-        call.names.unite(offsets[:1], offsets[1:])
-        call.names.approximate(ids, "group norm takes its statistics over it")
+        call.labels.unite(offsets[:1], offsets[1:])
+        call.labels.approximate(ids, "group norm takes its statistics over it")
     out = _affine(call, ids, zero=ids is not None and groups == len(ids))
-    return [Labelled((None, out, *(None,) * (len(named.dims) - 2)), named.weight)]
+    return [Labelled((None, out, *(None,) * (len(labelled.dims) - 2)), labelled.weight)]

@@ -1,4 +1,4 @@
-"""How names flow through pointwise operations: aligned positions become one."""
+"""How labels flow through pointwise operations: aligned positions become one."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import numpy as np
 from torch import Tensor
 
 from secateur.tracing.call import Call, Result, merge
-from secateur.tracing.labels import Labelled, anonymous, vanishing
+from secateur.tracing.labels import Labelled, unlabelled, vanishing
 from secateur.tracing.rules.table import rule, unknown_operation
 
 
 def pointwise(call: Call, operands: Iterable[Tensor], zero: str) -> Labelled:
     """Labels of a pointwise result of these operands; ``zero`` as for :func:`secateur.tracing.call.merge`."""
     tensors = list(operands)
-    named = [call.of(t) or anonymous(t.ndim, weight=True) for t in tensors]
-    dims = merge(call, [(n, t.shape) for n, t in zip(named, tensors, strict=True)], call.results()[0].shape, zero)
-    weight = all(n.weight for n in named)
-    for n in named:
+    labelled = [call.of(t) or unlabelled(t.ndim, weight=True) for t in tensors]
+    dims = merge(call, [(n, t.shape) for n, t in zip(labelled, tensors, strict=True)], call.results()[0].shape, zero)
+    weight = all(n.weight for n in labelled)
+    for n in labelled:
         for ids in n.dims if n.weight else ():
             if not weight:
-                call.names.mark("producer", ids)
+                call.labels.mark("producer", ids)
     if weight:
-        for n, t in zip(named[1:], tensors[1:], strict=True):
+        for n, t in zip(labelled[1:], tensors[1:], strict=True):
             for back in range(1, min(t.ndim, tensors[0].ndim) + 1):
-                call.names.alias(named[0].dims[-back], n.dims[-back])
+                call.labels.alias(labelled[0].dims[-back], n.dims[-back])
     return Labelled(dims, weight)
 
 
@@ -51,8 +51,8 @@ def _loses(call: Call) -> Result:
 
 
 def _not_at_zero(call: Call) -> None:
-    named = call.of(call.first())
-    for ids in named.dims if named is not None else ():
+    labelled = call.of(call.first())
+    for ids in labelled.dims if labelled is not None else ():
         if ids is not None and (ids > 0).any():
             call.freeze(ids[ids > 0], "is not finite where a channel is zero")
 
@@ -138,7 +138,7 @@ def _where(call: Call) -> Result:
     numbers = [v for v in (call.arg("self"), call.arg("other")) if not isinstance(v, Tensor)]
     result = pointwise(call, [call.arg("condition"), *values], "lose")
     if all(_is_zero(v) for v in numbers) and values:
-        kept = merge(call, [(call.of(v) or anonymous(v.ndim, weight=True), v.shape) for v in values],
+        kept = merge(call, [(call.of(v) or unlabelled(v.ndim, weight=True), v.shape) for v in values],
                      call.results()[0].shape, "all")  # fmt: skip
         dims = tuple(
             ids if ids is None or k is None or len(k) != len(ids) else vanishing(ids, k > 0)
@@ -152,10 +152,10 @@ def _where(call: Call) -> Result:
 def _masked_fill(call: Call) -> Result:
     x = call.first()
     result = pointwise(call, [x, call.arg("mask")], "lose")
-    named = call.of(x)
-    if not _is_zero(call.arg("value")) or named is None or len(named.dims) != len(result.dims):
+    labelled = call.of(x)
+    if not _is_zero(call.arg("value")) or labelled is None or len(labelled.dims) != len(result.dims):
         return result
-    own = zip(result.dims, named.dims, strict=True)  # zeros stay zeros where x has them, whatever the mask is
+    own = zip(result.dims, labelled.dims, strict=True)  # zeros stay zeros where x has them, whatever the mask is
     return Labelled(tuple(d if d is None or x is None else vanishing(d, x > 0) for d, x in own), result.weight)
 
 
@@ -163,7 +163,7 @@ def _masked_fill(call: Call) -> Result:
 def _copy(call: Call) -> Result:
     target, source = call.first(), call.arg("src")
     shape = call.results()[0].shape
-    into, given = (call.of(t) or anonymous(t.ndim, weight=True) for t in (target, source))
+    into, given = (call.of(t) or unlabelled(t.ndim, weight=True) for t in (target, source))
     merged = merge(call, [(given, source.shape), (into, target.shape)], shape, "lose")
     alone = merge(call, [(given, source.shape)], shape, "all")
     dims = tuple(
@@ -180,23 +180,25 @@ def _copy(call: Call) -> Result:
 @rule("_prelu_kernel prelu")
 def _prelu(call: Call) -> Result:
     x, slope = call.tensors()
-    named = [call.of(t) or anonymous(t.ndim, weight=True) for t in (x, slope)]
-    for ids in named[1].dims:
-        call.names.mark("carried", ids)
-    dims = merge(call, [(n, t.shape) for n, t in zip(named, (x, slope), strict=True)], call.results()[0].shape, "any")
+    labelled = [call.of(t) or unlabelled(t.ndim, weight=True) for t in (x, slope)]
+    for ids in labelled[1].dims:
+        call.labels.mark("carried", ids)
+    dims = merge(
+        call, [(n, t.shape) for n, t in zip(labelled, (x, slope), strict=True)], call.results()[0].shape, "any"
+    )
     own = [None if ids is None or x_ids is None else vanishing(ids, x_ids > 0)
-           for ids, x_ids in zip(dims, named[0].dims, strict=True)]  # fmt: skip
-    return Labelled(tuple(own), named[0].weight)
+           for ids, x_ids in zip(dims, labelled[0].dims, strict=True)]  # fmt: skip
+    return Labelled(tuple(own), labelled[0].weight)
 
 
 @rule("glu")
 def _glu(call: Call) -> Result:
-    named, axis = call.of(call.first()), call.arg("dim", -1) % call.first().ndim
-    assert named is not None
-    dims = list(named.dims)
+    labelled, axis = call.of(call.first()), call.arg("dim", -1) % call.first().ndim
+    assert labelled is not None
+    dims = list(labelled.dims)
     ids = dims[axis]
     if ids is not None:
         half = len(ids) // 2
-        call.names.unite(ids[:half], ids[half:])
+        call.labels.unite(ids[:half], ids[half:])
         dims[axis] = ids[:half]
-    return Labelled(tuple(dims), named.weight)
+    return Labelled(tuple(dims), labelled.weight)

@@ -1,4 +1,4 @@
-"""How names flow through reductions, softmax, pooling and resampling."""
+"""How labels flow through reductions, softmax, pooling and resampling."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ def _axes(call: Call) -> set[int]:
 
 
 def _reduce(call: Call, reduced: Callable[[Dim], None], *, keeps: bool) -> Labelled:
-    named = call.of(call.first())
-    assert named is not None
+    labelled = call.of(call.first())
+    assert labelled is not None
     axes, keep = _axes(call), bool(call.arg("keepdim", default=False))
     dims: list[Dim] = []
-    for d, ids in enumerate(named.dims):
+    for d, ids in enumerate(labelled.dims):
         if d in axes:
             reduced(ids)
             dims += [None] if keep else []
         else:
             dims.append(ids if keeps else lasting(ids))
-    return Labelled(tuple(dims), named.weight)
+    return Labelled(tuple(dims), labelled.weight)
 
 
 def _summed(call: Call) -> Callable[[Dim], None]:
     """What a sum over a dim means: exact where zero producers mean zero terms, which no weight's inputs promise."""
-    named = call.of(call.first())
-    if named is not None and named.weight:
-        return lambda ids: call.names.approximate(ids, f"{call.op} of a weight is taken over it")
-    return lambda ids: call.names.read(ids, call.op)
+    labelled = call.of(call.first())
+    if labelled is not None and labelled.weight:
+        return lambda ids: call.labels.approximate(ids, f"{call.op} of a weight is taken over it")
+    return lambda ids: call.labels.read(ids, call.op)
 
 
 @rule("sum")
@@ -49,8 +49,8 @@ def _sum(call: Call) -> Result:
 def _statistics(call: Call) -> Result:
     reason = f"{call.base} is taken over it"
     keeps = call.base not in {"logsumexp"}
-    named = _reduce(call, lambda ids: call.names.approximate(ids, reason), keeps=keeps)
-    return [named] * len(call.results()) if len(call.results()) > 1 else named
+    labelled = _reduce(call, lambda ids: call.labels.approximate(ids, reason), keeps=keeps)
+    return [labelled] * len(call.results()) if len(call.results()) > 1 else labelled
 
 
 @rule("linalg_vector_norm norm")
@@ -76,19 +76,19 @@ def _selects(call: Call) -> Result:
 
 @rule("_softmax _log_softmax softmax log_softmax _safe_softmax")
 def _softmax(call: Call) -> Result:
-    named = call.of(call.first())
-    assert named is not None
+    labelled = call.of(call.first())
+    assert labelled is not None
     axis = call.arg("dim") % max(1, call.first().ndim)
-    call.names.approximate(named.dims[axis], "softmax is taken over it")
-    return Labelled(tuple(lasting(ids) for ids in named.dims), named.weight)
+    call.labels.approximate(labelled.dims[axis], "softmax is taken over it")
+    return Labelled(tuple(lasting(ids) for ids in labelled.dims), labelled.weight)
 
 
 def _spatial(call: Call, count: int) -> Result:
-    named = call.of(call.first())
-    assert named is not None
-    for ids in named.dims[-count:]:
+    labelled = call.of(call.first())
+    assert labelled is not None
+    for ids in labelled.dims[-count:]:
         call.freeze(ids, "is a spatial position")
-    result = Labelled((*named.dims[:-count], *(None,) * count), named.weight)
+    result = Labelled((*labelled.dims[:-count], *(None,) * count), labelled.weight)
     return [result] * len(call.results())
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import secateur as sc
+from secateur.allocation.latency import sampler
 
 
 def test_two_processes_have_one_clock(in_two_processes):
@@ -36,18 +37,19 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     clock = Clock(dist.get_rank())
-    sc.Timing.__init__.__globals__["in_turn"] = clock
+    sampler.in_turn = clock
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 60), nn.Tanh(), nn.Linear(60, 80), nn.Tanh(), nn.Linear(80, 3)).eval()
     data = [(torch.randn(16, 6), torch.arange(16) % 3) for _ in range(3)]
     graph = sc.trace(model, data[0][0])
-    timing = sc.Timing(model, graph, samples=5, progress=False)
-    search = sc.Search(model, data, evaluations=60, progress=False)
-    budget = sc.Budget(latency_ms=0.7 * timing.whole)
-    plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), budget, strategy=search, timing=timing)
+    latency = sc.measure_latency(model, graph, sc.LatencySettings(samples=5, checkpoint=f"{sys.argv[1]}/latency.json"))
+    plan = sc.allocate(
+        graph, sc.score(model, graph, "magnitude"), sc.Budget(latency_ms=0.7 * latency.whole_ms),
+        strategy=sc.Bandit(evaluations=60), latency=latency, model=model, data=data, loss="cross_entropy",
+    )  # fmt: skip
     found = {
         "kept": torch.tensor(graph.kept(plan)),
-        "parts": torch.tensor([part for _, part in timing.samples], dtype=torch.float64),
+        "parts": torch.tensor([part for _, part in latency.fitted.samples], dtype=torch.float64),
         "own": torch.tensor([float(np.median(times)) for times in clock.seen], dtype=torch.float64),
     }
     save_file(found, f"{sys.argv[1]}/{dist.get_rank()}.safetensors")

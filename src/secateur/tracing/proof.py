@@ -1,0 +1,194 @@
+"""The proof of a plan: the traced skeleton, cut as the plan would cut the model, computes what is left of what it did.
+
+A graph is data. The skeleton that it was traced with is kept beside it, for as long as the graph lives, so that plans
+are proven as they are made, without the model. A copy of a graph, or one that was pickled, has no skeleton: its plans
+are proven when they are cut, with a skeleton that is built anew from the model.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur._internal.batches import Inputs, tensors_in
+from secateur._internal.errors import SecateurError
+from secateur._internal.state import Switch
+from secateur.tracing.build import unused
+from secateur.tracing.graph import ChannelGraph, HasRemoved, fingerprint
+from secateur.tracing.labels import Dim, Ids, Labels
+from secateur.tracing.op_log import OpLog, with_channels
+from secateur.tracing.probe import Chosen, mismatch
+from secateur.tracing.skeleton import KINDS, Skeleton, in_mode, quiet
+from secateur.tracing.tracer import Watcher, watch
+
+
+def verify(model: nn.Module | None, graph: ChannelGraph, plan: HasRemoved) -> str:
+    """Why a model does not bear a plan, in words, or an empty string.
+
+    Args:
+        model: the traced model. It is needed where the graph has no skeleton (:func:`has_skeleton`): one is built then,
+            and kept with the graph. Otherwise it may be None.
+        graph: its graph.
+        plan: what goes.
+
+    Raises:
+        SecateurError: a skeleton is needed, and there is no model, or another one than was traced.
+    """
+    with no_collection():
+        proof = _PROOFS.get(graph)
+        if proof is None:
+            proof = _rebuilt(model, graph)
+            keep_proof(graph, proof)
+        return proof.fault(graph, Chosen(plan.removed))
+
+
+def has_skeleton(graph: ChannelGraph) -> bool:
+    """Whether plans can be proven without the model: a graph that was traced has a skeleton, a copy of it has none."""
+    return graph in _PROOFS
+
+
+class Proof:
+    """A skeleton with what its first runs computed, against which cut ones are compared.
+
+    Args:
+        observed: the first runs.
+        channel_of: the channel of every label.
+    """
+
+    def __init__(self, observed: Observed, channel_of: Ids) -> None:
+        self._skeleton = observed.skeleton
+        self._logs = {training: with_channels(log, channel_of) for training, log in observed.logs.items()}
+        self._lock = threading.Lock()  # a skeleton is cut and put back: by one thread at a time
+
+    def fault(self, graph: ChannelGraph, chosen: Chosen) -> str:
+        """Why the model does not bear this removal, or an empty string."""
+        with self._lock:
+            for training, log in self._logs.items():
+                with in_mode(self._skeleton.module, training=training):
+                    wrong = mismatch(self._skeleton, log, graph, chosen)
+                if wrong:
+                    return wrong
+        return ""
+
+
+_PROOFS: WeakKeyDictionary[ChannelGraph, Proof] = WeakKeyDictionary()
+
+
+def keep_proof(graph: ChannelGraph, proof: Proof) -> None:
+    """Keep a proof for as long as the graph lives."""
+    _PROOFS[graph] = proof
+
+
+def _rebuilt(model: nn.Module | None, graph: ChannelGraph) -> Proof:
+    """The proof of a graph that has lost it."""
+    if model is None:
+        raise SecateurError("verify: this graph is a copy and has no skeleton: give the model, or trace it again")
+    if fingerprint(model) != graph.fingerprint:
+        raise SecateurError(f"verify: the graph was traced from another model than this {type(model).__name__}")
+    if graph.inputs is None:
+        raise SecateurError("verify: the graph holds no example inputs: trace the model again")
+    with torch.inference_mode(False):
+        observed = observe(model, graph.inputs)
+        return Proof(observed, _channels_of_labels(observed.labels, graph))
+
+
+def _channels_of_labels(labels: Labels, graph: ChannelGraph) -> Ids:
+    """The channel of every label of a trace, read off the graph of an earlier one.
+
+    Equal labels are one channel, and every channel is written by a parameter; so the graph's axes tell them all.
+    """
+    changed = SecateurError("the model's forward is another than when its graph was traced: trace it again")
+    if [(o.name, o.dim, o.size) for o in labels.owners] != [(a.name, a.dim, len(a.channels)) for a in graph.axes]:
+        raise changed
+    component = labels.components()
+    channel = np.zeros(int(component.max()) + 1, dtype=np.int64)
+    if graph.axes:
+        owned = component[np.concatenate([np.arange(o.start, o.start + o.size) for o in labels.owners])]
+        known = np.concatenate([axis.channels for axis in graph.axes])
+        channel[owned] = known
+        if (channel[owned] != known).any():
+            raise changed
+    return channel[component]
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What the first runs of a skeleton showed.
+
+    Attributes:
+        skeleton: it.
+        labels: the labels of every position, and what is known of them.
+        params: name of every parameter -> its number of dims.
+        logs: whether it was in training mode -> what it computed.
+    """
+
+    skeleton: Skeleton
+    labels: Labels
+    params: dict[str, int]
+    logs: dict[bool, OpLog]
+
+
+def observe(model: nn.Module, inputs: Inputs) -> Observed:
+    """Run a skeleton of a model once, and once more in training mode if something was not used in the first run.
+
+    Raises:
+        SecateurError: the forward fails on the inputs, whatever stands in for the tensors.
+    """
+    skeleton, watcher = _watched(model, inputs)
+    params = {name: p.ndim for name, p in skeleton.module.named_parameters()}
+    logs = {False: watcher.log}
+    if unused(watcher.labels, params):
+        logs |= _in_training(skeleton, watcher)
+    return Observed(skeleton, watcher.labels, params, logs)
+
+
+def _watched(model: nn.Module, inputs: Inputs) -> tuple[Skeleton, Watcher]:
+    """Run a skeleton of the first kind that the model's Python accepts; the last kind's error is the user's."""
+    error: Exception | None = None
+    for kind in KINDS:
+        skeleton = Skeleton(model, inputs, kind)
+        try:
+            with quiet():
+                return skeleton, watch(skeleton, _fresh)
+        except SecateurError:
+            raise
+        except Exception as failure:
+            error = failure
+    shapes = ", ".join(f"{list(t.shape)} {t.dtype}".replace("torch.", "") for t in tensors_in(inputs))
+    raise SecateurError(
+        f"{type(model).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: {error}; "
+        "give inputs that model(*example_inputs) accepts"
+    ) from error
+
+
+def _fresh(labels: Labels, name: str, tensor: Tensor) -> tuple[Dim, ...]:
+    return tuple(labels.own(name, d, n) for d, n in enumerate(tensor.shape))
+
+
+def _in_training(skeleton: Skeleton, watcher: Watcher) -> dict[bool, OpLog]:
+    """What only training uses (an auxiliary head) is bound to the same channels, if its forward needs no more."""
+    labels = watcher.labels
+    before = labels.state()
+    try:
+        with quiet(), in_mode(skeleton.module, training=True):
+            again = watch(skeleton, lambda _, name, tensor: watcher.get(tensor).dims, labels=labels)
+    except Exception:  # targets are wanted, say: half a forward binds nothing, and what only it uses stays frozen
+        labels.forget(before)
+        return {}
+    labels.forget({"terms": before["terms"]})  # inference is what is counted
+    return {True: again.log}
+
+
+_COLLECTOR = Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable())
+
+
+def no_collection() -> AbstractContextManager[None]:
+    """No garbage collection: a trace makes many small objects, and the collector would look at each again and again."""
+    return _COLLECTOR.off()

@@ -1,0 +1,127 @@
+"""Budgets: what is refused at the door, what the words mean, and the budgets of several rounds."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import pickle
+from dataclasses import FrozenInstanceError, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.allocation.budget import in_round
+from secateur.allocation.rank_allocation import Choice, Room, Shape, lagrangian, threshold
+
+BAD = [
+    ({"macs": 0}, "keeps nothing"),
+    ({"macs": -1}, "keeps nothing"),
+    ({"macs": 1.5}, r"Budget\(macs=1.5\): a fraction of the original in \(0, 1\].*keeps more than everything"),
+    ({"params": math.nan}, "not a number"),
+    ({"channels": "half"}, "not a number"),
+    ({"macs": True}, "not a number"),
+    ({}, "nothing is limited"),
+    ({"macs": 0.5, "round_to": 0}, "round_to"),
+    ({"macs": 0.5, "at_least": 0}, "at_least"),
+    ({"macs": 0.5, "at_least": 2.5}, "at_least"),
+    ({"macs": 0.5, "at_least": 1.0}, "at_least=1 is one channel, at_least='all' is every channel"),
+    ({"macs": 0.5, "at_least": True}, "at_least=1 is one channel, at_least='all' is every channel"),
+    ({"macs": 0.5, "at_least": {"conv": 1.0}}, "at_least=1 is one channel, at_least='all' is every channel"),
+    ({"macs": 0.5, "at_least": "most"}, "'all' is expected"),
+    ({"flops": 0.5}, r"Budget\(flops=0.5\): the word here is macs="),
+    ({"macs": 0.5, "parameters": 0.3}, r"Budget\(parameters=0.3\): the word here is params="),
+    ({"mac": 0.5}, "did you mean 'macs'"),
+    ({"macs": 0.5, "rounding": 8}, "unknown budget 'rounding'.*round_to"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD)
+def test_bad_budgets_are_refused(given, message):
+    with pytest.raises(sc.SecateurError, match=message):
+        sc.Budget(**given)
+
+
+def test_the_same_budget_is_equal_and_cannot_be_changed():
+    budget = sc.Budget(macs=0.5, round_to=8)
+    assert budget == sc.Budget(0.5, round_to=8) and hash(budget) == hash(sc.Budget(0.5, round_to=8))
+    assert budget == pickle.loads(pickle.dumps(budget)) == copy.deepcopy(budget)
+    with pytest.raises(FrozenInstanceError):
+        budget.macs = 0.3
+    with pytest.raises(sc.SecateurError, match="the word here is macs="):
+        replace(budget, flops=0.3)
+    assert list(inspect.signature(sc.Budget).parameters)[:3] == ["macs", "params", "channels"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "shown"),
+    [
+        (sc.Budget(macs=0.5), "Budget(macs=0.5)"),
+        (sc.Budget(params=1 / 3, at_least="all"), "Budget(params=0.3333333333333333, at_least='all')"),
+        (sc.Budget(macs=1, latency_ms=4, round_to=8), "Budget(macs=1, latency_ms=4, round_to=8)"),
+        (sc.Budget(channels=0.5, at_least={"fc": 3}), "Budget(channels=0.5, at_least={'fc': 3})"),
+    ],
+)
+def test_a_budget_is_shown_as_it_was_given(budget, shown):
+    assert repr(budget) == shown
+
+
+def test_what_at_least_means():
+    graph = sc.trace(nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 2)), X)
+    for at_least, floors in ((1, [1, 1]), (3, [3, 3]), (0.5, [5, 4]), ("all", [10, 7]), ({"0": "all"}, [10, 1])):
+        assert sc.Budget(macs=0.5, at_least=at_least).floors(graph).tolist() == floors
+    with pytest.raises(sc.SecateurError, match="unknown group 'conv'"):
+        sc.Budget(macs=0.5, at_least={"conv": 2}).floors(graph)
+
+
+X = torch.zeros(1, 4)
+
+
+def test_an_infeasible_budget_is_told_with_the_numbers_that_were_given():
+    model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
+    graph = sc.trace(model, X)
+    with pytest.raises(sc.InfeasibleBudget, match=r"macs=0.0123456 asks for at most 0 of 60 macs; feasible are 6 "):
+        sc.allocate(graph, sc.score(model, graph), sc.Budget(macs=0.0123456))
+
+
+def room(**budget):
+    """One layer of 6 x 8 that may become a bottleneck."""
+    damage = np.sort(np.random.default_rng(0).random((6, 8)))[::-1, ::-1]
+    return Room([Choice("a", damage, {"params": Shape(48, 6, 8, 1)})], {"params": 100}, sc.Budget(**budget))
+
+
+@pytest.mark.parametrize("rule", [lagrangian, threshold])
+def test_ranks_under_a_budget_that_cannot_be_met_are_told_alike(rule):
+    with pytest.raises(sc.InfeasibleBudget, match=r"params=0.1234567 asks for at most 12 of 100 params; feasible are"):
+        rule(room(params=0.1234567))
+    with pytest.raises(sc.InfeasibleBudget, match=r"cannot meet Budget.params=0.7. with limit=0.01"):
+        threshold(room(params=0.7), limit=0.01)
+
+
+def test_layers_of_which_all_must_stay_are_left_alone():
+    assert lagrangian(room(params=1.0, at_least="all")) == [None]
+    with pytest.raises(sc.InfeasibleBudget, match="cannot be met"):
+        lagrangian(room(params=0.6, at_least="all"))
+
+
+def test_rounds_end_at_the_budget_to_the_unit():
+    source = np.random.default_rng(0)
+    for _ in range(2000):
+        full = {"macs": int(source.integers(10, 4_000_000_000))}
+        fraction, rounds = float(source.uniform(0.01, 1)), int(source.integers(1, 9))
+        budget, now = sc.Budget(macs=fraction), full
+        for number in range(1, rounds + 1):
+            step = in_round(budget, number, rounds, full, now)
+            allowed = math.floor(fraction ** (number / rounds) * full["macs"] + 1e-9)
+            assert math.floor(step.macs * now["macs"] + 1e-9) == min(allowed, now["macs"])
+            now = {"macs": allowed - int(source.integers(0, 2))}  # what an allocation may leave unused
+        assert now["macs"] <= fraction * full["macs"]
+
+
+def test_what_is_below_a_rounds_budget_already_stays():
+    assert in_round(sc.Budget(params=0.5), 1, 2, {"params": 100}, {"params": 40}).params == 1.0
+    with pytest.raises(sc.SecateurError, match="are others in every round"):
+        in_round(sc.Budget(params=0.5, at_least=0.1), 1, 2, {"params": 100}, {"params": 40})
