@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from secateur._internal import distributed  # noqa: F401  (it imports what a trace would import, as it must be)
 from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
 from secateur.tracing.call import Call

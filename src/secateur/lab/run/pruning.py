@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
+from secateur._internal.files import make_folder
 from secateur._internal.workload import Workload
 from secateur.allocation.budget import Budget, in_round
 from secateur.allocation.latency.api import LatencyClock, measure_latency
@@ -75,7 +76,7 @@ def _by_seats(
 ) -> tuple[nn.Module, Facts]:
     """Criterion, strategy and repair; the facts are those of the result, and the widths."""
     section, clock = setting.recipe.prune, None
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    make_folder(checkpoints)
     if budget.latency_ms is not None:
         clock = timed(setting, model, TIMED, checkpoints / "timing.json")
     open_ones = {"seed": seed, "checkpoint": str(checkpoints / "strategy.json")}
@@ -113,8 +114,12 @@ def _by_method(
         method = method.before_last()
     work = Workload(model, _batches(setting, seed), LOSS, inputs=setting.inputs, progress=setting.progress)
     result = method.apply(model, setting.inputs, budget, work)
-    repairs = repaired(section.make_repairs(seed=seed), model, result.model, result.plan, work)
-    return result.model, _facts(setting, replace(result, facts={**result.facts, **repairs}))
+    repairs = section.make_repairs(seed=seed)
+    repaired_facts = repaired(repairs, model, result.model, result.plan, work)
+    facts = _facts(setting, replace(result, facts={**result.facts, **repaired_facts}))
+    if result.plan is not None and not repairs and not getattr(method, "approximate", False):
+        facts["difference"] = _difference(setting, model, result.model, result.plan)
+    return result.model, facts
 
 
 def _while_training(
