@@ -12,7 +12,6 @@ held-out images of LeNet-5, seed 0. Rows that are there are not run again::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch import nn
 
 import secateur as sc
 from oneshot import HERE, Make, Setting, run
+from secateur.repair.compensate import compensated_weights
+from secateur.repair.contract import copy_remaining
 
 SHARE = 0.99
 METHODS = (
@@ -40,10 +41,13 @@ def makers(
     graph = sc.trace(model, inputs)
     seen = list(islice(images, batches))
 
-    def method(name: str, scores: Any, move: Callable[[Any], nn.Module] | None = None) -> tuple[str, Make]:
+    def method(
+        name: str, scores: Any, move: Callable[[nn.Module, sc.Plan], Any] = lambda small, plan: None
+    ) -> tuple[str, Make]:
         def make(budget: sc.Budget) -> nn.Module:
             plan = sc.allocate(graph, scores, budget, strategy="threshold" if "one lambda" in name else "global")
-            small = sc.cut(model if move is None else move(plan), plan)
+            small = sc.cut(model, plan)
+            move(small, plan)
             if name.endswith("refit"):
                 sc.refit(model, small, plan, seen)
             return small
@@ -54,30 +58,28 @@ def makers(
         scores = sc.score(model, graph, "magnitude")
         yield from (method(name, scores) for name in ("magnitude", "magnitude + refit") if name in wanted)
     if wanted & {"taylor", "taylor + consumers", "taylor + refit"}:
-        scores = sc.score(model, graph, "taylor", data=seen, loss_fn="cross_entropy")
+        scores = sc.score(model, graph, "taylor", data=seen, loss="cross_entropy")
         yield from (method(name, scores) for name in ("taylor", "taylor + refit") if name in wanted)
         if "taylor + consumers" in wanted:
-            factors = sc.kronecker_factors(model, seen)
-            yield method("taylor + consumers", scores, partial(obs_update, model, factors))
+            factors = sc.kronecker_factors(model, seen, "cross_entropy")
+
+            def make_up(small: nn.Module, plan: sc.Plan) -> None:
+                copy_remaining(compensated_weights(model, plan, factors, at="consumers"), small, plan)
+
+            yield method("taylor + consumers", scores, make_up)
     if wanted & set(METHODS[5:]):
-        flat = sc.null_space_projector(model, seen, "cross_entropy", share=SHARE, soft=True)
-        scores = sc.score(model, graph, "directional", flat=flat)
+        work = sc.Workload(model, seen, "cross_entropy")  # the projector is found once, for scores and repairs
+        scores = sc.Directional(share=SHARE, soft=True).scores(graph, work)
         if "selection" in wanted:
             yield method("selection", scores)
         for name in METHODS[6:]:
             if name in wanted:
-                mode = "radial" if name == "radial" else "valley"
-                yield method(name, scores, partial(directed, model, flat, mode))
+                directed = sc.Directed(mode="radial" if name == "radial" else "valley", share=SHARE, soft=True)
 
+                def along(small: nn.Module, plan: sc.Plan, directed: sc.Directed = directed) -> None:
+                    directed.apply(model, small, plan, work)
 
-def obs_update(model: nn.Module, factors: Any, plan: sc.Plan) -> nn.Module:
-    """What stays of the consumers makes up for what goes."""
-    return sc.compensated(model, plan, factors, at="consumers")
-
-
-def directed(model: nn.Module, flat: Any, mode: str, plan: sc.Plan) -> nn.Module:
-    """Where the pruning along the valley ends."""
-    return sc.directed(model, plan, flat, mode=mode)
+                yield method(name, scores, along)
 
 
 if __name__ == "__main__":

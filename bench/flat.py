@@ -94,7 +94,7 @@ def cost(repeats: int = 3) -> dict[str, Any]:
     times: dict[str, list[float]] = {"factors": [], "scores": []}
     for _ in range(repeats):
         start = time.perf_counter()
-        sc.kronecker_factors(model, data)
+        sc.kronecker_factors(model, data, "cross_entropy")
         times["factors"].append(time.perf_counter() - start)
         start = time.perf_counter()
         sc.directional_scores(model, graph, sc.null_space_projector(model, data, "cross_entropy", soft=True))

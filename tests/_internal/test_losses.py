@@ -121,7 +121,11 @@ class Output:
     loss: torch.Tensor | None = None
 
 
-@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: (t, t + 1), lambda t: {"logits": t}, Output], ids=str)
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda t: t, lambda t: (t, t + 1), lambda t: {"logits": t}, Output],
+    ids=["tensor", "tuple", "dict", "object"],
+)
 def test_the_tensor_of_every_kind_of_output(wrap):
     assert logits_of(wrap(LOGITS)) is LOGITS
     for name, targets in (("cross_entropy", LABELS), ("mse", LOGITS + 1)):

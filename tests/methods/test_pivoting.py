@@ -209,6 +209,12 @@ def test_what_is_frozen_and_what_is_excluded_by_type_or_module_stays_whole():
         sc.pivot(model, x, 0.5, exclude=nn.Linear)
 
 
+def test_a_model_of_which_nothing_is_trained_any_more_is_pruned_like_any_other():
+    model, x, _ = case()
+    whole = sc.pivot(model, x, 0.5)
+    assert set(sc.pivot(model.requires_grad_(False), x, 0.5).facts["blocks"]) == set(whole.facts["blocks"])
+
+
 def test_it_is_a_method_at_once_and_one_while_training():
     model, x, y = case()
     once = METHODS.make("pivot", {"keep": 0.25})

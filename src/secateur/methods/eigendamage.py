@@ -27,6 +27,7 @@ from secateur.curvature.kronecker import factors_of
 from secateur.curvature.layers import CONVOLUTIONS
 from secateur.methods.contract import METHODS, described, measured_counts, settings_from
 from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
+from secateur.repair.contract import LEFT_WHOLE
 from secateur.result import Counts, Result
 from secateur.surgery.low_rank.bottleneck import Bottleneck, bottlenecked, three
 from secateur.surgery.low_rank.replaceable import Candidate, Probed, probe, width
@@ -34,8 +35,6 @@ from secateur.surgery.low_rank.separable import check_how, separable, separate
 from secateur.tracing.selection import Exclude
 
 RULES = ("lagrangian", "threshold")
-LEFT_WHOLE = "left whole"
-"""The fact that says which layers stay as they were, and why."""
 
 
 def eigendamage(

@@ -71,7 +71,12 @@ def _meant(model: nn.Module, given: Any) -> list[nn.Module]:
 
 
 def frozen_layers(model: nn.Module) -> dict[str, str]:
-    """The paths of modules whose weight does not require gradients -> why they are left alone."""
+    """The paths of modules whose weight does not require gradients -> why they are left alone.
+
+    A model of which nothing is trained any more says nothing of its single layers.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        return {}
     weights = ((path, module._parameters.get("weight")) for path, module in model.named_modules())
     return {path: FROZEN for path, weight in weights if weight is not None and not weight.requires_grad}
 

@@ -36,6 +36,7 @@ from secateur.curvature.kronecker import Curvature
 from secateur.methods.contract import METHODS, TRAINING_METHODS, described, measured_counts, settings_from
 from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
 from secateur.plan import Plan
+from secateur.repair.contract import LEFT_WHOLE
 from secateur.result import Counts, Result
 from secateur.surgery.blocks.packing import pack
 from secateur.surgery.blocks.pattern import Pattern
@@ -145,7 +146,7 @@ class Pivot(PivotSettings):
             "chosen": {"method": described(self)},
             "blocks": _sizes(patterns),
             "captured": {name: p.captured(energy(model.get_submodule(name))) for name, p in patterns.items()},
-            "left whole": left,
+            LEFT_WHOLE: left,
             "notices": list(work.notices),
         }
         after = _packed_counts(model, inputs, patterns, before)
@@ -390,7 +391,7 @@ class Pivoting:
     @property
     def facts(self) -> dict[str, Any]:
         """What is to be known, as what JSON can hold."""
-        return {"steps": self.steps, "blocks": _sizes(self.patterns), "left whole": dict(self.skipped)}
+        return {"steps": self.steps, "blocks": _sizes(self.patterns), LEFT_WHOLE: dict(self.skipped)}
 
     def detach(self) -> None:
         """Keep the zeros no longer."""

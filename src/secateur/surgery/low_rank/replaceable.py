@@ -227,10 +227,11 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.looking and _is_tensors(result):
-            for value in pytree.tree_leaves((args, kwargs)):
-                if id(value) in self.names:
-                    self.uses[self.names[id(value)]] += 1
+        if not self.looking:
+            given = [id(v) for v in pytree.tree_leaves((args, kwargs)) if id(v) in self.names]
+            made = {id(v) for v in pytree.tree_leaves(result) if isinstance(v, Tensor)} if given else set()
+            # `weight.to(dtype)` gives the weight itself where nothing is to be done
+            self.uses.update(self.names[v] for v in given if made - {v})
         return result
 
     def left(self) -> dict[str, str]:
@@ -241,11 +242,6 @@ class _Watch(TorchFunctionMode):
             if self.uses[name] > self.calls[name] and name not in self.strange
         }
         return self.strange | elsewhere
-
-
-def _is_tensors(result: Any) -> bool:
-    """Whether what a function gave is a tensor, or a tuple that begins with one."""
-    return isinstance(result[0] if isinstance(result, tuple) and result else result, Tensor)
 
 
 def _device_type(output: Any) -> str:
