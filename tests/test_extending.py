@@ -43,6 +43,11 @@ METHOD = """
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.syspath_prepend(str(FOLDER))
+    for registry in (sc.CRITERIA, sc.STRATEGIES, sc.REPAIRS, sc.TRAINING_METHODS):
+        registry.names()
+        monkeypatch.setattr(registry, "_known", dict(registry._known))  # they are no others' afterwards
+    for path in FILES:
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
     return {path.stem: importlib.import_module(path.stem) for path in FILES}
 
 

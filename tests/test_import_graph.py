@@ -96,7 +96,7 @@ def test_a_method_never_imports_another() -> None:
     from secateur.methods.contract import METHODS, TRAINING_METHODS
 
     methods = {registry.find(name).__module__ for registry in (METHODS, TRAINING_METHODS) for name in registry}
-    for name in methods:
+    for name in methods & GRAPH.keys():
         assert not (GRAPH[name] & methods) - {name}
 
 

@@ -34,7 +34,7 @@ def height(output, _):
 
 
 def test_the_curve_is_drawn_over_its_length():
-    rows = along(Bowl(), CURVE, DATA, DATA, points=5, loss_fn=height, progress=False)
+    rows = along(Bowl(), CURVE, DATA, DATA, points=5, loss=height, progress=False)
     panels = draw_curve(rows, ends=("a", "b")).axes
     assert [line.get_label() for line in panels[0].lines] == ["train", "test"]
     assert panels[0].lines[0].get_ydata() == pytest.approx([row["train_loss"] for row in rows])
@@ -45,7 +45,7 @@ def test_the_curve_is_drawn_over_its_length():
 
 
 def test_weights_are_seen_from_above_the_plane():
-    seen = plane(Bowl(), CURVE, DATA, steps=5, loss_fn=height, progress=False)
+    seen = plane(Bowl(), CURVE, DATA, steps=5, loss=height, progress=False)
     assert [seen.project(w) for w in ENDS] == [pytest.approx(p) for p in seen.points.values()]
     above = {"at": torch.tensor([0.5, 1.0, 7.0], dtype=torch.float64), "of another": torch.ones(2)}
     assert seen.project(above) == pytest.approx((0.5, 1.0))

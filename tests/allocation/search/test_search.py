@@ -248,7 +248,7 @@ def test_bad_settings_are_told(options, message):
         ({"model": network()[:4]}, "the graph is of another model"),
         ({"model": network().to("meta")}, "on the meta device"),
         ({"data": None}, "needs data="),
-        ({"data": 5}, "not a int"),
+        ({"data": 5}, "int was given"),
         ({"data": []}, "no batches were given"),
         ({"data": [torch.zeros(1, 3, 6, 6)]}, "a tensor of targets is expected"),
         ({"loss": None}, "needs data=.* and loss="),
