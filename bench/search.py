@@ -35,8 +35,8 @@ from rows import Rows
 from secateur._internal.workload import Workload
 from secateur.allocation.problem import Problem, fill
 from secateur.allocation.search.arms import ArmTable
+from secateur.allocation.search.bandit_strategy import RATIOS
 from secateur.allocation.search.evaluator import Evaluator, SharedBatches
-from secateur.allocation.search.strategy import RATIOS
 from secateur.allocation.strategies import uniform_items
 from secateur.lab.data.registry import load
 from secateur.lab.models.registry import build, example_input

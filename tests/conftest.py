@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,6 +12,8 @@ import torch
 from jaxtyping import install_import_hook
 from safetensors.torch import load_file
 from torch import nn
+
+from conformance.state import untouched as same_state
 
 install_import_hook(
     ["secateur.scoring.sums", "secateur.methods.sdprun", "secateur.tracing.channel_rows"], "beartype.beartype"
@@ -87,39 +88,7 @@ def restless():
     return model
 
 
-def _state(model):
-    """All of a model's state, and the random one, as what can be compared."""
-    hooks = [name for name in vars(nn.Module()) if name.endswith("hooks")]
-    return {
-        "tensors": [
-            (name, id(t), t.detach().clone(), t.requires_grad)
-            for name, t in (*model.named_parameters(), *model.named_buffers())
-        ],
-        "gradients": [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()],
-        "modes": [module.training for module in model.modules()],
-        "hooks": [dict(vars(module)[name]) for module in model.modules() for name in hooks],
-        "settings": [torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()],
-        "random": [torch.get_rng_state(), np.random.get_state()[1].tolist()],  # beartype draws from Python's own
-    }
-
-
-def _same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return one == other
-
-
 @pytest.fixture
 def untouched():
     """A context in which nothing of a model may change, though it may fail."""
-
-    @contextmanager
-    def check(model):
-        before = _state(model)
-        yield
-        after = _state(model)
-        assert [name for name in before if not _same(before[name], after[name])] == []
-
-    return check
+    return same_state

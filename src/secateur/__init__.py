@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from secateur.allocation.latency.model import LatencyModel
     from secateur.allocation.latency.sampler import LatencySettings
     from secateur.allocation.problem import Problem
-    from secateur.allocation.search.strategy import Bandit
+    from secateur.allocation.search.bandit_strategy import Bandit
     from secateur.allocation.sensitivity import Sensitivity
     from secateur.allocation.strategies import Global, Threshold, Uniform
     from secateur.curvature.kronecker import kronecker_factors
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from secateur.tracing.api import trace
     from secateur.tracing.graph import ChannelGraph, ChannelGroup
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CRITERIA",
@@ -155,7 +155,7 @@ _ROOMS = {
     "allocation.latency.model": ("LatencyModel",),
     "allocation.latency.sampler": ("LatencySettings",),
     "allocation.problem": ("Problem",),
-    "allocation.search.strategy": ("Bandit",),
+    "allocation.search.bandit_strategy": ("Bandit",),
     "allocation.sensitivity": ("Sensitivity",),
     "allocation.strategies": ("Global", "Threshold", "Uniform"),
     "curvature.kronecker": ("kronecker_factors",),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("hooks"))
 
 
 def prepared(model: nn.Module) -> nn.Module:
@@ -39,7 +39,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "gradients": {n: p.grad is not None for n, p in model.named_parameters()},
         "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
         "modes": {n: m.training for n, m in model.named_modules()},
-        "hooks": {n: [list(getattr(m, table)) for table in HOOKS] for n, m in model.named_modules()},
+        "hooks": {n: [dict(getattr(m, table)) for table in HOOKS] for n, m in model.named_modules()},
         "attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
         "random": (*python_state(), str(np.random.get_state()), torch.get_rng_state()),
         "fast path": torch.backends.mha.get_fastpath_enabled(),

@@ -6,6 +6,8 @@ The random networks of ``tests/properties`` and the small ones of ``tests/tracin
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -41,6 +43,13 @@ def attention(mask=None, **options):
 
     parts = {"q": nn.Linear(8, 16), "k": nn.Linear(8, 16), "v": nn.Linear(8, 24)}
     return Net(forward, **parts, hidden=nn.Linear(24, 10), out=nn.Linear(10, 3))
+
+
+def bilinear():
+    def forward(m, x, y):
+        return m.out(m.both(m.left(x).relu(), m.right(y).relu()).relu())
+
+    return Net(forward, left=nn.Linear(8, 6), right=nn.Linear(8, 5), both=nn.Bilinear(6, 5, 7), out=nn.Linear(7, 3))
 
 
 def grouped_queries():
@@ -113,6 +122,8 @@ NETWORKS = {
     "GRU": lambda: (recurrent(nn.GRU, num_layers=2), X),
     "RNN": lambda: (recurrent(nn.RNN, bidirectional=True), X),
     "LSTM as one kernel": lambda: (by_value(), X),
+    "bilinear": lambda: (bilinear(), (torch.randn(3, 8), torch.randn(3, 8))),
+    "bilinear, two leading dims": lambda: (bilinear(), (X, X)),
     "products with vectors": lambda: (vectors(), torch.randn(8)),
 }
 
@@ -156,6 +167,8 @@ def test_the_numbers_are_those_of_the_formulas():
     assert count_macs(model, WIDE) == n * length * (attend + 2 * width * hidden)
     assert count_macs(vectors(), torch.randn(8)) == 9 * 8 + 6 * 9 + 6
     assert count_macs(recurrent(nn.LSTM), X) == 10 * (8 * 16 + 4 * 8 * (16 + 8) + 8 * 3)
+    both = 3 * (6 * 8 + 5 * 8 + 7 * 6 * 5 + 3 * 7)
+    assert count_macs(bilinear(), (torch.randn(3, 8), torch.randn(3, 8))) == both
     assert count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.randn(2, 3, 6, 6)) == 2 * 36 * 3 * 8 * 9
 
 
@@ -200,3 +213,22 @@ def test_shared_parameters_count_once_and_their_products_twice():
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer, nn.ReLU(), layer)
     assert counted(model, torch.randn(3, 4)) == {"macs": 2 * 3 * 16, "params": 20}
+
+
+def test_what_other_threads_run_is_theirs():
+    inside, counted_by_now = threading.Event(), threading.Event()
+
+    def wait(module, args):
+        inside.set()
+        assert counted_by_now.wait(60)
+
+    slow, x = nn.Linear(4, 4), torch.randn(3, 4)
+    slow.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(count_macs, slow, x)
+        assert inside.wait(60)
+        hooks = dict(torch.nn.modules.module._global_forward_hooks)
+        assert not hooks
+        assert count_macs(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), x) == 3 * (32 + 16)
+        counted_by_now.set()
+        assert other.result() == 3 * 16

@@ -100,6 +100,29 @@ def of_unequal_images(size):
     return result
 
 
+def refused(rank):
+    """What each process is told where the second batch of the other one is bad: nobody waits for the other."""
+    model = Network().eval()
+    good, bad = batches((0,)), [batches((0,))[0], (torch.zeros(3, 1, 5, 5, dtype=torch.float64), torch.zeros(3).long())]
+    graph = sc.trace(model, good[0][0][:2])
+    plan, told = sc.make_plan(graph, {"first": [1]}), []
+    verbs = [
+        *(lambda data, n=n: sc.score(model, graph, n, data=data, loss="cross_entropy") for n in ("taylor", "kron_obs")),
+        *(
+            lambda data, n=n: sc.apply_repair(model, sc.cut(model, plan), plan, n, data=data, loss="cross_entropy")
+            for n in ("recalibrate", "refit", "compensate")
+        ),
+        lambda data: sc.null_space_projector(model, data, "cross_entropy", basis="lanczos", k=3),
+    ]
+    for verb in verbs:
+        try:
+            verb(bad if rank == 1 else good)
+            told.append("nothing")
+        except sc.SecateurError as error:
+            told.append(str(error))
+    return {f"refused {number}": text(one) for number, one in enumerate(told)}
+
+
 def text(value):
     return torch.tensor(list(value.encode()), dtype=torch.uint8)
 
@@ -112,6 +135,11 @@ def whole():
 def test_two_processes_find_what_one_does_with_all_data(in_two_processes, whole):
     one, two = in_two_processes(__file__)
     assert one.keys() == two.keys()
+    for name in [name for name in one if name.startswith("refused")]:
+        mine, theirs = (bytes(found.pop(name).tolist()).decode() for found in (two, one))
+        assert "batch 1 " in mine
+        assert "does not fit the model" in mine
+        assert theirs == f"process 1: {mine}"
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
     assert {name for name in one if "unequal" not in name} == whole.keys()
@@ -130,5 +158,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    save_file(found(batches((rank,))) | of_unequal_images(5 + rank), Path(sys.argv[1]) / f"{rank}.safetensors")
+    everything = found(batches((rank,))) | of_unequal_images(5 + rank) | refused(rank)
+    save_file(everything, Path(sys.argv[1]) / f"{rank}.safetensors")
     dist.destroy_process_group()

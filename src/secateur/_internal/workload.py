@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur._internal.batches import Batch, Inputs, read_batches
 from secateur._internal.checks import check_count
-from secateur._internal.distributed import Group, broadcast_json, rank, world_size
+from secateur._internal.distributed import Group, broadcast_json, rank, together, world_size
 from secateur._internal.errors import BadBatch, SecateurError, notice
 from secateur._internal.losses import Loss, batch_loss, needs_gradient, read_loss
 from secateur._internal.progress import length_of, tracked
@@ -149,6 +149,10 @@ class Workload:
         """What rank 0 decided, of the kinds that JSON can hold."""
         found: T = broadcast_json(value, self.device, self.group)
         return found
+
+    def together(self, compute: Callable[[], T]) -> T:
+        """What each process computes of its own shard, without the others; an error of one is an error of all."""
+        return together(compute, self.device, self.group)
 
     @property
     def processes(self) -> int:

@@ -8,7 +8,7 @@ With ``L(theta)`` the mean loss over fixed batches, in eval mode::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,7 +63,7 @@ class Products:
         self.device = next(iter(self.parameters.values())).device
         check_differentiable(self.model)
         with torch.inference_mode(False), fork_rng_of(self.model):  # a loader may draw the order of its batches
-            self._batches = list(work.batches(batches))
+            self._batches = work.together(lambda: list(work.batches(batches)))
         self.examples = self._sum(torch.tensor(sum(batch.examples for batch in self._batches), device=self.device))
 
     def __call__(self, vectors: Float[Tensor, "m size"]) -> Float[Tensor, "m size"]:
@@ -75,11 +75,16 @@ class Products:
         one = self._hessian if self.matrix == "hessian" else self._gauss_newton
         with preserved(self.model), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             vectors = vectors.clone()
-            total = torch.zeros_like(vectors)
-            for batch in self._batches:
-                self.work.forwards += 1
-                total += one(batch, vectors)
+            total = self.work.together(lambda: self._own(one, vectors))
         return torch.as_tensor(self._sum(total)) / self.examples
+
+    def _own(self, one: Callable[[Batch, Tensor], Tensor], vectors: Tensor) -> Tensor:
+        """The sum over this process's batches."""
+        total = torch.zeros_like(vectors)
+        for batch in self._batches:
+            self.work.forwards += 1
+            total += one(batch, vectors)
+        return total
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector [size] as one tensor a parameter (views)."""

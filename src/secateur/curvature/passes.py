@@ -96,17 +96,20 @@ def watch(
     seen = Seen(how=how, strange=dict.fromkeys(_half_tied(layers), HALF_TIED))
     generator = generator_on(work.device, how.seed + rank(work.group))  # no two processes draw alike
     uses = _Uses(layers, seen)
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(preserved(model, gradients=False, fast_path=False))
+
+    def run() -> None:
         anchor = torch.zeros((), device=work.device, requires_grad=True)
-        stack.callback(_hooked(layers, anchor, on_input, on_gradient, seen))
-        for batch in work.batches(how.batches, what):
-            with uses, torch.enable_grad():
-                outputs = outputs_of(lambda inputs: call_model(model, inputs), batch, work.loss)
-            _back_and_forth(work, outputs, batch, generator, how, on_draw)
-            del outputs  # its activations are gone before those of the next batch come
-            seen.examples += batch.examples
+        with ExitStack() as stack:
+            stack.callback(_hooked(layers, anchor, on_input, on_gradient, seen))
+            for batch in work.batches(how.batches, what):
+                with uses, torch.enable_grad():
+                    outputs = outputs_of(lambda inputs: call_model(model, inputs), batch, work.loss)
+                _back_and_forth(work, outputs, batch, generator, how, on_draw)
+                del outputs  # its activations are gone before those of the next batch come
+                seen.examples += batch.examples
+
+    with torch.inference_mode(False), preserved(model, gradients=False, fast_path=False):
+        work.together(run)
     seen.strange = uses.elsewhere() | seen.strange
     return _of_all(seen, layers, work)
 

@@ -42,7 +42,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
             torch.inference_mode(any(p.is_inference() for p in model.parameters())),  # which others cannot handle
             preserved(model, gradients=False, fast_path=False),
             torch.no_grad(),
-            FlopCounterMode(display=False, custom_mapping=dict(_FORMULAS)) as counter,
+            _Counter(display=False, custom_mapping=dict(_FORMULAS)) as counter,
         ):
             call_model(model, copied)
     except Exception as error:
@@ -63,6 +63,26 @@ def counted(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     return {"macs": count_macs(model, inputs), "params": count_params(model)}
 
 
+class _Counter(FlopCounterMode):
+    """PyTorch's counter without its sums by module, whose hooks would see the forwards of other threads too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mod_tracker = _Everything()  # type: ignore[assignment]
+
+
+class _Everything:
+    """Says that all operations belong to the model as a whole."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 # ------------------------------------------------------------------------------------- floating-point operations, twice
 
 
@@ -78,6 +98,15 @@ def _matrix_vector(matrix: Shape, _: Shape, **__: Any) -> int:
 
 def _add_matrix_vector(_: Shape, matrix: Shape, __: Shape, **___: Any) -> int:
     return 2 * prod(matrix)
+
+
+def _trilinear(first: Shape, weight: Shape, second: Shape, *expanded: list[int], **__: Any) -> int:
+    """``nn.Bilinear``: every product of two inputs and a weight is summed once."""
+    whole = [list(shape) for shape in (first, weight, second)]
+    for shape, dims in zip(whole, expanded, strict=False):  # the fourth list says what is summed over
+        for d in sorted(dims):
+            shape.insert(d, 1)
+    return 2 * prod(map(max, *whole))
 
 
 def _recurrent(data: Shape, weights: list[Shape]) -> int:
@@ -99,6 +128,7 @@ _FORMULAS: Mapping[Any, Callable[..., int]] = {
     aten.mv: _matrix_vector,
     aten.dot: _matrix_vector,
     aten.addmv: _add_matrix_vector,
+    aten._trilinear: _trilinear,
     aten.mkldnn_rnn_layer: _mkldnn_layer,
     aten._cudnn_rnn: _fused_recurrent,
     aten.miopen_rnn: _fused_recurrent,

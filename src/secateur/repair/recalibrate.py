@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -51,8 +52,7 @@ def re_estimate(model: nn.Module, work: Workload, most: int | None = None) -> in
                 norm.reset_running_stats()
                 norm.train()
                 norm.momentum = None  # the cumulative average
-            for batch in work.batches(most, "batch norms"):
-                outputs_of(lambda inputs: call_model(model, inputs), batch)
+            work.together(lambda: _run(model, work, most))
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -64,6 +64,11 @@ def re_estimate(model: nn.Module, work: Workload, most: int | None = None) -> in
                 for old, new in zip(_statistics(norm), found, strict=True):
                     old.copy_(new)
     return sum(bool(found[2]) for found in of_all)
+
+
+def _run(model: nn.Module, work: Workload, most: int | None) -> None:
+    for batch in work.batches(most, "batch norms"):
+        outputs_of(partial(call_model, model), batch)
 
 
 def has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:

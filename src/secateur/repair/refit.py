@@ -140,7 +140,7 @@ def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, wo
         examples = _read(work, settings.examples)
         originals = {name: m for name, m in model.named_modules() if name in norms}
         original = _Original({name: one for name, (one, _) in pairs.items()}, originals, many, examples)
-        original.watch(model)
+        work.together(lambda: original.watch(model))
         order, kept = original.order_of_all(work)
 
         def step(name: str, x: Tensor | None) -> None:
@@ -505,12 +505,17 @@ class _Examples:
 def _read(work: Workload, examples: int) -> _Examples:
     """This process's share of so many examples."""
     wanted = examples // work.processes + (rank(work.group) < examples % work.processes)
-    found: list[tuple[int, Inputs, int]] = []
-    with fork_rng_of(work.model):  # a loader may draw the order of its batches
+
+    def read() -> list[tuple[int, Inputs, int]]:
+        found: list[tuple[int, Inputs, int]] = []
         for batch in work.batches(None, "refit, examples"):
             found += _split(batch, wanted - sum(count for *_, count in found))
             if sum(count for *_, count in found) >= wanted:
                 break
+        return found
+
+    with fork_rng_of(work.model):  # a loader may draw the order of its batches
+        found = work.together(read)
     counts = [count for *_, count in found]
     of_all = torch.cat(all_gather(torch.tensor([sum(counts)], device=work.device), work.group)).tolist()
     if not sum(of_all):

@@ -50,11 +50,10 @@ class Taylor:
         axes = producers(graph)
         names = list(dict.fromkeys(a.name for a in axes))
         needed = [parameters[name] for name in names]
-        total, seen = torch.zeros((), dtype=torch.float64), 0
         check_differentiable(work.model)
-        with torch.inference_mode(False), preserved(work.model, "batch_statistics"):
-            for p in needed:
-                p.requires_grad_(True)
+
+        def own() -> tuple[Tensor, int]:
+            total, seen = torch.zeros((), dtype=torch.float64), 0
             for batch in work.batches(self.batches, "Taylor scores"):
                 gradients = _gradients(work, needed, batch)
                 moved = {n: wide(p.detach()) * wide(g) for n, p, g in zip(names, needed, gradients, strict=True)}
@@ -64,6 +63,12 @@ class Taylor:
 
                 total = total + channel_sums(graph, axes, along).abs()
                 seen += 1
+            return total, seen
+
+        with torch.inference_mode(False), preserved(work.model, "batch_statistics"):
+            for p in needed:
+                p.requires_grad_(True)
+            total, seen = work.together(own)
         total = all_reduce_(total.to(work.device), work.group).cpu()
         count = int(all_reduce_(torch.tensor(seen, device=work.device), work.group))
         return Scores(by_group(graph, total / count))

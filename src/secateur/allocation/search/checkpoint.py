@@ -27,7 +27,7 @@ from secateur.allocation.search.evaluator import Evaluator, digest_of
 from secateur.allocation.search.history import History
 
 if TYPE_CHECKING:
-    from secateur.allocation.search.strategy import Bandit
+    from secateur.allocation.search.bandit_strategy import Bandit
 
 SECONDS_BETWEEN_SAVES = 10.0
 NOT_OF_THE_EXPERIMENT = ("checkpoint", "minutes")

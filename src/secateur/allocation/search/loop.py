@@ -35,7 +35,7 @@ from secateur.allocation.search.history import History, Plays
 from secateur.allocation.sensitivity import batches_to_try, greedy, mean_rises, trials, tried_alone
 
 if TYPE_CHECKING:
-    from secateur.allocation.search.strategy import Bandit
+    from secateur.allocation.search.bandit_strategy import Bandit
 
 SENSITIVITY = "sensitivity"
 START_PART, FINAL_PART = 3, 4

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.tracing.call import Call, Result, merge
 from secateur.tracing.labels import Dim, Labelled, lasting, unlabelled, vanishing
-from secateur.tracing.rules.table import rule
+from secateur.tracing.rules.table import rule, unknown_operation
 
 
 def _inner(call: Call, left: Dim, right: Dim, *, left_weight: bool, right_weight: bool) -> None:
@@ -96,6 +96,46 @@ def _mv(call: Call) -> Result:
     call.labels.term(1, *zip(left.dims[:-1], a.shape[:-1], strict=True), (inner, b.shape[0]))
     product = Labelled(left.dims[:-1], left.weight and right.weight)
     return _plus_bias(call, product, bias[0]) if bias else product
+
+
+@rule("_trilinear")
+def _trilinear(call: Call) -> Result:
+    """``nn.Bilinear``: ``y[b, o] = sum_ij first[b, i] weight[o, i, j] second[b, j]``; each operand lacks some dims."""
+    labelled: list[list[Dim]] = []
+    sizes: list[list[int]] = []
+    absent = object()
+    for name, without in (("i1", "expand1"), ("i2", "expand2"), ("i3", "expand3")):
+        tensor = call.arg(name)
+        own = call.of(tensor)
+        assert own is not None
+        dims, shape = list(own.dims), list(tensor.shape)
+        for d in sorted(call.arg(without)):
+            dims.insert(d, absent)  # type: ignore[arg-type]
+            shape.insert(d, 1)
+        labelled.append(dims)
+        sizes.append(shape)
+    weights = [of.weight for of in map(call.of, (call.arg("i1"), call.arg("i2"), call.arg("i3"))) if of is not None]
+    if weights != [False, True, False]:
+        call.labels.term(prod(map(max, *sizes)))
+        return unknown_operation(call)
+    found: list[Dim] = []
+    counted: list[tuple[Dim, int]] = []
+    for d, (a, w, b) in enumerate(zip(*labelled, strict=True)):
+        size = max(shape[d] for shape in sizes)
+        data = [ids for ids in (a, b) if ids is not absent]
+        if d in call.arg("sumdim"):
+            _inner(call, data[0], w, left_weight=False, right_weight=True)
+            counted.append((w, size))
+            continue
+        if w is not absent:
+            call.labels.mark("producer", w)
+            found.append(w)
+        else:
+            whole = [(Labelled((ids,), weight=False), (size,)) for ids in data]
+            found += merge(call, whole, (size,), "any")
+        counted.append((found[-1], size))
+    call.labels.term(1, *counted)
+    return Labelled(tuple(found), weight=False)
 
 
 @rule("convolution _convolution convolution_overrideable")
