@@ -165,8 +165,8 @@ def perceptron():
 
 
 def convolutional():
-    layers = [nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 10)), (1, 8, 8)
+    layers = [nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 10)), (1, 8, 8)
 
 
 @pytest.mark.parametrize(("make", "seed"), [(perceptron, 0), (perceptron, 1), (convolutional, 0)])

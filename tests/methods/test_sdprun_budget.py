@@ -61,7 +61,7 @@ def test_with_a_constant_threshold_nothing_is_left_of_the_shrinkage():
             model[0].weight.copy_(target)
         model[1].requires_grad_(False)
         opt = SDPrun(model, graph, lr=0.1, c=0.2, mu=0.9, budget=budget)
-        for _ in range(4000):
+        for _ in range(1500):
             model[0].weight.grad = (model[0].weight.detach() - target) * steep
             opt.step()
         return model[0].weight.detach()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from functools import partial
 
+import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
@@ -42,16 +43,17 @@ def test_what_always_holds(first: int):
             pytest.fail(f"seed {seed}: {wrong}\nreduced: {fault(spec)}\n{spec}")
 
 
-def test_what_always_holds_in_corners():
+@pytest.mark.parametrize("first", range(0, NETWORKS - NETWORKS // 2, 2 * CHUNK))
+def test_what_always_holds_in_corners(first: int):
     @settings(
-        max_examples=NETWORKS - NETWORKS // 2,
+        max_examples=2 * CHUNK,
         deadline=None,
-        derandomize=True,
         database=None,
         print_blob=False,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
     )
+    @hypothesis.seed(first)
     @given(specs())
     def holds(spec: Spec) -> None:
         assert fault(spec) == ""
