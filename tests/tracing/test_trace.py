@@ -303,12 +303,12 @@ def test_the_table_names_everything():
 
 
 class Kept(nn.Module):
-    """Returns what a hook's closure has put into the original's dictionary."""
+    """Returns what a hook's closure has put into a dictionary."""
 
-    def __init__(self):
+    def __init__(self, seen):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
-        self.seen = seen = {}
+        self.seen = seen
         self.net[2].register_forward_hook(lambda module, given, out: seen.__setitem__("features", out))
 
     def forward(self, x):
@@ -316,13 +316,41 @@ class Kept(nn.Module):
         return self.seen["features"]
 
 
+def test_a_hook_whose_closure_holds_a_part_of_the_model_holds_that_of_the_copy():
+    model, x = Kept({}).eval(), torch.randn(3, 4)
+    graph = sc.trace(model, x)
+    assert model.seen == {} and "net.0" in {group.name for group in graph.groups}
+    plan = sc.make_plan(graph, {"net.0": [0, 5]})
+    small = sc.cut(model, plan)
+    assert sc.check(model, small, plan, x) < 1e-6
+    small(x)
+    assert model.seen == {} and small.seen["features"].shape == (3, 6)
+
+
+SEEN = {}
+
+
 def test_a_tensor_that_the_copys_forward_has_not_computed_is_no_output():
-    model = Kept().eval()
-    for _ in range(2):
-        with pytest.raises(sc.SecateurError, match="Kept: a copy's forward returns a tensor that it has not computed"):
-            sc.trace(model, torch.zeros(1, 4))
-        with torch.no_grad():
-            model(torch.zeros(1, 4))
+    class Global(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.of = nn.Linear(4, 8), nn.Linear(8, 2), [self]
+
+        def forward(self, x):
+            SEEN.setdefault("features", self.first(x))
+            return SEEN["features"]
+
+    for before in ({}, {"features": torch.zeros(1, 8)}):
+        SEEN.clear()
+        SEEN.update(before)
+        if before:
+            with pytest.raises(sc.SecateurError, match="Global: a copy's forward returns a tensor that it has not"):
+                sc.trace(Global(), torch.zeros(1, 4))
+        else:
+            with pytest.raises(NothingToPrune):
+                sc.trace(Global(), torch.zeros(1, 4))
+        assert before == SEEN
+    SEEN.clear()
 
 
 def test_the_random_states_of_python_and_numpy_stay_and_every_run_begins_alike():

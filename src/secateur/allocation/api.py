@@ -20,7 +20,7 @@ from secateur.allocation.problem import Problem, fill
 from secateur.plan import Plan, make_plan
 from secateur.tracing.graph import ChannelGraph, fingerprint
 from secateur.tracing.probe import Chosen, unbearable
-from secateur.tracing.proof import verify
+from secateur.tracing.proof import fault_of
 
 
 def allocate(
@@ -168,7 +168,7 @@ def allocated(
         return plan_of(fill(problem, choose(problem)))
     except CannotCut:  # what tracing did not meet: do without the groups that it takes
         groups = [graph.group(name) for name in plain]
-        guilty = unbearable(groups, lambda some: verify(None, graph, Chosen(plain).of(some)))
+        guilty = unbearable(groups, lambda some: fault_of(None, graph, Chosen(plain).of(some)))
         if not guilty:
             raise
         why = {**without, **{g.name: f"this combination cannot be cut: {reason}" for g, reason in guilty}}

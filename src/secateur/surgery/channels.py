@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,8 +18,8 @@ from secateur._internal.state import eval_mode
 from secateur.plan import Plan, cannot_cut
 from secateur.surgery.optimizer_remapper import OptimizerRemapper
 from secateur.surgery.records import add_to_record
-from secateur.tracing.copying import copy_module
-from secateur.tracing.graph import fingerprint
+from secateur.tracing.copying import copy_model
+from secateur.tracing.graph import fingerprint, passing_buffers
 from secateur.tracing.proof import verify
 from secateur.tracing.skeleton import copyable
 from secateur.tracing.slices import Patched, patch, patches, remembered, sliced
@@ -51,9 +50,7 @@ def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None) -> nn.Module
     plan = replace(proven(model, plan), patched=patched(model, plan))
     follower = OptimizerRemapper(model, plan, optimizer) if optimizer is not None else None
     new = {id(t): _remaining(t, plan.slices.get(n, {})) for n, t in (*model.named_parameters(), *model.named_buffers())}
-    small = copy_module(
-        model, dict(new)
-    )  # wherever the copy meets an old tensor, in a plain list too, it takes the new
+    small = copy_model(model, dict(new))  # wherever the copy meets an old tensor, in a plain list too, it takes the new
     patch(small, plan.patched)
     if plan.graph is not None and plan.graph.inputs is not None:
         _try(small, plan.graph.inputs)
@@ -64,7 +61,9 @@ def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None) -> nn.Module
 
 
 def _remaining(tensor: Tensor, removed: Mapping[int, list[int]]) -> Tensor:
-    left = sliced(tensor.detach(), removed) if removed else tensor.detach().clone()
+    # a buffer that is not saved may have another shape than when the model was traced: its forward will see to it
+    fits = removed and _has(tensor, removed)
+    left = sliced(tensor.detach(), removed) if fits else tensor.detach().clone()
     return nn.Parameter(left, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else left
 
 
@@ -79,12 +78,17 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             f"{type(model).__name__} to {own}): build the model as it was when it was traced"
         )
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    passing = passing_buffers(model)
     for name, dims in plan.slices.items():
-        for dim, positions in dims.items():
-            if name not in tensors or dim >= tensors[name].ndim or positions[-1] >= tensors[name].shape[dim]:
-                raise SecateurError(
-                    f"the plan is damaged: it removes positions of {name}:{dim} that the model does not have"
-                )
+        if name not in passing and not _has(tensors.get(name), dims):
+            raise SecateurError(f"the plan is damaged: it removes positions of {name} that the model does not have")
+
+
+def _has(tensor: Tensor | None, removed: Mapping[int, list[int]]) -> bool:
+    """Whether a tensor has all the positions."""
+    return tensor is not None and all(
+        dim < tensor.ndim and positions[-1] < tensor.shape[dim] for dim, positions in removed.items()
+    )
 
 
 def patched(model: nn.Module, plan: Plan) -> Patched:
@@ -128,7 +132,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     if plan.graph is None:
         raise SecateurError("masked(plan): the plan has no graph (it came from JSON): trace the model and remake it")
     with copyable(model):
-        copied = copy.deepcopy(model)
+        copied = copy_model(model, {})
     tensors = dict(copied.named_parameters())
     for group_name, positions in plan.removed.items():
         group = plan.graph.group(group_name)

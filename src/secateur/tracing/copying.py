@@ -8,21 +8,92 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import cache
+from types import CellType, FunctionType
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 _ATOMS = (int, float, bool, str, bytes, type(None), type(Ellipsis))
+_CLOSED = (*_ATOMS, complex, type, nn.Module, np.ndarray, torch.dtype, torch.device)  # nothing in them is looked at
+
+
+def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a whole model, whatever it keeps of its last forward.
+
+    ``copy.deepcopy`` refuses tensors that belong to an autograd graph: kept features, the weight that weight norm or a
+    pruning mask of ``torch.nn.utils`` has computed. A copy has them without their history.
+
+    Args:
+        model: what to copy.
+        memo: see :func:`copy_module`.
+    """
+    for value in _reached(model):
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo.setdefault(id(value), value.detach().clone())
+    return copy_module(model, memo)
+
+
+def _reached(model: nn.Module) -> Iterable[Any]:
+    """All that the attributes of a model's modules hold, each once."""
+    seen: dict[int, Any] = {}
+    left: list[Any] = [value for module in model.modules() for value in vars(module).values()]
+    while left:
+        value = left.pop()
+        if isinstance(value, _CLOSED) or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        yield value
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            left += value
+        elif not isinstance(value, Tensor) and not callable(value):
+            left += getattr(value, "__dict__", {}).values()
 
 
 def copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy.
+    """A deep copy; hooks and other functions whose closures hold parts of the module hold those of the copy there.
 
     Args:
         module: what to copy.
         memo: id of an object to its copy, as for ``copy.deepcopy``; tensors found here are not copied.
     """
+    new = _copy_module(module, memo)
+    for part in new.modules():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, FunctionType):
+                vars(part)[name] = _rebound(value, memo)
+            elif name.endswith("_hooks") and isinstance(value, dict):
+                for key, hook in value.items():
+                    value[key] = _rebound(hook, memo)
+    return new
+
+
+def _rebound(function: Any, memo: dict[int, Any]) -> Any:
+    """A function with a closure of its own, if the closure holds anything that was copied."""
+    if not isinstance(function, FunctionType) or not function.__closure__:
+        return function
+    cells = []
+    for cell in function.__closure__:
+        try:
+            cells.append(CellType(memo.get(id(cell.cell_contents), cell.cell_contents)))
+        except ValueError:  # an empty cell
+            cells.append(cell)
+    if all(a is b or a.cell_contents is b.cell_contents for a, b in zip(cells, function.__closure__, strict=True)):
+        return function
+    bound = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    bound.__kwdefaults__ = function.__kwdefaults__
+    bound.__dict__.update(function.__dict__)
+    return bound
+
+
+def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     known = memo.get(id(module))
     if known is not None:
         return known
@@ -52,7 +123,7 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
     if known is not None:
         return known
     if isinstance(value, nn.Module):
-        return copy_module(value, memo)
+        return _copy_module(value, memo)
     if type(value) is tuple and all(isinstance(v, _ATOMS) for v in value):
         return value
     return copy.deepcopy(value, memo)

@@ -138,9 +138,20 @@ class Terms:
         return np.concatenate([lengths, np.ones((*lengths.shape[:-1], 1), lengths.dtype)], -1)[..., self.index]
 
 
+def passing_buffers(model: nn.Module) -> set[str]:
+    """The names of the buffers that are not saved: a forward may give them another shape."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, part in model.named_modules()
+        for name in part._non_persistent_buffers_set
+    }
+
+
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the names and shapes of all parameters and buffers: the model a plan was made for."""
+    """A hash of the names and shapes of all parameters and saved buffers: the model a plan was made for."""
+    passing = passing_buffers(model)
     tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [(name, tensor) for name, tensor in tensors if name not in passing]
     text = "\n".join(sorted(f"{name}{list(tensor.shape)}" for name, tensor in tensors))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from linecache import getline
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +13,27 @@ from secateur.tracing.labels import Dim, Ids
 
 MOVES = {"view", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze"}
 """Operations that only move positions."""
+
+
+class Place(NamedTuple):
+    """Where in the model something happens.
+
+    Attributes:
+        path: of the module whose forward runs.
+        file: of the model's own code, empty if there is none (as in an ``nn.Sequential`` of PyTorch's layers).
+        line: in it, from 1 on.
+    """
+
+    path: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        module = repr(self.path) if self.path else "the model"
+        if not self.file:
+            return f"in {module}"
+        text = getline(self.file, self.line).strip()
+        return f"in {module}, {self.file}:{self.line}{f': {text}' if text else ''}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +45,14 @@ class Operation:
         labels: of every tensor that it returned, one entry a dim.
         shapes: of these tensors.
         numbers: the plain numbers among its arguments that enter values.
+        place: where it was.
     """
 
     name: str
     labels: tuple[tuple[Dim, ...], ...]
     shapes: tuple[tuple[int, ...], ...]
     numbers: tuple[float, ...] = ()
+    place: Place | None = None
 
 
 OpLog = list[Operation]
@@ -75,8 +100,22 @@ def remaining(log: OpLog, gone: np.ndarray) -> OpLog:
     return [replace(o, shapes=shapes(o)) for o in relabelled(log, lambda ids: ids[~gone[ids]])]
 
 
-def compare(expected: OpLog, again: OpLog, agree: Callable[[Dim, Dim], bool], *, free: bool) -> str:
-    """The first difference between two runs, in words, or an empty string.
+class Difference(NamedTuple):
+    """Where a run is not what is due.
+
+    Attributes:
+        reason: in words.
+        due: the operation that was due, None where another path was taken.
+        got: the operation that came.
+    """
+
+    reason: str
+    due: Operation | None = None
+    got: Operation | None = None
+
+
+def compare(expected: OpLog, again: OpLog, agree: Callable[[Dim, Dim], bool], *, free: bool) -> Difference | None:
+    """The first difference between two runs, if there is one.
 
     Args:
         expected: what is due.
@@ -87,18 +126,26 @@ def compare(expected: OpLog, again: OpLog, agree: Callable[[Dim, Dim], bool], *,
     if _path(expected) != _path(again):  # what PyTorch copies or views depends on strides, and so on widths
         expected, again = _computing(expected), _computing(again)
         if _path(expected) != _path(again):
-            return "the model's forward takes another path when widths change"
+            got = next((b for a, b in zip(expected, again, strict=False) if a.name != b.name), None)
+            return Difference("the model's forward takes another path when widths change", None, got)
     for want, got in zip(expected, again, strict=True):
         if want.shapes != got.shapes and not (free and _same_where_labelled(want, got)):
-            return f"the model fixes a width: {got.name} gives {got.shapes} where {want.shapes} is due"
+            gives, due = (_words(shapes) for shapes in (got.shapes, want.shapes))
+            return Difference(f"the model fixes a width: {got.name} gives {gives} where {due} is due", want, got)
         if want.numbers != got.numbers:
-            return (
-                f"the model computes a number from a width: {got.name} takes {got.numbers} where {want.numbers} is due"
+            return Difference(
+                f"the model computes a number from a width: {got.name} takes {got.numbers} where {want.numbers} is due",
+                want,
+                got,
             )
         for dims, others in zip(want.labels, got.labels, strict=True):
             if any(not agree(a, b) for a, b in zip(dims, others, strict=True)):
-                return f"the model fixes a position: {got.name} mixes up channels"
-    return ""
+                return Difference(f"the model fixes a position: {got.name} mixes up channels", want, got)
+    return None
+
+
+def _words(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join(str(list(shape)) for shape in shapes)
 
 
 def _path(log: OpLog) -> list[str]:

@@ -8,16 +8,17 @@ an index table show at the operation where they happen, even if the shapes agree
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from secateur.tracing.graph import ChannelGraph, ChannelGroup
 from secateur.tracing.labels import Dim, Labels
-from secateur.tracing.op_log import OpLog, compare, remaining
+from secateur.tracing.op_log import Operation, OpLog, Place, compare, remaining
 from secateur.tracing.skeleton import Skeleton, quiet
-from secateur.tracing.slices import shrink, shrunk, sliced
-from secateur.tracing.tracer import watch
+from secateur.tracing.slices import patches
+from secateur.tracing.tracer import Watcher, attempt
 
 Refused = tuple[ChannelGroup, str]
 """A group that must stay whole, and the reason."""
@@ -34,17 +35,35 @@ class Chosen:
         return Chosen({g.name: self.removed.get(g.name, ()) for g in groups})
 
 
-def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen) -> str:
-    """Why the model does not bear this removal, or an empty string.
+@dataclass(frozen=True, eq=False)
+class Fault:
+    """Why a model does not bear a removal.
+
+    Attributes:
+        reason: in words, with the place in the model's code.
+        suspects: the groups that are met there; empty if that is not known.
+    """
+
+    reason: str
+    suspects: frozenset[str] = frozenset()
+
+
+Prober = Callable[[Sequence[ChannelGroup]], Fault | None]
+"""Removes channels of some groups, and says what goes wrong, if anything does."""
+
+
+def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen, *, training: bool) -> Fault | None:
+    """Why the model does not bear this removal, or None.
 
     Args:
-        skeleton: the traced skeleton. It is cut, run and changed back.
+        skeleton: the traced skeleton.
         log: what the first run computed, with channels for labels.
         graph: the graph with the groups.
         chosen: what to remove.
+        training: whether to run in training mode.
     """
     if not chosen.removed:
-        return ""
+        return None
     removed = graph.slices(chosen)
     ids = [graph.group(name).channels[list(p)] for name, p in chosen.removed.items()]
     gone = np.zeros(1 + max((int(a.channels.max(initial=0)) for a in graph.axes), default=0), dtype=bool)
@@ -55,56 +74,80 @@ def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen
     def survivors(_: Labels, name: str, tensor: Tensor) -> tuple[Dim, ...]:
         return tuple(ids if ids.any() else None for ids in (left[name, d] for d in range(tensor.ndim)))
 
-    try:
-        undo = shrink(skeleton.module, removed, graph.sizes, shrunk if skeleton.kind != "real" else sliced)
-    except Exception as error:
-        return f"a module cannot be made smaller: {_words(error)}"
-    try:
-        with quiet():
-            watcher = watch(skeleton, survivors, expected)
-    except Exception as error:  # whatever the user's forward raises is the answer
-        return f"the model's forward cannot bear it: {_words(error)}"
-    finally:
-        undo()
-    return compare(expected, watcher.log, watcher.agree, free=skeleton.kind == "real")
+    with quiet():
+        found = attempt(
+            skeleton,
+            Watcher(Labels(), expected),
+            survivors,
+            removed=removed,
+            patched=patches(graph.sizes, removed),
+            training=training,
+        )
+    watcher = found.watcher
+    if found.error is not None:  # whatever the user's forward raises is the answer
+        at = min(len(watcher.log), len(log) - 1)
+        reason = f"the model's forward cannot bear it: {_words(found.error)}"
+        return Fault(_placed(reason, found.place), _met(graph, chosen, log[at : at + 1]))
+    different = compare(expected, watcher.log, watcher.agree, free=skeleton.kind == "real")
+    if different is None:
+        return None
+    due = [log[i] for i, operation in enumerate(expected) if operation is different.due]
+    place = different.got.place if different.got is not None else None
+    return Fault(_placed(different.reason, place), _met(graph, chosen, due))
+
+
+def _placed(reason: str, place: Place | None) -> str:
+    return f"{reason}, {place}" if place is not None else reason
+
+
+def _met(graph: ChannelGraph, chosen: Chosen, operations: Sequence[Operation]) -> frozenset[str]:
+    """Those of the groups that lose channels which operations of the first run meet."""
+    arrays = [ids for o in operations for dims in o.labels for ids in dims if ids is not None]
+    if not arrays:
+        return frozenset()
+    channels = np.unique(np.concatenate(arrays))
+    return frozenset(g.name for g in map(graph.group, chosen.removed) if np.isin(g.channels, channels).any())
 
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def unbearable(groups: Sequence[ChannelGroup], probe: Callable[[Sequence[ChannelGroup]], str]) -> list[Refused]:
+def unbearable(groups: Sequence[ChannelGroup], probe: Prober) -> list[Refused]:
     """The groups that the model does not bear to lose channels of.
 
-    They are found by bisection, so that one forward is enough if the model bears all.
+    One forward is enough if the model bears all. Where a run goes wrong, the operation that does says which groups it
+    meets, so that few must be tried by themselves.
 
     Args:
         groups: candidates.
-        probe: removes channels of some groups; gives a reason, or an empty string.
+        probe: removes channels of some groups; says what goes wrong, if anything does.
     """
     bad: list[Refused] = []
     left = list(groups)
     while left:
-        found = _bisect(left, probe)
+        fault = probe(left)
+        if fault is None:
+            break
+        suspects = [g for g in left if g.name in fault.suspects]
+        found = _bisect(suspects, probe) if 0 < len(suspects) < len(left) else []
+        found = found or _bisect(left, probe, fault)
         bad += found
         names = {g.name for g, _ in found}
         left = [g for g in left if g.name not in names]
-        if not found:
-            break
     return bad
 
 
-def _bisect(groups: Sequence[ChannelGroup], probe: Callable[[Sequence[ChannelGroup]], str]) -> list[Refused]:
-    if not groups:
-        return []
-    reason = probe(groups)
-    if not reason:
+def _bisect(groups: Sequence[ChannelGroup], probe: Prober, fault: Fault | None = None) -> list[Refused]:
+    """Those of the groups, each alone or all together, that the model does not bear; ``fault`` is that of all."""
+    fault = fault or (probe(groups) if groups else None)
+    if fault is None:
         return []
     if len(groups) == 1:
-        return [(groups[0], reason)]
+        return [(groups[0], fault.reason)]
     half = len(groups) // 2
     found = _bisect(groups[:half], probe) + _bisect(groups[half:], probe)
-    return found or [(g, reason) for g in groups]  # the model bears each alone, but not both
+    return found or [(g, fault.reason) for g in groups]  # the model bears each alone, but not both
 
 
 def ends(groups: Iterable[ChannelGroup]) -> Chosen:

@@ -8,7 +8,6 @@ are proven when they are cut, with a skeleton that is built anew from the model.
 from __future__ import annotations
 
 import gc
-import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -24,13 +23,19 @@ from secateur.tracing.build import unused
 from secateur.tracing.graph import ChannelGraph, HasRemoved, fingerprint
 from secateur.tracing.labels import Dim, Ids, Labels
 from secateur.tracing.op_log import OpLog, with_channels
-from secateur.tracing.probe import Chosen, mismatch
-from secateur.tracing.skeleton import KINDS, Skeleton, in_mode, quiet
-from secateur.tracing.tracer import Watcher, watch
+from secateur.tracing.probe import Chosen, Fault, mismatch
+from secateur.tracing.skeleton import KINDS, Skeleton, quiet
+from secateur.tracing.tracer import Watcher, attempt
 
 
 def verify(model: nn.Module | None, graph: ChannelGraph, plan: HasRemoved) -> str:
-    """Why a model does not bear a plan, in words, or an empty string.
+    """Why a model does not bear a plan, in words, or an empty string; arguments and errors as for :func:`fault_of`."""
+    fault = fault_of(model, graph, plan)
+    return "" if fault is None else fault.reason
+
+
+def fault_of(model: nn.Module | None, graph: ChannelGraph, plan: HasRemoved) -> Fault | None:
+    """Why a model does not bear a plan, or None.
 
     Args:
         model: the traced model. It is needed where the graph has no skeleton (:func:`has_skeleton`): one is built then,
@@ -65,17 +70,14 @@ class Proof:
     def __init__(self, observed: Observed, channel_of: Ids) -> None:
         self._skeleton = observed.skeleton
         self._logs = {training: with_channels(log, channel_of) for training, log in observed.logs.items()}
-        self._lock = threading.Lock()  # a skeleton is cut and put back: by one thread at a time
 
-    def fault(self, graph: ChannelGraph, chosen: Chosen) -> str:
-        """Why the model does not bear this removal, or an empty string."""
-        with self._lock:
-            for training, log in self._logs.items():
-                with in_mode(self._skeleton.module, training=training):
-                    wrong = mismatch(self._skeleton, log, graph, chosen)
-                if wrong:
-                    return wrong
-        return ""
+    def fault(self, graph: ChannelGraph, chosen: Chosen) -> Fault | None:
+        """Why the model does not bear this removal, or None."""
+        for training, log in self._logs.items():
+            wrong = mismatch(self._skeleton, log, graph, chosen, training=training)
+            if wrong is not None:
+                return wrong
+        return None
 
 
 _PROOFS: WeakKeyDictionary[ChannelGraph, Proof] = WeakKeyDictionary()
@@ -154,13 +156,13 @@ def _watched(model: nn.Module, inputs: Inputs) -> tuple[Skeleton, Watcher]:
     error: Exception | None = None
     for kind in KINDS:
         skeleton = Skeleton(model, inputs, kind)
-        try:
-            with quiet():
-                return skeleton, watch(skeleton, _fresh)
-        except SecateurError:
-            raise
-        except Exception as failure:
-            error = failure
+        with quiet():
+            found = attempt(skeleton, Watcher(Labels()), _fresh)
+        error = found.error
+        if error is None:
+            return skeleton, found.watcher
+        if isinstance(error, SecateurError):
+            raise error
     shapes = ", ".join(f"{list(t.shape)} {t.dtype}".replace("torch.", "") for t in tensors_in(inputs))
     raise SecateurError(
         f"{type(model).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: {error}; "
@@ -176,14 +178,17 @@ def _in_training(skeleton: Skeleton, watcher: Watcher) -> dict[bool, OpLog]:
     """What only training uses (an auxiliary head) is bound to the same channels, if its forward needs no more."""
     labels = watcher.labels
     before = labels.state()
-    try:
-        with quiet(), in_mode(skeleton.module, training=True):
-            again = watch(skeleton, lambda _, name, tensor: watcher.get(tensor).dims, labels=labels)
-    except Exception:  # targets are wanted, say: half a forward binds nothing, and what only it uses stays frozen
+
+    def same(_: Labels, name: str, tensor: Tensor) -> tuple[Dim, ...]:
+        return watcher.given(name)
+
+    with quiet():
+        again = attempt(skeleton, Watcher(labels), same, training=True)
+    if again.error is not None:  # targets are wanted, say: half a forward binds nothing: what only it uses stays frozen
         labels.forget(before)
         return {}
     labels.forget({"terms": before["terms"]})  # inference is what is counted
-    return {True: again.log}
+    return {True: again.watcher.log}
 
 
 _COLLECTOR = Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable())

@@ -1,7 +1,7 @@
-"""The skeleton: a deep copy of a model that is run in its place.
+"""The skeleton: a deep copy of a model whose own copies are run in its place.
 
-The model itself is never run. Its skeleton is, whose parameters and buffers hold no data (meta tensors). Where the
-model's Python wants more than shapes, fake tensors are tried, then a copy with real data.
+The model itself is never run. Copies of its skeleton are, whose parameters and buffers hold no data (meta tensors).
+Where the model's Python wants more than shapes, fake tensors are tried, then a copy with real data.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch.utils import _pytree as pytree
 from secateur._internal.batches import Inputs, call_model
 from secateur._internal.errors import SecateurError
 from secateur._internal.state import Switch, fork_rng_of, rng_state, without_fast_path
-from secateur.tracing.copying import copy_module
+from secateur.tracing.copying import copy_model, copy_module
+from secateur.tracing.leaks import Shared, clean
+from secateur.tracing.slices import Patched, Removed, patch, shrunk, sliced
 
 KINDS = ("meta", "fake", "real")
 """What stands in for a model's tensors, in the order in which they are tried."""
@@ -32,7 +35,10 @@ _LOG = Switch(lambda: not _LOGGER.disabled, lambda on: setattr(_LOGGER, "disable
 
 
 class Skeleton:
-    """A copy of a model that can be run without data, made smaller, and changed back.
+    """A copy of a model without data. It is never run itself: every run is one of a fresh copy, perhaps a smaller one.
+
+    So all runs begin with the same Python state: what a forward keeps (caches, anchors, a buffer that takes its shape)
+    is gone with the copy that kept it.
 
     Args:
         model: the user's model. It is left untouched.
@@ -56,8 +62,9 @@ class Skeleton:
                 smaller = nn.Parameter(smaller, requires_grad=False)
             memo[id(tensor)] = smaller
         with copyable(model):
-            self.module = copy_module(model, memo)
+            self.module = copy_model(model, memo)
         self.module.eval()
+        self._shared = Shared(model)
         with _ONE_RUN:
             self._begin = rng_state()
         self.inputs = pytree.tree_map(lambda v: stand_in(v.detach()) if isinstance(v, Tensor) else v, inputs)
@@ -66,15 +73,47 @@ class Skeleton:
         assert self._fake is not None
         return self._fake.from_tensor(tensor)
 
-    def run(self, watcher: AbstractContextManager[Any]) -> Any:
-        """One forward under a watcher, without gradients. The random state comes back.
+    def instance(self, removed: Removed | None = None, patched: Patched | None = None) -> nn.Module:
+        """A copy to run once, cut as :func:`secateur.cut` would cut the model.
+
+        Args:
+            removed: what goes, by the tensors' names.
+            patched: what modules remember otherwise.
+
+        Raises:
+            SecateurError: a module does not remember what is to be changed.
+        """
+        take = sliced if self.kind == "real" else shrunk  # nobody looks at the values of the other kinds
+        memo: dict[int, Any] = {}
+        for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers()):
+            memo[id(tensor)] = tensor
+            if removed and name in removed:
+                smaller = take(tensor.detach(), removed[name])
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(smaller, requires_grad=False) if is_parameter else smaller
+            elif self.kind == "real" and not isinstance(tensor, nn.Parameter):
+                memo[id(tensor)] = tensor.clone()  # a forward may write into it
+        module = copy_module(self.module, memo)
+        patch(module, patched or {})
+        return module
+
+    def run(self, module: nn.Module, watcher: AbstractContextManager[Any], *, training: bool = False) -> Any:
+        """One forward of an instance under a watcher, without gradients. The random state comes back.
 
         All runs of a skeleton begin with the same random state: a forward that draws must not seem to depend on
         widths. The process has one random state for all threads, so runs wait for each other.
+
+        Args:
+            module: an instance.
+            watcher: sees the operations.
+            training: training mode for all but dropout, whose noise is no matter of channels.
         """
+        if training:
+            for part in module.modules():
+                part.training = not isinstance(part, nn.modules.dropout._DropoutNd)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_ONE_RUN)
-            stack.enter_context(fork_rng_of(self.module))
+            stack.enter_context(fork_rng_of(module))
             self._begin()
             stack.enter_context(torch.inference_mode(False))  # in which operations would come in larger pieces
             stack.enter_context(torch.no_grad())
@@ -82,7 +121,11 @@ class Skeleton:
             if self._fake is not None:
                 stack.enter_context(self._fake)
             stack.enter_context(watcher)
-            return call_model(self.module, self.inputs)
+            return call_model(module, self.inputs)
+
+    def forget(self, tensors: Iterable[weakref.ref[Tensor]]) -> None:
+        """Take what runs have left behind out of the caches and namespaces that the user's functions share."""
+        clean(tensors, self._shared)
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
@@ -108,17 +151,3 @@ def copyable(model: nn.Module) -> Iterator[None]:
 def quiet() -> AbstractContextManager[None]:
     """PyTorch logs no failing forward as an accident: here it is an answer."""
     return _LOG.off()
-
-
-@contextlib.contextmanager
-def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training mode for all but dropout, whose noise is no matter of channels. Eval mode afterwards."""
-    if not training:
-        yield
-        return
-    for part in module.modules():
-        part.training = not isinstance(part, nn.modules.dropout._DropoutNd)
-    try:
-        yield
-    finally:
-        module.eval()

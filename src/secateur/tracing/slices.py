@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,66 +188,3 @@ def _convolution_sizes(part: nn.modules.conv._ConvNd, shape: tuple[int, ...]) ->
         return {"in_channels": ((0,), (inside,)), "out_channels": ((0,), (outside,)), "groups": ((0,), (groups,))}
     inner, outer = (0, 1) if part.transposed else (1, 0)
     return {"in_channels": ((inner,), (inside,)), "out_channels": ((outer,), (outside,))}
-
-
-# ------------------------------------------------------------------------------------------------------ a whole module
-
-
-def shrink(
-    module: nn.Module,
-    removed: Removed,
-    sizes: Iterable[Size],
-    take: Callable[[Tensor, Mapping[int, list[int]]], Tensor] = sliced,
-) -> Undo:
-    """Replace the tensors of a module, in place, by what remains of them; shared tensors stay shared.
-
-    Args:
-        module: the module to change.
-        removed: what goes, by the tensors' names in ``module``.
-        sizes: what its modules remember.
-        take: how a tensor is made smaller.
-
-    Returns:
-        What is needed to change it back.
-    """
-    names = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
-    new: dict[int, Tensor] = {}
-    undo = Undo()
-    modules = dict(module.named_modules())
-    for part in modules.values():
-        for table in (part._parameters, part._buffers):
-            for key, tensor in table.items():
-                if tensor is None or names[id(tensor)] not in removed:
-                    continue
-                if id(tensor) not in new:
-                    smaller = take(tensor.detach(), removed[names[id(tensor)]])
-                    if isinstance(tensor, nn.Parameter):
-                        smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
-                    new[id(tensor)] = smaller
-                undo.entries.append((table, key, tensor))
-    try:
-        for table, key, tensor in undo.entries:
-            table[key] = new[id(tensor)]
-        for key, (_, after) in patches(sizes, removed).items():
-            owner, attribute = _place(modules, key)
-            undo.attributes.append((owner, attribute, getattr(owner, attribute)))
-            setattr(owner, attribute, after)
-    except Exception:
-        undo()
-        raise
-    return undo
-
-
-class Undo:
-    """How to change a shrunk module back."""
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[Any, str, Tensor]] = []
-        self.attributes: list[tuple[Any, str, Any]] = []
-
-    def __call__(self) -> None:
-        """Put everything back."""
-        for table, key, tensor in self.entries:
-            table[key] = tensor
-        for part, attribute, value in self.attributes:
-            setattr(part, attribute, value)

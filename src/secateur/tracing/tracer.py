@@ -6,11 +6,17 @@ the table what it learns, and gives the labels of the results. What was computed
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,10 +25,11 @@ from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
 from secateur.tracing.call import Call
 from secateur.tracing.labels import Dim, Labelled, Labels, lasting, unlabelled
-from secateur.tracing.op_log import Operation, OpLog
+from secateur.tracing.op_log import Operation, OpLog, Place
 from secateur.tracing.rules.table import RULES, unknown_operation
 from secateur.tracing.shapes import quick
 from secateur.tracing.skeleton import Skeleton
+from secateur.tracing.slices import Patched, Removed
 
 
 class Watcher(TorchDispatchMode):
@@ -36,6 +43,7 @@ class Watcher(TorchDispatchMode):
     Attributes:
         labels: the table.
         log: what was computed so far.
+        where: finds the place of an operation in the model's code.
     """
 
     def __init__(self, labels: Labels, expected: OpLog | None = None) -> None:
@@ -43,8 +51,11 @@ class Watcher(TorchDispatchMode):
         self.labels = labels
         self.log: OpLog = []
         self._expected = expected
+        self.where: Whereabouts | None = None
         self._agreed: dict[tuple[int, int], tuple[Dim, Dim, bool]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Labelled]] = {}
+        self._labels_of: dict[str, tuple[Dim, ...]] = {}
+        self._given: dict[int, Tensor] = {}  # held, so that their ids stay theirs
 
     def agree(self, want: Dim, got: Dim) -> bool:
         """Whether two dims carry the same labels. Arrays flow through a network by reference, so few pairs are new."""
@@ -69,6 +80,20 @@ class Watcher(TorchDispatchMode):
         """Whether a tensor was labelled, or came out of an operation that was watched."""
         entry = self._known.get(id(tensor))
         return entry is not None and entry[0]() is tensor
+
+    def begin(self, tensor: Tensor, labelled: Labelled, name: str = "") -> None:
+        """Give a tensor of the model, by its name, or an input, its labels."""
+        self.set(tensor, labelled)
+        self._given[id(tensor)] = tensor
+        self._labels_of[name] = labelled.dims
+
+    def given(self, name: str) -> tuple[Dim, ...]:
+        """The labels with which a parameter or buffer began."""
+        return self._labels_of[name]
+
+    def made(self) -> list[weakref.ref[Tensor]]:
+        """All tensors that operations made."""
+        return [reference for key, (reference, _) in self._known.items() if key not in self._given]
 
     def get(self, tensor: Tensor) -> Labelled:
         """The labels of a tensor. One that was never seen is a constant, whose positions are fixed."""
@@ -115,7 +140,9 @@ class Watcher(TorchDispatchMode):
         if call.base not in _IDENTITIES or numbers:
             name = "view" if call.base in _VIEWS else call.base
             shapes = tuple(tuple(t.shape) for t in results[:told])
-            self.log.append(Operation(name, tuple(each.dims for each in listed[:told]), shapes, numbers))
+            labels = tuple(each.dims for each in listed[:told])
+            place = self.where.now() if self.where is not None else None
+            self.log.append(Operation(name, labels, shapes, numbers, place))
 
     def _as_expected(self, listed: list[Labelled], results: list[Tensor], *, constant: bool) -> list[Labelled]:
         """The labels that results carry, those of the first run where a second run cannot know them.
@@ -187,32 +214,142 @@ def _same(a: Dim, b: Dim) -> bool:
     return a is b or (a is not None and b is not None and len(a) == len(b) and bool((a == b).all()))
 
 
-def watch(
+class Whereabouts:
+    """Finds out where in the model's code an operation comes from, by the frames on the stack.
+
+    Args:
+        module: the module that is run.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._paths = {id(part): path for path, part in module.named_modules()}
+        homes = {type(part).__module__ for part in module.modules()}
+        known = [sys.modules.get(name) for name in homes if name.partition(".")[0] != "torch"]
+        self._files = {getattr(home, "__file__", None) for home in known} - {None}
+        self._own: dict[CodeType, bool] = {}
+
+    def now(self) -> Place:
+        """The place of the operation that is just dispatched."""
+        return self._place(_outwards(sys._getframe(1)))
+
+    def of(self, error: BaseException) -> Place:
+        """The place where an error was raised."""
+        return self._place(reversed(list(traceback.walk_tb(error.__traceback__))))
+
+    def _place(self, frames: Iterable[tuple[FrameType, int]]) -> Place:
+        path = file = None
+        line = 0
+        for frame, number in frames:
+            code = frame.f_code
+            if code is _CALL_MODULE:
+                if path is None:
+                    path = self._paths.get(id(frame.f_locals["self"]))
+            elif file is None:
+                own = self._own.get(code)
+                if own is None:
+                    own = self._own[code] = self._is_own(code.co_filename)
+                if own:
+                    file, line = code.co_filename, number
+            elif path is not None or code is _RUN:
+                break
+        return Place(path or "", file or "", line)
+
+    def _is_own(self, file: str) -> bool:
+        if self._files:
+            return file in self._files
+        return not file.startswith((_TORCH, _OURS, "<"))  # a model of PyTorch's layers alone, with hooks perhaps
+
+
+def _outwards(frame: FrameType | None) -> Iterable[tuple[FrameType, int]]:
+    while frame is not None:
+        yield frame, frame.f_lineno
+        frame = frame.f_back
+
+
+_CALL_MODULE = nn.Module._call_impl.__code__
+_RUN = Skeleton.run.__code__
+_TORCH = os.path.dirname(torch.__file__)
+_OURS = os.path.dirname(os.path.dirname(__file__))
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """A run that was watched.
+
+    Attributes:
+        watcher: what it saw.
+        error: what the run raised, if anything.
+        place: where in the model it was raised.
+    """
+
+    watcher: Watcher
+    error: Exception | None
+    place: Place | None
+
+
+def attempt(
     skeleton: Skeleton,
+    watcher: Watcher,
     label: Callable[[Labels, str, Tensor], tuple[Dim, ...]],
-    expected: OpLog | None = None,
-    labels: Labels | None = None,
-) -> Watcher:
-    """Run a skeleton with its parameters and buffers labelled, and freeze what it returns.
+    *,
+    removed: Removed | None = None,
+    patched: Patched | None = None,
+    training: bool = False,
+) -> Attempt:
+    """Run an instance of a skeleton with its parameters and buffers labelled, and freeze what it returns.
+
+    Nothing of the run is left anywhere but in the watcher.
 
     Args:
         skeleton: what to run.
+        watcher: watches.
         label: gives the labels of a parameter or buffer: ``label(table, name, tensor)``.
-        expected: for a second run, see :class:`Watcher`.
-        labels: the table to add to; a new one if not given.
-
-    Raises:
-        SecateurError: no tensor is found in what the model returns.
+        removed: what the instance lacks.
+        patched: what its modules remember otherwise.
+        training: whether it runs in training mode.
     """
-    watcher = Watcher(labels or Labels(), expected)
-    for name, tensor in (*skeleton.module.named_parameters(), *skeleton.module.named_buffers()):
+    error, place = None, None
+    try:
+        _run(skeleton, watcher, label, removed, patched, training=training)
+    except Exception as failure:
+        error = failure
+        place = watcher.where.of(error) if watcher.where is not None else None
+        _emptied(error)
+    skeleton.forget(watcher.made())
+    return Attempt(watcher, error, place)
+
+
+def _emptied(error: BaseException | None) -> None:
+    """Let an error, and those before it, hold nothing that the run has made."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code is _CALL_MODULE:
+                frame.f_locals.clear()  # a copy, made when it was looked at, which is not cleared with the frame
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, AttributeError):
+            error.obj = None
+        error = error.__cause__ or error.__context__
+
+
+def _run(
+    skeleton: Skeleton,
+    watcher: Watcher,
+    label: Callable[[Labels, str, Tensor], tuple[Dim, ...]],
+    removed: Removed | None,
+    patched: Patched | None,
+    *,
+    training: bool,
+) -> None:
+    module = skeleton.instance(removed, patched)
+    watcher.where = Whereabouts(module)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         dims = label(watcher.labels, name, tensor)
         if not isinstance(tensor, nn.Parameter):  # nothing zeroes a buffer
             dims = tuple(lasting(ids) for ids in dims)
-        watcher.set(tensor, Labelled(dims, weight=True))
+        watcher.begin(tensor, Labelled(dims, weight=True), name)
     for tensor in tensors_in(skeleton.inputs):
-        watcher.set(tensor, unlabelled(tensor.ndim, weight=False))
-    out = skeleton.run(watcher)
+        watcher.begin(tensor, unlabelled(tensor.ndim, weight=False))
+    out = skeleton.run(module, watcher, training=training)
     outputs = tensors_in(out)
     if not outputs:
         raise SecateurError(
@@ -230,4 +367,3 @@ def watch(
             watcher.labels.freeze(ids, "output", "belongs to the model's output")
     shapes = tuple(tuple(t.shape) for t in outputs)
     watcher.log.append(Operation("output", tuple(watcher.get(t).dims for t in outputs), shapes))
-    return watcher
