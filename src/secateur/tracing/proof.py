@@ -153,19 +153,19 @@ def observe(model: nn.Module, inputs: Inputs) -> Observed:
 
 def _watched(model: nn.Module, inputs: Inputs) -> tuple[Skeleton, Watcher]:
     """Run a skeleton of the first kind that the model's Python accepts; the last kind's error is the user's."""
-    error: Exception | None = None
+    error, place = None, None
     for kind in KINDS:
         skeleton = Skeleton(model, inputs, kind)
         with quiet():
             found = attempt(skeleton, Watcher(Labels()), _fresh)
-        error = found.error
+        error, place = found.error, found.place
         if error is None:
             return skeleton, found.watcher
         if isinstance(error, SecateurError):
             raise error
     shapes = ", ".join(f"{list(t.shape)} {t.dtype}".replace("torch.", "") for t in tensors_in(inputs))
     raise SecateurError(
-        f"{type(model).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: {error}; "
+        f"{type(model).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: {error}, {place}; "
         "give inputs that model(*example_inputs) accepts"
     ) from error
 

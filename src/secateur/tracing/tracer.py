@@ -320,12 +320,10 @@ def attempt(
 
 
 def _emptied(error: BaseException | None) -> None:
-    """Let an error, and those before it, hold nothing that the run has made."""
+    """Let an error, and those before it, hold nothing that the run has made: frames hold it, and their closures."""
     while error is not None:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if frame.f_code is _CALL_MODULE:
-                frame.f_locals.clear()  # a copy, made when it was looked at, which is not cleared with the frame
         traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
         if isinstance(error, AttributeError):
             error.obj = None
         error = error.__cause__ or error.__context__
