@@ -77,8 +77,12 @@ class Call:
         return self._args[0]
 
     def of(self, tensor: Tensor | None) -> Labelled | None:
-        """The labels of a tensor; None for no tensor."""
-        return self._lookup(tensor) if tensor is not None else None
+        """The labels of a tensor, one array a dim; None for no tensor."""
+        return self.labels.settled(self._lookup(tensor)) if tensor is not None else None
+
+    def open(self, tensor: Tensor) -> Labelled:
+        """The labels of a tensor, among them those that vary along several dims."""
+        return self._lookup(tensor)
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, in order; lists are opened."""
@@ -125,7 +129,7 @@ class Call:
     def freeze_all(self, reason: str) -> None:
         """The channels of all inputs cannot be removed, because of this operation."""
         for tensor in self.tensors():
-            for ids in self._lookup(tensor).dims:
+            for ids in self._lookup(tensor).arrays:
                 self.freeze(ids, reason)
 
 

@@ -9,7 +9,7 @@ stands for a channel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,34 @@ from scipy.sparse.csgraph import connected_components
 
 Ids = np.ndarray
 """Int64 array of labels; once equalities are resolved, of channels."""
+MIXED = 2**62
+"""The label of what holds several channels in a second run."""
 Dim = Ids | None
 """Labels of one dim of a tensor: an array of its length, or None if all its positions are fixed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """Labels that vary along several dims of a tensor, as after a split of channels into heads of some size.
+
+    A tensor has no holes, so it can lose channels along one of these dims only; the labels along the others are tied
+    then. Which one it is, is left open for as long as operations only move or pick positions.
+
+    Attributes:
+        dims: of the tensor, in order.
+        table: the labels, one axis for each of these dims.
+        axes: a number for each axis, which it keeps when it is moved.
+    """
+
+    dims: tuple[int, ...]
+    table: Ids
+    axes: tuple[int, ...]
+
+    def at(self, dims: Iterable[int]) -> Joint:
+        """The same labels on other dims, one for each of the old ones."""
+        placed = list(dims)
+        order = sorted(range(len(placed)), key=placed.__getitem__)
+        return Joint(tuple(placed[i] for i in order), self.table.transpose(order), tuple(self.axes[i] for i in order))
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +55,22 @@ class Labelled:
     Attributes:
         dims: one entry a dim.
         weight: True if the tensor was computed from parameters and constants only, never from the model's inputs.
+        joints: labels that vary along several dims, which have no entry of their own then.
     """
 
     dims: tuple[Dim, ...]
     weight: bool
+    joints: tuple[Joint, ...] = ()
 
     @property
     def has_labels(self) -> bool:
         """Whether any dim carries labels."""
-        return any(ids is not None for ids in self.dims)
+        return bool(self.joints) or any(ids is not None for ids in self.dims)
+
+    @property
+    def arrays(self) -> list[Ids]:
+        """All labels."""
+        return [ids for ids in self.dims if ids is not None] + [joint.table.ravel() for joint in self.joints]
 
 
 def unlabelled(ndim: int, *, weight: bool) -> Labelled:
@@ -56,9 +89,14 @@ class Owner:
 
 
 class Labels:
-    """Labels given so far and what is known of them."""
+    """Labels given so far and what is known of them.
 
-    def __init__(self) -> None:
+    Args:
+        resolved: whether labels are channels, as in a second run: then nothing can become equal any more.
+    """
+
+    def __init__(self, *, resolved: bool = False) -> None:
+        self.resolved = resolved
         self.count = 1  # 0 is frozen
         self.owners: list[Owner] = []
         self.arrays: list[Ids] = []  # the array of each owner, by reference
@@ -70,6 +108,70 @@ class Labels:
         self.moved: list[tuple[Ids, Ids, str]] = []  # an axis, what is kept of it by its place, and by which operation
         self.terms: list[tuple[int, tuple[Ids, ...]]] = []
         self.edges: list[tuple[Ids, Ids]] = []
+        self.joints: list[Joint] = []
+        self.units: set[int] = set()  # the axes of joints along which channels go
+        self.picked: set[int] = set()  # those of which single positions are picked
+        self._axes = 0
+        self._settled: dict[int, tuple[Joint, int, Ids]] = {}
+
+    def join(self, dims: Iterable[int], table: Ids, axes: Iterable[int | None]) -> Joint:
+        """Labels that vary along several dims; an axis without a number gets one."""
+        numbers = []
+        for axis in axes:
+            self._axes += axis is None
+            numbers.append(self._axes if axis is None else axis)
+        self.joints.append(Joint(tuple(dims), table, tuple(numbers)))
+        return self.joints[-1]
+
+    def settled(self, labelled: Labelled) -> Labelled:
+        """The same labels, with each joint settled: the outermost dim of which nothing was picked is the unit."""
+        if not labelled.joints:
+            return labelled
+        dims = list(labelled.dims)
+        for joint in labelled.joints:
+            _, unit, ids = self._settled.get(id(joint)) or self._settle(joint)
+            dims[joint.dims[unit]] = ids
+        return Labelled(tuple(dims), labelled.weight)
+
+    def _settle(self, joint: Joint, unit: int | None = None) -> tuple[Joint, int, Ids]:
+        axes = list(enumerate(joint.axes))
+        if unit is None:
+            unit = next((i for i, axis in axes if axis in self.units), None)
+        if unit is None:
+            unit = next((i for i, axis in axes if axis not in self.picked), 0)
+        self.units.add(joint.axes[unit])
+        line = np.moveaxis(joint.table, unit, 0).reshape(joint.table.shape[unit], -1)
+        self.unite(line[:, :1], line[:, 1:])
+        same = (np.abs(line) == np.abs(line[:, :1])).all(1)
+        if self.resolved and not same.all():  # what should be tied is not: like no channel
+            ids = np.where(same, line[:, 0], MIXED)
+        else:
+            ids = vanishing(line[:, 0], line.min(1) > 0)
+        self._settled[id(joint)] = (joint, unit, ids)
+        return self._settled[id(joint)]
+
+    def settle(self) -> None:
+        """Settle, once a run is over, what no operation has: the innermost dim of which nothing was picked is the unit.
+
+        So it is where channels are shuffled.
+        """
+        left = list(self.joints)
+        while left:
+            component = self.components()
+            open_ = [joint for joint in left if len(_varying(component[np.abs(joint.table)])) > 1]
+            for joint in open_:
+                free = [i for i, axis in enumerate(joint.axes) if axis not in self.picked]
+                unit = next((i for i, axis in enumerate(joint.axes) if axis in self.units), None)
+                self._settle(joint, unit if unit is not None else (free or [0])[-1])
+            left = open_
+
+    def along(self, joint: Joint, channel_of: Ids) -> tuple[int, Ids] | None:
+        """Along which dim of a tensor a settled joint varies, and its labels there."""
+        varying = _varying(channel_of[np.abs(joint.table)])
+        if len(varying) != 1:
+            return None
+        line = np.moveaxis(joint.table, varying[0], 0)
+        return joint.dims[varying[0]], line.reshape(len(line), -1)[:, 0]
 
     def fresh(self, size: int) -> Ids:
         """New labels, all different, all vanishing."""
@@ -145,6 +247,11 @@ class Labels:
         free = (a > 0) & (b > 0)
         matrix = coo_matrix((np.ones(int(free.sum()), dtype=np.int8), (a[free], b[free])), shape=(self.count,) * 2)
         return connected_components(matrix, directed=False)[1]
+
+
+def _varying(table: Ids) -> list[int]:
+    """The axes along which a table is not constant."""
+    return [d for d in range(table.ndim) if (table != table.take([0], axis=d)).any()]
 
 
 def vanishing(ids: Ids, where: np.ndarray) -> Ids:

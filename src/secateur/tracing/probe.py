@@ -77,7 +77,7 @@ def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen
     with quiet():
         found = attempt(
             skeleton,
-            Watcher(Labels(), expected),
+            Watcher(Labels(resolved=True), expected),
             survivors,
             removed=removed,
             patched=patches(graph.sizes, removed),

@@ -11,7 +11,7 @@ import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any
 
@@ -24,7 +24,7 @@ from secateur._internal import distributed  # noqa: F401  (it imports what a tra
 from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
 from secateur.tracing.call import Call
-from secateur.tracing.labels import Dim, Labelled, Labels, lasting, unlabelled
+from secateur.tracing.labels import Dim, Joint, Labelled, Labels, lasting, unlabelled
 from secateur.tracing.op_log import Operation, OpLog, Place
 from secateur.tracing.rules.table import RULES, unknown_operation
 from secateur.tracing.shapes import quick
@@ -54,6 +54,7 @@ class Watcher(TorchDispatchMode):
         self.where: Whereabouts | None = None
         self._agreed: dict[tuple[int, int], tuple[Dim, Dim, bool]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Labelled]] = {}
+        self._open: list[tuple[int, int, Joint]] = []  # entry of the op log, number of the result, what varies
         self._labels_of: dict[str, tuple[Dim, ...]] = {}
         self._given: dict[int, Tensor] = {}  # held, so that their ids stay theirs
 
@@ -80,6 +81,20 @@ class Watcher(TorchDispatchMode):
         """Whether a tensor was labelled, or came out of an operation that was watched."""
         entry = self._known.get(id(tensor))
         return entry is not None and entry[0]() is tensor
+
+    def settle(self) -> None:
+        """Settle what varies along several dims, once the run is over, and complete the op log."""
+        if self.labels.resolved or not self._open:
+            return
+        self.labels.settle()
+        channel_of = self.labels.components()
+        for at, result, joint in self._open:
+            found = self.labels.along(joint, channel_of)
+            if found is not None:
+                dims = [list(each) for each in self.log[at].labels]
+                dims[result][found[0]] = found[1]
+                self.log[at] = replace(self.log[at], labels=tuple(map(tuple, dims)))
+        self._open.clear()
 
     def begin(self, tensor: Tensor, labelled: Labelled, name: str = "") -> None:
         """Give a tensor of the model, by its name, or an input, its labels."""
@@ -134,13 +149,14 @@ class Watcher(TorchDispatchMode):
             listed = self._as_expected(listed, results, constant=call.base in _CONSTANTS)
         for tensor, new in zip(results, listed, strict=True):
             if call.writes:
-                self._written(call, tensor, new)
+                self._written(call, tensor, self.labels.settled(new))
             self.set(tensor, new)
         numbers = _numbers(call)
         if call.base not in _IDENTITIES or numbers:
             name = "view" if call.base in _VIEWS else call.base
             shapes = tuple(tuple(t.shape) for t in results[:told])
             labels = tuple(each.dims for each in listed[:told])
+            self._open += [(len(self.log), i, joint) for i, each in enumerate(listed[:told]) for joint in each.joints]
             place = self.where.now() if self.where is not None else None
             self.log.append(Operation(name, labels, shapes, numbers, place))
 
@@ -171,14 +187,14 @@ class Watcher(TorchDispatchMode):
 
     def _written(self, call: Call, tensor: Tensor, new: Labelled) -> None:
         """Freeze what an in-place operation changes if another view shows it, which keeps its old labels."""
-        old = self.get(tensor)
+        old = self.labels.settled(self.get(tensor))
         if len(old.dims) == len(new.dims) and all(_same(a, b) for a, b in zip(old.dims, new.dims, strict=True)):
             return
         storage = tensor.untyped_storage()._cdata
         for reference, other in list(self._known.values()):
             view = reference()
             if view is not None and view is not tensor and view.untyped_storage()._cdata == storage:
-                for ids in (*other.dims, *new.dims, *old.dims):
+                for ids in (*other.arrays, *new.dims, *old.dims):
                     call.freeze(ids, "is written in place through a view")
 
 
@@ -361,7 +377,9 @@ def _run(
             "method's self), or register the tensor as a buffer"
         )
     for tensor in outputs:
-        for ids in watcher.get(tensor).dims:
+        for ids in watcher.get(tensor).arrays:
             watcher.labels.freeze(ids, "output", "belongs to the model's output")
     shapes = tuple(tuple(t.shape) for t in outputs)
-    watcher.log.append(Operation("output", tuple(watcher.get(t).dims for t in outputs), shapes))
+    labels = tuple(watcher.labels.settled(watcher.get(t)).dims for t in outputs)
+    watcher.log.append(Operation("output", labels, shapes))
+    watcher.settle()

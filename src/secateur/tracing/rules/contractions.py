@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import numpy as np
@@ -216,13 +216,48 @@ def _grouped(
     "_scaled_dot_product_fused_attention_overrideable"
 )
 def _attention(call: Call) -> Result:
-    q, k, v = (call.arg(n) for n in ("query", "key", "value"))
-    for labelled in (call.of(t) for t in (q, k, v)):
-        for ids in labelled.dims if labelled is not None else ():
-            call.freeze(ids, "attention heads are not cut")
-    *batch, length, depth = q.shape
-    call.labels.term(prod(batch) * length * k.shape[-2] * (depth + v.shape[-1]))
-    return None
+    """``softmax(Q K^T scale + mask) V``: heads pass, what is summed over is gone, the values' channels come out."""
+    tensors = [call.arg(n) for n in ("query", "key", "value")]
+    labelled = [call.of(t) for t in tensors]
+    q, k, v = (n if n is not None else unlabelled(t.ndim, weight=True) for n, t in zip(labelled, tensors, strict=True))
+    for ids in (q.dims[-2], k.dims[-2], v.dims[-2]):
+        call.freeze(ids, "is a place in a sequence")
+    if call.arg("scale") is None:
+        for ids in (q.dims[-1], k.dims[-1]):
+            call.freeze(ids, "sets the scale of attention")
+    _inner(call, q.dims[-1], k.dims[-1], left_weight=False, right_weight=False)
+    shape, ndim = tensors[0].shape, tensors[0].ndim
+    heads = [(Labelled(n.dims[:-2], n.weight), t.shape[:-2]) for n, t in zip((q, k, v), tensors, strict=True)]
+    heads[1:] = [_for_every_query(call, shape[:-2], *pair) for pair in heads[1:]]
+    mask = call.arg("attn_mask", call.arg("attn_bias"))
+    if mask is not None:
+        given = call.of(mask) or unlabelled(mask.ndim, weight=True)
+        for ids in given.dims[-2:]:
+            call.freeze(ids, "is a place in a sequence")
+        heads.insert(1, (Labelled(given.dims[:-2], given.weight), mask.shape[:-2]))
+    shared = list(merge(call, heads, shape[:-2], "any"))
+    values = heads[-1][0].dims
+    for d, (ids, own) in enumerate(zip(list(shared), values, strict=True)):
+        if ids is not None and own is not None:  # zero queries and keys give no zero result
+            shared[d] = vanishing(ids, own > 0)
+    sizes = [(ids, n) for ids, n in zip(shared, shape[:-2], strict=True)]
+    length, others = shape[-2], tensors[1].shape[-2]
+    for ids, depth in ((q.dims[-1], shape[-1]), (v.dims[-1], tensors[2].shape[-1])):
+        call.labels.term(length * others, *sizes, (ids, depth))
+    dims = (*shared, None, v.dims[-1])
+    assert len(dims) == ndim
+    return [Labelled(dims, all(n.weight for n in (q, k, v)))]
+
+
+def _for_every_query(
+    call: Call, wanted: Sequence[int], labelled: Labelled, shape: Sequence[int]
+) -> tuple[Labelled, Sequence[int]]:
+    """Heads of keys or values, of which each serves several heads of queries."""
+    if not shape or shape[-1] == wanted[-1] or shape[-1] == 1:
+        return labelled, shape
+    ids = labelled.dims[-1]
+    times = wanted[-1] // shape[-1]
+    return Labelled((*labelled.dims[:-1], None if ids is None else np.repeat(ids, times)), labelled.weight), wanted
 
 
 @rule("mkldnn_rnn_layer _cudnn_rnn miopen_rnn")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import prod
 
 import numpy as np
 from torch import Tensor
 
 from secateur.tracing.call import Call, Result, merge
-from secateur.tracing.labels import Dim, Labelled, lasting, vanishing
+from secateur.tracing.labels import Dim, Ids, Joint, Labelled, lasting, vanishing
 from secateur.tracing.rules.table import rule, unknown_operation
 
 
@@ -18,37 +19,45 @@ def _labelled(call: Call) -> Labelled:
     return labelled
 
 
+def _rearranged(labelled: Labelled, order: Sequence[int]) -> Labelled:
+    """The labels of a tensor whose dims come in another order; -1 is a new dim, and what is left out has no labels."""
+    joints = tuple(joint.at(order.index(d) for d in joint.dims) for joint in labelled.joints)
+    return Labelled(tuple(None if d < 0 else labelled.dims[d] for d in order), labelled.weight, joints)
+
+
 @rule("t")
 def _t(call: Call) -> Result:
-    labelled = _labelled(call)
-    return Labelled(labelled.dims[::-1], labelled.weight)
+    labelled = call.open(call.first())
+    return _rearranged(labelled, range(len(labelled.dims))[::-1])
 
 
 @rule("transpose")
 def _transpose(call: Call) -> Result:
-    labelled, dims = _labelled(call), list(_labelled(call).dims)
-    if dims:
-        a, b = (call.arg(n) % len(dims) for n in ("dim0", "dim1"))
-        dims[a], dims[b] = dims[b], dims[a]
-    return Labelled(tuple(dims), labelled.weight)
+    labelled = call.open(call.first())
+    order = list(range(len(labelled.dims)))
+    if order:
+        a, b = (call.arg(n) % len(order) for n in ("dim0", "dim1"))
+        order[a], order[b] = order[b], order[a]
+    return _rearranged(labelled, order)
 
 
 @rule("permute")
 def _permute(call: Call) -> Result:
-    labelled = _labelled(call)
-    return Labelled(tuple(labelled.dims[d % len(labelled.dims)] for d in call.arg("dims")), labelled.weight)
+    labelled = call.open(call.first())
+    return _rearranged(labelled, [d % len(labelled.dims) for d in call.arg("dims")])
 
 
 @rule("unsqueeze")
 def _unsqueeze(call: Call) -> Result:
-    labelled = _labelled(call)
-    at = call.arg("dim") % (len(labelled.dims) + 1)
-    return Labelled((*labelled.dims[:at], None, *labelled.dims[at:]), labelled.weight)
+    labelled = call.open(call.first())
+    order = list(range(len(labelled.dims)))
+    order.insert(call.arg("dim") % (len(labelled.dims) + 1), -1)
+    return _rearranged(labelled, order)
 
 
 @rule("squeeze")
 def _squeeze(call: Call) -> Result:
-    labelled, x = _labelled(call), call.first()
+    labelled, x = call.open(call.first()), call.first()
     dim = call.arg("dim")
     ndim, after = len(labelled.dims), call.results()[0].ndim  # an in-place squeeze has changed x already
     axes = range(ndim) if dim is None else (dim if isinstance(dim, (list, tuple)) else (dim,))
@@ -57,13 +66,18 @@ def _squeeze(call: Call) -> Result:
     gone = {d % ndim for d in axes if x.shape[d] == 1} if ndim else set()
     for d in gone:
         call.freeze(labelled.dims[d], "is squeezed away")
-    return Labelled(tuple(ids for d, ids in enumerate(labelled.dims) if d not in gone), labelled.weight)
+    if any(d in gone for joint in labelled.joints for d in joint.dims):
+        return unknown_operation(call)
+    return _rearranged(labelled, [d for d in range(ndim) if d not in gone])
 
 
 @rule("expand")
 def _expand(call: Call) -> Result:
-    labelled, x, shape = _labelled(call), call.first(), call.results()[0].shape
-    return Labelled(merge(call, [(labelled, x.shape)], shape, "any"), labelled.weight)
+    labelled, x, shape = call.open(call.first()), call.first(), call.results()[0].shape
+    dims = merge(call, [(labelled, x.shape)], shape, "any")
+    new = len(shape) - x.ndim
+    joints = tuple(joint.at(d + new for d in joint.dims) for joint in labelled.joints)
+    return Labelled(dims, labelled.weight, joints)
 
 
 @rule("repeat")
@@ -81,79 +95,120 @@ def _repeat(call: Call) -> Result:
 def _view(call: Call) -> Result:
     if call.overload == "dtype":
         return unknown_operation(call)
-    labelled, before, after = _labelled(call), call.first().shape, call.results()[0].shape
+    labelled, before, after = call.open(call.first()), call.first().shape, call.results()[0].shape
     if not labelled.has_labels:
         return Labelled((None,) * len(after), labelled.weight)
     if len(after) > 2 or before[:1] != after[:1]:  # not a plain flattening: sizes may come from another tensor
-        for ids in labelled.dims:
+        for ids in labelled.arrays:
             call.placed(ids)
-    dims: list[Dim] = []
+    return _View(call, labelled, before, after).labelled()
+
+
+class _View:
+    """The labels of a tensor that is viewed in another shape.
+
+    Dims fall into blocks, the smallest runs of dims that hold as many positions before as after. What varies along some
+    dims of a block before varies along some dims of it after: along one, or along several, as heads and their sizes.
+
+    Args:
+        call: the view.
+        labelled: the labels before.
+        before: the shape before.
+        after: the shape after.
+    """
+
+    def __init__(self, call: Call, labelled: Labelled, before: Sequence[int], after: Sequence[int]) -> None:
+        self.call, self.given, self.before, self.after = call, labelled, tuple(before), tuple(after)
+        self.blocks = list(_blocks(before, after))  # pairs of ranges
+        self.dims: list[Dim] = [None] * len(after)
+        self.joints: list[Joint] = []
+
+    def labelled(self) -> Labelled:
+        taken: set[int] = set()
+        for joint in self.given.joints:
+            touched = [n for n, (old, _) in enumerate(self.blocks) if any(d in old for d in joint.dims)]
+            if taken.isdisjoint(touched) and not any(
+                self.given.dims[d] is not None for n in touched for d in self.blocks[n][0]
+            ):
+                self._move(joint.dims, joint.table, joint.axes, touched)
+            else:
+                self._freeze(joint.table.ravel())
+            taken.update(touched)
+        for n, (old, new) in enumerate(self.blocks):
+            present = [d for d in old if self.given.dims[d] is not None]
+            if n in taken or not present:
+                for d in present if n in taken else ():
+                    self._freeze(self.given.dims[d])
+                continue
+            if len(old) == len(new) == 1:
+                self.dims[new[0]] = self.given.dims[old[0]]
+                continue
+            if not new:
+                self.call.freeze(self.given.dims[old[0]], "is viewed away")
+                continue
+            keep = max(present, key=lambda d: self.before[d])
+            for d in present:
+                if len(present) > 1:
+                    self.call.placed(self.given.dims[d])
+                if d != keep:
+                    self._freeze(self.given.dims[d])
+            ids = self.given.dims[keep]
+            assert ids is not None
+            self._move((keep,), ids, (None,), [n])
+        return Labelled(tuple(self.dims), self.given.weight, tuple(self.joints))
+
+    def _freeze(self, ids: Dim) -> None:
+        self.call.freeze(ids, "is merged with another dim of channels")
+
+    def _move(self, dims: Sequence[int], table: Ids, axes: Sequence[int | None], blocks: Sequence[int]) -> None:
+        """Labels that vary along some of the dims of some blocks, and along no other."""
+        old = [d for n in blocks for d in self.blocks[n][0]]
+        new = [d for n in blocks for d in self.blocks[n][1]]
+        if prod(self.before[d] for d in old) > _MOST:
+            self.call.freeze(table.ravel(), f"is viewed among more than {_MOST:,} positions")
+            return
+        whole = table.reshape([self.before[d] if d in dims else 1 for d in old])
+        whole = np.broadcast_to(whole, [self.before[d] for d in old]).reshape([self.after[d] for d in new])
+        kept = {  # an axis that comes out as it went in is the same
+            self.blocks[n][1][0]: axes[list(dims).index(self.blocks[n][0][0])]
+            for n in blocks
+            if len(self.blocks[n][0]) == len(self.blocks[n][1]) == 1 and self.blocks[n][0][0] in dims
+        }
+        vary = [i for i in range(len(new)) if (np.abs(whole) != np.abs(whole.take([0], axis=i))).any()]
+        if len(vary) > 1:
+            flat = whole.transpose([*vary, *(i for i in range(len(new)) if i not in vary)])
+            flat = flat.reshape([*(whole.shape[i] for i in vary), -1])
+            flat = vanishing(flat[..., 0], flat.min(-1) > 0)
+            numbers = [kept.get(new[i]) for i in vary]
+            self.joints.append(self.call.labels.join([new[i] for i in vary], flat, numbers))
+            return
+        unit = vary[0] if vary else max(range(len(new)), key=lambda i: self.after[new[i]])
+        line = np.moveaxis(whole, unit, 0).reshape(whole.shape[unit], -1)
+        self.dims[new[unit]] = vanishing(line[:, 0], line.min(1) > 0)  # what is tied vanishes only if all of it does
+
+
+_MOST = 10**8
+
+
+def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """The smallest runs of dims that hold equally many positions, before and after; dims of length 1 by themselves."""
     i = j = 0
     while i < len(before) or j < len(after):
+        i0, j0 = i, j
         if i < len(before) and j < len(after) and before[i] == after[j]:
-            dims.append(labelled.dims[i])
             i, j = i + 1, j + 1
         elif i < len(before) and before[i] == 1:
-            call.freeze(labelled.dims[i], "is viewed away")
             i += 1
         elif j < len(after) and after[j] == 1:
-            dims.append(None)
             j += 1
         else:
-            i2, j2 = _block(before, after, i, j)
-            last = i2 == len(before)
-            dims += _reblock(call, labelled.dims[i:i2], before[i:i2], after[j:j2], weight=labelled.weight, last=last)
-            i, j = i2, j2
-    return Labelled(tuple(dims), labelled.weight)
-
-
-def _block(before: Sequence[int], after: Sequence[int], i: int, j: int) -> tuple[int, int]:
-    """The ends of the smallest blocks of dims from ``i`` and ``j`` on that hold equally many positions."""
-    left, right, i, j = before[i], after[j], i + 1, j + 1
-    while left != right:
-        if left < right:
-            left, i = left * before[i], i + 1
-        else:
-            right, j = right * after[j], j + 1
-    return i, j
-
-
-def _reblock(
-    call: Call, dims: Sequence[Dim], before: Sequence[int], after: Sequence[int], *, weight: bool, last: bool
-) -> list[Dim]:
-    """Labels of a block of dims viewed in another shape.
-
-    A dim with labels that is merged with fixed ones repeats its labels. A dim that is split so that its labels vary
-    along several new dims cannot keep them all: for feature maps the innermost new dim is the unit, and the others are
-    tied (channel shuffle). A split of the last dim of a tensor is a split into heads, which is not cut.
-    """
-    present = [d for d, ids in enumerate(dims) if ids is not None]
-    if not present:
-        return [None] * len(after)
-    if len(present) > 1:
-        keep = max(present, key=lambda d: before[d])
-        for d in present:
-            call.placed(dims[d])
-            if d != keep:
-                call.freeze(dims[d], "is merged with another dim of channels")
-        present = [keep]
-    only = present[0]
-    ids = dims[only]
-    assert ids is not None
-    shape = [1] * len(before)
-    shape[only] = before[only]
-    block = np.broadcast_to(ids.reshape(shape), before).reshape(after)
-    vary = [d for d in range(len(after)) if (block != block.take([0], axis=d)).any()]
-    if len(vary) > 1 and (weight or last):
-        call.freeze(ids, "is split into several dims (heads are not cut)")
-        return [None] * len(after)
-    unit = vary[-1] if vary else max(range(len(after)), key=lambda d: after[d])
-    line = np.moveaxis(block, unit, 0).reshape(after[unit], -1)
-    if len(vary) > 1:
-        call.labels.unite(line[:, :1], line[:, 1:])
-    result: list[Dim] = [None] * len(after)
-    result[unit] = vanishing(line[:, 0], line.min(1) > 0)  # what is tied vanishes only if all of it does
-    return result
+            left, right, i, j = before[i], after[j], i + 1, j + 1
+            while left != right:
+                if left < right:
+                    left, i = left * before[i], i + 1
+                else:
+                    right, j = right * after[j], j + 1
+        yield range(i0, i), range(j0, j)
 
 
 @rule("cat concat concatenate")
@@ -195,12 +250,15 @@ def _stack(call: Call) -> Result:
 
 @rule("split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk unsafe_split_with_sizes")
 def _split(call: Call) -> Result:
-    labelled, axis = _labelled(call), call.arg("dim", 0) % call.first().ndim
+    labelled, axis = call.open(call.first()), call.arg("dim", 0) % call.first().ndim
     sizes = [part.shape[axis] for part in call.results()]
+    ends = np.cumsum(sizes)
+    if _along(labelled, axis):
+        return [_picked(call, labelled, axis, slice(end - n, end)) for n, end in zip(sizes, ends, strict=True)]
     ids = labelled.dims[axis]
     parts: list[Dim] = [None] * len(sizes)
     if ids is not None:
-        cuts = np.split(ids, np.cumsum(sizes)[:-1])
+        cuts = np.split(ids, ends[:-1])
         if len(set(sizes)) == 1:
             for other in cuts[1:]:
                 call.labels.unite(cuts[0], other)
@@ -209,35 +267,76 @@ def _split(call: Call) -> Result:
             for part in cuts[1:-1]:
                 call.moved(ids, part)
         parts = list(cuts)
-    return [Labelled((*labelled.dims[:axis], part, *labelled.dims[axis + 1 :]), labelled.weight) for part in parts]
+    return [
+        Labelled((*labelled.dims[:axis], part, *labelled.dims[axis + 1 :]), labelled.weight, labelled.joints)
+        for part in parts
+    ]
+
+
+def _along(labelled: Labelled, axis: int) -> bool:
+    """Whether something varies along this dim and others."""
+    return any(axis in joint.dims for joint in labelled.joints)
+
+
+def _picked(call: Call, labelled: Labelled, axis: int, which: slice | int) -> Labelled:
+    """Some positions of a dim along which, among others, labels vary; of a single one the dim is gone."""
+    dims, alone = list(labelled.dims), isinstance(which, int)
+    joints = []
+    if alone:
+        del dims[axis]
+    for joint in labelled.joints:
+        new = [d - (alone and d > axis) for d in joint.dims if not (alone and d == axis)]
+        if axis not in joint.dims:
+            joints.append(joint.at(new))
+            continue
+        at = joint.dims.index(axis)
+        call.labels.picked.add(joint.axes[at])
+        table = joint.table[(slice(None),) * at + (which,)]
+        axes = [number for i, number in enumerate(joint.axes) if not (alone and i == at)]
+        varying = [i for i in range(table.ndim) if (np.abs(table) != np.abs(table.take([0], axis=i))).any()]
+        if len(varying) > 1:
+            joints.append(call.labels.join(new, table, axes))
+        else:
+            unit = varying[0] if varying else int(np.argmax(table.shape))
+            line = np.moveaxis(table, unit, 0).reshape(table.shape[unit], -1)
+            dims[new[unit]] = vanishing(line[:, 0], line.min(1) > 0)
+    return Labelled(tuple(dims), labelled.weight, tuple(joints))
 
 
 @rule("slice narrow")
 def _slice(call: Call) -> Result:
-    labelled, axis = _labelled(call), call.arg("dim", 0) % call.first().ndim
-    ids, size = labelled.dims[axis], call.first().shape[axis]
-    if ids is None:
-        return labelled
+    labelled, axis = call.open(call.first()), call.arg("dim", 0) % call.first().ndim
+    size = call.first().shape[axis]
     if call.base == "narrow":
         start = call.arg("start")
         cut = slice(start, start + call.arg("length"))
     else:
         cut = slice(call.arg("start"), call.arg("end"), call.arg("step", 1))
-    part = ids
-    if len(range(*cut.indices(size))) != size:
-        part = ids[cut]
-        call.placed(ids)
-        start, stop, step = cut.indices(size)
-        if step > 1 or (start > 0 and stop < size):
-            call.moved(ids, part if step == 1 else ids)
-    return Labelled((*labelled.dims[:axis], part, *labelled.dims[axis + 1 :]), labelled.weight)
+    if len(range(*cut.indices(size))) == size:
+        return labelled
+    if _along(labelled, axis):
+        return _picked(call, labelled, axis, cut)
+    ids = labelled.dims[axis]
+    if ids is None:
+        return labelled
+    part = ids[cut]
+    call.placed(ids)
+    start, stop, step = cut.indices(size)
+    if step > 1 or (start > 0 and stop < size):
+        call.moved(ids, part if step == 1 else ids)
+    dims = (*labelled.dims[:axis], part, *labelled.dims[axis + 1 :])
+    return Labelled(dims, labelled.weight, labelled.joints)
 
 
 @rule("select unbind")
 def _select(call: Call) -> Result:
-    labelled, axis = _labelled(call), call.arg("dim", 0) % call.first().ndim
+    labelled, axis = call.open(call.first()), call.arg("dim", 0) % call.first().ndim
+    if _along(labelled, axis):
+        if call.base == "unbind":
+            return [_picked(call, labelled, axis, i) for i in range(len(call.results()))]
+        return _picked(call, labelled, axis, call.arg("index"))
     call.freeze(labelled.dims[axis], "single positions are picked out")
-    result = Labelled((*labelled.dims[:axis], *labelled.dims[axis + 1 :]), labelled.weight)
+    result = _rearranged(labelled, [d for d in range(len(labelled.dims)) if d != axis])
     return [result] * len(call.results())
 
 

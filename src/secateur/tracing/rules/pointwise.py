@@ -39,6 +39,9 @@ def _is_zero(value: object) -> bool:
     "lift_fresh_copy lift zero nan_to_num zeros_like to dropout square frac deg2rad rad2deg isnan isinf positive"
 )
 def _keeps(call: Call) -> Result:
+    labelled = call.open(call.first())
+    if labelled.joints and call.first().shape == call.results()[0].shape:
+        return labelled
     return pointwise(call, [call.first()], "any")
 
 
@@ -96,6 +99,8 @@ def _sums(call: Call) -> Result:
 
 @rule("mul logical_and bitwise_and")
 def _products(call: Call) -> Result:
+    if len(call.tensors()) == 1:
+        return _keeps(call)
     return pointwise(call, call.tensors(), "any")
 
 
@@ -104,7 +109,7 @@ def _quotients(call: Call) -> Result:
     tensors = call.tensors()
     below = call.arg("other")
     if not isinstance(below, Tensor):
-        return pointwise(call, [call.first()], "any")
+        return _keeps(call)
     over = call.of(below)
     if over is not None:
         for ids in over.dims:
