@@ -12,7 +12,7 @@ from secateur.tracing.display import LONGEST, html_table, listed
 from secateur.tracing.graph import ChannelGraph
 from secateur.tracing.probe import Chosen
 from secateur.tracing.proof import has_skeleton, verify
-from secateur.tracing.slices import Patched, Value, patches
+from secateur.tracing.slices import Patched, Value
 
 VERSION = 1
 
@@ -212,7 +212,7 @@ def make_plan(
     if proven and (wrong := verify(None, graph, chosen)):
         raise cannot_cut(wrong)
     slices = graph.slices(chosen)
-    patched = patches(graph.sizes, slices)
+    patched = graph.patches(chosen)
     return Plan(clean, slices, graph.fingerprint, dict(skipped or {}), patched, graph, proven)
 
 

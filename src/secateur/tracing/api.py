@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +15,9 @@ from secateur._internal.errors import NothingToPrune, SecateurError
 from secateur.tracing.build import build
 from secateur.tracing.graph import ChannelGraph, ChannelGroup, fingerprint, no_removable_channel
 from secateur.tracing.labels import Ids, Labels
-from secateur.tracing.probe import Chosen, Refused, ends, lone, unbearable, uneven
-from secateur.tracing.proof import Proof, keep_proof, no_collection, observe
+from secateur.tracing.memories import Recollection, alike, candidates
+from secateur.tracing.probe import Chosen, Fault, Refused, ends, lone, unbearable, uneven
+from secateur.tracing.proof import Observed, Proof, keep_proof, no_collection, observe
 from secateur.tracing.slices import remembered
 
 
@@ -48,12 +49,12 @@ def _trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
     observed, mark, sizes = observe(model, inputs), fingerprint(model), remembered(model)
     labels, params = observed.labels, observed.params
     extra: list[tuple[Ids, str, str]] = []
+    known: list[Recollection] = []
     while True:
         graph, channel_of = build(labels, params, mark, sizes, extra)
-        proof = Proof(observed, channel_of)
-        probe = _prober(graph, proof)
+        prober = _Prober(graph, observed, channel_of, known)
         placed = _placed(graph, labels, channel_of)
-        bad = _refused(probe, graph, placed)
+        bad = _refused(prober, graph, placed)
         if not bad:
             break
         # what stays whole now may be what another's size comes from: once more
@@ -63,34 +64,82 @@ def _trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
 
     least: list[Refused] = []
     for chosen in lone(placed):
-        least += probe(chosen, least)
+        least += prober.probe(chosen, least)
     pairs = {g.name for g, _ in least}
     groups = tuple(replace(g, least=2) if g.name in pairs else g for g in graph.groups)
     held = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, inputs)
-    graph = replace(graph, groups=groups, inputs=held)
-    keep_proof(graph, proof)
+    graph = replace(prober.graph, groups=groups, inputs=held)
+    keep_proof(graph, prober.proof)
     return graph
 
 
-Prober = Callable[..., list[Refused]]
+class _Prober:
+    """Says which groups of a graph the model does not bear to be cut as chosen, and finds what its Python remembers.
 
+    Args:
+        graph: the graph.
+        observed: the first runs.
+        channel_of: the channel of every label.
+        known: what was found to be remembered until now, to which more is added.
 
-def _prober(graph: ChannelGraph, proof: Proof) -> Prober:
-    """What says which groups of a graph the model does not bear to be cut as chosen."""
+    Attributes:
+        graph: the graph, with what is remembered.
+        proof: its proof.
+    """
 
-    def probe(chosen: Chosen, but: Iterable[Refused] = ()) -> list[Refused]:
+    def __init__(self, graph: ChannelGraph, observed: Observed, channel_of: Ids, known: list[Recollection]) -> None:
+        self.proof = Proof(observed, channel_of)
+        self._logs, self._channel_of, self._known, self._plain = observed.logs, channel_of, known, graph
+        self._standard = {size.key for size in graph.sizes}
+        self.graph = self._with(known)
+
+    def _with(self, known: Sequence[Recollection]) -> ChannelGraph:
+        return replace(self._plain, memories=tuple(each.memory(self._channel_of) for each in known))
+
+    def probe(self, chosen: Chosen, but: Iterable[Refused] = ()) -> list[Refused]:
+        """Those of the chosen groups that are not borne, but for some that are known."""
         known = {g.name for g, _ in but}
-        groups = [g for g in graph.groups if g.name in chosen.removed and g.name not in known]
-        return unbearable(groups, lambda some: proof.fault(graph, chosen.of(some)))
+        groups = [g for g in self.graph.groups if g.name in chosen.removed and g.name not in known]
 
-    return probe
+        def fault(some: Sequence[ChannelGroup]) -> Fault | None:
+            part = chosen.of(some)
+            found = self.proof.fault(self.graph, part)
+            while found is not None and self._mend(part, found):
+                found = self.proof.fault(self.graph, part)
+            return found
+
+        return unbearable(groups, fault)
+
+    def _mend(self, chosen: Chosen, fault: Fault) -> bool:
+        """Find a number in the model's Python with whose change a run gets further."""
+        log, module = self._logs[fault.training], self.proof.module
+        keys = {each.key[:2] for each in self._known}
+        taken = self._standard | {f"{path}.{attribute}" if path else attribute for path, attribute in keys}
+        for at in range(fault.at, max(fault.at - 2, -1), -1):
+            found = candidates(module, log[at], self._channel_of, taken.__contains__)
+            for some in ([each] for each in found) if len(found) < 2 else (*([each] for each in found), found):
+                if self._helps([each.what for each in some], chosen, fault):
+                    for each in some:
+                        self._keep(each.what, *alike(module, log, at, each, self._channel_of))
+                    return True
+        return False
+
+    def _helps(self, more: list[Recollection], chosen: Chosen, fault: Fault) -> bool:
+        again = self.proof.fault(self._with([*self._known, *more]), chosen)
+        return again is None or (again.training, again.at) > (fault.training, fault.at)
+
+    def _keep(self, *more: Recollection) -> None:
+        for each in more:
+            if each.key not in {known.key for known in self._known}:
+                self._known.append(each)
+        self.graph = self._with(self._known)
 
 
-def _refused(probe: Prober, graph: ChannelGraph, placed: list[ChannelGroup]) -> list[Refused]:
+def _refused(prober: _Prober, graph: ChannelGraph, placed: list[ChannelGroup]) -> list[Refused]:
     """The groups that the model does not bear to lose channels of, at their ends or unevenly."""
-    bad = probe(ends(graph.groups))
+    bad = prober.probe(ends(graph.groups))
     for chosen in uneven(placed):
-        bad += probe(chosen, bad)
+        bad += prober.probe(chosen, bad)
     return bad
 
 

@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from secateur._internal.errors import NothingToPrune, SecateurError, unknown
 from secateur.tracing.display import LONGEST, Cell, html_table, listed, paragraph, terminal_width, text_table, wrapped
-from secateur.tracing.slices import Size
+from secateur.tracing.slices import Memory, Size, Value, patches
 
 T = TypeVar("T")
 
@@ -170,6 +170,7 @@ class ChannelGraph:
         axes: every axis of every parameter and buffer, in the model's order.
         fingerprint: hash of the traced model's names and shapes.
         sizes: what its standard modules remember of the lengths of axes.
+        memories: what else its modules remember of the lengths of dims.
         inputs: the example inputs, without their gradients.
     """
 
@@ -183,6 +184,7 @@ class ChannelGraph:
     macs_terms: Terms = field(repr=False)
     params_terms: Terms = field(repr=False)
     inputs: Any = field(default=None, repr=False)
+    memories: tuple[Memory, ...] = field(default=(), repr=False)
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -278,12 +280,27 @@ class ChannelGraph:
             "params": (self.params_terms.total(low), self.params_terms.total(high)),
         }
 
-    def slices(self, plan: HasRemoved) -> dict[str, dict[int, list[int]]]:
-        """Removed positions by tensor name and dim: what a plan means for the weights."""
+    def gone(self, plan: HasRemoved) -> np.ndarray:
+        """Whether a channel goes, bool [channels + 1], by id."""
         ids = [self.group(name).channels[list(positions)] for name, positions in plan.removed.items()]
         gone = np.zeros(1 + max((int(a.channels.max(initial=0)) for a in self.axes), default=0), dtype=bool)
         if ids:
             gone[np.concatenate(ids)] = True
+        return gone
+
+    def patches(self, plan: HasRemoved) -> dict[str, tuple[Value, Value]]:
+        """What modules must remember otherwise after a plan: ``path.attribute`` to its value before and after."""
+        found, gone = patches(self.sizes, self.slices(plan)), self.gone(plan)
+        for memory in self.memories:
+            before, now = found.get(memory.key, (memory.value, memory.value))
+            after = memory.after(gone, now)
+            if after != before:
+                found[memory.key] = (before, after)
+        return found
+
+    def slices(self, plan: HasRemoved) -> dict[str, dict[int, list[int]]]:
+        """Removed positions by tensor name and dim: what a plan means for the weights."""
+        gone = self.gone(plan)
         result: dict[str, dict[int, list[int]]] = {}
         for axis in self.axes:
             positions = np.flatnonzero(gone[axis.channels])

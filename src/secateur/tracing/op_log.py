@@ -105,13 +105,13 @@ class Difference(NamedTuple):
 
     Attributes:
         reason: in words.
-        due: the operation that was due, None where another path was taken.
-        got: the operation that came.
+        at: the entry of what is due.
+        place: of what came, where anything did.
     """
 
     reason: str
-    due: Operation | None = None
-    got: Operation | None = None
+    at: int
+    place: Place | None
 
 
 def compare(expected: OpLog, again: OpLog, agree: Callable[[Dim, Dim], bool], *, free: bool) -> Difference | None:
@@ -123,25 +123,31 @@ def compare(expected: OpLog, again: OpLog, agree: Callable[[Dim, Dim], bool], *,
         agree: whether the labels of two dims are the same.
         free: whether sizes without labels may differ, as where they depend on values.
     """
+    due, came = list(enumerate(expected)), again
     if _path(expected) != _path(again):  # what PyTorch copies or views depends on strides, and so on widths
-        expected, again = _computing(expected), _computing(again)
-        if _path(expected) != _path(again):
-            got = next((b for a, b in zip(expected, again, strict=False) if a.name != b.name), None)
-            return Difference("the model's forward takes another path when widths change", None, got)
-    for want, got in zip(expected, again, strict=True):
-        if want.shapes != got.shapes and not (free and _same_where_labelled(want, got)):
-            gives, due = (_words(shapes) for shapes in (got.shapes, want.shapes))
-            return Difference(f"the model fixes a width: {got.name} gives {gives} where {due} is due", want, got)
-        if want.numbers != got.numbers:
-            return Difference(
-                f"the model computes a number from a width: {got.name} takes {got.numbers} where {want.numbers} is due",
-                want,
-                got,
-            )
-        for dims, others in zip(want.labels, got.labels, strict=True):
-            if any(not agree(a, b) for a, b in zip(dims, others, strict=True)):
-                return Difference(f"the model fixes a position: {got.name} mixes up channels", want, got)
+        due, came = [(i, o) for i, o in due if o.name not in MOVES], [o for o in again if o.name not in MOVES]
+    for (at, want), got in zip(due, came, strict=False):
+        if want.name != got.name:
+            return Difference("the model's forward takes another path when widths change", at, got.place)
+        if wrong := _wrong(want, got, agree, free=free):
+            return Difference(wrong, at, got.place)
+    if len(due) != len(came):
+        at, place = due[len(came) - 1][0] if due else 0, came[-1].place if came else None
+        return Difference("the model's forward takes another path when widths change", at, place)
     return None
+
+
+def _wrong(want: Operation, got: Operation, agree: Callable[[Dim, Dim], bool], *, free: bool) -> str:
+    """What is wrong with an operation, in words."""
+    if want.shapes != got.shapes and not (free and _same_where_labelled(want, got)):
+        gives, due = (_words(shapes) for shapes in (got.shapes, want.shapes))
+        return f"the model fixes a width: {got.name} gives {gives} where {due} is due"
+    if want.numbers != got.numbers:
+        return f"the model computes a number from a width: {got.name} takes {got.numbers} where {want.numbers} is due"
+    for dims, others in zip(want.labels, got.labels, strict=True):
+        if any(not agree(a, b) for a, b in zip(dims, others, strict=True)):
+            return f"the model fixes a position: {got.name} mixes up channels"
+    return ""
 
 
 def _words(shapes: tuple[tuple[int, ...], ...]) -> str:
@@ -150,11 +156,6 @@ def _words(shapes: tuple[tuple[int, ...], ...]) -> str:
 
 def _path(log: OpLog) -> list[str]:
     return [operation.name for operation in log]
-
-
-def _computing(log: OpLog) -> OpLog:
-    """The operations that compute something, without those that only move positions."""
-    return [operation for operation in log if operation.name not in MOVES]
 
 
 def _same_where_labelled(want: Operation, got: Operation) -> bool:

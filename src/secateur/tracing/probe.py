@@ -17,7 +17,6 @@ from secateur.tracing.graph import ChannelGraph, ChannelGroup
 from secateur.tracing.labels import Dim, Labels
 from secateur.tracing.op_log import Operation, OpLog, Place, compare, remaining
 from secateur.tracing.skeleton import Skeleton, quiet
-from secateur.tracing.slices import patches
 from secateur.tracing.tracer import Watcher, attempt
 
 Refused = tuple[ChannelGroup, str]
@@ -42,10 +41,14 @@ class Fault:
     Attributes:
         reason: in words, with the place in the model's code.
         suspects: the groups that are met there; empty if that is not known.
+        at: the entry of the first run's log that came out otherwise.
+        training: whether the run was in training mode.
     """
 
     reason: str
-    suspects: frozenset[str] = frozenset()
+    suspects: frozenset[str]
+    at: int
+    training: bool
 
 
 Prober = Callable[[Sequence[ChannelGroup]], Fault | None]
@@ -64,10 +67,7 @@ def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen
     """
     if not chosen.removed:
         return None
-    removed = graph.slices(chosen)
-    ids = [graph.group(name).channels[list(p)] for name, p in chosen.removed.items()]
-    gone = np.zeros(1 + max((int(a.channels.max(initial=0)) for a in graph.axes), default=0), dtype=bool)
-    gone[np.concatenate(ids)] = True
+    gone = graph.gone(chosen)
     left = {(a.name, a.dim): a.channels[~gone[a.channels]] for a in graph.axes}
     expected = remaining(log, gone)
 
@@ -79,21 +79,22 @@ def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen
             skeleton,
             Watcher(Labels(resolved=True), expected),
             survivors,
-            removed=removed,
-            patched=patches(graph.sizes, removed),
+            removed=graph.slices(chosen),
+            patched=graph.patches(chosen),
             training=training,
         )
-    watcher = found.watcher
+    watcher, free = found.watcher, skeleton.kind == "real"
     if found.error is not None:  # whatever the user's forward raises is the answer
-        at = min(len(watcher.log), len(log) - 1)
+        done = len(watcher.log)
+        early = compare(expected[:done], watcher.log, watcher.agree, free=free)
+        at = min(done, len(log) - 1) if early is None else early.at
         reason = f"the model's forward cannot bear it: {_words(found.error)}"
-        return Fault(_placed(reason, found.place), _met(graph, chosen, log[at : at + 1]))
-    different = compare(expected, watcher.log, watcher.agree, free=skeleton.kind == "real")
+        return Fault(_placed(reason, found.place), _met(graph, chosen, log[at : at + 1]), at, training)
+    different = compare(expected, watcher.log, watcher.agree, free=free)
     if different is None:
         return None
-    due = [log[i] for i, operation in enumerate(expected) if operation is different.due]
-    place = different.got.place if different.got is not None else None
-    return Fault(_placed(different.reason, place), _met(graph, chosen, due))
+    at = different.at
+    return Fault(_placed(different.reason, different.place), _met(graph, chosen, log[at : at + 1]), at, training)
 
 
 def _placed(reason: str, place: Place | None) -> str:

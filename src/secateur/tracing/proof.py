@@ -65,15 +65,20 @@ class Proof:
     Args:
         observed: the first runs.
         channel_of: the channel of every label.
+
+    Attributes:
+        logs: what the first runs computed, with channels for labels, by whether they were in training mode.
+        module: the skeleton's module, which is not run.
     """
 
     def __init__(self, observed: Observed, channel_of: Ids) -> None:
         self._skeleton = observed.skeleton
-        self._logs = {training: with_channels(log, channel_of) for training, log in observed.logs.items()}
+        self.module = observed.skeleton.module
+        self.logs = {training: with_channels(log, channel_of) for training, log in observed.logs.items()}
 
     def fault(self, graph: ChannelGraph, chosen: Chosen) -> Fault | None:
         """Why the model does not bear this removal, or None."""
-        for training, log in self._logs.items():
+        for training, log in self.logs.items():
             wrong = mismatch(self._skeleton, log, graph, chosen, training=training)
             if wrong is not None:
                 return wrong

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,29 +115,93 @@ def patches(sizes: Iterable[Size], removed: Removed) -> dict[str, tuple[Value, V
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """A whole number that a module remembers, or an object that it holds, and that is the length of some dim.
+
+    That it is one is no guess: the model's forward does not bear smaller widths without its change.
+
+    Attributes:
+        path: of the module.
+        attribute: where it remembers it, ``"num_heads"`` or ``"config.num_heads"``.
+        value: what it remembers now: the number, or several of which it is one.
+        place: its place among these.
+        channels: those of the dim, int64, one a position.
+    """
+
+    path: str
+    attribute: str
+    value: Value
+    place: int
+    channels: np.ndarray
+
+    @property
+    def key(self) -> str:
+        """``path.attribute``."""
+        return f"{self.path}.{self.attribute}" if self.path else self.attribute
+
+    def after(self, gone: np.ndarray, before: Value) -> Value:
+        """What it should remember without the channels that go, bool [channels + 1], if it was ``before`` until now."""
+        left = len(self.channels) - int(gone[self.channels].sum())
+        if isinstance(before, tuple):
+            return (*before[: self.place], left, *before[self.place + 1 :])
+        return left
+
+
+def numbers(part: nn.Module) -> Iterator[tuple[str, Value, int, int]]:
+    """The whole numbers that a module remembers, or a plain object that it holds.
+
+    Yields:
+        Attribute, its value, the number's place in it, and the number.
+    """
+    for name, value in vars(part).items():
+        if isinstance(value, (int, tuple, list)):
+            found = _value(value)
+            for place, number in enumerate(found if isinstance(found, tuple) else (found,)):
+                if number is not None:
+                    yield name, found, place, number  # type: ignore[misc]
+        elif not isinstance(value, (Tensor, nn.Module, dict, set, str, type)) and not callable(value):
+            for inner, number in getattr(value, "__dict__", {}).items():
+                if type(number) is int:
+                    yield f"{name}.{inner}", number, 0, number
+
+
 def patch(model: nn.Module, patched: Patched) -> None:
     """Let modules remember other sizes, in place; all are looked at before the first is changed.
+
+    Where an object that a module holds remembers it, the module gets a copy of its own of that object.
 
     Raises:
         SecateurError: there is no such module, or it remembers something else.
     """
     modules = dict(model.named_modules())
     places = [_place(modules, key) for key in patched]
-    for (part, attribute), (key, (before, after)) in zip(places, patched.items(), strict=True):
-        found = getattr(part, attribute, None)
+    for (part, names), (key, (before, after)) in zip(places, patched.items(), strict=True):
+        found: Any = part
+        for name in names:
+            found = getattr(found, name, None)
         if _value(found) != before:
             raise SecateurError(
                 f"the plan changes {key} from {before} to {after}, but it is {found!r} here: the plan is damaged, or "
                 "of another model"
             )
-    for (part, attribute), (_, after) in zip(places, patched.values(), strict=True):
-        setattr(part, attribute, after)
+    for (part, (*outer, name)), (_, after) in zip(places, patched.values(), strict=True):
+        holder: Any = part
+        for each in outer:
+            own = copy.copy(getattr(holder, each))
+            setattr(holder, each, own)
+            holder = own
+        kind = type(getattr(holder, name))
+        setattr(holder, name, list(after) if kind is list and isinstance(after, tuple) else after)
 
 
-def _place(modules: Mapping[str, nn.Module], key: str) -> tuple[nn.Module | None, str]:
-    """The module that ``path.attribute`` means, if there is one, and the attribute."""
-    path, _, attribute = key.rpartition(".")
-    return modules.get(path), attribute
+def _place(modules: Mapping[str, nn.Module], key: str) -> tuple[nn.Module | None, list[str]]:
+    """The module that ``path.attribute`` means, the nearest there is, and the names that lead from it to the number."""
+    names = key.split(".")
+    for end in range(len(names) - 1, -1, -1):
+        if ".".join(names[:end]) in modules:
+            return modules[".".join(names[:end])], names[end:]
+    return None, names
 
 
 def _value(given: Any) -> Value | None:
