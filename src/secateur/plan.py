@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from secateur._internal.errors import CannotCut, SecateurError
 from secateur.tracing.display import LONGEST, html_table, listed
 from secateur.tracing.graph import ChannelGraph
+from secateur.tracing.norms import KINDS, Norm
 from secateur.tracing.probe import Chosen
 from secateur.tracing.proof import has_skeleton, verify
 from secateur.tracing.slices import Patched, Value
@@ -29,6 +30,7 @@ class Plan:
         patched: what the cut changes in the model's modules: ``"path.attribute"`` to the values before and after, such
             as ``"conv1.out_channels": (16, 8)``. Values are whole numbers; ``normalized_shape`` is a tuple of them, a
             list in JSON.
+        norms: paths of the norms whose statistics go on over what they were taken over, with what they need for it.
         graph: the graph it was made with, where there is one (not part of the data).
         proven: whether a cut skeleton has shown that the model bears it. Where none has, as for plans from a copy of a
             graph, :func:`secateur.cut` proves it first. Plans are equal whether they are proven or not.
@@ -39,6 +41,7 @@ class Plan:
     fingerprint: str
     skipped: Mapping[str, str] = field(default_factory=dict)
     patched: Patched = field(default_factory=dict)
+    norms: Mapping[str, Norm] = field(default_factory=dict)
     graph: ChannelGraph | None = field(default=None, repr=False)
     proven: bool = False
 
@@ -85,6 +88,7 @@ class Plan:
             "slices": {name: {str(d): p for d, p in dims.items()} for name, dims in self.slices.items()},
             "skipped": dict(self.skipped),
             "patched": {key: [_listed(v) for v in values] for key, values in self.patched.items()},
+            "norms": {path: asdict(norm) for path, norm in self.norms.items()},
         }
 
     def to_json(self) -> str:
@@ -118,6 +122,7 @@ class Plan:
                 fingerprint=str(data["fingerprint"]),
                 skipped={str(k): str(v) for k, v in data.get("skipped", {}).items()},
                 patched={str(key): _change(values, key) for key, values in data.get("patched", {}).items()},
+                norms={str(path): _norm(given, path) for path, given in data.get("norms", {}).items()},
                 proven=_flag(data.get("proven", True)),  # what was written without this was proven
             )
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -139,6 +144,20 @@ def _change(given: object, key: object) -> tuple[Value, Value]:
     if any(type(n) is not int or n < 0 for n in flat):
         raise SecateurError(f"Plan.from_json: {key!r} must be whole numbers from 0 on, or lists of them, not {given!r}")
     return values[0], values[1]
+
+
+def _norm(given: Any, path: object) -> Norm:
+    """What a norm needs to be cut exactly."""
+    norm = Norm(**given)
+    types = (type(norm.kind), type(norm.width), type(norm.eps))
+    if (
+        types != (str, int, str)
+        or norm.kind not in KINDS
+        or norm.width < 1
+        or not isinstance(norm.offset, (int, float))
+    ):
+        raise SecateurError(f"Plan.from_json: the norm {path!r} must have one of the kinds {KINDS}, not {given!r}")
+    return norm
 
 
 def _flag(given: object) -> bool:
@@ -213,7 +232,8 @@ def make_plan(
         raise cannot_cut(wrong)
     slices = graph.slices(chosen)
     patched = graph.patches(chosen)
-    return Plan(clean, slices, graph.fingerprint, dict(skipped or {}), patched, graph, proven)
+    norms = graph.narrowed(chosen)
+    return Plan(clean, slices, graph.fingerprint, dict(skipped or {}), patched, norms, graph, proven)
 
 
 def cannot_cut(wrong: str) -> CannotCut:

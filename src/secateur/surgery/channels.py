@@ -20,6 +20,7 @@ from secateur.surgery.optimizer_remapper import OptimizerRemapper
 from secateur.surgery.records import add_to_record
 from secateur.tracing.copying import copy_model
 from secateur.tracing.graph import fingerprint, passing_buffers
+from secateur.tracing.norms import narrow_all
 from secateur.tracing.proof import verify
 from secateur.tracing.skeleton import copyable
 from secateur.tracing.slices import Patched, patch, patches, remembered, sliced
@@ -52,6 +53,7 @@ def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None) -> nn.Module
     new = {id(t): _remaining(t, plan.slices.get(n, {})) for n, t in (*model.named_parameters(), *model.named_buffers())}
     small = copy_model(model, dict(new))  # wherever the copy meets an old tensor, in a plain list too, it takes the new
     patch(small, plan.patched)
+    narrow_all(small, plan.norms)
     if plan.graph is not None and plan.graph.inputs is not None:
         _try(small, plan.graph.inputs)
     add_to_record(small, model, {"cut": replace(plan, graph=None)})

@@ -49,7 +49,7 @@ def _trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
     observed, mark, sizes = observe(model, inputs), fingerprint(model), remembered(model)
     labels, params = observed.labels, observed.params
     extra: list[tuple[Ids, str, str]] = []
-    known: list[Recollection] = []
+    known = [Recollection(path, name, len(ids), 0, ids) for path, name, ids in labels.met if ids is not None]
     while True:
         graph, channel_of = build(labels, params, mark, sizes, extra)
         prober = _Prober(graph, observed, channel_of, known)

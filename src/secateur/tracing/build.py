@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from secateur.tracing.graph import Axis, ChannelGraph, ChannelGroup, Frozen, Terms, multiplicities
-from secateur.tracing.labels import Ids, Labels
+from secateur.tracing.labels import Ids, Labels, NormUse
 from secateur.tracing.slices import Size
 
 UNUSED = "is not used as a channel by the forward"
@@ -88,8 +88,16 @@ def build(
         multiplicity=matrix,
         macs_terms=terms,
         params_terms=_params_terms(labels, params),
+        norms=tuple(
+            (path, norm, channel_of[np.abs(ids)]) for path, norm, ids in {n.path: n for n in labels.norms}.values()
+        ),
     )
     return graph, channel_of
+
+
+def _norms(labels: Labels) -> Iterable[NormUse]:
+    """The norms that were met, each once: all that it normalises has the channels of its weight."""
+    return {use.path: use for use in labels.norms}.values()
 
 
 def _owner_of(labels: Labels) -> Ids:

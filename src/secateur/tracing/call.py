@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.tracing.labels import Dim, Ids, Labelled, Labels, lasting, vanishing
 
@@ -37,6 +37,7 @@ class Call:
         args: its positional arguments.
         kwargs: its keyword arguments.
         out: what it returned.
+        at_work: tells the module whose forward runs, by its path.
 
     Attributes:
         labels: the table, to which a rule adds facts.
@@ -45,6 +46,7 @@ class Call:
         overload: which of several signatures it has.
         writes: whether it changes an argument.
         out: what it returned.
+        at_work: tells the module whose forward runs, and its path.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Call:
         args: tuple,
         kwargs: Mapping[str, Any],
         out: Any,
+        at_work: Callable[[], tuple[str, nn.Module | None]] = lambda: ("", None),
     ) -> None:
         self.labels = labels
         self._lookup = lookup
@@ -62,6 +65,7 @@ class Call:
         self._args = args
         self._kwargs = kwargs
         self.out = out
+        self.at_work = at_work
 
     def arg(self, name: str, default: Any = None) -> Any:
         """An argument by the name in the schema. If it was not given, the schema's default; else ``default``."""

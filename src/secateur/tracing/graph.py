@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from secateur._internal.errors import NothingToPrune, SecateurError, unknown
 from secateur.tracing.display import LONGEST, Cell, html_table, listed, paragraph, terminal_width, text_table, wrapped
+from secateur.tracing.norms import Norm
 from secateur.tracing.slices import Memory, Size, Value, patches
 
 T = TypeVar("T")
@@ -171,6 +172,7 @@ class ChannelGraph:
         fingerprint: hash of the traced model's names and shapes.
         sizes: what its standard modules remember of the lengths of axes.
         memories: what else its modules remember of the lengths of dims.
+        norms: paths of the norms that are cut exactly, what they need for it, and the channels that they normalise.
         inputs: the example inputs, without their gradients.
     """
 
@@ -185,6 +187,7 @@ class ChannelGraph:
     params_terms: Terms = field(repr=False)
     inputs: Any = field(default=None, repr=False)
     memories: tuple[Memory, ...] = field(default=(), repr=False)
+    norms: tuple[tuple[str, Norm, np.ndarray], ...] = field(default=(), repr=False)
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -297,6 +300,11 @@ class ChannelGraph:
             if after != before:
                 found[memory.key] = (before, after)
         return found
+
+    def narrowed(self, plan: HasRemoved) -> dict[str, Norm]:
+        """The norms that lose channels, by path, and what they need for it."""
+        gone = self.gone(plan)
+        return {path: norm for path, norm, channels in self.norms if gone[channels].any()}
 
     def slices(self, plan: HasRemoved) -> dict[str, dict[int, list[int]]]:
         """Removed positions by tensor name and dim: what a plan means for the weights."""

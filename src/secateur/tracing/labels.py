@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
+
+from secateur.tracing.norms import Norm
 
 Ids = np.ndarray
 """Int64 array of labels; once equalities are resolved, of channels."""
@@ -88,6 +91,20 @@ class Owner:
     size: int
 
 
+class NormUse(NamedTuple):
+    """A norm that takes its statistics over labels, and that can be cut exactly.
+
+    Attributes:
+        path: of the module.
+        norm: what it must do when it is cut.
+        ids: the labels it normalises.
+    """
+
+    path: str
+    norm: Norm
+    ids: Ids
+
+
 class Labels:
     """Labels given so far and what is known of them.
 
@@ -108,6 +125,9 @@ class Labels:
         self.moved: list[tuple[Ids, Ids, str]] = []  # an axis, what is kept of it by its place, and by which operation
         self.terms: list[tuple[int, tuple[Ids, ...]]] = []
         self.edges: list[tuple[Ids, Ids]] = []
+        self.norm_at: dict[str, Norm] = {}  # the norms that can be cut exactly, by their paths
+        self.norms: list[NormUse] = []
+        self.met: list[tuple[str, str, Ids]] = []  # module, its attribute, and the labels whose number this is
         self.joints: list[Joint] = []
         self.units: set[int] = set()  # the axes of joints along which channels go
         self.picked: set[int] = set()  # those of which single positions are picked

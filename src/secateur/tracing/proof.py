@@ -22,6 +22,7 @@ from secateur._internal.state import Switch
 from secateur.tracing.build import unused
 from secateur.tracing.graph import ChannelGraph, HasRemoved, fingerprint
 from secateur.tracing.labels import Dim, Ids, Labels
+from secateur.tracing.norms import norms_of
 from secateur.tracing.op_log import OpLog, with_channels
 from secateur.tracing.probe import Chosen, Fault, mismatch
 from secateur.tracing.skeleton import KINDS, Skeleton, quiet
@@ -162,7 +163,9 @@ def _watched(model: nn.Module, inputs: Inputs) -> tuple[Skeleton, Watcher]:
     for kind in KINDS:
         skeleton = Skeleton(model, inputs, kind)
         with quiet():
-            found = attempt(skeleton, Watcher(Labels()), _fresh)
+            labels = Labels()
+            labels.norm_at = norms_of(skeleton.module)
+            found = attempt(skeleton, Watcher(labels), _fresh)
         error, place = found.error, found.place
         if error is None:
             return skeleton, found.watcher

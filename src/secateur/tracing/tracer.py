@@ -123,9 +123,12 @@ class Watcher(TorchDispatchMode):
         if out is None:
             out = func(*args, **kwargs)
         if func.namespace != "prim":
-            call = Call(self.labels, self.get, func, args, kwargs, out)
+            call = Call(self.labels, self.get, func, args, kwargs, out, self._at_work)
             self._observe(call, known=func.namespace == "aten")
         return out
+
+    def _at_work(self) -> tuple[str, nn.Module | None]:
+        return self.where.module() if self.where is not None else ("", None)
 
     def _observe(self, call: Call, *, known: bool) -> None:
         """Label the results of an operation, and write it down.
@@ -243,6 +246,14 @@ class Whereabouts:
         known = [sys.modules.get(name) for name in homes if name.partition(".")[0] != "torch"]
         self._files = {getattr(home, "__file__", None) for home in known} - {None}
         self._own: dict[CodeType, bool] = {}
+
+    def module(self) -> tuple[str, nn.Module | None]:
+        """The module whose forward runs, and its path."""
+        for frame, _ in _outwards(sys._getframe(1)):
+            if frame.f_code is _CALL_MODULE:
+                part = frame.f_locals["self"]
+                return self._paths.get(id(part), ""), part
+        return "", None
 
     def now(self) -> Place:
         """The place of the operation that is just dispatched."""

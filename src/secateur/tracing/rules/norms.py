@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import nn
 
 from secateur.tracing.call import Call, Result
-from secateur.tracing.labels import Dim, Labelled, lasting, vanishing
+from secateur.tracing.labels import Dim, Labelled, NormUse, lasting, vanishing
 from secateur.tracing.rules.table import rule
 
 
@@ -45,6 +46,10 @@ def _batch_norm(call: Call) -> Result:
     for d, ids in enumerate(labelled.dims):
         if d != 1:
             call.freeze(ids, "batch norm takes its statistics over it")
+    (path, module), ids = call.at_work(), labelled.dims[1]
+    bare = isinstance(module, nn.modules.batchnorm._NormBase) and not [*module.parameters(), *module.buffers()]
+    if bare and ids is not None:
+        call.labels.met.append((path, "num_features", ids))  # nothing else of it tells how many there are
     own_statistics = call.arg("running_mean") is None or bool(call.arg("training", default=False))
     dims = [None] * len(labelled.dims)
     return [Labelled((dims[0], _affine(call, labelled.dims[1], zero=own_statistics), *dims[2:]), labelled.weight)]
@@ -70,12 +75,23 @@ def _layer_norm(call: Call) -> Result:
                 call.labels.unite(ids, own)
                 call.labels.mark("producer", own)
         if ids is not None:
-            call.labels.approximate(ids, f"{kind} takes its statistics over it")
+            if not exact_norm(call, ids, over):
+                call.labels.approximate(ids, f"{kind} takes its statistics over it")
             keeps = scale or kind != "layer norm"
             dims[-back] = vanishing(ids, np.full(len(ids), keeps))
     if tensors[1] is not None:
         dims[: len(dims) - over] = [lasting(ids) for ids in dims[: len(dims) - over]]
     return [Labelled(tuple(dims), labelled.weight)]
+
+
+def exact_norm(call: Call, ids: np.ndarray, over: int = 1) -> bool:
+    """Whether the module whose forward runs is a norm that can be cut exactly; that it is met is noted then."""
+    path, _ = call.at_work()
+    norm = call.labels.norm_at.get(path) if over == 1 else None
+    if norm is None or norm.width < len(ids):
+        return False
+    call.labels.norms.append(NormUse(path, norm, ids))
+    return True
 
 
 @rule("native_group_norm")
@@ -87,8 +103,7 @@ def _group_norm(call: Call) -> Result:
             call.freeze(ids, "group norm takes its statistics over it")
     ids = labelled.dims[1]
     if ids is not None and groups < len(ids):
-        offsets = ids.reshape(groups, -1)
-        call.labels.unite(offsets[:1], offsets[1:])
-        call.labels.approximate(ids, "group norm takes its statistics over it")
+        members = ids.reshape(groups, -1)  # whole groups go
+        call.labels.unite(members[:, :1], members[:, 1:])
     out = _affine(call, ids, zero=ids is not None and groups == len(ids))
     return [Labelled((None, out, *(None,) * (len(labelled.dims) - 2)), labelled.weight)]

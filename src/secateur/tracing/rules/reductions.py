@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from secateur.tracing.call import Call, Result
 from secateur.tracing.labels import Dim, Labelled, lasting
+from secateur.tracing.rules.norms import exact_norm
 from secateur.tracing.rules.pointwise import pointwise
 from secateur.tracing.rules.table import RULES, rule, unknown_operation
 
@@ -37,7 +38,12 @@ def _summed(call: Call) -> Callable[[Dim], None]:
     labelled = call.of(call.first())
     if labelled is not None and labelled.weight:
         return lambda ids: call.labels.approximate(ids, f"{call.op} of a weight is taken over it")
-    return lambda ids: call.labels.read(ids, call.op)
+
+    def taken(ids: Dim) -> None:
+        if ids is not None and not ((ids < 0).any() and exact_norm(call, ids)):
+            call.labels.read(ids, call.op)
+
+    return taken
 
 
 @rule("sum")
@@ -49,7 +55,12 @@ def _sum(call: Call) -> Result:
 def _statistics(call: Call) -> Result:
     reason = f"{call.base} is taken over it"
     keeps = call.base not in {"logsumexp"}
-    labelled = _reduce(call, lambda ids: call.labels.approximate(ids, reason), keeps=keeps)
+
+    def taken(ids: Dim) -> None:
+        if ids is not None and not (call.base == "mean" and exact_norm(call, ids)):
+            call.labels.approximate(ids, reason)
+
+    labelled = _reduce(call, taken, keeps=keeps)
     return [labelled] * len(call.results()) if len(call.results()) > 1 else labelled
 
 

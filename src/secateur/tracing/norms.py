@@ -1,0 +1,169 @@
+"""Norms over channels of which some are gone, exactly: what is left is normalised as it was beside zeros.
+
+A norm takes its statistics over ``d`` channels. Where the removed ones are zero, these are functions of the ``k`` that
+stay, if ``d`` is remembered:
+
+- A root-mean-square norm, ``w x / sqrt(sum(x^2)/d + e)``, is one over ``k`` channels with the weight ``w sqrt(d/k)``
+  and ``e d/k``. The module stays, with other values. Its class does not matter, nor who wrote it: a module is one if
+  it computes, tried on random numbers, what it should.
+- A layer norm needs ``mu = sum(x)/d`` and ``var = (sum((x - mu)^2) + (d - k) mu^2)/d``, which :class:`NarrowLayerNorm`
+  computes in its place.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+LAYER, ROOT_MEAN_SQUARE = KINDS = ("layer norm", "root-mean-square norm")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a norm needs to be cut exactly.
+
+    Attributes:
+        kind: ``"layer norm"`` or ``"root-mean-square norm"``.
+        width: the number of channels that its statistics are taken over, those that are gone among them.
+        eps: the attribute that holds its epsilon (root-mean-square norms).
+        offset: what is added to its weight (1 where it is learnt as a difference from 1).
+    """
+
+    kind: str
+    width: int
+    eps: str = ""
+    offset: float = 0.0
+
+
+class NarrowLayerNorm(nn.Module):
+    """A layer norm over some of its channels, where the others are zero.
+
+    Args:
+        norm: the layer norm, of which the weight and the bias have been cut already.
+        width: over how many channels its statistics are taken, those that are zero among them.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self.eps, self.width = norm.eps, width
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs [..., channels] for inputs [..., channels]."""
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        mean = wide.sum(-1, keepdim=True) / self.width
+        centred = wide - mean
+        gone = self.width - x.shape[-1]
+        variance = (centred.square().sum(-1, keepdim=True) + gone * mean.square()) / self.width
+        y = (centred * torch.rsqrt(variance + self.eps)).to(x.dtype)
+        y = y * self.weight
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"{len(self.weight)} of {self.width}, eps={self.eps}"
+
+
+def norm_of(module: nn.Module | None) -> Norm | None:
+    """What kind of norm a module is, if it is one that can be cut exactly.
+
+    Args:
+        module: any module; its parameters may be without data.
+    """
+    if module is None or next(module.children(), None) is not None:
+        return None
+    if isinstance(module, NarrowLayerNorm):
+        return Norm(LAYER, module.width)
+    if isinstance(module, nn.LayerNorm):
+        plain = type(module).forward is nn.LayerNorm.forward and len(module.normalized_shape) == 1
+        return Norm(LAYER, module.normalized_shape[0]) if plain and module.weight is not None else None
+    if isinstance(module, nn.RMSNorm) and module.eps is None:
+        return None
+    weights = dict(module.named_parameters(recurse=False))
+    if list(weights) != ["weight"] or module.weight.ndim != 1 or [*module.buffers()]:
+        return None
+    width = len(module.weight)  # type: ignore[arg-type]
+    known = _TRIED.setdefault(type(module), {})
+    for name, value in vars(module).items():
+        if type(value) is float and 0 < value < 0.1:
+            for offset in (0.0, 1.0):
+                norm = Norm(ROOT_MEAN_SQUARE, width, name, offset)
+                if (norm, value) not in known:
+                    known[norm, value] = width > 1 and _holds(module, norm)
+                if known[norm, value]:
+                    return norm
+    return None
+
+
+_TRIED: WeakKeyDictionary[type, dict[tuple[Norm, float], bool]] = WeakKeyDictionary()
+
+
+def norms_of(model: nn.Module) -> dict[str, Norm]:
+    """All norms of a model that can be cut exactly, by their paths."""
+    found = ((path, norm_of(module)) for path, module in model.named_modules())
+    return {path: norm for path, norm in found if norm is not None}
+
+
+def _holds(module: nn.Module, norm: Norm) -> bool:
+    """Whether a module is such a norm: cut, it gives on random numbers what it gives beside zeros."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        whole = _double(module, torch.randn(norm.width, generator=generator, dtype=torch.float64))
+        x = torch.randn(3, norm.width, generator=generator, dtype=torch.float64)
+        kept = torch.arange(norm.width)[:: 2 if norm.width > 2 else norm.width]
+        zeros = torch.zeros_like(x)
+        zeros[:, kept] = x[:, kept]
+        small_values = math.sqrt(getattr(module, norm.eps))  # where epsilon counts
+        x[0], zeros[0] = x[0] * small_values, zeros[0] * small_values
+        small = _double(module, whole.weight.detach()[kept])  # type: ignore[operator]
+        narrow(small, norm)
+        with torch.no_grad():
+            return bool(torch.allclose(whole(zeros)[:, kept], small(x[:, kept]), rtol=1e-5, atol=1e-6))
+    except Exception:  # it is no norm: whatever it raises says so
+        return False
+
+
+def _double(module: nn.Module, weight: Tensor) -> nn.Module:
+    """A copy with this weight, on the CPU."""
+    memo: dict[int, Any] = {id(module.weight): nn.Parameter(weight.clone())}
+    copied = copy.deepcopy(module, memo)
+    if isinstance(copied, nn.RMSNorm):
+        copied.normalized_shape = (len(weight),)
+    return copied
+
+
+def narrow(module: nn.Module, norm: Norm) -> nn.Module:
+    """What takes the place of a norm whose tensors have been cut: itself with other values, or another module.
+
+    Args:
+        module: the norm, changed in place if it stays.
+        norm: what it was.
+    """
+    if norm.kind == LAYER:
+        return NarrowLayerNorm(module, norm.width) if isinstance(module, nn.LayerNorm) else module
+    ratio = norm.width / len(module.weight)  # type: ignore[arg-type]
+    with torch.no_grad():
+        module.weight.add_(norm.offset).mul_(math.sqrt(ratio)).sub_(norm.offset)  # type: ignore[operator]
+    setattr(module, norm.eps, getattr(module, norm.eps) * ratio)
+    return module
+
+
+def narrow_all(model: nn.Module, norms: Mapping[str, Norm]) -> None:
+    """Narrow the norms of a model whose tensors have been cut, in place."""
+    for path, norm in norms.items():
+        parent, _, name = path.rpartition(".")
+        holder = model.get_submodule(parent)
+        found = holder.get_submodule(name)
+        setattr(holder, name, narrow(found, norm))
+        if norm.kind == LAYER and isinstance(holder, nn.TransformerEncoderLayer):
+            holder.activation_relu_or_gelu = (
+                0  # which says that its fused kernel, with its own layer norm, does not fit
+            )
