@@ -91,15 +91,20 @@ CASES = {
     "a constant added": (
         Run(lambda m, x: m.b(m.a(x) + 1), a=nn.Linear(5, 8), b=nn.Linear(8, 3)), torch.randn(4, 5), {"a": 8}, ("a",)),
     "layer norm": (
-        nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)), torch.randn(4, 5), {"0": 8}, ("0",)),
+        nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)), torch.randn(4, 5), {"0": 8}, ()),
+    "layer norm without a scale": (
+        nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 3)), torch.randn(4, 5),
+        {"0": 8}, ("0",)),
     "group norm": (
-        nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), conv(8, 2)), image(), {"0": 4}, ("0",)),
+        nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), conv(8, 2)), image(), {"0": 2}, ()),
+    "group norm over all": (
+        nn.Sequential(conv(3, 8), nn.GroupNorm(1, 8), conv(8, 2)), image(), {"0": 8}, ("0",)),
     "group norm, one group a channel": (
         nn.Sequential(conv(3, 8), nn.GroupNorm(8, 8), conv(8, 2)), image(), {"0": 8}, ()),
     "feed-forward of a transformer": (
         Run(feed_forward, table=nn.Embedding(11, 6), position=P(torch.randn(1, 7, 6)), norm=nn.LayerNorm(6),
             up=nn.Linear(6, 10), down=nn.Linear(10, 6), head=nn.Linear(6, 3)),
-        torch.randint(0, 11, (2, 7)), {"position": 6, "up": 10}, ("position",)),
+        torch.randint(0, 11, (2, 7)), {"position": 6, "up": 10}, ()),
     "tied embedding": (
         Run(lambda m, ids: F.linear(m.f(m.table(ids)), m.table.weight), table=nn.Embedding(11, 6), f=nn.Linear(6, 6)),
         torch.randint(0, 11, (2, 7)), {"table": 6}, ()),
@@ -253,7 +258,7 @@ def test_no_memory_and_no_touch():
 
 
 def test_inexact_groups_are_cut_on_request_only():
-    model, inputs, *_ = case("layer norm")
+    model, inputs, *_ = case("layer norm without a scale")
     graph = sc.trace(model, inputs)
     with pytest.raises(sc.SecateurError, match="layer norm takes its statistics"):
         sc.make_plan(graph, {"0": [1]})

@@ -128,6 +128,7 @@ class Labels:
         self.norm_at: dict[str, Norm] = {}  # the norms that can be cut exactly, by their paths
         self.norms: list[NormUse] = []
         self.met: list[tuple[str, str, Ids]] = []  # module, its attribute, and the labels whose number this is
+        self.grouped: list[tuple[Ids, int, str | None]] = []  # what group norms normalise, in how many groups, which
         self.joints: list[Joint] = []
         self.units: set[int] = set()  # the axes of joints along which channels go
         self.picked: set[int] = set()  # those of which single positions are picked
@@ -173,17 +174,34 @@ class Labels:
     def settle(self) -> None:
         """Settle, once a run is over, what no operation has: the innermost dim of which nothing was picked is the unit.
 
-        So it is where channels are shuffled.
+        So it is where channels are shuffled. Of the channels of a group norm whole groups go, unless all of them are
+        tied then.
         """
-        left = list(self.joints)
-        while left:
-            component = self.components()
-            open_ = [joint for joint in left if len(_varying(component[np.abs(joint.table)])) > 1]
+        component = self.components()
+        left = [joint for joint in self.joints if id(joint) not in self._settled]
+        while open_ := [joint for joint in left if len(_varying(component[np.abs(joint.table)])) > 1]:
             for joint in open_:
                 free = [i for i, axis in enumerate(joint.axes) if axis not in self.picked]
                 unit = next((i for i, axis in enumerate(joint.axes) if axis in self.units), None)
                 self._settle(joint, unit if unit is not None else (free or [0])[-1])
-            left = open_
+            component = self.components()
+            left = [joint for joint in left if id(joint) not in self._settled]
+        for ids, groups, path in self.grouped:
+            members = np.abs(ids).reshape(groups, -1)
+            pairs = np.unique(
+                np.stack([np.repeat(np.arange(groups), members.shape[1]), component[members.ravel()]]), axis=1
+            )
+            matrix = coo_matrix((np.ones(pairs.shape[1], dtype=np.int8), (pairs[0], pairs[1] + groups)),
+                                shape=(groups + self.count,) * 2)  # fmt: skip
+            if len(np.unique(connected_components(matrix, directed=False)[1][:groups])) > 1:
+                self.unite(members[:, :1], members[:, 1:])
+                if path is not None:
+                    self.met.append((path, "num_groups", members[:, 0]))
+                component = self.components()
+            else:
+                self.unite(members[:1], members[1:])
+                self.approximate(ids, "group norm takes its statistics over it")
+        self.grouped.clear()
 
     def along(self, joint: Joint, channel_of: Ids) -> tuple[int, Ids] | None:
         """Along which dim of a tensor a settled joint varies, and its labels there."""

@@ -42,7 +42,7 @@ class Norm:
     offset: float = 0.0
 
 
-class NarrowLayerNorm(nn.Module):
+class NarrowLayerNorm(nn.LayerNorm):
     """A layer norm over some of its channels, where the others are zero.
 
     Args:
@@ -51,9 +51,9 @@ class NarrowLayerNorm(nn.Module):
     """
 
     def __init__(self, norm: nn.LayerNorm, width: int) -> None:
-        super().__init__()
-        self.weight, self.bias = norm.weight, norm.bias
-        self.eps, self.width = norm.eps, width
+        super().__init__(norm.normalized_shape, norm.eps, elementwise_affine=False)
+        self.weight, self.bias, self.elementwise_affine = norm.weight, norm.bias, True
+        self.width = width
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +148,9 @@ def narrow(module: nn.Module, norm: Norm) -> nn.Module:
         norm: what it was.
     """
     if norm.kind == LAYER:
-        return NarrowLayerNorm(module, norm.width) if isinstance(module, nn.LayerNorm) else module
+        if isinstance(module, nn.LayerNorm) and not isinstance(module, NarrowLayerNorm):
+            return NarrowLayerNorm(module, norm.width)
+        return module
     ratio = norm.width / len(module.weight)  # type: ignore[arg-type]
     with torch.no_grad():
         module.weight.add_(norm.offset).mul_(math.sqrt(ratio)).sub_(norm.offset)  # type: ignore[operator]

@@ -235,9 +235,8 @@ def _sizes(part: nn.Module) -> tuple[Tensor | None, _Sizes]:
     if isinstance(part, _BATCH_NORMS):
         return weight, {"num_features": rows}
     if isinstance(part, nn.GroupNorm):
-        own = part.num_groups == part.num_channels  # one group a channel stays so; otherwise whole groups go
-        groups = rows if own else ((0,), (part.num_groups,))
-        return weight, {"num_channels": rows, "num_groups": groups}
+        own = part.num_groups == part.num_channels  # one group a channel stays so
+        return weight, {"num_channels": rows, "num_groups": rows} if own else {"num_channels": rows}
     if isinstance(part, (nn.LayerNorm, nn.RMSNorm)):
         return weight, {"normalized_shape": (tuple(range(len(shape))), shape)}
     if isinstance(part, nn.Embedding):

@@ -84,7 +84,7 @@ class Watcher(TorchDispatchMode):
 
     def settle(self) -> None:
         """Settle what varies along several dims, once the run is over, and complete the op log."""
-        if self.labels.resolved or not self._open:
+        if self.labels.resolved or not (self.labels.joints or self.labels.grouped):
             return
         self.labels.settle()
         channel_of = self.labels.components()

@@ -103,7 +103,7 @@ def _group_norm(call: Call) -> Result:
             call.freeze(ids, "group norm takes its statistics over it")
     ids = labelled.dims[1]
     if ids is not None and groups < len(ids):
-        members = ids.reshape(groups, -1)  # whole groups go
-        call.labels.unite(members[:, :1], members[:, 1:])
+        path, module = call.at_work()
+        call.labels.grouped.append((ids, groups, path if isinstance(module, nn.GroupNorm) else None))
     out = _affine(call, ids, zero=ids is not None and groups == len(ids))
     return [Labelled((None, out, *(None,) * (len(labelled.dims) - 2)), labelled.weight)]
