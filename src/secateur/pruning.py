@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
@@ -46,6 +46,7 @@ def prune(
     strategy: str | Strategy = AUTO,
     repair: str | Repair | Sequence[str | Repair] = AUTO,
     exclude: Exclude = (),
+    outputs: Callable[[Any], Any] | None = None,
     approximate: bool = False,
     latency: LatencyClock | LatencySettings | None = None,
     batches: int | None = BATCHES,
@@ -68,6 +69,7 @@ def prune(
             ``"refit"`` with data, nothing without.
         exclude: what keeps its channels: patterns of group names or module paths, modules, or types of modules. Layers
             that do not require gradients are left alone too.
+        outputs: which of what the forward returns matters, as for :func:`secateur.trace`.
         approximate: also cut groups whose removal changes more than the removed channels; by how much is told.
         latency: for a budget in ``latency_ms``: what :func:`secateur.measure_latency` gave, or settings for it. If none
             is given, forwards of the example inputs are timed.
@@ -92,7 +94,7 @@ def prune(
     for seat in (one, two, *three):
         work.require(getattr(seat, "needs", Needs()), _name(seat))
 
-    graph = trace(model, example_inputs)
+    graph = trace(model, example_inputs, outputs=outputs)
     alone = excluded(model, graph, exclude)
     clock = _clock(graph, budget, latency, work, approximate=approximate, alone=alone)
     check_feasible(graph, budget, approximate=approximate, latency=clock, without=alone)
@@ -103,7 +105,7 @@ def prune(
     facts = repaired(three, model, small, plan, work)
 
     if approximate:
-        facts |= _approximate(work, graph, small, plan)
+        facts |= _approximate(work, graph, plan, outputs)
     if clock is not None:
         facts["latency_ms"] = {"allowed": budget.latency_ms, **clock.facts(plan)}
     facts |= work.facts
@@ -167,12 +169,14 @@ def _settings(seat: Any) -> dict[str, Any]:
     return {"name": _name(seat), **json.loads(json.dumps(own, default=str))}
 
 
-def _approximate(work: Workload, graph: ChannelGraph, small: nn.Module, plan: Any) -> dict[str, Any]:
+def _approximate(
+    work: Workload, graph: ChannelGraph, plan: Any, outputs: Callable[[Any], Any] | None
+) -> dict[str, Any]:
     """How far cut and masked network are apart, where groups that are not exact were cut; it is told."""
     cut_ones = [name for name in plan.removed if not graph.group(name).exact]
     if not cut_ones:
         return {}
-    difference = check(work.model, cut(work.model, plan), plan, work.inputs)
+    difference = check(work.model, cut(work.model, plan), plan, work.inputs, outputs=outputs)
     work.note(
         f"groups that are not exact were cut ({', '.join(cut_ones[:5])}{' ...' if len(cut_ones) > 5 else ''}): the cut "
         f"network differs from the masked one by {difference:.2g} of its largest output on the example inputs"

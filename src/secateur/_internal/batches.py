@@ -16,6 +16,7 @@ Inputs are a tensor, a tuple of positional arguments or a dict of keyword argume
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -145,6 +146,24 @@ def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def call_model(model: nn.Module, inputs: Inputs) -> Any:
     """``model(*inputs)`` for a tuple, ``model(**inputs)`` for a dict, ``model(inputs)`` else."""
     args, kwargs = arguments(inputs)
+    return model(*args, **kwargs)
+
+
+CACHE = "use_cache"
+
+
+def caches(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a forward may return a cache of keys and values for which nobody has asked."""
+    args, kwargs = arguments(inputs)
+    names = list(inspect.signature(model.forward).parameters)
+    return CACHE in names[len(args) :] and CACHE not in kwargs
+
+
+def call_without_cache(model: nn.Module, inputs: Inputs) -> Any:
+    """:func:`call_model`, with ``use_cache=False`` where the forward knows it and the inputs do not say."""
+    args, kwargs = arguments(inputs)
+    if caches(model, inputs):
+        kwargs = {**kwargs, CACHE: False}
     return model(*args, **kwargs)
 
 

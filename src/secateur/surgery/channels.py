@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from secateur._internal.batches import Inputs, call_model, tensors_in
+from secateur._internal.batches import Inputs, call_without_cache, tensors_in
 from secateur._internal.errors import CannotCut, SecateurError
 from secateur._internal.state import eval_mode
 from secateur.plan import Plan, cannot_cut
@@ -149,7 +149,14 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     return copied
 
 
-def check(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> float:
+def check(
+    model: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    inputs: Inputs,
+    *,
+    outputs: Callable[[Any], Any] | None = None,
+) -> float:
     """The largest relative difference between what the masked and the cut network compute, in eval mode.
 
     Both begin with the same random state, which comes back, as do the buffers.
@@ -159,6 +166,7 @@ def check(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> flo
         small: what :func:`cut` made of it.
         plan: what was removed.
         inputs: inputs to compare on, as for :func:`secateur.trace`.
+        outputs: which of what the forwards return is compared, as for :func:`secateur.trace`.
 
     Returns:
         ``max |masked - small| / max |masked|`` over all outputs; infinity if anything is not finite.
@@ -166,8 +174,9 @@ def check(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> flo
     Raises:
         SecateurError: the outputs differ in number or shape.
     """
-    wanted = tensors_in(_eval(masked(model, plan), inputs))
-    given = tensors_in(_eval(small, inputs))
+    matters = outputs if outputs is not None else lambda out: out
+    wanted = tensors_in(matters(_eval(masked(model, plan), inputs)))
+    given = tensors_in(matters(_eval(small, inputs)))
     if [t.shape for t in wanted] != [t.shape for t in given]:
         raise SecateurError(
             f"check: the outputs' shapes differ: {[list(t.shape) for t in wanted]} and {[list(t.shape) for t in given]}"
@@ -183,7 +192,7 @@ def check(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> flo
 
 def _eval(model: nn.Module, inputs: Inputs) -> Any:
     with eval_mode(model):
-        return call_model(model, pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs))
+        return call_without_cache(model, pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs))
 
 
 def _try(small: nn.Module, inputs: Inputs) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from secateur.tracing.proof import Observed, Proof, keep_proof, no_collection, o
 from secateur.tracing.slices import remembered
 
 
-def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: Inputs, *, outputs: Callable[[Any], Any] | None = None) -> ChannelGraph:
     """Find out which channels of a model live and die together.
 
     The model's forward runs once on a copy without data (so on any device, in any dtype, and without room for a second
@@ -29,7 +30,10 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
 
     Args:
         model: any module.
-        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. A forward that knows
+            ``use_cache`` is called without a cache, if they do not say otherwise.
+        outputs: which of what the forward returns matters, ``lambda out: out.logits``: its widths stay what they are.
+            Everything if not given, hidden states and auxiliary tensors among it.
 
     Returns:
         The channel graph; counts refer to the example inputs' shapes.
@@ -42,11 +46,11 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
     if isinstance(example_inputs, Mapping):  # of whatever kind: only plain dicts are looked into
         example_inputs = dict(example_inputs)
     with no_collection(), torch.inference_mode(False):
-        return _trace(model, example_inputs)
+        return _trace(model, example_inputs, outputs)
 
 
-def _trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
-    observed, mark, sizes = observe(model, inputs), fingerprint(model), remembered(model)
+def _trace(model: nn.Module, inputs: Inputs, outputs: Callable[[Any], Any] | None) -> ChannelGraph:
+    observed, mark, sizes = observe(model, inputs, outputs), fingerprint(model), remembered(model)
     labels, params = observed.labels, observed.params
     extra: list[tuple[Ids, str, str]] = []
     known = [Recollection(path, name, len(ids), 0, ids) for path, name, ids in labels.met if ids is not None]

@@ -296,4 +296,6 @@ def _frozen(labels: Labels, channel_of: Ids, reason_of: Ids, freezes: Sequence[F
     for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
         owner, (_, operation, reason) = labels.owners[key // len(freezes)], freezes[key % len(freezes)]
         if reason != "kernel position":
-            yield Frozen(owner.name, owner.dim, count, operation, reason)
+            at = key % len(freezes)
+            place = labels.frozen_at[at] if at < len(labels.frozen_at) else None
+            yield Frozen(owner.name, owner.dim, count, operation, reason, "" if place is None else str(place))

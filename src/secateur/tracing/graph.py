@@ -98,13 +98,19 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Positions of one axis that cannot be removed, with the operation and the reason."""
+    """Positions of one axis that cannot be removed: the operation, the reason, the place in the model's code."""
 
     axis: str
     dim: int
     positions: int
     operation: str
     reason: str
+    place: str = ""
+
+    @property
+    def words(self) -> str:
+        """The reason, with the operation and the place."""
+        return f"{self.reason} ({self.operation}{f', {self.place}' if self.place else ''})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,7 +333,7 @@ class ChannelGraph:
         lines += wrapped(self._counts(), width)
         for reason, names in _by_reason((g.reason, g.name, 1) for g in self.groups if not g.exact):
             lines += ["", *paragraph(f"not exact: {reason}", [name for name, _ in names], width)]
-        frozen = ((f"{f.reason} ({f.operation})", f"{f.axis}:{f.dim}", f.positions) for f in self.frozen)
+        frozen = ((f.words, f"{f.axis}:{f.dim}", f.positions) for f in self.frozen)
         for reason, axes in _by_reason(frozen):
             count = sum(positions for _, positions in axes)
             lines += ["", *paragraph(f"frozen, {count:,} positions: {reason}", [name for name, _ in axes], width)]

@@ -9,9 +9,9 @@ stands for a channel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -118,6 +118,8 @@ class Labels:
         self.owners: list[Owner] = []
         self.arrays: list[Ids] = []  # the array of each owner, by reference
         self.freezes: list[tuple[Ids, str, str]] = []
+        self.frozen_at: list[Any] = []  # the place in the model's code, for each of these
+        self.here: Callable[[], Any] = lambda: None  # tells it
         self.approximations: list[tuple[Ids, str]] = []
         self.roles: dict[str, list[Ids]] = {"producer": [], "consumer": [], "carried": []}
         self.aliases: list[tuple[int, int]] = []
@@ -232,6 +234,7 @@ class Labels:
         """The channels with these labels cannot be removed."""
         if ids is not None and len(ids):
             self.freezes.append((ids, operation, reason))
+            self.frozen_at.append(self.here())
 
     def approximate(self, ids: Dim, reason: str) -> None:
         """Removing the channels with these labels changes something else."""

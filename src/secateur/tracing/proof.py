@@ -8,8 +8,10 @@ are proven when they are cut, with a skeleton that is built anew from the model.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -143,13 +145,13 @@ class Observed:
     logs: dict[bool, OpLog]
 
 
-def observe(model: nn.Module, inputs: Inputs) -> Observed:
+def observe(model: nn.Module, inputs: Inputs, outputs: Callable[[Any], Any] | None = None) -> Observed:
     """Run a skeleton of a model once, and once more in training mode if something was not used in the first run.
 
     Raises:
         SecateurError: the forward fails on the inputs, whatever stands in for the tensors.
     """
-    skeleton, watcher = _watched(model, inputs)
+    skeleton, watcher = _watched(model, inputs, outputs)
     params = {name: p.ndim for name, p in skeleton.module.named_parameters()}
     logs = {False: watcher.log}
     if unused(watcher.labels, params):
@@ -157,11 +159,11 @@ def observe(model: nn.Module, inputs: Inputs) -> Observed:
     return Observed(skeleton, watcher.labels, params, logs)
 
 
-def _watched(model: nn.Module, inputs: Inputs) -> tuple[Skeleton, Watcher]:
+def _watched(model: nn.Module, inputs: Inputs, outputs: Callable[[Any], Any] | None) -> tuple[Skeleton, Watcher]:
     """Run a skeleton of the first kind that the model's Python accepts; the last kind's error is the user's."""
     error, place = None, None
     for kind in KINDS:
-        skeleton = Skeleton(model, inputs, kind)
+        skeleton = Skeleton(model, inputs, kind, outputs)
         with quiet():
             labels = Labels()
             labels.norm_at = norms_of(skeleton.module)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from secateur._internal.batches import Inputs, call_model
+from secateur._internal.batches import Inputs, call_without_cache
 from secateur._internal.errors import SecateurError
 from secateur._internal.state import Switch, fork_rng_of, rng_state, without_fast_path
 from secateur.tracing.copying import copy_model, copy_module
@@ -44,15 +44,20 @@ class Skeleton:
         model: the user's model. It is left untouched.
         inputs: example inputs. They are left untouched.
         kind: one of ``KINDS``.
+        outputs: takes what matters of what the forward returns; all of it if not given.
 
     Attributes:
         module: the copy, in eval mode.
         inputs: what stands in for the inputs.
         kind: what stands in for the tensors.
+        outputs: takes what matters of what the forward returns.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, kind: str) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, kind: str, outputs: Callable[[Any], Any] | None = None
+    ) -> None:
         self.kind = kind
+        self.outputs = outputs
         self._fake = FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else None
         stand_in = {"meta": _to_meta, "fake": self._to_fake, "real": _to_real}[kind]
         memo: dict[int, Any] = {}
@@ -121,7 +126,7 @@ class Skeleton:
             if self._fake is not None:
                 stack.enter_context(self._fake)
             stack.enter_context(watcher)
-            return call_model(module, self.inputs)
+            return call_without_cache(module, self.inputs)
 
     def forget(self, tensors: Iterable[weakref.ref[Tensor]]) -> None:
         """Take what runs have left behind out of the caches and namespaces that the user's functions share."""

@@ -52,6 +52,8 @@ class Watcher(TorchDispatchMode):
         self.log: OpLog = []
         self._expected = expected
         self.where: Whereabouts | None = None
+        self._place: Place | None = None
+        labels.here = self._here
         self._agreed: dict[tuple[int, int], tuple[Dim, Dim, bool]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Labelled]] = {}
         self._open: list[tuple[int, int, Joint]] = []  # entry of the op log, number of the result, what varies
@@ -96,6 +98,10 @@ class Watcher(TorchDispatchMode):
                 self.log[at] = replace(self.log[at], labels=tuple(map(tuple, dims)))
         self._open.clear()
 
+    def returned(self) -> None:
+        """The forward is over: what is frozen from now on has no place in it."""
+        self.where = self._place = None
+
     def begin(self, tensor: Tensor, labelled: Labelled, name: str = "") -> None:
         """Give a tensor of the model, by its name, or an input, its labels."""
         self.set(tensor, labelled)
@@ -127,6 +133,12 @@ class Watcher(TorchDispatchMode):
             self._observe(call, known=func.namespace == "aten")
         return out
 
+    def _here(self) -> Place | None:
+        """The place of the operation that is just watched."""
+        if self._place is None and self.where is not None:
+            self._place = self.where.now()
+        return self._place
+
     def _at_work(self) -> tuple[str, nn.Module | None]:
         return self.where.module() if self.where is not None else ("", None)
 
@@ -137,6 +149,7 @@ class Watcher(TorchDispatchMode):
             call: the operation.
             known: whether a rule may know it. Rules are for ATen's operations only.
         """
+        self._place = None
         results = call.results()
         if not results:
             if call.op in {"item", "_local_scalar_dense", "is_nonzero", "equal"}:
@@ -160,8 +173,7 @@ class Watcher(TorchDispatchMode):
             shapes = tuple(tuple(t.shape) for t in results[:told])
             labels = tuple(each.dims for each in listed[:told])
             self._open += [(len(self.log), i, joint) for i, each in enumerate(listed[:told]) for joint in each.joints]
-            place = self.where.now() if self.where is not None else None
-            self.log.append(Operation(name, labels, shapes, numbers, place))
+            self.log.append(Operation(name, labels, shapes, numbers, self._here()))
 
     def _as_expected(self, listed: list[Labelled], results: list[Tensor], *, constant: bool) -> list[Labelled]:
         """The labels that results carry, those of the first run where a second run cannot know them.
@@ -375,6 +387,8 @@ def _run(
     for tensor in tensors_in(skeleton.inputs):
         watcher.begin(tensor, unlabelled(tensor.ndim, weight=False))
     out = skeleton.run(module, watcher, training=training)
+    if skeleton.outputs is not None:
+        out = skeleton.outputs(out)
     outputs = tensors_in(out)
     if not outputs:
         raise SecateurError(
@@ -387,6 +401,7 @@ def _run(
             "thing in it, a hook's closure perhaps, holds the original: let it use what it is called with (a bound "
             "method's self), or register the tensor as a buffer"
         )
+    watcher.returned()
     for tensor in outputs:
         for ids in watcher.get(tensor).arrays:
             watcher.labels.freeze(ids, "output", "belongs to the model's output")
