@@ -47,6 +47,7 @@ class Call:
         writes: whether it changes an argument.
         out: what it returned.
         at_work: tells the module whose forward runs, and its path.
+        before: shape and strides that the first argument had, where the operation changes these in place.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Call:
         self._kwargs = kwargs
         self.out = out
         self.at_work = at_work
+        self.before: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def arg(self, name: str, default: Any = None) -> Any:
         """An argument by the name in the schema. If it was not given, the schema's default; else ``default``."""

@@ -333,10 +333,16 @@ class ChannelGraph:
         lines += wrapped(self._counts(), width)
         for reason, names in _by_reason((g.reason, g.name, 1) for g in self.groups if not g.exact):
             lines += ["", *paragraph(f"not exact: {reason}", [name for name, _ in names], width)]
-        frozen = ((f.words, f"{f.axis}:{f.dim}", f.positions) for f in self.frozen)
+        places: dict[str, dict[str, None]] = {}
+        for f in self.frozen:
+            places.setdefault(f"{f.reason} ({f.operation})", {}).update({f.place: None} if f.place else {})
+        frozen = ((f"{f.reason} ({f.operation})", f"{f.axis}:{f.dim}", f.positions) for f in self.frozen)
         for reason, axes in _by_reason(frozen):
             count = sum(positions for _, positions in axes)
-            lines += ["", *paragraph(f"frozen, {count:,} positions: {reason}", [name for name, _ in axes], width)]
+            first = next(iter(places[reason]), "")
+            more = f"; {len(places[reason]) - 1} more such places" if len(places[reason]) > 1 else ""
+            told = f"frozen, {count:,} positions: {reason}{f', {first}{more}' if first else ''}"
+            lines += ["", *paragraph(told, [name for name, _ in axes], width)]
         return "\n".join(lines)
 
     def _counts(self) -> str:

@@ -121,15 +121,23 @@ class Watcher(TorchDispatchMode):
         entry = self._known.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
             return unlabelled(tensor.ndim, weight=True)
-        return entry[1]
+        labelled = entry[1]
+        for owed in labelled.owed:
+            self.labels.freeze(*owed)
+        if labelled.owed:
+            labelled = replace(labelled, owed=())
+            self.set(tensor, labelled)
+        return labelled
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        before = (tuple(args[0].shape), tuple(args[0].stride())) if func is _RESTRIDE else None
         out = quick(func, args, kwargs)
         if out is None:
             out = func(*args, **kwargs)
         if func.namespace != "prim":
             call = Call(self.labels, self.get, func, args, kwargs, out, self._at_work)
+            call.before = before
             self._observe(call, known=func.namespace == "aten")
         return out
 
@@ -213,6 +221,7 @@ class Watcher(TorchDispatchMode):
                     call.freeze(ids, "is written in place through a view")
 
 
+_RESTRIDE = torch.ops.aten.as_strided_.default
 _IDENTITIES = {"clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh"}
 """Not in the op log: whether PyTorch copies depends on strides, and so on widths."""
 _VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
@@ -280,6 +289,8 @@ class Whereabouts:
         line = 0
         for frame, number in frames:
             code = frame.f_code
+            if code is _RUN:  # what is further out has called us
+                break
             if code is _CALL_MODULE:
                 if path is None:
                     path = self._paths.get(id(frame.f_locals["self"]))
@@ -289,7 +300,7 @@ class Whereabouts:
                     own = self._own[code] = self._is_own(code.co_filename)
                 if own:
                     file, line = code.co_filename, number
-            elif path is not None or code is _RUN:
+            elif path is not None:
                 break
         return Place(path or "", file or "", line)
 

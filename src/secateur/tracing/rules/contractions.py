@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -42,6 +43,12 @@ def _produce(call: Call, labelled: Labelled, *dims: Dim) -> None:
         call.labels.mark("producer", ids)
 
 
+def _as_data(call: Call, labelled: Labelled) -> Labelled:
+    """What was computed from parameters alone, as a layer takes it: its own parameters produce it."""
+    _produce(call, labelled, *labelled.dims)
+    return replace(labelled, weight=False)
+
+
 def _matmul(call: Call, a: Tensor, b: Tensor, batch: int) -> Labelled:
     left, right = call.of(a), call.of(b)
     assert left is not None and right is not None
@@ -49,6 +56,8 @@ def _matmul(call: Call, a: Tensor, b: Tensor, batch: int) -> Labelled:
     if batch:
         heads = [(Labelled(n.dims[:batch], n.weight), t.shape[:batch]) for n, t in ((left, a), (right, b))]
         shared = merge(call, heads, a.shape[:batch], "any")
+    if left.weight and right.weight and right.turned:  # a linear layer on what the model has learnt: no longer a weight
+        left = _as_data(call, left)
     _inner(call, left.dims[-1], right.dims[-2], left_weight=left.weight, right_weight=right.weight)
     rows, inner, columns = left.dims[-2], right.dims[-2], right.dims[-1]
     weight = left.weight and right.weight
@@ -144,6 +153,8 @@ def _convolution(call: Call) -> Result:
     groups, transposed = call.arg("groups"), call.arg("transposed")
     data, weight = call.of(x), call.of(w)
     assert data is not None and weight is not None
+    if data.weight:
+        data = _as_data(call, data)
     for ids in weight.dims[2:]:
         call.freeze(ids, "kernel position")
     for ids in data.dims[2:]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from secateur.tracing.call import Call, Result, merge
@@ -22,7 +24,9 @@ def _labelled(call: Call) -> Labelled:
 def _rearranged(labelled: Labelled, order: Sequence[int]) -> Labelled:
     """The labels of a tensor whose dims come in another order; -1 is a new dim, and what is left out has no labels."""
     joints = tuple(joint.at(order.index(d) for d in joint.dims) for joint in labelled.joints)
-    return Labelled(tuple(None if d < 0 else labelled.dims[d] for d in order), labelled.weight, joints)
+    turned = labelled.weight and list(order) == [1, 0] and not labelled.turned
+    dims = tuple(None if d < 0 else labelled.dims[d] for d in order)
+    return Labelled(dims, labelled.weight, joints, turned=turned)
 
 
 @rule("t")
@@ -335,8 +339,9 @@ def _select(call: Call) -> Result:
         if call.base == "unbind":
             return [_picked(call, labelled, axis, i) for i in range(len(call.results()))]
         return _picked(call, labelled, axis, call.arg("index"))
-    call.freeze(labelled.dims[axis], "single positions are picked out")
-    result = _rearranged(labelled, [d for d in range(len(labelled.dims)) if d != axis])
+    result, ids = _rearranged(labelled, [d for d in range(len(labelled.dims)) if d != axis]), labelled.dims[axis]
+    if ids is not None:
+        result = replace(result, owed=((ids, call.op, "single positions are picked out"),))
     return [result] * len(call.results())
 
 
@@ -364,6 +369,51 @@ def _index_freely(call: Call, labelled: Labelled, used: Sequence[int], out: Tens
         call.freeze(labelled.dims[d], "is picked by index")
     rest = labelled.dims[len(used) :]
     return Labelled((*(None,) * (out.ndim - len(rest)), *rest), labelled.weight)
+
+
+@rule("gather")
+def _gather(call: Call) -> Result:
+    """``y[i, j] = x[index[i, j], j]`` along the first of two dims: what is not looked up passes."""
+    labelled, index, x = _labelled(call), call.of(call.arg("index")), call.first()
+    shape = call.results()[0].shape
+    assert index is not None
+    axis = call.arg("dim") % max(1, x.ndim)
+    call.freeze(labelled.dims[axis], "is picked by index")
+    call.freeze(index.dims[axis], "is used as an index")
+    dims: list[Dim] = []
+    for d, (ids, other) in enumerate(zip(labelled.dims, index.dims, strict=True)):
+        if d == axis:
+            dims.append(None)
+        elif x.shape[d] != shape[d]:
+            call.freeze(ids, "is picked by index")
+            dims.append(None)
+        else:
+            own = (Labelled((ids,), labelled.weight), (shape[d],))
+            dims += merge(call, [own, (Labelled((lasting(other),), index.weight), (shape[d],))], (shape[d],), "any")
+    return Labelled(tuple(dims), labelled.weight and index.weight)
+
+
+@rule("index_put _index_put_impl")
+def _index_put(call: Call) -> Result:
+    """Positions that are looked up by number, or by a mask, get other values: the dims after them pass."""
+    x, indices, values = call.first(), call.arg("indices"), call.arg("values")
+    labelled, given = _labelled(call), call.of(values)
+    assert given is not None
+    used = [d for d, i in enumerate(indices) if i is not None]
+    covered = sum(i.ndim if i.dtype == torch.bool else 1 for i in indices if i is not None)
+    if used != list(range(len(used))):
+        return unknown_operation(call)
+    for d in range(covered):
+        call.freeze(labelled.dims[d], "is picked by index")
+    rest, shape = labelled.dims[covered:], x.shape[covered:]
+    own = given.dims[max(0, values.ndim - len(rest)) :]
+    for ids in given.dims[: values.ndim - len(own)]:
+        call.freeze(ids, "is put where an index says")
+    for ids in own if given.weight and not labelled.weight else ():
+        call.labels.mark("producer", ids)
+    put = (Labelled(own, given.weight), values.shape[values.ndim - len(own) :])
+    merged = merge(call, [(Labelled(rest, labelled.weight), shape), put], shape, "all")
+    return Labelled((*(None,) * covered, *merged), labelled.weight and given.weight)
 
 
 @rule("roll")
@@ -451,3 +501,15 @@ def _im2col(call: Call) -> Result:
     ids = labelled.dims[-3]
     taps = out.shape[-2] // call.first().shape[-3]
     return Labelled((*labelled.dims[:-3], None if ids is None else np.repeat(ids, taps), None), labelled.weight)
+
+
+@rule("as_strided")
+def _as_strided(call: Call) -> Result:
+    """Where shape and steps are what they were, nothing moves; pooling says so of what it returns."""
+    x = call.first()
+    shape, stride = call.before or (tuple(x.shape), tuple(x.stride()))
+    size, steps = tuple(call.arg("size")), tuple(call.arg("stride"))
+    moved = [d for d, n in enumerate(size) if n > 1 and d < len(stride) and steps[d] != stride[d]]
+    if size != shape or moved or call.arg("storage_offset"):
+        return unknown_operation(call)
+    return call.open(x)
