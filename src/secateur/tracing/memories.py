@@ -78,10 +78,19 @@ def candidates(module: nn.Module, operation: Operation, channel_of: Ids, known: 
             if known(f"{path}.{attribute}" if path else attribute):
                 continue
             for r, d, ids in dims:
-                if len(ids) == number:
-                    found.append(Found(Recollection(path, attribute, value, place, ids), r, d, above))
+                own = _of_number(ids, number, channel_of)
+                if own is not None:
+                    found.append(Found(Recollection(path, attribute, value, place, own), r, d, above))
                     break
     return found
+
+
+def _of_number(ids: Ids, number: int, channel_of: Ids) -> Ids | None:
+    """The labels whose number it is: all of a dim, or one of each channel (the heads, or the groups, of a dim)."""
+    if len(ids) == number:
+        return ids
+    channels, first = np.unique(channel_of[np.abs(ids)], return_index=True)
+    return ids[np.sort(first)] if len(channels) == number and (channels > 0).all() else None
 
 
 def alike(module: nn.Module, log: OpLog, at: int, found: Found, channel_of: Ids) -> Iterator[Recollection]:
@@ -107,8 +116,9 @@ def alike(module: nn.Module, log: OpLog, at: int, found: Found, channel_of: Ids)
         if ids is None or not channel_of[np.abs(ids)].any():
             continue
         for attribute, value, spot, number in numbers(modules[path[0]]):
-            if (attribute, spot) == (found.what.attribute, found.what.place) and number == len(ids):
-                yield Recollection(path[0], attribute, value, spot, ids)
+            own = _of_number(ids, number, channel_of)
+            if own is not None and (attribute, spot) == (found.what.attribute, found.what.place):
+                yield Recollection(path[0], attribute, value, spot, own)
 
 
 def _outwards(path: str) -> Iterator[str]:

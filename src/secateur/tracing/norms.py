@@ -93,7 +93,7 @@ def norm_of(module: nn.Module | None) -> Norm | None:
     width = len(module.weight)  # type: ignore[arg-type]
     known = _TRIED.setdefault(type(module), {})
     for name, value in vars(module).items():
-        if type(value) is float and 0 < value < 0.1:
+        if type(value) is float and 0 < value < 1:
             for offset in (0.0, 1.0):
                 norm = Norm(ROOT_MEAN_SQUARE, width, name, offset)
                 if (norm, value) not in known:

@@ -123,9 +123,18 @@ def compare(expected: OpLog, again: OpLog, agree: Callable[[Dim, Dim], bool], *,
         agree: whether the labels of two dims are the same.
         free: whether sizes without labels may differ, as where they depend on values.
     """
-    due, came = list(enumerate(expected)), again
-    if _path(expected) != _path(again):  # what PyTorch copies or views depends on strides, and so on widths
-        due, came = [(i, o) for i, o in due if o.name not in MOVES], [o for o in again if o.name not in MOVES]
+    found = _difference(list(enumerate(expected)), again, agree, free=free)
+    if found is None or (_path(expected) == _path(again) and expected[found.at].name not in MOVES):
+        return found
+    # what PyTorch copies, views or permutes depends on strides, and so on widths: what is computed decides
+    computing = [(i, o) for i, o in enumerate(expected) if o.name not in MOVES]
+    decisive = _difference(computing, [o for o in again if o.name not in MOVES], agree, free=free)
+    return found if decisive is not None and _path(expected) == _path(again) else decisive
+
+
+def _difference(
+    due: list[tuple[int, Operation]], came: OpLog, agree: Callable[[Dim, Dim], bool], *, free: bool
+) -> Difference | None:
     for (at, want), got in zip(due, came, strict=False):
         if want.name != got.name:
             return Difference("the model's forward takes another path when widths change", at, got.place)

@@ -25,6 +25,7 @@ from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
 from secateur.tracing.call import Call
 from secateur.tracing.labels import Dim, Joint, Labelled, Labels, lasting, unlabelled
+from secateur.tracing.norms import NarrowLayerNorm
 from secateur.tracing.op_log import Operation, OpLog, Place
 from secateur.tracing.rules.table import RULES, unknown_operation
 from secateur.tracing.shapes import quick
@@ -176,6 +177,8 @@ class Watcher(TorchDispatchMode):
                 self._written(call, tensor, self.labels.settled(new))
             self.set(tensor, new)
         numbers = _numbers(call)
+        if numbers and isinstance(self._at_work()[1], NarrowLayerNorm):
+            numbers = ()  # it computes from its width what it should
         if call.base not in _IDENTITIES or numbers:
             name = "view" if call.base in _VIEWS else call.base
             shapes = tuple(tuple(t.shape) for t in results[:told])
@@ -305,9 +308,7 @@ class Whereabouts:
         return Place(path or "", file or "", line)
 
     def _is_own(self, file: str) -> bool:
-        if self._files:
-            return file in self._files
-        return not file.startswith((_TORCH, _OURS, "<"))  # a model of PyTorch's layers alone, with hooks perhaps
+        return file in self._files or not file.startswith(_LIBRARIES)
 
 
 def _outwards(frame: FrameType | None) -> Iterable[tuple[FrameType, int]]:
@@ -318,8 +319,8 @@ def _outwards(frame: FrameType | None) -> Iterable[tuple[FrameType, int]]:
 
 _CALL_MODULE = nn.Module._call_impl.__code__
 _RUN = Skeleton.run.__code__
-_TORCH = os.path.dirname(torch.__file__)
 _OURS = os.path.dirname(os.path.dirname(__file__))
+_LIBRARIES = (os.path.dirname(os.path.dirname(torch.__file__)), os.path.dirname(os.__file__), _OURS, "<")
 
 
 @dataclass(frozen=True, eq=False)

@@ -362,13 +362,19 @@ def _index(call: Call) -> Result:
 
 
 def _index_freely(call: Call, labelled: Labelled, used: Sequence[int], out: Tensor) -> Result:
-    """Several or many-dimensional indices: labels survive only on dims after leading indexed ones."""
+    """Several or many-dimensional indices, or masks: labels survive only on dims after leading indexed ones."""
     if used != list(range(len(used))):
         return unknown_operation(call)
-    for d in used:
-        call.freeze(labelled.dims[d], "is picked by index")
-    rest = labelled.dims[len(used) :]
+    covered = _covered(call.arg("indices"))
+    for ids in labelled.dims[:covered]:
+        call.freeze(ids, "is picked by index")
+    rest = labelled.dims[covered:]
     return Labelled((*(None,) * (out.ndim - len(rest)), *rest), labelled.weight)
+
+
+def _covered(indices: Sequence[Tensor | None]) -> int:
+    """How many dims leading indices cover: a mask as many as it has, numbers one."""
+    return sum(i.ndim if i.dtype in (torch.bool, torch.uint8) else 1 for i in indices if i is not None)
 
 
 @rule("gather")
@@ -400,7 +406,7 @@ def _index_put(call: Call) -> Result:
     labelled, given = _labelled(call), call.of(values)
     assert given is not None
     used = [d for d, i in enumerate(indices) if i is not None]
-    covered = sum(i.ndim if i.dtype == torch.bool else 1 for i in indices if i is not None)
+    covered = _covered(indices)
     if used != list(range(len(used))):
         return unknown_operation(call)
     for d in range(covered):

@@ -1,0 +1,154 @@
+"""Norms over channels of which some are gone: what stays is normalised as it was beside zeros."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import secateur as sc
+from secateur.tracing.norms import NarrowLayerNorm, norm_of
+
+
+class OfLlama(nn.Module):
+    def __init__(self, width, eps=1e-3):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.randn(width)), eps
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+class OfGemma(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(width) * 0.3), 1e-2
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+class NoNorm(nn.Module):
+    """Looks like one, and divides by something else."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(width)), 1e-2
+
+    def forward(self, x):
+        return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.eps)
+
+
+def network(norm, width=10):
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, width), norm(width), nn.Linear(width, 7), nn.ReLU(), nn.Linear(7, 2)]
+    model = nn.Sequential(*layers).double().eval()
+    for p in model[1].parameters():
+        p.data = torch.randn_like(p)
+    return model, torch.randn(3, 5, 4).double()
+
+
+EXACT = {
+    "layer norm": (nn.LayerNorm, "layer norm"),
+    "layer norm, no bias": (lambda n: nn.LayerNorm(n, eps=0.1, bias=False), "layer norm"),
+    "root-mean-square norm": (lambda n: nn.RMSNorm(n, eps=0.1), "root-mean-square norm"),
+    "one of Llama's kind": (OfLlama, "root-mean-square norm"),
+    "one of Gemma's kind": (OfGemma, "root-mean-square norm"),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_stream_goes_exactly(name, tmp_path):
+    make, kind = EXACT[name]
+    model, x = network(make)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    graph = sc.trace(model, x)
+    assert [(g.name, len(g), g.exact) for g in graph.groups] == [("0", 10, True), ("2", 7, True)]
+    for gone in ([3], [0, 1, 2, 7, 9], list(range(1, 10))):
+        plan = sc.make_plan(graph, {"0": gone})
+        assert plan.norms["1"].kind == kind and plan.norms["1"].width == 10
+        small = sc.cut(model, sc.Plan.from_json(plan.to_json()))
+        assert sc.check(model, small, plan, x) < 1e-12
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    small = sc.cut(model, sc.make_plan(graph, {"0": [0, 4, 5]}))
+    second = sc.trace(small, x)
+    plan = sc.make_plan(second, {"0": [1, 6], "2": [0]})
+    smaller = sc.cut(small, plan)
+    assert sc.check(small, smaller, plan, x) < 1e-12
+    sc.save(smaller, tmp_path)
+    loaded = sc.load(tmp_path, build=lambda: network(make)[0])
+    assert torch.equal(loaded(x), smaller(x))
+
+
+def test_a_layer_norm_is_replaced_by_one_that_is_still_one():
+    model, x = network(nn.LayerNorm)
+    small = sc.cut(model, sc.make_plan(sc.trace(model, x), {"0": [2, 3]}))
+    assert isinstance(small[1], NarrowLayerNorm) and isinstance(small[1], nn.LayerNorm)
+    assert small[1].normalized_shape == (8,) and small[1].width == 10 and "8 of 10" in repr(small[1])
+    exported = torch.export.export(small, (x,)).module()
+    assert torch.allclose(exported(x), small(x))
+    half = small.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and (half - small.double()(x)).abs().max() < 0.2
+
+
+def test_an_encoder_layer_does_not_take_its_fused_kernel_then():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    from secateur.tracing.norms import narrow_all
+
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        before = layer(x)
+        narrow_all(layer, {"norm1": norm_of(layer.norm1), "norm2": norm_of(layer.norm2)})
+        assert torch.allclose(layer(x), before, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [NoNorm, lambda n: nn.LayerNorm(n, elementwise_affine=False)])
+def test_what_is_no_such_norm_is_not_exact(make):
+    model, x = network(make)
+    assert norm_of(model[1]) is None
+    graph = sc.trace(model, x)
+    assert [g.exact for g in graph.groups] == [False, True]
+
+
+def test_whole_groups_of_a_group_norm_go():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 32, 3), nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 5, 1)]
+    model, x = nn.Sequential(*layers).double().eval(), torch.randn(2, 3, 8, 8).double()
+    model[1].bias.data.normal_()
+    graph = sc.trace(model, x)
+    assert [(g.name, len(g), g.exact) for g in graph.groups] == [("0", 8, True)]
+    plan = sc.make_plan(graph, {"0": [2, 3]})
+    small = sc.cut(model, plan)
+    assert plan.patched["1.num_groups"] == (8, 6) and small[1].num_groups == 6 and small[1].num_channels == 24
+    assert sc.check(model, small, plan, x) < 1e-12
+    least = graph.feasible()["params"]
+    assert least[0] / least[1] < 0.15
+
+
+def test_a_group_norm_with_a_number_of_its_own_is_patched_too():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.many, self.a, self.b = 4, nn.Conv2d(3, 12, 1), nn.Conv2d(12, 2, 1)
+            self.w, self.c = nn.Parameter(torch.randn(12)), nn.Parameter(torch.randn(12))
+
+        def forward(self, x):
+            return self.b(F.group_norm(self.a(x), self.many, self.w, self.c).relu())
+
+    model, x = Own().double().eval(), torch.randn(2, 3, 4, 4).double()
+    plan = sc.make_plan(sc.trace(model, x), {"a": [1]})
+    assert plan.patched["many"] == (4, 3)
+    assert sc.check(model, sc.cut(model, plan), plan, x) < 1e-12
+
+
+def test_instance_norms_without_tensors_remember_how_many_channels_there_are():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.InstanceNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    plan = sc.make_plan(sc.trace(model, x), {"0": [0, 5]})
+    small = sc.cut(model, plan)
+    assert plan.patched["1.num_features"] == (16, 14) and small[1].num_features == 14
+    small(x)  # PyTorch would warn
+    assert sc.check(model, small, plan, x) < 1e-5
