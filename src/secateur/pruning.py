@@ -37,7 +37,7 @@ BATCHES = 100
 
 def prune(
     model: nn.Module,
-    example_inputs: Inputs,
+    example_inputs: Inputs | list[Inputs],
     budget: Budget,
     *,
     data: Iterable[Any] | None = None,
@@ -87,7 +87,8 @@ def prune(
     """
     if not isinstance(budget, Budget):
         raise SecateurError(f"prune(budget={budget!r}): a Budget is expected, for instance Budget(macs=0.5)")
-    work = Workload(model, data, loss, inputs=example_inputs, batches=batches, group=group, progress=progress)
+    first = example_inputs[0] if isinstance(example_inputs, list) and example_inputs else example_inputs
+    work = Workload(model, data, loss, inputs=first, batches=batches, group=group, progress=progress)
     one = CRITERIA.make(_chosen(criterion, "taylor" if work.has_data and work.has_loss else "magnitude"))
     two = STRATEGIES.make(_chosen(strategy, "uniform"))
     three = repairs_of(_chosen(repair, "refit" if work.has_data else "none"))

@@ -31,7 +31,8 @@ def trace(model: nn.Module, example_inputs: Inputs, *, outputs: Callable[[Any], 
     Args:
         model: any module.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. A forward that knows
-            ``use_cache`` is called without a cache, if they do not say otherwise.
+            ``use_cache`` is called without a cache, if they do not say otherwise. A list of several, where a forward
+            takes one path or another: what any of them uses is bound together, and the first is what is counted.
         outputs: which of what the forward returns matters, ``lambda out: out.logits``: its widths stay what they are.
             Everything if not given, hidden states and auxiliary tensors among it.
 
@@ -42,14 +43,17 @@ def trace(model: nn.Module, example_inputs: Inputs, *, outputs: Callable[[Any], 
         NothingToPrune: no channel can go, with the reasons.
         SecateurError: the forward fails on the example inputs, they are on another device, or empty.
     """
-    check_traceable(model, example_inputs)
-    if isinstance(example_inputs, Mapping):  # of whatever kind: only plain dicts are looked into
-        example_inputs = dict(example_inputs)
+    given = example_inputs if isinstance(example_inputs, list) else [example_inputs]
+    if not given:
+        raise SecateurError("trace(example_inputs): the list is empty: give at least one example input")
+    for inputs in given:
+        check_traceable(model, inputs)
+    plain = [dict(inputs) if isinstance(inputs, Mapping) else inputs for inputs in given]  # only plain ones are opened
     with no_collection(), torch.inference_mode(False):
-        return _trace(model, example_inputs, outputs)
+        return _trace(model, plain, outputs)
 
 
-def _trace(model: nn.Module, inputs: Inputs, outputs: Callable[[Any], Any] | None) -> ChannelGraph:
+def _trace(model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any], Any] | None) -> ChannelGraph:
     observed, mark, sizes = observe(model, inputs, outputs), fingerprint(model), remembered(model)
     labels, params = observed.labels, observed.params
     extra: list[tuple[Ids, str, str]] = []
@@ -71,8 +75,8 @@ def _trace(model: nn.Module, inputs: Inputs, outputs: Callable[[Any], Any] | Non
         least += prober.probe(chosen, least)
     pairs = {g.name for g, _ in least}
     groups = tuple(replace(g, least=2) if g.name in pairs else g for g in graph.groups)
-    held = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, inputs)
-    graph = replace(prober.graph, groups=groups, inputs=held)
+    first, *more = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, list(inputs))
+    graph = replace(prober.graph, groups=groups, inputs=first, more_inputs=tuple(more))
     keep_proof(graph, prober.proof)
     return graph
 
@@ -116,7 +120,7 @@ class _Prober:
 
     def _mend(self, chosen: Chosen, fault: Fault) -> bool:
         """Find a number in the model's Python with whose change a run gets further."""
-        log, module = self._logs[fault.training], self.proof.module
+        log, module = self._logs[fault.run], self.proof.module
         keys = {each.key[:2] for each in self._known}
         taken = self._standard | {f"{path}.{attribute}" if path else attribute for path, attribute in keys}
         for at in range(fault.at, max(fault.at - 2, -1), -1):
@@ -130,7 +134,7 @@ class _Prober:
 
     def _helps(self, more: list[Recollection], chosen: Chosen, fault: Fault) -> bool:
         again = self.proof.fault(self._with([*self._known, *more]), chosen)
-        return again is None or (again.training, again.at) > (fault.training, fault.at)
+        return again is None or (again.run, again.at) > (fault.run, fault.at)
 
     def _keep(self, *more: Recollection) -> None:
         for each in more:

@@ -179,7 +179,8 @@ class ChannelGraph:
         sizes: what its standard modules remember of the lengths of axes.
         memories: what else its modules remember of the lengths of dims.
         norms: paths of the norms that are cut exactly, what they need for it, and the channels that they normalise.
-        inputs: the example inputs, without their gradients.
+        inputs: the example inputs, without their gradients; the first of them, where several were given.
+        more_inputs: the others.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -192,6 +193,7 @@ class ChannelGraph:
     macs_terms: Terms = field(repr=False)
     params_terms: Terms = field(repr=False)
     inputs: Any = field(default=None, repr=False)
+    more_inputs: tuple[Any, ...] = field(default=(), repr=False)
     memories: tuple[Memory, ...] = field(default=(), repr=False)
     norms: tuple[tuple[str, Norm, np.ndarray], ...] = field(default=(), repr=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from linecache import getline
 from typing import NamedTuple
@@ -57,6 +57,11 @@ class Operation:
 
 OpLog = list[Operation]
 """What a run computed, in order."""
+
+
+def arrays_of(log: OpLog) -> Iterator[Ids]:
+    """All arrays of labels."""
+    return (ids for o in log for dims in o.labels for ids in dims if ids is not None)
 
 
 def relabelled(log: OpLog, change: Callable[[Ids], Dim]) -> OpLog:

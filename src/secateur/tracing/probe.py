@@ -34,6 +34,10 @@ class Chosen:
         return Chosen({g.name: self.removed.get(g.name, ()) for g in groups})
 
 
+Run = tuple[bool, int]
+"""Whether a run is in training mode, and which of the example inputs it has."""
+
+
 @dataclass(frozen=True, eq=False)
 class Fault:
     """Why a model does not bear a removal.
@@ -42,20 +46,20 @@ class Fault:
         reason: in words, with the place in the model's code.
         suspects: the groups that are met there; empty if that is not known.
         at: the entry of the first run's log that came out otherwise.
-        training: whether the run was in training mode.
+        run: whether it was in training mode, and which of the example inputs it had.
     """
 
     reason: str
     suspects: frozenset[str]
     at: int
-    training: bool
+    run: Run
 
 
 Prober = Callable[[Sequence[ChannelGroup]], Fault | None]
 """Removes channels of some groups, and says what goes wrong, if anything does."""
 
 
-def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen, *, training: bool) -> Fault | None:
+def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen, run: Run) -> Fault | None:
     """Why the model does not bear this removal, or None.
 
     Args:
@@ -63,7 +67,7 @@ def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen
         log: what the first run computed, with channels for labels.
         graph: the graph with the groups.
         chosen: what to remove.
-        training: whether to run in training mode.
+        run: how to run it.
     """
     if not chosen.removed:
         return None
@@ -81,7 +85,7 @@ def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen
             survivors,
             removed=graph.slices(chosen),
             patched=graph.patches(chosen),
-            training=training,
+            run=run,
         )
     watcher, free = found.watcher, skeleton.kind == "real"
     if found.error is not None:  # whatever the user's forward raises is the answer
@@ -89,12 +93,12 @@ def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen
         early = compare(expected[:done], watcher.log, watcher.agree, free=free)
         at = min(done, len(log) - 1) if early is None else early.at
         reason = f"the model's forward cannot bear it: {_words(found.error)}"
-        return Fault(_placed(reason, found.place), _met(graph, chosen, log[at : at + 1]), at, training)
+        return Fault(_placed(reason, found.place), _met(graph, chosen, log[at : at + 1]), at, run)
     different = compare(expected, watcher.log, watcher.agree, free=free)
     if different is None:
         return None
     at = different.at
-    return Fault(_placed(different.reason, different.place), _met(graph, chosen, log[at : at + 1]), at, training)
+    return Fault(_placed(different.reason, different.place), _met(graph, chosen, log[at : at + 1]), at, run)
 
 
 def _placed(reason: str, place: Place | None) -> str:

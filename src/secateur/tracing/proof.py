@@ -8,7 +8,7 @@ are proven when they are cut, with a skeleton that is built anew from the model.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +25,8 @@ from secateur.tracing.build import unused
 from secateur.tracing.graph import ChannelGraph, HasRemoved, fingerprint
 from secateur.tracing.labels import Dim, Ids, Labels
 from secateur.tracing.norms import norms_of
-from secateur.tracing.op_log import OpLog, with_channels
-from secateur.tracing.probe import Chosen, Fault, mismatch
+from secateur.tracing.op_log import OpLog, arrays_of, with_channels
+from secateur.tracing.probe import Chosen, Fault, Run, mismatch
 from secateur.tracing.skeleton import KINDS, Skeleton, quiet
 from secateur.tracing.tracer import Watcher, attempt
 
@@ -70,19 +70,19 @@ class Proof:
         channel_of: the channel of every label.
 
     Attributes:
-        logs: what the first runs computed, with channels for labels, by whether they were in training mode.
+        logs: what the first runs computed, with channels for labels, by run.
         module: the skeleton's module, which is not run.
     """
 
     def __init__(self, observed: Observed, channel_of: Ids) -> None:
         self._skeleton = observed.skeleton
         self.module = observed.skeleton.module
-        self.logs = {training: with_channels(log, channel_of) for training, log in observed.logs.items()}
+        self.logs = {run: with_channels(log, channel_of) for run, log in observed.logs.items()}
 
     def fault(self, graph: ChannelGraph, chosen: Chosen) -> Fault | None:
         """Why the model does not bear this removal, or None."""
-        for training, log in self.logs.items():
-            wrong = mismatch(self._skeleton, log, graph, chosen, training=training)
+        for run, log in self.logs.items():
+            wrong = mismatch(self._skeleton, log, graph, chosen, run)
             if wrong is not None:
                 return wrong
         return None
@@ -105,7 +105,7 @@ def _rebuilt(model: nn.Module | None, graph: ChannelGraph) -> Proof:
     if graph.inputs is None:
         raise SecateurError("verify: the graph holds no example inputs: trace the model again")
     with torch.inference_mode(False):
-        observed = observe(model, graph.inputs)
+        observed = observe(model, [graph.inputs, *graph.more_inputs])
         return Proof(observed, _channels_of_labels(observed.labels, graph))
 
 
@@ -136,69 +136,96 @@ class Observed:
         skeleton: it.
         labels: the labels of every position, and what is known of them.
         params: name of every parameter -> its number of dims.
-        logs: whether it was in training mode -> what it computed.
+        logs: what each run computed.
     """
 
     skeleton: Skeleton
     labels: Labels
     params: dict[str, int]
-    logs: dict[bool, OpLog]
+    logs: dict[Run, OpLog]
 
 
-def observe(model: nn.Module, inputs: Inputs, outputs: Callable[[Any], Any] | None = None) -> Observed:
-    """Run a skeleton of a model once, and once more in training mode if something was not used in the first run.
+def observe(model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any], Any] | None = None) -> Observed:
+    """Run a skeleton of a model, and once more in training mode if something was not used until then.
+
+    What no run uses may be used by a path that none of them takes. Where a value steers the model's Python, it freezes
+    the channels that it might read, which are those of a width that it has.
+
+    Args:
+        model: the model.
+        inputs: one run each.
+        outputs: what of their outputs matters.
 
     Raises:
         SecateurError: the forward fails on the inputs, whatever stands in for the tensors.
     """
-    skeleton, watcher = _watched(model, inputs, outputs)
-    params = {name: p.ndim for name, p in skeleton.module.named_parameters()}
-    logs = {False: watcher.log}
-    if unused(watcher.labels, params):
+    skeleton, watcher, logs = _watched(model, inputs, outputs)
+    labels, params = watcher.labels, {name: p.ndim for name, p in skeleton.module.named_parameters()}
+    if unused(labels, params):
         logs |= _in_training(skeleton, watcher)
-    return Observed(skeleton, watcher.labels, params, logs)
+    if labels.steered is not None and (left := unused(labels, params)):
+        sizes = {n: name for name, p in skeleton.module.named_parameters() if name in left for n in p.shape if n > 1}
+        for ids in {id(ids): ids for log in logs.values() for ids in arrays_of(log)}.values():
+            if len(ids) in sizes:
+                labels.freeze(ids, "branch", _UNSEEN.format(sizes[len(ids)], labels.steered))
+    return Observed(skeleton, labels, params, logs)
 
 
-def _watched(model: nn.Module, inputs: Inputs, outputs: Callable[[Any], Any] | None) -> tuple[Skeleton, Watcher]:
+_UNSEEN = (
+    "may be read by {}, which these example inputs do not use, since a value steers the model's Python, {}: give "
+    "inputs for each path, trace(model, [x1, x2])"
+)
+
+
+def _watched(
+    model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any], Any] | None
+) -> tuple[Skeleton, Watcher, dict[Run, OpLog]]:
     """Run a skeleton of the first kind that the model's Python accepts; the last kind's error is the user's."""
-    error, place = None, None
+    error, place, failing = None, None, inputs[0]
     for kind in KINDS:
-        skeleton = Skeleton(model, inputs, kind, outputs)
+        skeleton, labels = Skeleton(model, inputs, kind, outputs), Labels()
+        labels.norm_at = norms_of(skeleton.module)
+        logs: dict[Run, OpLog] = {}
         with quiet():
-            labels = Labels()
-            labels.norm_at = norms_of(skeleton.module)
-            found = attempt(skeleton, Watcher(labels), _fresh)
-        error, place = found.error, found.place
+            first = found = attempt(skeleton, Watcher(labels), _fresh)
+            counted = labels.state()["terms"]
+            for number in range(1, len(inputs)):
+                logs[False, number - 1] = found.watcher.log
+                if found.error is None:
+                    found = attempt(skeleton, Watcher(labels), _as_in(first.watcher), run=(False, number))
+        error, place, failing = found.error, found.place, inputs[len(logs)]
         if error is None:
-            return skeleton, found.watcher
+            labels.forget({"terms": counted})
+            return skeleton, first.watcher, {**logs, (False, len(inputs) - 1): found.watcher.log}
         if isinstance(error, SecateurError):
             raise error
-    shapes = ", ".join(f"{list(t.shape)} {t.dtype}".replace("torch.", "") for t in tensors_in(inputs))
+    shapes = ", ".join(f"{list(t.shape)} {t.dtype}".replace("torch.", "") for t in tensors_in(failing))
     raise SecateurError(
         f"{type(model).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: {error}, {place}; "
         "give inputs that model(*example_inputs) accepts"
     ) from error
 
 
+def _as_in(watcher: Watcher) -> Callable[[Labels, str, Tensor], tuple[Dim, ...]]:
+    """The labels with which parameters and buffers began in another run."""
+    return lambda _, name, tensor: watcher.given(name)
+
+
 def _fresh(labels: Labels, name: str, tensor: Tensor) -> tuple[Dim, ...]:
     return tuple(labels.own(name, d, n) for d, n in enumerate(tensor.shape))
 
 
-def _in_training(skeleton: Skeleton, watcher: Watcher) -> dict[bool, OpLog]:
+def _in_training(skeleton: Skeleton, watcher: Watcher) -> dict[Run, OpLog]:
     """What only training uses (an auxiliary head) is bound to the same channels, if its forward needs no more."""
     labels = watcher.labels
     before = labels.state()
-
-    def same(_: Labels, name: str, tensor: Tensor) -> tuple[Dim, ...]:
-        return watcher.given(name)
-
     with quiet():
-        again = attempt(skeleton, Watcher(labels), same, training=True)
+        again = attempt(skeleton, Watcher(labels), _as_in(watcher), run=(True, 0))
     if again.error is not None:  # targets are wanted, say: half a forward binds nothing: what only it uses stays frozen
         labels.forget(before)
         return {}
     labels.forget({"terms": before["terms"]})  # inference is what is counted
-    return {True: again.watcher.log}
+    return {(True, 0): again.watcher.log}
 
 
 _COLLECTOR = Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable())

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -42,7 +42,7 @@ class Skeleton:
 
     Args:
         model: the user's model. It is left untouched.
-        inputs: example inputs. They are left untouched.
+        inputs: example inputs, one or several. They are left untouched.
         kind: one of ``KINDS``.
         outputs: takes what matters of what the forward returns; all of it if not given.
 
@@ -54,7 +54,7 @@ class Skeleton:
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Inputs, kind: str, outputs: Callable[[Any], Any] | None = None
+        self, model: nn.Module, inputs: Sequence[Inputs], kind: str, outputs: Callable[[Any], Any] | None = None
     ) -> None:
         self.kind = kind
         self.outputs = outputs
@@ -72,7 +72,7 @@ class Skeleton:
         self._shared = Shared(model)
         with _ONE_RUN:
             self._begin = rng_state()
-        self.inputs = pytree.tree_map(lambda v: stand_in(v.detach()) if isinstance(v, Tensor) else v, inputs)
+        self.inputs = pytree.tree_map(lambda v: stand_in(v.detach()) if isinstance(v, Tensor) else v, list(inputs))
 
     def _to_fake(self, tensor: Tensor) -> Tensor:
         assert self._fake is not None
@@ -102,7 +102,9 @@ class Skeleton:
         patch(module, patched or {})
         return module
 
-    def run(self, module: nn.Module, watcher: AbstractContextManager[Any], *, training: bool = False) -> Any:
+    def run(
+        self, module: nn.Module, watcher: AbstractContextManager[Any], *, number: int = 0, training: bool = False
+    ) -> Any:
         """One forward of an instance under a watcher, without gradients. The random state comes back.
 
         All runs of a skeleton begin with the same random state: a forward that draws must not seem to depend on
@@ -111,6 +113,7 @@ class Skeleton:
         Args:
             module: an instance.
             watcher: sees the operations.
+            number: of the inputs.
             training: training mode for all but dropout, whose noise is no matter of channels.
         """
         if training:
@@ -126,7 +129,7 @@ class Skeleton:
             if self._fake is not None:
                 stack.enter_context(self._fake)
             stack.enter_context(watcher)
-            return call_without_cache(module, self.inputs)
+            return call_without_cache(module, self.inputs[number])
 
     def forget(self, tensors: Iterable[weakref.ref[Tensor]]) -> None:
         """Take what runs have left behind out of the caches and namespaces that the user's functions share."""

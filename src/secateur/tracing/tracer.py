@@ -163,6 +163,7 @@ class Watcher(TorchDispatchMode):
         if not results:
             if call.op in {"item", "_local_scalar_dense", "is_nonzero", "equal"}:
                 call.freeze_all("its value steers the model's Python")
+                self.labels.steered = self.labels.steered or self._here()
             return
         function = RULES.get(call.base) if known and not call.overload.endswith("out") else None
         given = (function or unknown_operation)(call)
@@ -345,7 +346,7 @@ def attempt(
     *,
     removed: Removed | None = None,
     patched: Patched | None = None,
-    training: bool = False,
+    run: tuple[bool, int] = (False, 0),
 ) -> Attempt:
     """Run an instance of a skeleton with its parameters and buffers labelled, and freeze what it returns.
 
@@ -357,11 +358,11 @@ def attempt(
         label: gives the labels of a parameter or buffer: ``label(table, name, tensor)``.
         removed: what the instance lacks.
         patched: what its modules remember otherwise.
-        training: whether it runs in training mode.
+        run: whether it runs in training mode, and which of the inputs it has.
     """
     error, place = None, None
     try:
-        _run(skeleton, watcher, label, removed, patched, training=training)
+        _run(skeleton, watcher, label, removed, patched, run)
     except Exception as failure:
         error = failure
         place = watcher.where.of(error) if watcher.where is not None else None
@@ -386,9 +387,9 @@ def _run(
     label: Callable[[Labels, str, Tensor], tuple[Dim, ...]],
     removed: Removed | None,
     patched: Patched | None,
-    *,
-    training: bool,
+    run: tuple[bool, int],
 ) -> None:
+    training, number = run
     module = skeleton.instance(removed, patched)
     watcher.where = Whereabouts(module)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -396,9 +397,9 @@ def _run(
         if not isinstance(tensor, nn.Parameter):  # nothing zeroes a buffer
             dims = tuple(lasting(ids) for ids in dims)
         watcher.begin(tensor, Labelled(dims, weight=True), name)
-    for tensor in tensors_in(skeleton.inputs):
+    for tensor in tensors_in(skeleton.inputs[number]):
         watcher.begin(tensor, unlabelled(tensor.ndim, weight=False))
-    out = skeleton.run(module, watcher, training=training)
+    out = skeleton.run(module, watcher, number=number, training=training)
     if skeleton.outputs is not None:
         out = skeleton.outputs(out)
     outputs = tensors_in(out)
