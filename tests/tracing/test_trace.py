@@ -412,10 +412,10 @@ def test_a_recurrent_layer_after_a_narrower_embedding():
 
     model, x = Tagger().double().eval(), torch.randint(0, 20, (2, 5))
     graph = sc.trace(model, x)
-    assert [len(group) for group in graph.groups] == [16]
-    plan = sc.make_plan(graph, {graph.groups[0].name: [0, 7]})
+    assert [len(group) for group in graph.groups] == [16, 8]
+    plan = sc.make_plan(graph, {graph.groups[0].name: [0, 7], graph.groups[1].name: [3]})
     small = sc.cut(model, plan)
-    assert small.rnn.input_size == 14 and sc.check(model, small, plan, x) < 1e-12
+    assert (small.rnn.input_size, small.rnn.hidden_size) == (14, 7) and sc.check(model, small, plan, x) < 1e-12
 
 
 def test_parametrized_weights_are_named_where_nothing_can_go():

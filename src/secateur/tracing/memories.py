@@ -7,7 +7,7 @@ set to what is left, and kept if the run then gets further. No name decides, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -46,16 +46,16 @@ class Recollection(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A recollection, and where in the op log it was found: the result, its dim, and how far above the module."""
+    """A recollection, and where in the op log it was found: the result, its dim, the step in the search of modules."""
 
     what: Recollection
     result: int
     dim: int
-    above: int
+    step: int
 
 
 def candidates(module: nn.Module, operation: Operation, channel_of: Ids, known: Callable[[str], bool]) -> list[Found]:
-    """The numbers that may be what an operation's widths come from, those of the innermost module first.
+    """The numbers that may be what an operation's widths come from, in the order of :func:`_around`.
 
     Args:
         module: the whole model.
@@ -73,14 +73,14 @@ def candidates(module: nn.Module, operation: Operation, channel_of: Ids, known: 
     ]
     modules = dict(module.named_modules())
     found = []
-    for above, path in enumerate(_outwards(operation.place.path)):
+    for step, path in enumerate(_around(operation.place.path, modules)):
         for attribute, value, place, number in numbers(modules[path]):
             if known(f"{path}.{attribute}" if path else attribute):
                 continue
             for r, d, ids in dims:
                 own = _of_number(ids, number, channel_of)
                 if own is not None:
-                    found.append(Found(Recollection(path, attribute, value, place, own), r, d, above))
+                    found.append(Found(Recollection(path, attribute, value, place, own), r, d, step))
                     break
     return found
 
@@ -108,7 +108,7 @@ def alike(module: nn.Module, log: OpLog, at: int, found: Found, channel_of: Ids)
     for other in log:
         if other.place is None or place is None or other.name != log[at].name or other.place[1:] != place[1:]:
             continue
-        path = list(_outwards(other.place.path))[found.above : found.above + 1]
+        path = list(_around(other.place.path, modules))[found.step : found.step + 1]
         if not path or type(modules[path[0]]) is not kind or found.result >= len(other.labels):
             continue
         dims = other.labels[found.result]
@@ -119,6 +119,13 @@ def alike(module: nn.Module, log: OpLog, at: int, found: Found, channel_of: Ids)
             own = _of_number(ids, number, channel_of)
             if own is not None and (attribute, spot) == (found.what.attribute, found.what.place):
                 yield Recollection(path[0], attribute, value, spot, own)
+
+
+def _around(path: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The paths of a module, of all around it, from the inside, and of those in it, whose numbers it may read."""
+    yield from _outwards(path)
+    for name, _ in modules[path].named_children():
+        yield f"{path}.{name}" if path else name
 
 
 def _outwards(path: str) -> Iterator[str]:

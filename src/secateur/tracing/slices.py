@@ -217,8 +217,8 @@ _Sizes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 def _sizes(part: nn.Module) -> tuple[Tensor | None, _Sizes]:
     """The tensor whose shape tells a standard module's sizes, and by attribute the axes and what is due for them."""
     tensors = {**part._buffers, **part._parameters}
-    if isinstance(part, nn.RNNBase):
-        first = tensors.get("weight_ih_l0")
+    if isinstance(part, (nn.RNNBase, nn.RNNCellBase)):
+        first = tensors.get("weight_ih_l0", tensors.get("weight_ih"))
         return (None, {}) if first is None else (first, {"input_size": ((1,), (first.shape[1],))})
     weight = next((tensors[k] for k in ("weight", "running_mean") if tensors.get(k) is not None), None)
     if weight is None:

@@ -24,7 +24,7 @@ from secateur._internal import distributed  # noqa: F401  (it imports what a tra
 from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
 from secateur.tracing.call import Call
-from secateur.tracing.labels import Dim, Joint, Labelled, Labels, lasting, unlabelled
+from secateur.tracing.labels import Dim, Joint, Labelled, Labels, lasting, unlabelled, vanishing
 from secateur.tracing.norms import NarrowLayerNorm
 from secateur.tracing.op_log import Operation, OpLog, Place
 from secateur.tracing.rules.table import RULES, unknown_operation
@@ -213,16 +213,38 @@ class Watcher(TorchDispatchMode):
         return found
 
     def _written(self, call: Call, tensor: Tensor, new: Labelled) -> None:
-        """Freeze what an in-place operation changes if another view shows it, which keeps its old labels."""
+        """What an in-place operation changes in the other views of the same storage.
+
+        They are no weights any more if data were written, and where a channel does not vanish here any more, it does
+        not there. Where labels change themselves, those of all views are frozen.
+        """
         old = self.labels.settled(self.get(tensor))
-        if len(old.dims) == len(new.dims) and all(_same(a, b) for a, b in zip(old.dims, new.dims, strict=True)):
+        both = list(zip(old.dims, new.dims, strict=False))
+        if new.weight == old.weight and all(_same(a, b) for a, b in both):
             return
+        kept = len(old.dims) == len(new.dims) and all(b is None or _same_channels(a, b) for a, b in both)
+        lost = [np.zeros(0, dtype=np.int64)]
+        for a, b in both if kept else ():
+            if a is not None and b is None:
+                call.freeze(a, "meets a tensor whose positions are fixed")
+            elif a is not None and b is not None:
+                lost.append(np.abs(b[(b < 0) & (a > 0)]))
+        gone = np.concatenate(lost)
         storage = tensor.untyped_storage()._cdata
         for reference, other in list(self._known.values()):
             view = reference()
-            if view is not None and view is not tensor and view.untyped_storage()._cdata == storage:
+            if view is None or view is tensor or view.untyped_storage()._cdata != storage:
+                continue
+            if not kept:
                 for ids in (*other.arrays, *new.dims, *old.dims):
                     call.freeze(ids, "is written in place through a view")
+                continue
+            seen = self.labels.settled(other) if len(gone) else other
+            dims = tuple(
+                ids if ids is None or not len(gone) else vanishing(ids, (ids > 0) & ~np.isin(np.abs(ids), gone))
+                for ids in seen.dims
+            )
+            self.set(view, replace(seen, dims=dims, weight=seen.weight and new.weight))
 
 
 _RESTRIDE = torch.ops.aten.as_strided_.default
@@ -252,6 +274,10 @@ def _numbers(call: Call) -> tuple[float, ...]:
 
 def _values(dims: Iterable[Dim]) -> set[int]:
     return {int(v) for ids in dims if ids is not None for v in np.unique(np.abs(ids))}
+
+
+def _same_channels(a: Dim, b: Dim) -> bool:
+    return a is b or (a is not None and b is not None and len(a) == len(b) and bool((np.abs(a) == np.abs(b)).all()))
 
 
 def _same(a: Dim, b: Dim) -> bool:

@@ -1,0 +1,66 @@
+"""What is written through a view changes what all views of the storage are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_networks import Run
+from torch import nn
+
+import secateur as sc
+
+
+def padded(m, x):
+    p = x.new_zeros(len(x), x.shape[1], 16, 16)
+    p[:, :, : x.shape[2], : x.shape[3]].copy_(x)
+    return m.f2(F.relu(m.f1(F.relu(m.c2(F.relu(m.c1(p)))).mean((2, 3)))))
+
+
+def batched(m, x):
+    y = x.new_empty(len(x), 8, 13, 10).zero_()
+    for i in range(len(x)):
+        y[i] = F.relu(m.a(x[i : i + 1]))[0]
+    return m.b(y).mean((2, 3))
+
+
+def patched(m, x):
+    y = F.relu(m.a(x))
+    y[:, :, 2:4] += m.c(y[:, :, 2:4])
+    return m.b(y).mean((2, 3))
+
+
+def lasting(m, x):
+    y = F.relu(m.a(x))
+    y[:, :, :3].sigmoid_()
+    return m.b(y).mean((2, 3))
+
+
+NETWORKS = {
+    "padding into zeros": (
+        padded, {"c1": nn.Conv2d(3, 16, 3, padding=1), "c2": nn.Conv2d(16, 24, 3, padding=1), "f1": nn.Linear(24, 32),
+                 "f2": nn.Linear(32, 4)}, {"c1": 16, "c2": 24, "f1": 32}),
+    "adding to a part": (
+        patched, {"a": nn.Conv2d(3, 8, 1), "c": nn.Conv2d(8, 8, 1), "b": nn.Conv2d(8, 2, 1)}, {"a": 8}),
+    "a part that does not vanish": (lasting, {"a": nn.Conv2d(3, 8, 1), "b": nn.Conv2d(8, 2, 1)}, {}),
+    "one example after another": (batched, {"a": nn.Conv2d(3, 8, 1), "b": nn.Conv2d(8, 2, 1)}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_roles_and_exactness_are_those_of_what_was_written(name):
+    forward, parts, exact = NETWORKS[name]
+    torch.manual_seed(0)
+    model, x = Run(forward, **parts).double().eval(), torch.randn(2, 3, 13, 10).double()
+    try:
+        graph = sc.trace(model, x)
+    except sc.SecateurError:
+        assert exact is None  # not found out, and said
+        return
+    found = {g.name: len(g) for g in graph.groups if g.exact}
+    assert exact is None or found == exact, graph.summary()
+    for group in graph.groups:
+        assert {axis.name for axis in group.producers} <= {n for n in dict(model.named_parameters()) if n[0] in "acf"}
+        if group.exact:
+            plan = sc.make_plan(graph, {group.name: [0, 3]})
+            assert sc.check(model, sc.cut(model, plan), plan, x) < 1e-12
