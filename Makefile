@@ -10,6 +10,11 @@ demo: $(READY)
 	$(BIN)/secateur run digits-sdprun --out runs/digits-sdprun
 	$(BIN)/secateur run digits-taylor --out runs/digits-taylor
 
+# two processes with a thread each: libraries that start more get in each other's way
+test test-long: export OMP_NUM_THREADS = 1
+test test-long: export OPENBLAS_NUM_THREADS = 1
+test test-long: export MKL_NUM_THREADS = 1
+
 test: lint
 	$(BIN)/python -m pytest -n 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -20,6 +21,7 @@ install_import_hook(
 )  # for good, since each of these is imported when it is first used; nothing of secateur is imported yet
 torch.set_num_threads(1)
 # a test dependency brings torchvision, which need not fit the PyTorch that is here; transformers shall not look at it
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells what it lacks when it is first used
 sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
 
 

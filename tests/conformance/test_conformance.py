@@ -27,7 +27,6 @@ from .state import prepared, untouched
 REFUSALS = {
     ("bn_scale", "tied weights"): "no group has a norm",
     ("bn_scale", "Llama"): "no group has a norm",
-    ("bn_scale", "BERT"): "the budget cannot be met",  # only its residual stream has norms, and that is not exact
     ("eigendamage", "tied weights"): "no layer can become a bottleneck.*enter: it has hooks.*inner: its weight is used",
     ("pivot", "tied weights"): "no layer can have blocks: enter has hooks.*inner shares its weight",
 }

@@ -96,13 +96,22 @@ def gradients(
     return dict(zip(parameters, found, strict=False)), list(found[len(parameters) :])
 
 
-def check_cut(model: nn.Module, big: nn.Module, small: nn.Module, removed: Any) -> None:
+def scales(small: nn.Module, plan: sc.Plan) -> dict[str, float]:
+    """By how much the weights of root-mean-square norms that lost channels are larger than what they were."""
+    kind = "root-mean-square norm"
+    widths = {path: len(small.get_submodule(path).weight) for path in plan.norms}
+    return {f"{p}.weight": (n.width / widths[p]) ** 0.5 for p, n in plan.norms.items() if n.kind == kind}
+
+
+def check_cut(model: nn.Module, big: nn.Module, small: nn.Module, removed: Any, plan: sc.Plan) -> None:
     """The cut network is the old one without the removed positions: values, names, sharing, modes and flags."""
+    scale = scales(small, plan)
     old, masked, new = tensors(model), tensors(big), tensors(small)
     assert list(new) == list(old) == list(masked), "names or sharing changed"
     for name, tensor in new.items():
-        assert torch.equal(kept(old[name], removed.get(name, {})), tensor), name
-        assert torch.equal(kept(masked[name], removed.get(name, {})), tensor), f"{name} is masked where it stays"
+        for whole, fault in ((old, name), (masked, f"{name} is masked where it stays")):
+            due = kept(whole[name], removed.get(name, {}))
+            assert torch.equal(due, tensor) if name not in scale else gap(due * scale[name], tensor) < 1e-12, fault
         assert (tensor.requires_grad, tensor.dtype, type(tensor)) == (
             old[name].requires_grad,
             old[name].dtype,
@@ -121,10 +130,12 @@ def check_patched(model: nn.Module, small: nn.Module, plan: sc.Plan) -> None:
         {f"{path}.{k}": v for path, m in network.named_modules() for k, v in _plain(m).items() if k != "training"}
         for network in (model, small)
     )
-    assert {key: (old[key], new[key]) for key in old if old[key] != new[key]} == plan.patched
+    of_norms = {f"{path}.{norm.eps}" for path, norm in plan.norms.items()}
+    changed = {key: (old[key], new[key]) for key in old if key not in of_norms and old[key] != new[key]}
+    assert changed == plan.patched
 
 
-def check_exact(big: nn.Module, small: nn.Module, removed: Any, inputs: Any) -> None:
+def check_exact(big: nn.Module, small: nn.Module, removed: Any, inputs: Any, plan: sc.Plan) -> None:
     """The cut network computes what the masked one computes: values, gradients and statistics, in both modes."""
     for model in (big, small):
         model.requires_grad_(True)
@@ -132,10 +143,12 @@ def check_exact(big: nn.Module, small: nn.Module, removed: Any, inputs: Any) -> 
     for training in (False, True):
         for model in (big, small, *singles):
             set_mode(model, training)
-        _compare(big, small, singles, inputs, removed, "training" if training else "eval")
+        _compare(big, small, singles, inputs, removed, scales(small, plan), "training" if training else "eval")
 
 
-def _compare(big: nn.Module, small: nn.Module, singles: Any, inputs: Any, removed: Any, mode: str) -> None:
+def _compare(
+    big: nn.Module, small: nn.Module, singles: Any, inputs: Any, removed: Any, scale_of: dict[str, float], mode: str
+) -> None:
     x, x_small = fresh(inputs), fresh(inputs)
     y, y_small = run(big, x), run(small, x_small)
     assert [t.shape for t in y] == [t.shape for t in y_small], f"{mode}: shapes"
@@ -147,7 +160,8 @@ def _compare(big: nn.Module, small: nn.Module, singles: Any, inputs: Any, remove
         assert gap(a32, b32) <= 1e-5 + 10 * gap(a, a32), f"{mode}: outputs in float32 differ by {gap(a32, b32):.1e}"
 
     (g, gx), (g_small, gx_small) = gradients(big, x, y), gradients(small, x_small, y_small)
-    pairs = {name: (None if g[name] is None else kept(g[name], removed.get(name, {})), g_small[name]) for name in g}
+    times = {name: None if value is None else value * scale_of.get(name, 1.0) for name, value in g_small.items()}
+    pairs = {name: (None if g[name] is None else kept(g[name], removed.get(name, {})), times[name]) for name in g}
     pairs |= {f"input {i}": pair for i, pair in enumerate(zip(gx, gx_small, strict=True))}
     scale = max((float(a.abs().max()) for a, _ in pairs.values() if a is not None and a.numel()), default=0.0)
     for name, (a, b) in pairs.items():
@@ -352,15 +366,15 @@ def check_everything(spec: Spec) -> bool:
     check_untouched(before, snapshot(model, inputs))
 
     check_slices(graph, plan)
-    check_cut(model, big, small, removed)
+    check_cut(model, big, small, removed, plan)
     check_patched(model, small, plan)
     check_counts(small, graph, inputs, plan)
-    check_exact(big, small, removed, inputs)
+    check_exact(big, small, removed, inputs, plan)
     check_counts(model, graph, inputs)
     if chosen is not None and smaller is not None:
         check_slices(graph, chosen)
         check_counts(smaller, graph, inputs, chosen)
         if source.random() < 0.3:  # costly: some are enough
-            check_exact(sc.masked(model, chosen), smaller, graph.slices(chosen), inputs)
+            check_exact(sc.masked(model, chosen), smaller, graph.slices(chosen), inputs, chosen)
             check_repeats(spec, graph, chosen, lambda m, g: allocate(m, g, budget))
     return any(g.exact and len(g) > 1 for g in graph.groups)
