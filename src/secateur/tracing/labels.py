@@ -124,6 +124,7 @@ class Labels:
         self.arrays: list[Ids] = []  # the array of each owner, by reference
         self.freezes: list[tuple[Ids, str, str]] = []
         self.frozen_at: list[Any] = []  # the place in the model's code, for each of these
+        self.seen: set[str] = set()  # parameters and buffers that an operation has read
         self.steered: Any = None  # the place where a value steered the model's Python
         self.here: Callable[[], Any] = lambda: None  # tells it
         self.approximations: list[tuple[Ids, str]] = []

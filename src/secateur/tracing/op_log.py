@@ -128,13 +128,11 @@ def compare(expected: OpLog, again: OpLog, agree: Callable[[Dim, Dim], bool], *,
         agree: whether the labels of two dims are the same.
         free: whether sizes without labels may differ, as where they depend on values.
     """
-    found = _difference(list(enumerate(expected)), again, agree, free=free)
-    if found is None or (_path(expected) == _path(again) and expected[found.at].name not in MOVES):
-        return found
-    # what PyTorch copies, views or permutes depends on strides, and so on widths: what is computed decides
+    if _path(expected) == _path(again):
+        return _difference(list(enumerate(expected)), again, agree, free=free)
+    # what PyTorch copies or views depends on strides, and so on widths: what is computed decides
     computing = [(i, o) for i, o in enumerate(expected) if o.name not in MOVES]
-    decisive = _difference(computing, [o for o in again if o.name not in MOVES], agree, free=free)
-    return found if decisive is not None and _path(expected) == _path(again) else decisive
+    return _difference(computing, [o for o in again if o.name not in MOVES], agree, free=free)
 
 
 def _difference(
@@ -146,7 +144,7 @@ def _difference(
         if wrong := _wrong(want, got, agree, free=free):
             return Difference(wrong, at, got.place)
     if len(due) != len(came):
-        at, place = due[len(came) - 1][0] if due else 0, came[-1].place if came else None
+        at, place = due[min(len(came), len(due)) - 1][0] if due and came else 0, came[-1].place if came else None
         return Difference("the model's forward takes another path when widths change", at, place)
     return None
 

@@ -163,7 +163,7 @@ def observe(model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any],
     labels, params = watcher.labels, {name: p.ndim for name, p in skeleton.module.named_parameters()}
     if unused(labels, params):
         logs |= _in_training(skeleton, watcher)
-    if labels.steered is not None and (left := unused(labels, params)):
+    if labels.steered is not None and (left := params.keys() - labels.seen):
         sizes = {n: name for name, p in skeleton.module.named_parameters() if name in left for n in p.shape if n > 1}
         for ids in {id(ids): ids for log in logs.values() for ids in arrays_of(log)}.values():
             if len(ids) in sizes:

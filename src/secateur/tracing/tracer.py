@@ -59,6 +59,7 @@ class Watcher(TorchDispatchMode):
         self._known: dict[int, tuple[weakref.ref[Tensor], Labelled]] = {}
         self._open: list[tuple[int, int, Joint]] = []  # entry of the op log, number of the result, what varies
         self._labels_of: dict[str, tuple[Dim, ...]] = {}
+        self._names: dict[int, str] = {}
         self._given: dict[int, Tensor] = {}  # held, so that their ids stay theirs
 
     def agree(self, want: Dim, got: Dim) -> bool:
@@ -108,6 +109,7 @@ class Watcher(TorchDispatchMode):
         self.set(tensor, labelled)
         self._given[id(tensor)] = tensor
         self._labels_of[name] = labelled.dims
+        self._names[id(tensor)] = name
 
     def given(self, name: str) -> tuple[Dim, ...]:
         """The labels with which a parameter or buffer began."""
@@ -159,6 +161,7 @@ class Watcher(TorchDispatchMode):
             known: whether a rule may know it. Rules are for ATen's operations only.
         """
         self._place = None
+        self.labels.seen.update(self._names[id(t)] for t in call.tensors() if id(t) in self._names)
         results = call.results()
         if not results:
             if call.op in {"item", "_local_scalar_dense", "is_nonzero", "equal"}:
