@@ -105,6 +105,54 @@ def test_an_encoder_layer_does_not_take_its_fused_kernel_then():
         assert torch.allclose(layer(x), before, atol=1e-6)
 
 
+class OneOrTheOther(OfLlama):
+    """Of one class, two kinds."""
+
+    def __init__(self, width, offset):
+        super().__init__(width)
+        self.offset = offset
+
+    def forward(self, x):
+        return (self.offset + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def test_instances_of_one_class_may_be_of_two_kinds():
+    assert [norm_of(OneOrTheOther(10, offset)).offset for offset in (0, 1, 0)] == [0.0, 1.0, 0.0]
+    assert norm_of(OneOrTheOther(10, 2)) is None
+
+
+@pytest.mark.parametrize("make", [nn.LayerNorm, OfLlama])
+def test_a_norm_that_is_there_twice_is_one(make):
+    model, x = network(make)
+    again = nn.Sequential(*model[:2], nn.Linear(10, 10).double(), model[1], *model[2:]).double().eval()
+    graph = sc.trace(again, x)
+    plan = sc.make_plan(graph, {"0": [1, 8]})
+    small = sc.cut(again, plan)
+    assert small[1] is small[3] and sc.check(again, small, plan, x) < 1e-12
+
+
+def test_a_hook_stays_with_the_norm():
+    model, x = network(nn.LayerNorm)
+    model[1].register_forward_hook(lambda module, given, out: out * 3)
+    plan = sc.make_plan(sc.trace(model, x), {"0": [1, 8]})
+    assert sc.check(model, sc.cut(model, plan), plan, x) < 1e-12
+
+
+def test_where_a_weight_that_changes_is_used_elsewhere_too_nothing_is_exact():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.one, self.two, self.b = nn.Linear(4, 10), OfLlama(10), OfLlama(10), nn.Linear(10, 2)
+            self.two.weight = self.one.weight
+
+        def forward(self, x):
+            return self.b(self.two(self.one(self.a(x))))
+
+    graph = sc.trace(Twice().eval(), torch.randn(3, 4))
+    (group,) = graph.groups
+    assert not group.exact and "is used elsewhere too" in group.reason
+
+
 @pytest.mark.parametrize("make", [NoNorm, lambda n: nn.LayerNorm(n, elementwise_affine=False)])
 def test_what_is_no_such_norm_is_not_exact(make):
     model, x = network(make)

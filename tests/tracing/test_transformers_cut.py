@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import statistics
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from secateur.measure.counting import count_macs, count_params
 HEADS = 4
 LEAST = {
     "BERT": 0.02, "GPT-2": 0.02, "OPT": 0.02, "GPT-NeoX": 0.02, "Llama": 0.04, "Qwen3": 0.04, "Gemma": 0.04, "T5": 0.02,
-    "BART": 0.02, "Whisper": 0.13, "ViT": 0.03, "Swin": 0.09, "DeBERTa": 0.13, "CLIP": 0.03, "wav2vec2": 0.4,
+    "BART": 0.02, "Whisper": 0.03, "ViT": 0.03, "Swin": 0.04, "DeBERTa": 0.13, "CLIP": 0.03, "wav2vec2": 0.4,
 }  # fmt: skip
 
 
@@ -74,7 +73,6 @@ def test_little_must_stay(network):
     name, *_, graph = network
     least, most = graph.feasible()["macs"]
     assert least / most <= LEAST[name]
-    assert statistics.median(LEAST.values()) <= 0.1
 
 
 def test_a_plan_comes_back_from_json_and_a_cut_model_from_disk(network, tmp_path):
@@ -101,8 +99,7 @@ def test_gradients_are_those_of_the_masked_network(network):
     from secateur.surgery.channels import masked
 
     name, model, inputs, outputs, graph = network
-    if name in FLOAT32_NORMS:
-        pytest.skip("its norms compute in float32")
+    allowed = 1e-4 if name in FLOAT32_NORMS else 1e-8
     plan = sc.make_plan(graph, removal(graph, 9))
     small, whole = sc.cut(model, plan), masked(model, plan)
     for one in (small, whole):
@@ -116,7 +113,7 @@ def test_gradients_are_those_of_the_masked_network(network):
         for dim, gone in slices.get(path, {}).items():
             kept = [i for i in range(wide[path].shape[dim]) if i not in set(gone)]
             grad = grad.index_select(dim, torch.tensor(kept))
-        assert torch.allclose(p.grad, grad, rtol=1e-7, atol=1e-9), path
+        assert (p.grad - grad).abs().max() <= allowed * grad.abs().max().clamp(min=1e-3), path
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "OPT", "GPT-NeoX", "Llama", "Qwen3", "Gemma"])
@@ -130,6 +127,13 @@ def test_generation_goes_on_with_a_cache(name):
         for cache in (True, False)
     ]
     assert torch.equal(*made_up)
+
+
+def test_that_no_cache_was_used_is_told():
+    model, inputs, outputs = made("GPT-2")
+    assert "traced with use_cache=False" in " ".join(sc.trace(model, inputs, outputs=outputs).summary().split())
+    said = {**inputs, "use_cache": False}
+    assert not sc.trace(model, said, outputs=outputs).notes
 
 
 # ------------------------------------------------------------------------------------------------ what is remembered

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur._internal.batches import Inputs, tensors_in
+from secateur._internal.batches import Inputs, caches, tensors_in
 from secateur._internal.errors import NothingToPrune, SecateurError
 from secateur.tracing.build import build
 from secateur.tracing.graph import ChannelGraph, ChannelGroup, fingerprint, no_removable_channel
@@ -76,9 +76,13 @@ def _trace(model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any], 
     pairs = {g.name for g, _ in least}
     groups = tuple(replace(g, least=2) if g.name in pairs else g for g in graph.groups)
     first, *more = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, list(inputs))
-    graph = replace(prober.graph, groups=groups, inputs=first, more_inputs=tuple(more))
+    notes = (NO_CACHE,) if any(caches(model, one) for one in inputs) else ()
+    graph = replace(prober.graph, groups=groups, inputs=first, more_inputs=tuple(more), notes=notes)
     keep_proof(graph, prober.proof)
     return graph
+
+
+NO_CACHE = "traced with use_cache=False, as the example inputs do not say: caches of keys and values are no outputs"
 
 
 class _Prober:

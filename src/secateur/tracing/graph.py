@@ -181,6 +181,7 @@ class ChannelGraph:
         norms: paths of the norms that are cut exactly, what they need for it, and the channels that they normalise.
         inputs: the example inputs, without their gradients; the first of them, where several were given.
         more_inputs: the others.
+        notes: what else the user should know of the trace.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -194,6 +195,7 @@ class ChannelGraph:
     params_terms: Terms = field(repr=False)
     inputs: Any = field(default=None, repr=False)
     more_inputs: tuple[Any, ...] = field(default=(), repr=False)
+    notes: tuple[str, ...] = field(default=(), repr=False)
     memories: tuple[Memory, ...] = field(default=(), repr=False)
     norms: tuple[tuple[str, Norm, np.ndarray], ...] = field(default=(), repr=False)
 
@@ -333,6 +335,7 @@ class ChannelGraph:
         width = terminal_width(width)
         lines = text_table([_HEADS, *map(_row, self.groups)], width)
         lines += wrapped(self._counts(), width)
+        lines += [line for note in self.notes for line in wrapped(note, width)]
         for reason, names in _by_reason((g.reason, g.name, 1) for g in self.groups if not g.exact):
             lines += ["", *paragraph(f"not exact: {reason}", [name for name, _ in names], width)]
         places: dict[str, dict[str, None]] = {}

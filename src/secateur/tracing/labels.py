@@ -173,10 +173,8 @@ class Labels:
         line = np.moveaxis(joint.table, unit, 0).reshape(joint.table.shape[unit], -1)
         self.unite(line[:, :1], line[:, 1:])
         same = (np.abs(line) == np.abs(line[:, :1])).all(1)
-        if self.resolved and not same.all():  # what should be tied is not: like no channel
-            ids = np.where(same, line[:, 0], MIXED)
-        else:
-            ids = vanishing(line[:, 0], line.min(1) > 0)
+        mixed = self.resolved and not same.all()  # what should be tied is not: like no channel
+        ids = np.where(same, line[:, 0], MIXED) if mixed else tied(joint.table, unit)
         self._settled[id(joint)] = (joint, unit, ids)
         return self._settled[id(joint)]
 
@@ -188,7 +186,7 @@ class Labels:
         """
         component = self.components()
         left = [joint for joint in self.joints if id(joint) not in self._settled]
-        while open_ := [joint for joint in left if len(_varying(component[np.abs(joint.table)])) > 1]:
+        while open_ := [joint for joint in left if len(varying(component[np.abs(joint.table)])) > 1]:
             for joint in open_:
                 free = [i for i, axis in enumerate(joint.axes) if axis not in self.picked]
                 unit = next((i for i, axis in enumerate(joint.axes) if axis in self.units), None)
@@ -214,11 +212,8 @@ class Labels:
 
     def along(self, joint: Joint, channel_of: Ids) -> tuple[int, Ids] | None:
         """Along which dim of a tensor a settled joint varies, and its labels there."""
-        varying = _varying(channel_of[np.abs(joint.table)])
-        if len(varying) != 1:
-            return None
-        line = np.moveaxis(joint.table, varying[0], 0)
-        return joint.dims[varying[0]], line.reshape(len(line), -1)[:, 0]
+        found = varying(channel_of[np.abs(joint.table)])
+        return (joint.dims[found[0]], tied(joint.table, found[0])) if len(found) == 1 else None
 
     def fresh(self, size: int) -> Ids:
         """New labels, all different, all vanishing."""
@@ -297,9 +292,16 @@ class Labels:
         return connected_components(matrix, directed=False)[1]
 
 
-def _varying(table: Ids) -> list[int]:
-    """The axes along which a table is not constant."""
-    return [d for d in range(table.ndim) if (table != table.take([0], axis=d)).any()]
+def varying(table: Ids) -> list[int]:
+    """The axes along which a table of labels is not constant."""
+    plain = np.abs(table)
+    return [d for d in range(table.ndim) if (plain != plain.take([0], axis=d)).any()]
+
+
+def tied(table: Ids, unit: int) -> Ids:
+    """The labels along one axis of a table; what is tied along the others vanishes only if all of it does."""
+    line = np.moveaxis(table, unit, 0).reshape(table.shape[unit], -1)
+    return vanishing(line[:, 0], line.min(1) > 0)
 
 
 def vanishing(ids: Ids, where: np.ndarray) -> Ids:

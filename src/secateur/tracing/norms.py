@@ -43,18 +43,13 @@ class Norm:
 
 
 class NarrowLayerNorm(nn.LayerNorm):
-    """A layer norm over some of its channels, where the others are zero.
+    """A layer norm over some of its channels, where the others are zero; :func:`narrow` makes it of a layer norm.
 
-    Args:
-        norm: the layer norm, of which the weight and the bias have been cut already.
+    Attributes:
         width: over how many channels its statistics are taken, those that are zero among them.
     """
 
-    def __init__(self, norm: nn.LayerNorm, width: int) -> None:
-        super().__init__(norm.normalized_shape, norm.eps, elementwise_affine=False)
-        self.weight, self.bias, self.elementwise_affine = norm.weight, norm.bias, True
-        self.width = width
-        self.train(norm.training)
+    width: int
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs [..., channels] for inputs [..., channels]."""
@@ -92,18 +87,20 @@ def norm_of(module: nn.Module | None) -> Norm | None:
         return None
     width = len(module.weight)  # type: ignore[arg-type]
     known = _TRIED.setdefault(type(module), {})
+    own = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None)))}
+    settings = repr(sorted(own.items(), key=lambda item: item[0]))  # another instance may be told to do otherwise
     for name, value in vars(module).items():
         if type(value) is float and 0 < value < 1:
             for offset in (0.0, 1.0):
                 norm = Norm(ROOT_MEAN_SQUARE, width, name, offset)
-                if (norm, value) not in known:
-                    known[norm, value] = width > 1 and _holds(module, norm)
-                if known[norm, value]:
+                if (norm, settings) not in known:
+                    known[norm, settings] = width > 1 and _holds(module, norm)
+                if known[norm, settings]:
                     return norm
     return None
 
 
-_TRIED: WeakKeyDictionary[type, dict[tuple[Norm, float], bool]] = WeakKeyDictionary()
+_TRIED: WeakKeyDictionary[type, dict[tuple[Norm, str], bool]] = WeakKeyDictionary()
 
 
 def norms_of(model: nn.Module) -> dict[str, Norm]:
@@ -140,32 +137,27 @@ def _double(module: nn.Module, weight: Tensor) -> nn.Module:
     return copied
 
 
-def narrow(module: nn.Module, norm: Norm) -> nn.Module:
-    """What takes the place of a norm whose tensors have been cut: itself with other values, or another module.
+def narrow(module: nn.Module, norm: Norm) -> None:
+    """Let a norm whose tensors have been cut go on as what it was, in place, so that whoever holds it holds that.
 
     Args:
-        module: the norm, changed in place if it stays.
+        module: the norm: it gets other values, or a layer norm the class :class:`NarrowLayerNorm`.
         norm: what it was.
     """
     if norm.kind == LAYER:
-        if isinstance(module, nn.LayerNorm) and not isinstance(module, NarrowLayerNorm):
-            return NarrowLayerNorm(module, norm.width)
-        return module
+        module.__class__ = NarrowLayerNorm
+        module.width = norm.width  # type: ignore[assignment]
+        return
     ratio = norm.width / len(module.weight)  # type: ignore[arg-type]
     with torch.no_grad():
         module.weight.add_(norm.offset).mul_(math.sqrt(ratio)).sub_(norm.offset)  # type: ignore[operator]
     setattr(module, norm.eps, getattr(module, norm.eps) * ratio)
-    return module
 
 
 def narrow_all(model: nn.Module, norms: Mapping[str, Norm]) -> None:
     """Narrow the norms of a model whose tensors have been cut, in place."""
     for path, norm in norms.items():
-        parent, _, name = path.rpartition(".")
-        holder = model.get_submodule(parent)
-        found = holder.get_submodule(name)
-        setattr(holder, name, narrow(found, norm))
+        narrow(model.get_submodule(path), norm)
+        holder = model.get_submodule(path.rpartition(".")[0])
         if norm.kind == LAYER and isinstance(holder, nn.TransformerEncoderLayer):
-            holder.activation_relu_or_gelu = (
-                0  # which says that its fused kernel, with its own layer norm, does not fit
-            )
+            holder.activation_relu_or_gelu = 0  # says that its fused kernel, with its own layer norm, does not fit

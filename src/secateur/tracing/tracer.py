@@ -25,7 +25,7 @@ from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
 from secateur.tracing.call import Call
 from secateur.tracing.labels import Dim, Joint, Labelled, Labels, lasting, unlabelled, vanishing
-from secateur.tracing.norms import NarrowLayerNorm
+from secateur.tracing.norms import ROOT_MEAN_SQUARE, NarrowLayerNorm
 from secateur.tracing.op_log import Operation, OpLog, Place
 from secateur.tracing.rules.table import RULES, unknown_operation
 from secateur.tracing.shapes import quick
@@ -161,7 +161,8 @@ class Watcher(TorchDispatchMode):
             known: whether a rule may know it. Rules are for ATen's operations only.
         """
         self._place = None
-        self.labels.seen.update(self._names[id(t)] for t in call.tensors() if id(t) in self._names)
+        for tensor in call.tensors():
+            self._read(tensor)
         results = call.results()
         if not results:
             if call.op in {"item", "_local_scalar_dense", "is_nonzero", "equal"}:
@@ -189,6 +190,20 @@ class Watcher(TorchDispatchMode):
             labels = tuple(each.dims for each in listed[:told])
             self._open += [(len(self.log), i, joint) for i, each in enumerate(listed[:told]) for joint in each.joints]
             self.log.append(Operation(name, labels, shapes, numbers, self._here()))
+
+    def _read(self, tensor: Tensor) -> None:
+        """Note that a parameter or buffer is read, and where a norm's weight is that has to change with its width."""
+        name = self._names.get(id(tensor))
+        if name is None:
+            return
+        self.labels.seen.add(name)
+        path = name.rpartition(".")[0]
+        norm = self.labels.norm_at.get(path)
+        if norm is not None and norm.kind == ROOT_MEAN_SQUARE and self._at_work()[0] != path:
+            for ids in self.get(tensor).arrays:
+                self.labels.approximate(
+                    ids, f"the weight of {path}, which changes with its width, is used elsewhere too"
+                )
 
     def _as_expected(self, listed: list[Labelled], results: list[Tensor], *, constant: bool) -> list[Labelled]:
         """The labels that results carry, those of the first run where a second run cannot know them.

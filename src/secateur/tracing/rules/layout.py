@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.tracing.call import Call, Result, merge
-from secateur.tracing.labels import Dim, Ids, Joint, Labelled, lasting, vanishing
+from secateur.tracing.labels import Dim, Ids, Joint, Labelled, lasting, tied, vanishing, varying
 from secateur.tracing.rules.table import rule, unknown_operation
 
 
@@ -178,7 +178,7 @@ class _View:
             for n in blocks
             if len(self.blocks[n][0]) == len(self.blocks[n][1]) == 1 and self.blocks[n][0][0] in dims
         }
-        vary = [i for i in range(len(new)) if (np.abs(whole) != np.abs(whole.take([0], axis=i))).any()]
+        vary = varying(whole)
         if len(vary) > 1:
             flat = whole.transpose([*vary, *(i for i in range(len(new)) if i not in vary)])
             flat = flat.reshape([*(whole.shape[i] for i in vary), -1])
@@ -187,8 +187,7 @@ class _View:
             self.joints.append(self.call.labels.join([new[i] for i in vary], flat, numbers))
             return
         unit = vary[0] if vary else max(range(len(new)), key=lambda i: self.after[new[i]])
-        line = np.moveaxis(whole, unit, 0).reshape(whole.shape[unit], -1)
-        self.dims[new[unit]] = vanishing(line[:, 0], line.min(1) > 0)  # what is tied vanishes only if all of it does
+        self.dims[new[unit]] = tied(whole, unit)
 
 
 _MOST = 10**8
@@ -297,13 +296,12 @@ def _picked(call: Call, labelled: Labelled, axis: int, which: slice | int) -> La
         call.labels.picked.add(joint.axes[at])
         table = joint.table[(slice(None),) * at + (which,)]
         axes = [number for i, number in enumerate(joint.axes) if not (alone and i == at)]
-        varying = [i for i in range(table.ndim) if (np.abs(table) != np.abs(table.take([0], axis=i))).any()]
-        if len(varying) > 1:
+        vary = varying(table)
+        if len(vary) > 1:
             joints.append(call.labels.join(new, table, axes))
         else:
-            unit = varying[0] if varying else int(np.argmax(table.shape))
-            line = np.moveaxis(table, unit, 0).reshape(table.shape[unit], -1)
-            dims[new[unit]] = vanishing(line[:, 0], line.min(1) > 0)
+            unit = vary[0] if vary else int(np.argmax(table.shape))
+            dims[new[unit]] = tied(table, unit)
     return Labelled(tuple(dims), labelled.weight, tuple(joints))
 
 
