@@ -12,21 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import secateur as sc
+from odd_layers import Standardised
 from secateur._internal.workload import Workload
 from secateur.methods.contract import METHODS
 from secateur.methods.eigendamage import EigenDamage
 from secateur.surgery.low_rank.bottleneck import Bottleneck
 
 BIG = sc.Budget(params=0.95)
-
-
-class Standardised(nn.Conv2d):
-    """A convolution with a standardised weight (arXiv 1903.10520)."""
-
-    def forward(self, x):
-        w = self.weight
-        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
-        return F.conv2d(x, w, self.bias, self.stride, self.padding)
 
 
 class Padding(nn.Conv2d):

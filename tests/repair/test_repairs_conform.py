@@ -6,11 +6,10 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 
 import secateur as sc
+from odd_layers import ODD
 from secateur.repair.contract import REPAIRS
 
 G = torch.Generator().manual_seed(0)
@@ -123,33 +122,6 @@ def test_recalibrated_statistics_are_the_averages_over_the_batches(restless):
 # ---------------------------------------------------------------------- layers that are not their weight times inputs
 
 
-class Standardised(nn.Conv2d):
-    """Its weight is standardised before it is used."""
-
-    def forward(self, x):
-        w = self.weight
-        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
-        return F.conv2d(x, w, self.bias, self.stride, self.padding)
-
-
-class Padded(nn.Conv2d):
-    """It pads its input itself."""
-
-    def forward(self, x):
-        return super().forward(F.pad(x, (1, 1, 1, 1)))
-
-
-class Half(nn.Module):
-    def forward(self, weight):
-        return weight / 2
-
-
-def parametrised(*args, **options):
-    layer = nn.Conv2d(*args, **options)
-    parametrize.register_parametrization(layer, "weight", Half())
-    return layer
-
-
 class Odd(nn.Module):
     """A convolution of some kind between two plain ones."""
 
@@ -160,10 +132,6 @@ class Odd(nn.Module):
 
     def forward(self, x):
         return self.head(self.odd(self.norm(self.plain(x)).relu()).relu().mean((2, 3)))
-
-
-STRANGE, COMPUTED = "its forward is not its weight times its input", "its weight is computed from other parameters"
-ODD = {"standardised": (Standardised, STRANGE), "padded": (Padded, STRANGE), "parametrised": (parametrised, COMPUTED)}
 
 
 @pytest.mark.parametrize("kind", ODD)

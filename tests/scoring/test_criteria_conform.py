@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 
 import secateur as sc
+from odd_layers import ODD
 from secateur.scoring.contract import CRITERIA
 
 G = torch.Generator().manual_seed(0)
@@ -84,33 +84,6 @@ def test_scores_of_a_bf16_model_are_in_full_precision(name):
 # ------------------------------------------------------------------------ layers that are not their weight times inputs
 
 
-class Standardised(nn.Conv2d):
-    """Its weight is standardised before it is used."""
-
-    def forward(self, x):
-        w = self.weight
-        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
-        return F.conv2d(x, w, self.bias, self.stride, self.padding)
-
-
-class Padded(nn.Conv2d):
-    """It pads its input itself."""
-
-    def forward(self, x):
-        return super().forward(F.pad(x, (1, 1, 1, 1)))
-
-
-class Half(nn.Module):
-    def forward(self, weight):
-        return weight / 2
-
-
-def parametrised(*args, **options):
-    layer = nn.Conv2d(*args, **options)
-    parametrize.register_parametrization(layer, "weight", Half())
-    return layer
-
-
 class Odd(nn.Module):
     """A convolution of some kind, and a plain one."""
 
@@ -120,10 +93,6 @@ class Odd(nn.Module):
 
     def forward(self, x):
         return self.head(self.plain(self.odd(x).relu()).relu().mean((2, 3)))
-
-
-STRANGE, COMPUTED = "its forward is not its weight times its input", "its weight is computed from other parameters"
-ODD = {"standardised": (Standardised, STRANGE), "padded": (Padded, STRANGE), "parametrised": (parametrised, COMPUTED)}
 
 
 @pytest.mark.parametrize("name", [*FISHERS, "directional"])
