@@ -17,7 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_ATOMS = (int, float, bool, str, bytes, type(None), type(Ellipsis))
+_ATOMS = frozenset({int, float, bool, str, bytes, type(None), type(Ellipsis)})
+_TABLES = frozenset({dict, OrderedDict, set})
+_OF_MODULES = frozenset(vars(nn.Module()))  # what nn.Module itself keeps: mostly tables, most of them empty
+_HOOKS = tuple(sorted(name for name in _OF_MODULES if name.endswith("_hooks")))
 _CLOSED = (*_ATOMS, complex, type, nn.Module, np.ndarray, torch.dtype, torch.device)  # nothing in them is looked at
 
 
@@ -40,7 +43,10 @@ def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def _reached(model: nn.Module) -> Iterable[Any]:
     """All that the attributes of a model's modules hold, each once."""
     seen: dict[int, Any] = {}
-    left: list[Any] = [value for module in model.modules() for value in vars(module).values()]
+    left: list[Any] = []
+    for module in model.modules():
+        left += [*module._parameters.values(), *module._buffers.values()]
+        left += [value for key, value in vars(module).items() if key not in _OF_MODULES]
     while left:
         value = left.pop()
         if isinstance(value, _CLOSED) or id(value) in seen:
@@ -62,14 +68,10 @@ def copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         module: what to copy.
         memo: id of an object to its copy, as for ``copy.deepcopy``; tensors found here are not copied.
     """
-    new = _copy_module(module, memo)
-    for part in new.modules():
-        for name, value in list(vars(part).items()):
-            if isinstance(value, FunctionType):
-                vars(part)[name] = _rebound(value, memo)
-            elif name.endswith("_hooks") and isinstance(value, dict):
-                for key, hook in value.items():
-                    value[key] = _rebound(hook, memo)
+    functions: list[tuple[dict[Any, Any], Any]] = []
+    new = _Copier(memo, functions).module(module)
+    for names, name in functions:
+        names[name] = _rebound(names[name], memo)
     return new
 
 
@@ -93,40 +95,68 @@ def _rebound(function: Any, memo: dict[int, Any]) -> Any:
     return bound
 
 
-def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    known = memo.get(id(module))
-    if known is not None:
-        return known
-    kind: Any = type(module)
-    if not _plain(kind):
-        return copy.deepcopy(module, memo)
-    new = module.__class__.__new__(module.__class__)
-    memo[id(module)] = new
-    attributes = new.__dict__
-    for key, value in module.__dict__.items():
-        if key == "_compiled_call_impl":  # as nn.Module does when it is pickled
-            continue
-        if isinstance(value, _ATOMS):
-            attributes[key] = value
-        elif type(value) in {dict, OrderedDict} and key.startswith("_"):
-            attributes[key] = type(value)((k, _copy_value(v, memo)) for k, v in value.items())
-            memo[id(value)] = attributes[key]
-        else:
-            attributes[key] = _copy_value(value, memo)
-    return new
+class _Copier:
+    """Copies modules.
 
+    Args:
+        memo: id of an object to its copy.
+        functions: to which the places of functions are added: a dict, and the key in it.
+    """
 
-def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, _ATOMS):
-        return value
-    known = memo.get(id(value))
-    if known is not None:
-        return known
-    if isinstance(value, nn.Module):
-        return _copy_module(value, memo)
-    if type(value) is tuple and all(isinstance(v, _ATOMS) for v in value):
-        return value
-    return copy.deepcopy(value, memo)
+    def __init__(self, memo: dict[int, Any], functions: list[tuple[dict[Any, Any], Any]]) -> None:
+        self._memo, self._functions = memo, functions
+
+    def module(self, module: nn.Module) -> nn.Module:
+        """The copy of a module."""
+        known = self._memo.get(id(module))
+        if known is not None:
+            return known
+        kind: Any = type(module)
+        if not _plain(kind):
+            new = copy.deepcopy(module, self._memo)
+            for part in new.modules():
+                self._note(vars(part))
+            return new
+        new = kind.__new__(kind)
+        self._memo[id(module)] = new
+        attributes = new.__dict__
+        for key, value in module.__dict__.items():
+            type_of = type(value)
+            if type_of in _ATOMS:
+                attributes[key] = value
+            elif key in _OF_MODULES and type_of in _TABLES:
+                attributes[key] = type_of() if not value else self._table(value)
+            elif key != "_compiled_call_impl":  # nn.Module leaves it out when it is pickled, too
+                attributes[key] = self._value(value)
+                if type_of is FunctionType:
+                    self._functions.append((attributes, key))
+        if any(attributes.get(key) for key in _HOOKS):
+            self._note(attributes)
+        return new
+
+    def _note(self, attributes: dict[str, Any]) -> None:
+        self._functions += [(attributes, key) for key, value in attributes.items() if isinstance(value, FunctionType)]
+        for key in _HOOKS:
+            self._functions += [(attributes[key], number) for number in attributes.get(key) or ()]
+
+    def _table(self, value: Any) -> Any:
+        if type(value) is set:
+            return set(value)
+        new = type(value)((k, self._value(v)) for k, v in value.items())
+        self._memo[id(value)] = new
+        return new
+
+    def _value(self, value: Any) -> Any:
+        if type(value) in _ATOMS:
+            return value
+        known = self._memo.get(id(value))
+        if known is not None:
+            return known
+        if isinstance(value, nn.Module):
+            return self.module(value)
+        if type(value) is tuple and all(type(v) in _ATOMS for v in value):
+            return value
+        return copy.deepcopy(value, self._memo)
 
 
 # their __setstate__ only fills in what pickles of older releases lack

@@ -163,33 +163,35 @@ def ends(groups: Iterable[ChannelGroup]) -> Chosen:
 def uneven(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
     """Removals that change positions and sizes unevenly.
 
-    They find widths that are halved, or computed from another group's. First every group loses a channel at one end,
-    then at the other, then some anywhere. Then only some groups lose channels, such that of any two groups each is cut
-    once while the other is whole. Two channels of each group stay at least (see :func:`lone`), so groups of two are
-    left out.
+    They find widths that are halved, or computed from another group's. Of groups that are equally wide each is made
+    another width, in one round narrower than its neighbours and in another wider; where there are more groups than
+    widths, there are more rounds, in one of which any two differ. Two channels of each group stay at least (see
+    :func:`lone`), so groups of two are left out.
     """
-    wide = [g for g in groups if len(g) > 2]
-    if not wide:
-        return
-    yield Chosen({g.name: [0] for g in wide})
-    yield Chosen({g.name: [len(g) - 1] for g in wide})
     source = np.random.default_rng(0)
-    for some in _telling_apart(wide):
-        yield Chosen({g.name: source.permutation(len(g))[: source.integers(1, len(g) - 1)].tolist() for g in some})
+    counts: dict[str, list[int]] = {}
+    for width in {len(g) for g in groups if len(g) > 2}:
+        alike = [g.name for g in groups if len(g) == width]
+        low = int(width > 3)  # of three a group loses one or none, of more one at least
+        base = width - 1 - low
+        digits = next(d for d in range(1, len(alike) + 1) if base**d >= len(alike))
+        for number, name in enumerate(alike):
+            each = [number // base**d % base for d in range(digits)]
+            counts[name] = [low + digit for digit in each] + [width - 2 - digit for digit in each]
+    for turn in range(max(map(len, counts.values()), default=0)):
+        yield Chosen(
+            {
+                g.name: source.permutation(len(g))[: counts[g.name][turn % len(counts[g.name])]].tolist()
+                for g in groups
+                if g.name in counts
+            }
+        )
 
 
 def lone(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
     """Removals that leave one channel, with which broadcasting and contractions take other paths.
 
-    All groups are cut at once, then only some, as in :func:`uneven`.
+    All groups are cut at once, then every other one.
     """
-    for some in _telling_apart(groups):
+    for some in (groups, groups[::2], groups[1::2]):
         yield Chosen({g.name: [p for p in range(len(g)) if p != len(g) // 2] for g in some})
-
-
-def _telling_apart(groups: Sequence[ChannelGroup]) -> Iterable[list[ChannelGroup]]:
-    """All groups, then halves of them; of any two groups each is in one half without the other."""
-    yield list(groups)
-    for bit in range(max(len(groups) - 1, 0).bit_length()):
-        for side in (1, 0):
-            yield [g for i, g in enumerate(groups) if i >> bit & 1 == side]

@@ -48,6 +48,7 @@ class Skeleton:
 
     Attributes:
         module: the copy, in eval mode.
+        tensors: its parameters and buffers by name.
         inputs: what stands in for the inputs.
         kind: what stands in for the tensors.
         outputs: takes what matters of what the forward returns.
@@ -69,6 +70,7 @@ class Skeleton:
         with copyable(model):
             self.module = copy_model(model, memo)
         self.module.eval()
+        self.tensors: dict[str, Tensor] = dict((*self.module.named_parameters(), *self.module.named_buffers()))
         self._shared = Shared(model)
         with _ONE_RUN:
             self._begin = rng_state()
@@ -78,8 +80,10 @@ class Skeleton:
         assert self._fake is not None
         return self._fake.from_tensor(tensor)
 
-    def instance(self, removed: Removed | None = None, patched: Patched | None = None) -> nn.Module:
-        """A copy to run once, cut as :func:`secateur.cut` would cut the model.
+    def instance(
+        self, removed: Removed | None = None, patched: Patched | None = None
+    ) -> tuple[nn.Module, dict[str, Tensor]]:
+        """A copy to run once, cut as :func:`secateur.cut` would cut the model, and its parameters and buffers by name.
 
         Args:
             removed: what goes, by the tensors' names.
@@ -90,7 +94,7 @@ class Skeleton:
         """
         take = sliced if self.kind == "real" else shrunk  # nobody looks at the values of the other kinds
         memo: dict[int, Any] = {}
-        for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers()):
+        for name, tensor in self.tensors.items():
             memo[id(tensor)] = tensor
             if removed and name in removed:
                 smaller = take(tensor.detach(), removed[name])
@@ -99,8 +103,9 @@ class Skeleton:
             elif self.kind == "real" and not isinstance(tensor, nn.Parameter):
                 memo[id(tensor)] = tensor.clone()  # a forward may write into it
         module = copy_module(self.module, memo)
-        patch(module, patched or {})
-        return module
+        if patched:
+            patch(module, patched)
+        return module, {name: memo[id(tensor)] for name, tensor in self.tensors.items()}
 
     def run(
         self, module: nn.Module, watcher: AbstractContextManager[Any], *, number: int = 0, training: bool = False

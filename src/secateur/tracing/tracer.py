@@ -310,8 +310,9 @@ class Whereabouts:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._paths = {id(part): path for path, part in module.named_modules()}
-        homes = {type(part).__module__ for part in module.modules()}
+        parts = dict(module.named_modules())
+        self._paths = {id(part): path for path, part in parts.items()}
+        homes = {type(part).__module__ for part in parts.values()}
         known = [sys.modules.get(name) for name in homes if name.partition(".")[0] != "torch"]
         self._files = {getattr(home, "__file__", None) for home in known} - {None}
         self._own: dict[CodeType, bool] = {}
@@ -434,9 +435,9 @@ def _run(
     run: tuple[bool, int],
 ) -> None:
     training, number = run
-    module = skeleton.instance(removed, patched)
+    module, tensors = skeleton.instance(removed, patched)
     watcher.where = Whereabouts(module)
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for name, tensor in tensors.items():
         dims = label(watcher.labels, name, tensor)
         if not isinstance(tensor, nn.Parameter):  # nothing zeroes a buffer
             dims = tuple(lasting(ids) for ids in dims)
