@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs, call_without_cache, tensors_in
 from secateur._internal.errors import CannotCut, SecateurError
+from secateur._internal.wrappers import refuse_wrapped
 from secateur._internal.state import eval_mode
 from secateur.plan import Plan, cannot_cut
 from secateur.surgery.optimizer_remapper import OptimizerRemapper
@@ -73,6 +74,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raise if a plan was not made for this model."""
     if not isinstance(plan, Plan):
         raise SecateurError(f"a Plan is expected, {type(plan).__name__} was given")
+    refuse_wrapped(model, "the model")
     own = fingerprint(model)
     if own != plan.fingerprint:
         raise SecateurError(

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs, caches, tensors_in
 from secateur._internal.errors import NothingToPrune, SecateurError
+from secateur._internal.wrappers import refuse_wrapped
 from secateur.tracing.build import build
 from secateur.tracing.graph import ChannelGraph, ChannelGroup, fingerprint, no_removable_channel
 from secateur.tracing.labels import Ids, Labels
@@ -165,6 +166,7 @@ def check_traceable(model: nn.Module, inputs: Inputs, who: str = "trace") -> Non
     """Raise if these are no model and example inputs."""
     if not isinstance(model, nn.Module):
         raise SecateurError(f"{who}(model): a torch.nn.Module is expected, {type(model).__name__} was given")
+    refuse_wrapped(model, f"{who}(model)")
     tensors = [*model.parameters(), *model.buffers()]
     if not any(isinstance(t, nn.Parameter) for t in tensors):
         raise NothingToPrune(f"{type(model).__name__} has no parameters: there is nothing to prune")
