@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs, call_without_cache, tensors_in
 from secateur._internal.errors import CannotCut, SecateurError
-from secateur._internal.wrappers import refuse_wrapped
 from secateur._internal.state import eval_mode
+from secateur._internal.wrappers import refuse_wrapped
 from secateur.plan import Plan, cannot_cut
 from secateur.surgery.optimizer_remapper import OptimizerRemapper
 from secateur.surgery.records import add_to_record
