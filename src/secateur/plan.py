@@ -14,6 +14,7 @@ from secateur.tracing.norms import KINDS, Norm
 from secateur.tracing.probe import Chosen
 from secateur.tracing.proof import has_skeleton, verify
 from secateur.tracing.slices import Patched, Value
+from secateur.tracing.weight_norms import WeightNorm
 
 VERSION = 1
 
@@ -31,6 +32,8 @@ class Plan:
             as ``"conv1.out_channels": (16, 8)``. Values are whole numbers; ``normalized_shape`` is a tuple of them, a
             list in JSON.
         norms: paths of the norms whose statistics go on over what they were taken over, with what they need for it.
+        weight_norms: names of the lengths of normalised weights whose directions lose positions, and how they are
+            normalised.
         graph: the graph it was made with, where there is one (not part of the data).
         proven: whether a cut skeleton has shown that the model bears it. Where none has, as for plans from a copy of a
             graph, :func:`secateur.cut` proves it first. Plans are equal whether they are proven or not.
@@ -42,6 +45,7 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)
     patched: Patched = field(default_factory=dict)
     norms: Mapping[str, Norm] = field(default_factory=dict)
+    weight_norms: Mapping[str, WeightNorm] = field(default_factory=dict)
     graph: ChannelGraph | None = field(default=None, repr=False)
     proven: bool = False
 
@@ -89,6 +93,7 @@ class Plan:
             "skipped": dict(self.skipped),
             "patched": {key: [_listed(v) for v in values] for key, values in self.patched.items()},
             "norms": {path: asdict(norm) for path, norm in self.norms.items()},
+            "weight_norms": {name: asdict(norm) for name, norm in self.weight_norms.items()},
         }
 
     def to_json(self) -> str:
@@ -123,6 +128,10 @@ class Plan:
                 skipped={str(k): str(v) for k, v in data.get("skipped", {}).items()},
                 patched={str(key): _change(values, key) for key, values in data.get("patched", {}).items()},
                 norms={str(path): _norm(given, path) for path, given in data.get("norms", {}).items()},
+                weight_norms={
+                    str(name): WeightNorm(str(given["direction"]), _dim(given["dim"], name))
+                    for name, given in data.get("weight_norms", {}).items()
+                },
                 proven=_flag(data.get("proven", True)),  # what was written without this was proven
             )
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -232,8 +241,17 @@ def make_plan(
         raise cannot_cut(wrong)
     slices = graph.slices(chosen)
     patched = graph.patches(chosen)
-    norms = graph.narrowed(chosen)
-    return Plan(clean, slices, graph.fingerprint, dict(skipped or {}), patched, norms, graph, proven)
+    return Plan(
+        clean,
+        slices,
+        graph.fingerprint,
+        dict(skipped or {}),
+        patched,
+        norms=graph.narrowed(chosen),
+        weight_norms=graph.rescaled(chosen),
+        graph=graph,
+        proven=proven,
+    )
 
 
 def cannot_cut(wrong: str) -> CannotCut:

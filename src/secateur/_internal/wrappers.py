@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
 @cache
-def _within(kind: type, *names: str) -> bool:
+def _within(kind: Any, *names: str) -> bool:
     """Whether a class, or one that it is derived from, is of one of these packages."""
     rooms = {base.__module__ for base in kind.__mro__}
     return any(room == name or room.startswith(f"{name}.") for room in rooms for name in names)

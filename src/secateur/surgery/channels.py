@@ -25,6 +25,7 @@ from secateur.tracing.norms import narrow_all
 from secateur.tracing.proof import verify
 from secateur.tracing.skeleton import copyable
 from secateur.tracing.slices import Patched, patch, patches, remembered, sliced
+from secateur.tracing.weight_norms import rescale
 
 
 def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
@@ -55,12 +56,22 @@ def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None) -> nn.Module
     small = copy_model(model, dict(new))  # wherever the copy meets an old tensor, in a plain list too, it takes the new
     patch(small, plan.patched)
     narrow_all(small, plan.norms)
+    _rescale(small, model, plan)
     if plan.graph is not None and plan.graph.inputs is not None:
         _try(small, plan.graph.inputs)
     add_to_record(small, model, {"cut": replace(plan, graph=None)})
     if follower is not None:
         follower({p: new[id(p)] for p in model.parameters()})
     return small
+
+
+def _rescale(small: nn.Module, model: nn.Module, plan: Plan) -> None:
+    """Let normalised weights whose directions have lost positions be what they were there; see ``WeightNorm``."""
+    before, after = dict(model.named_parameters()), dict(small.named_parameters())
+    for name, norm in plan.weight_norms.items():
+        direction, dims = before[norm.direction].detach(), plan.slices.get(norm.direction, {})
+        kept = sliced(direction, {d: p for d, p in dims.items() if d == norm.dim})
+        rescale(after[name], after[norm.direction], kept, norm.dim)
 
 
 def _remaining(tensor: Tensor, removed: Mapping[int, list[int]]) -> Tensor:
@@ -137,17 +148,21 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         raise SecateurError("masked(plan): the plan has no graph (it came from JSON): trace the model and remake it")
     with copyable(model):
         copied = copy_model(model, {})
-    tensors = dict(copied.named_parameters())
+    tensors = dict((*copied.named_parameters(), *copied.named_buffers()))
     for group_name, positions in plan.removed.items():
         group = plan.graph.group(group_name)
         gone = torch.zeros(int(max(a.channels.max() for a in group.axes)) + 1, dtype=torch.bool)
         gone[torch.as_tensor(group.channels[list(positions)])] = True
-        for axis in group.producers:
+        for axis in (*group.producers, *group.constants):
             tensor = tensors[axis.name]
             known = torch.as_tensor(axis.channels)
             where = gone[known.clamp(max=len(gone) - 1)] & (known < len(gone))
             with torch.no_grad():
                 tensor.index_fill_(axis.dim, where.nonzero().squeeze(1).to(tensor.device), 0)
+    before = dict(model.named_parameters())
+    for name, norm in plan.weight_norms.items():
+        direction = before[norm.direction].detach()
+        rescale(tensors[name], tensors[norm.direction], direction, norm.dim)
     return copied
 
 

@@ -32,7 +32,9 @@ def zero_channels(model: nn.Module, graph: ChannelGraph, *, exclude: Exclude = (
     if fingerprint(model) != graph.fingerprint:
         raise SecateurError("zero_channels: the graph was traced from another model; trace this one")
     without = excluded(model, graph, exclude, frozen=False)
-    return zero_plan(dict(model.named_parameters()), graph, without=without, approximate=approximate)
+    return zero_plan(
+        dict((*model.named_parameters(), *model.named_buffers())), graph, without=without, approximate=approximate
+    )
 
 
 def zero_plan(
@@ -41,19 +43,25 @@ def zero_plan(
     """:func:`zero_channels` of parameters by name.
 
     Args:
-        parameters: those of the traced model.
+        parameters: those of the traced model, and its buffers. Without these, groups that have constants stay whole.
         graph: its graph.
         without: groups that stay whole -> why.
         approximate: also look at groups that are not exact.
     """
     alive = np.zeros(1 + max(int(a.channels.max(initial=0)) for a in graph.axes), dtype=bool)
-    for axis in {(a.name, a.dim): a for g in graph.groups for a in g.producers}.values():
+    for axis in {(a.name, a.dim): a for g in graph.groups for a in (*g.producers, *g.constants)}.values():
+        if axis.name not in parameters:
+            continue
         tensor = parameters[axis.name].detach()
         others = [d for d in range(tensor.ndim) if d != axis.dim]
         nonzero = torch.any(tensor != 0, dim=others) if others else tensor != 0
         alive[axis.channels[nonzero.cpu().numpy()]] = True
     skipped = dict(without)
     skipped |= {g.name: f"not exact: {g.reason}" for g in graph.groups if not g.exact and not approximate}
+    for group in graph.groups:
+        for axis in group.constants:
+            if axis.name not in parameters:
+                skipped.setdefault(group.name, f"its channels are not zero without {axis.name}, which is not trained")
     removed = {}
     for group in graph.groups:
         if group.name in skipped:

@@ -17,7 +17,7 @@ from secateur.tracing.labels import Ids, Labels, NormUse
 from secateur.tracing.slices import Size
 
 UNUSED = "is not used as a channel by the forward"
-ROLES = ("producer", "consumer", "carried")
+ROLES = ("producer", "consumer", "carried", "constant")
 NOWHERE = np.iinfo(np.int64).max
 
 Freeze = tuple[Ids, str, str]
@@ -91,6 +91,7 @@ def build(
         norms=tuple(
             (path, norm, channel_of[np.abs(ids)]) for path, norm, ids in {n.path: n for n in labels.norms}.values()
         ),
+        weight_norms=tuple(dict(labels.weight_norms).items()),
     )
     return graph, channel_of
 
@@ -111,12 +112,12 @@ def _owner_of(labels: Labels) -> Ids:
 def _roles(labels: Labels, params: dict[str, int]) -> np.ndarray:
     """What each axis does, bool [axes, roles].
 
-    Weights that are combined into one weight share the roles of the result. A buffer never produces, since nothing
-    zeroes it: where a parameter would be a producer, a buffer is carried.
+    Weights that are combined into one weight share the roles of the result. Where a parameter would be a producer, a
+    buffer is a constant that is carried, unless it holds no numbers or must not be zero.
     """
     owner = _owner_of(labels)
     table = np.zeros((len(labels.owners), len(ROLES)), dtype=bool)
-    for r, role in enumerate(ROLES):
+    for r, role in enumerate(ROLES[:3]):
         if labels.roles[role]:
             owners = np.unique(owner[np.abs(np.concatenate([ids.ravel() for ids in labels.roles[role]]))])
             table[owners[owners >= 0], r] = True
@@ -130,6 +131,8 @@ def _roles(labels: Labels, params: dict[str, int]) -> np.ndarray:
         changed = table.sum() != before
     buffers = np.array([o.name not in params for o in labels.owners], dtype=bool)
     table[:, 2] |= buffers & table[:, 0]
+    zeroed = labels.buffers - labels.divisors
+    table[:, 3] = table[:, 0] & np.array([o.name in zeroed for o in labels.owners], dtype=bool)
     table[:, 0] &= ~buffers
     return table
 
@@ -282,9 +285,14 @@ def _make_groups(
         path = path.rsplit(".", 1)[0] if "." in path else path
         taken[path] = taken.get(path, 0) + 1
         name = path if taken[path] == 1 else f"{path}#{taken[path]}"
-        producers, consumers, carried = (tuple(axes[a] for a in on if roles[a, r]) for r in range(len(ROLES)))
-        exact = not group.reason
-        result.append(ChannelGroup(name, group.channels, producers, consumers, carried, exact, group.reason))
+        producers, consumers, carried, constants = (
+            tuple(axes[a] for a in on if roles[a, r]) for r in range(len(ROLES))
+        )
+        result.append(
+            ChannelGroup(
+                name, group.channels, producers, consumers, carried, not group.reason, group.reason, constants=constants
+            )
+        )
     return tuple(result)
 
 

@@ -38,6 +38,7 @@ class Call:
         kwargs: its keyword arguments.
         out: what it returned.
         at_work: tells the module whose forward runs, by its path.
+        name_of: tells the name of a parameter or buffer.
 
     Attributes:
         labels: the table, to which a rule adds facts.
@@ -47,6 +48,7 @@ class Call:
         writes: whether it changes an argument.
         out: what it returned.
         at_work: tells the module whose forward runs, and its path.
+        name_of: tells the name of a parameter or buffer, None for any other tensor.
         before: shape and strides that the first argument had, where the operation changes these in place.
     """
 
@@ -59,6 +61,7 @@ class Call:
         kwargs: Mapping[str, Any],
         out: Any,
         at_work: Callable[[], tuple[str, nn.Module | None]] = lambda: ("", None),
+        name_of: Callable[[Tensor], str | None] = lambda _: None,
     ) -> None:
         self.labels = labels
         self._lookup = lookup
@@ -67,6 +70,7 @@ class Call:
         self._kwargs = kwargs
         self.out = out
         self.at_work = at_work
+        self.name_of = name_of
         self.before: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def arg(self, name: str, default: Any = None) -> Any:

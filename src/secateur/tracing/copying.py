@@ -21,7 +21,15 @@ _ATOMS = frozenset({int, float, bool, str, bytes, type(None), type(Ellipsis)})
 _TABLES = frozenset({dict, OrderedDict, set})
 _OF_MODULES = frozenset(vars(nn.Module()))  # what nn.Module itself keeps: mostly tables, most of them empty
 _HOOKS = tuple(sorted(name for name in _OF_MODULES if name.endswith("_hooks")))
-_CLOSED = (*_ATOMS, complex, type, nn.Module, np.ndarray, torch.dtype, torch.device)  # nothing in them is looked at
+_CLOSED: Any = (
+    *_ATOMS,
+    complex,
+    type,
+    nn.Module,
+    np.ndarray,
+    torch.dtype,
+    torch.device,
+)  # nothing in them is looked at
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

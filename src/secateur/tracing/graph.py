@@ -22,6 +22,7 @@ from secateur._internal.errors import NothingToPrune, SecateurError, unknown
 from secateur.tracing.display import LONGEST, Cell, html_table, listed, paragraph, terminal_width, text_table, wrapped
 from secateur.tracing.norms import Norm
 from secateur.tracing.slices import Memory, Size, Value, patches
+from secateur.tracing.weight_norms import WeightNorm
 
 T = TypeVar("T")
 
@@ -63,6 +64,7 @@ class ChannelGroup:
         producers: axes that write the channel: zero there means that the channel is zero.
         consumers: axes that read it.
         carried: axes that merely follow (running statistics, slopes of activations).
+        constants: those of them that are buffers, and must be zero, too, for the channel to be zero.
         exact: whether removing a channel that is zero at its producers changes nothing else.
         reason: why not, if not.
         least: how many channels must stay (2 where a single one sends the model's forward another way).
@@ -76,6 +78,7 @@ class ChannelGroup:
     exact: bool
     reason: str = ""
     least: int = 1
+    constants: tuple[Axis, ...] = ()
 
     def __len__(self) -> int:
         return len(self.channels)
@@ -179,6 +182,7 @@ class ChannelGraph:
         sizes: what its standard modules remember of the lengths of axes.
         memories: what else its modules remember of the lengths of dims.
         norms: paths of the norms that are cut exactly, what they need for it, and the channels that they normalise.
+        weight_norms: names of the lengths of normalised weights, and how these are normalised.
         inputs: the example inputs, without their gradients; the first of them, where several were given.
         more_inputs: the others.
         notes: what else the user should know of the trace.
@@ -198,6 +202,7 @@ class ChannelGraph:
     notes: tuple[str, ...] = field(default=(), repr=False)
     memories: tuple[Memory, ...] = field(default=(), repr=False)
     norms: tuple[tuple[str, Norm, np.ndarray], ...] = field(default=(), repr=False)
+    weight_norms: tuple[tuple[str, WeightNorm], ...] = field(default=(), repr=False)
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -315,6 +320,11 @@ class ChannelGraph:
         """The norms that lose channels, by path, and what they need for it."""
         gone = self.gone(plan)
         return {path: norm for path, norm, channels in self.norms if gone[channels].any()}
+
+    def rescaled(self, plan: HasRemoved) -> dict[str, WeightNorm]:
+        """The normalised weights whose directions lose positions, by the names of their lengths."""
+        slices = self.slices(plan)
+        return {name: norm for name, norm in self.weight_norms if slices.get(norm.direction, {}).keys() - {norm.dim}}
 
     def slices(self, plan: HasRemoved) -> dict[str, dict[int, list[int]]]:
         """Removed positions by tensor name and dim: what a plan means for the weights."""

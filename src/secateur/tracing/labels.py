@@ -9,6 +9,7 @@ stands for a channel.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from secateur.tracing.norms import Norm
+from secateur.tracing.weight_norms import WeightNorm
 
 Ids = np.ndarray
 """Int64 array of labels; once equalities are resolved, of channels."""
@@ -115,10 +117,13 @@ class Labels:
 
     Args:
         resolved: whether labels are channels, as in a second run: then nothing can become equal any more.
+        divisors: names of the buffers that must not become zero, as far as known.
     """
 
-    def __init__(self, *, resolved: bool = False) -> None:
+    def __init__(self, *, resolved: bool = False, divisors: Iterable[str] = ()) -> None:
         self.resolved = resolved
+        self.divisors = set(divisors)
+        self.buffers: set[str] = set()  # those that hold numbers
         self.count = 1  # 0 is frozen
         self.owners: list[Owner] = []
         self.arrays: list[Ids] = []  # the array of each owner, by reference
@@ -136,6 +141,7 @@ class Labels:
         self.edges: list[tuple[Ids, Ids]] = []
         self.norm_at: dict[str, Norm] = {}  # the norms that can be cut exactly, by their paths
         self.norms: list[NormUse] = []
+        self.weight_norms: list[tuple[str, WeightNorm]] = []  # the name of the length, and the rest of it
         self.met: list[tuple[str, str, Ids]] = []  # module, its attribute, and the labels whose number this is
         self.grouped: list[tuple[Ids, int, str | None]] = []  # what group norms normalise, in how many groups, which
         self.joints: list[Joint] = []
@@ -226,6 +232,24 @@ class Labels:
         self.owners.append(Owner(name, dim, self.count, size))
         self.arrays.append(self.fresh(size))
         return self.arrays[-1]
+
+    def owner(self, ids: Ids) -> Owner | None:
+        """The axis that these labels were given to, if they are exactly those of one."""
+        plain = np.abs(ids)
+        at = bisect(self.owners, int(plain[0]), key=lambda owner: owner.start) - 1 if len(plain) else -1
+        if at < 0 or not np.array_equal(plain, np.abs(self.arrays[at])):
+            return None
+        return self.owners[at]
+
+    def divides(self, ids: Dim, operation: str, reason: str) -> None:
+        """These labels must not become zero: they are frozen, or, where they are a buffer's, it is left as it is."""
+        if ids is None or not (ids > 0).any():
+            return
+        owner = self.owner(ids)
+        if owner is not None and owner.name in self.buffers:
+            self.divisors.add(owner.name)
+        else:
+            self.freeze(ids[ids > 0], operation, reason)
 
     def unite(self, a: Ids, b: Ids) -> None:
         """Position by position, the labels of ``a`` and ``b`` are equal (both broadcast to one shape)."""

@@ -182,8 +182,9 @@ def _watched(
 ) -> tuple[Skeleton, Watcher, dict[Run, OpLog]]:
     """Run a skeleton of the first kind that the model's Python accepts; the last kind's error is the user's."""
     error, place, failing = None, None, inputs[0]
-    for kind in KINDS:
-        skeleton, labels = Skeleton(model, inputs, kind, outputs), Labels()
+    kinds, divisors = list(KINDS), set[str]()
+    while kinds:
+        skeleton, labels = Skeleton(model, inputs, kinds[0], outputs), Labels(divisors=divisors)
         labels.norm_at = norms_of(skeleton.module)
         logs: dict[Run, OpLog] = {}
         with quiet():
@@ -193,6 +194,10 @@ def _watched(
                 logs[False, number - 1] = found.watcher.log
                 if found.error is None:
                     found = attempt(skeleton, Watcher(labels), _as_in(first.watcher), run=(False, number))
+        if labels.divisors - divisors:  # buffers that were taken for zero must not be: once more
+            divisors = labels.divisors
+            continue
+        kinds.pop(0)
         error, place, failing = found.error, found.place, inputs[len(logs)]
         if error is None:
             labels.forget({"terms": counted})

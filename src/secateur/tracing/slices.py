@@ -217,6 +217,8 @@ _Sizes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 def _sizes(part: nn.Module) -> tuple[Tensor | None, _Sizes]:
     """The tensor whose shape tells a standard module's sizes, and by attribute the axes and what is due for them."""
     tensors = {**part._buffers, **part._parameters}
+    if "weight" not in tensors:
+        tensors |= _computed_from(part)
     if isinstance(part, (nn.RNNBase, nn.RNNCellBase)):
         first = tensors.get("weight_ih_l0", tensors.get("weight_ih"))
         return (None, {}) if first is None else (first, {"input_size": ((1,), (first.shape[1],))})
@@ -244,6 +246,16 @@ def _sizes(part: nn.Module) -> tuple[Tensor | None, _Sizes]:
     if isinstance(part, nn.PReLU):
         return weight, {"num_parameters": rows}
     return None, {}
+
+
+def _computed_from(part: nn.Module) -> dict[str, Tensor]:
+    """The parameter that has the shape of a weight that is computed (parametrized, or by a hook of weight norm)."""
+    given = part._modules.get("parametrizations")
+    lists = given._modules if given is not None else {}
+    originals = lists["weight"]._parameters if lists.get("weight") is not None else {}  # type: ignore[union-attr]
+    candidates = (originals.get("original"), originals.get("original1"), part._parameters.get("weight_v"))
+    found = [tensor for tensor in candidates if tensor is not None]
+    return {"weight": found[0]} if found else {}
 
 
 def _convolution_sizes(part: nn.modules.conv._ConvNd, shape: tuple[int, ...]) -> _Sizes:

@@ -139,7 +139,7 @@ class Watcher(TorchDispatchMode):
         if out is None:
             out = func(*args, **kwargs)
         if func.namespace != "prim":
-            call = Call(self.labels, self.get, func, args, kwargs, out, self._at_work)
+            call = Call(self.labels, self.get, func, args, kwargs, out, self._at_work, self._name_of)
             call.before = before
             self._observe(call, known=func.namespace == "aten")
         return out
@@ -149,6 +149,9 @@ class Watcher(TorchDispatchMode):
         if self._place is None and self.where is not None:
             self._place = self.where.now()
         return self._place
+
+    def _name_of(self, tensor: Tensor) -> str | None:
+        return self._names.get(id(tensor))
 
     def _at_work(self) -> tuple[str, nn.Module | None]:
         return self.where.module() if self.where is not None else ("", None)
@@ -439,8 +442,11 @@ def _run(
     watcher.where = Whereabouts(module)
     for name, tensor in tensors.items():
         dims = label(watcher.labels, name, tensor)
-        if not isinstance(tensor, nn.Parameter):  # nothing zeroes a buffer
-            dims = tuple(lasting(ids) for ids in dims)
+        if not isinstance(tensor, nn.Parameter):
+            if not tensor.is_floating_point() or name in watcher.labels.divisors:
+                dims = tuple(lasting(ids) for ids in dims)
+            else:
+                watcher.labels.buffers.add(name)
         watcher.begin(tensor, Labelled(dims, weight=True), name)
     for tensor in tensors_in(skeleton.inputs[number]):
         watcher.begin(tensor, unlabelled(tensor.ndim, weight=False))

@@ -116,9 +116,10 @@ class Evaluator:
         self.work, self.problem, self.norms = work, problem, norms
         self.batches: SharedBatches = work.once("shared batches", lambda: SharedBatches(work))
         self._weights: tuple[np.ndarray, dict[str, Tensor]] = (np.zeros(0), {})
-        graph, parameters = problem.meter.graph, dict(work.model.named_parameters())
-        axes = {(a.name, a.dim): a for g in graph.groups for a in g.producers if a.name in parameters}.values()
-        self._producers = [(a.name, a.dim, parameters[a.name], torch.from_numpy(a.channels)) for a in axes]
+        graph = problem.meter.graph
+        tensors = dict((*work.model.named_parameters(), *work.model.named_buffers()))
+        axes = {(a.name, a.dim): a for g in graph.groups for a in (*g.producers, *g.constants)}.values()
+        self._producers = [(a.name, a.dim, tensors[a.name], torch.from_numpy(a.channels)) for a in axes]
         self._ones = torch.ones(1 + max(int(a.channels.max(initial=0)) for a in graph.axes))
         self._channels = {i: torch.from_numpy(graph.groups[i].channels[order]) for i, order in problem.orders.items()}
         self.whole: np.ndarray = work.once(("loss of the whole network", norms), self._loss_of_the_whole)
@@ -155,7 +156,7 @@ class Evaluator:
             ) from error
 
     def masked_weights(self, taken: np.ndarray) -> dict[str, Tensor]:
-        """The parameters that write channels, by name, zero where they write those that go."""
+        """What writes channels, by name, zero where it writes those that go."""
         keep = self._ones.clone()
         gone = self.problem.start - self.problem.widths(taken)
         for group, channels in self._channels.items():

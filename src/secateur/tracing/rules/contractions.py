@@ -93,7 +93,18 @@ def _addmm(call: Call) -> Result:
     return _plus_bias(call, _matmul(call, a, b, a.ndim - 2), bias)
 
 
-@rule("mv dot addmv")
+@rule("dot vdot")
+def _dot(call: Call) -> Result:
+    a, b = call.tensors()
+    both = [call.of(a), call.of(b)]
+    if all(each is not None and each.weight for each in both):  # a number that scales whole weights, in spectral norm
+        for each in both:
+            for ids in each.dims if each is not None else ():
+                call.labels.approximate(ids, f"{call.op} of weights is taken over it")
+    return _mv(call)
+
+
+@rule("mv addmv")
 def _mv(call: Call) -> Result:
     *bias, a, b = call.tensors()
     left, right = call.of(a), call.of(b)

@@ -8,6 +8,7 @@ from torch import nn
 from secateur.tracing.call import Call, Result
 from secateur.tracing.labels import Dim, Labelled, NormUse, lasting, vanishing
 from secateur.tracing.rules.table import rule
+from secateur.tracing.weight_norms import WeightNorm
 
 
 def _affine(call: Call, ids: Dim, *, zero: bool) -> Dim:
@@ -54,6 +55,36 @@ def _batch_norm(call: Call) -> Result:
     own_statistics = call.arg("running_mean") is None or bool(call.arg("training", default=False))
     dims = [None] * len(labelled.dims)
     return [Labelled((dims[0], _affine(call, labelled.dims[1], zero=own_statistics), *dims[2:]), labelled.weight)]
+
+
+@rule("_weight_norm_interface")
+def _weight_norm(call: Call) -> Result:
+    # w = g v / |v|: a channel along the norm's dim is zero with g, and v must not be zero there
+    v, g = call.of(call.arg("v")), call.of(call.arg("g"))
+    assert v is not None and g is not None
+    dim = call.arg("dim") % len(v.dims)
+    length, direction = g.dims[dim], v.dims[dim]
+    if length is None or direction is None:
+        call.freeze(length, "multiplies fixed positions")
+        call.freeze(direction, "is multiplied by fixed positions")
+        length = None
+    else:
+        call.labels.unite(length, direction)
+        call.labels.mark("carried", direction)
+    for d, ids in enumerate(g.dims):
+        if d != dim:
+            call.freeze(ids, "kernel position")
+    lost = [ids for d, ids in enumerate(v.dims) if d != dim and ids is not None]
+    if lost:
+        lengths, directions = call.name_of(call.arg("g")), call.name_of(call.arg("v"))
+        if lengths is not None and directions is not None:
+            call.labels.weight_norms.append((lengths, WeightNorm(directions, dim)))
+        else:
+            for ids in lost:
+                call.labels.approximate(ids, "weight norm takes its statistics over it")
+    dims = tuple(length if d == dim else ids for d, ids in enumerate(v.dims))
+    norms = tuple(lasting(length) if d == dim else None for d in range(len(v.dims)))
+    return [Labelled(dims, v.weight and g.weight), Labelled(norms, v.weight)]
 
 
 @rule("native_layer_norm _fused_rms_norm")

@@ -56,8 +56,7 @@ def _loses(call: Call) -> Result:
 def _not_at_zero(call: Call) -> None:
     labelled = call.of(call.first())
     for ids in labelled.dims if labelled is not None else ():
-        if ids is not None and (ids > 0).any():
-            call.freeze(ids[ids > 0], "is not finite where a channel is zero")
+        call.labels.divides(ids, call.op, "is not finite where a channel is zero")
 
 
 @rule("log log2 log10 rsqrt reciprocal digamma lgamma")
@@ -113,8 +112,7 @@ def _quotients(call: Call) -> Result:
     over = call.of(below)
     if over is not None:
         for ids in over.dims:
-            if ids is not None and (ids > 0).any():
-                call.freeze(ids[ids > 0], "divides by a channel that may be zero")
+            call.labels.divides(ids, call.op, "divides by a channel that may be zero")
     return pointwise(call, tensors, "any")
 
 
