@@ -70,10 +70,11 @@ def _obstacle(part: nn.Module, path: str) -> str:
             "TorchScript, whose code cannot be followed or changed: give the Python module that it was made from, and "
             "script what comes out"
         )
+    kind: Any = type(part)
     for name, tensor in part._parameters.items():
-        if tensor is not None and type(tensor.data) is not torch.Tensor and not _within(type(part), *_SHARDED):
+        if tensor is not None and type(tensor.data) is not torch.Tensor and not _within(kind, *_SHARDED):
             return (
-                f"a {type(part).__name__} whose {name} is a {type(tensor.data).__name__}, and only plain tensors can "
+                f"a {kind.__name__} whose {name} is a {type(tensor.data).__name__}, and only plain tensors can "
                 "be cut: give the model as it is before it is sharded or quantised"
             )
     return _kind_of_obstacle(part, path)
@@ -95,7 +96,7 @@ def _within(kind: Any, *names: str) -> bool:
 
 
 def _kind_of_obstacle(part: nn.Module, path: str) -> str:
-    kind = type(part)
+    kind: Any = type(part)
     if isinstance(part, (DataParallel, DistributedDataParallel)):
         return (
             f"a {kind.__name__}, the wrapper for several devices: give the model inside, {path}.module, and wrap what "
