@@ -34,6 +34,7 @@ class Plan:
         norms: paths of the norms whose statistics go on over what they were taken over, with what they need for it.
         weight_norms: names of the lengths of normalised weights whose directions lose positions, and how they are
             normalised.
+        attentions: paths of ``nn.MultiheadAttention`` modules that lose channels, and become others for that.
         graph: the graph it was made with, where there is one (not part of the data).
         proven: whether a cut skeleton has shown that the model bears it. Where none has, as for plans from a copy of a
             graph, :func:`secateur.cut` proves it first. Plans are equal whether they are proven or not.
@@ -46,6 +47,7 @@ class Plan:
     patched: Patched = field(default_factory=dict)
     norms: Mapping[str, Norm] = field(default_factory=dict)
     weight_norms: Mapping[str, WeightNorm] = field(default_factory=dict)
+    attentions: Sequence[str] = ()
     graph: ChannelGraph | None = field(default=None, repr=False)
     proven: bool = False
 
@@ -94,6 +96,7 @@ class Plan:
             "patched": {key: [_listed(v) for v in values] for key, values in self.patched.items()},
             "norms": {path: asdict(norm) for path, norm in self.norms.items()},
             "weight_norms": {name: asdict(norm) for name, norm in self.weight_norms.items()},
+            "attentions": list(self.attentions),
         }
 
     def to_json(self) -> str:
@@ -132,6 +135,7 @@ class Plan:
                     str(name): WeightNorm(str(given["direction"]), _dim(given["dim"], name))
                     for name, given in data.get("weight_norms", {}).items()
                 },
+                attentions=[str(path) for path in data.get("attentions", ())],
                 proven=_flag(data.get("proven", True)),  # what was written without this was proven
             )
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -249,6 +253,7 @@ def make_plan(
         patched,
         norms=graph.narrowed(chosen),
         weight_norms=graph.rescaled(chosen),
+        attentions=graph.freed(chosen),
         graph=graph,
         proven=proven,
     )

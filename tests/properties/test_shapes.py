@@ -35,7 +35,8 @@ class Both(TorchDispatchMode):
 
 
 def looks(tensor):
-    return tensor.shape, tensor.stride(), tensor.dtype
+    strides = [stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]  # others mean nothing
+    return tensor.shape, strides, tensor.dtype
 
 
 def test_short_cuts_give_what_pytorch_gives():
@@ -50,5 +51,38 @@ def test_short_cuts_give_what_pytorch_gives():
                 )
         except (RuntimeError, NotImplementedError):  # it needs values somewhere
             continue
-    rare = {torch.ops.aten.hardtanh.default, torch.ops.aten.hardtanh_.default}
+    aten = torch.ops.aten
+    rare = {aten.hardtanh.default, aten.hardtanh_.default, aten._safe_softmax.default, aten.cos.default,
+            aten.sin.default, aten.exp.default, aten.neg.default, aten.mul.Scalar}  # fmt: skip
     assert {func for func, count in both.seen.items() if count} >= set(_SHORTCUTS) - rare
+
+
+SHAPES = [(3, 4), (1, 4), (4,), (3, 1), (2, 3, 4), (2, 1, 4), (1,), (2, 3, 4, 5), (1, 3, 1, 1), (2, 1, 1, 5), (1, 1)]
+
+
+def test_on_all_kinds_of_shapes():
+    """One operand's shape broadcast over another's, transposed ones, plain numbers."""
+    aten = torch.ops.aten
+    tensors = [torch.empty(shape, device="meta") for shape in SHAPES]
+    tensors += [t.transpose(0, 1) for t in tensors if t.ndim > 1] + [
+        torch.empty(3, 4, device="meta", dtype=torch.int64)
+    ]
+    both, found = Both(), 0
+    with both:
+        for x in tensors:
+            for function in (aten.rsqrt, aten.cos, aten.sin, aten.exp, aten.neg):
+                function(x)
+            for dim in range(-x.ndim, x.ndim):
+                aten._safe_softmax(x, dim)
+                if x.is_floating_point():
+                    aten._softmax(x, dim, False)
+            aten.mul(x, 2.5), aten.mul.Scalar(x, 3), aten.add(x, 1), aten.sub(x, 0.5)
+            aten.pow(x, 2), aten.pow(x, 0.5)
+            for y in tensors:
+                try:
+                    torch.broadcast_shapes(x.shape, y.shape)
+                except RuntimeError:
+                    continue
+                aten.add(x, y), aten.mul(x, y), aten.sub(x, y)
+        found = sum(both.seen.values())
+    assert found > 300

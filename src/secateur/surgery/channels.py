@@ -19,6 +19,7 @@ from secateur._internal.wrappers import refuse_wrapped
 from secateur.plan import Plan, cannot_cut
 from secateur.surgery.optimizer_remapper import OptimizerRemapper
 from secateur.surgery.records import add_to_record
+from secateur.tracing.attentions import free_heads
 from secateur.tracing.copying import copy_model
 from secateur.tracing.graph import fingerprint, passing_buffers
 from secateur.tracing.norms import narrow_all
@@ -56,6 +57,7 @@ def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None) -> nn.Module
     small = copy_model(model, dict(new))  # wherever the copy meets an old tensor, in a plain list too, it takes the new
     patch(small, plan.patched)
     narrow_all(small, plan.norms)
+    free_heads(small, plan.attentions)
     _rescale(small, model, plan)
     if plan.graph is not None and plan.graph.inputs is not None:
         _try(small, plan.graph.inputs)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from secateur._internal.batches import Inputs, caches, tensors_in
 from secateur._internal.errors import NothingToPrune, SecateurError
 from secateur._internal.wrappers import refuse_wrapped
+from secateur.tracing.attentions import attentions_of
 from secateur.tracing.build import build
 from secateur.tracing.graph import ChannelGraph, ChannelGroup, fingerprint, no_removable_channel
 from secateur.tracing.labels import Ids, Labels
@@ -78,7 +79,14 @@ def _trace(model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any], 
     groups = tuple(replace(g, least=2) if g.name in pairs else g for g in graph.groups)
     first, *more = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, list(inputs))
     notes = (NO_CACHE,) if any(caches(model, one) for one in inputs) else ()
-    graph = replace(prober.graph, groups=groups, inputs=first, more_inputs=tuple(more), notes=notes)
+    graph = replace(
+        prober.graph,
+        groups=groups,
+        inputs=first,
+        more_inputs=tuple(more),
+        notes=notes,
+        attentions=attentions_of(model),
+    )
     keep_proof(graph, prober.proof)
     return graph
 

@@ -183,6 +183,7 @@ class ChannelGraph:
         memories: what else its modules remember of the lengths of dims.
         norms: paths of the norms that are cut exactly, what they need for it, and the channels that they normalise.
         weight_norms: names of the lengths of normalised weights, and how these are normalised.
+        attentions: paths of PyTorch's attention modules, which are others in a cut model.
         inputs: the example inputs, without their gradients; the first of them, where several were given.
         more_inputs: the others.
         notes: what else the user should know of the trace.
@@ -203,6 +204,7 @@ class ChannelGraph:
     memories: tuple[Memory, ...] = field(default=(), repr=False)
     norms: tuple[tuple[str, Norm, np.ndarray], ...] = field(default=(), repr=False)
     weight_norms: tuple[tuple[str, WeightNorm], ...] = field(default=(), repr=False)
+    attentions: tuple[str, ...] = field(default=(), repr=False)
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -325,6 +327,11 @@ class ChannelGraph:
         """The normalised weights whose directions lose positions, by the names of their lengths."""
         slices = self.slices(plan)
         return {name: norm for name, norm in self.weight_norms if slices.get(norm.direction, {}).keys() - {norm.dim}}
+
+    def freed(self, plan: HasRemoved) -> tuple[str, ...]:
+        """The attention modules that lose channels, by path."""
+        slices = self.slices(plan)
+        return tuple(path for path in self.attentions if any(_is_in(name, path) for name in slices))
 
     def slices(self, plan: HasRemoved) -> dict[str, dict[int, list[int]]]:
         """Removed positions by tensor name and dim: what a plan means for the weights."""

@@ -61,15 +61,15 @@ class Labelled:
         dims: one entry a dim.
         weight: True if the tensor was computed from parameters and constants only, never from the model's inputs.
         joints: labels that vary along several dims, which have no entry of their own then.
-        owed: labels that are frozen as soon as the values are read, with the operation and the reason: a forward may
-            want the shape alone.
+        owed: what becomes known, of frozen labels say, as soon as the values are read: a forward may want the shape
+            alone, or nothing of a result.
         turned: whether it is a transposed weight, as a linear layer multiplies by.
     """
 
     dims: tuple[Dim, ...]
     weight: bool
     joints: tuple[Joint, ...] = ()
-    owed: tuple[tuple[Ids, str, str], ...] = ()
+    owed: tuple[Callable[[], None], ...] = ()
     turned: bool = False
 
     @property

@@ -22,6 +22,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from secateur.tracing.attentions import without_fused_kernel
+
 LAYER, ROOT_MEAN_SQUARE = KINDS = ("layer norm", "root-mean-square norm")
 
 
@@ -160,4 +162,4 @@ def narrow_all(model: nn.Module, norms: Mapping[str, Norm]) -> None:
         narrow(model.get_submodule(path), norm)
         holder = model.get_submodule(path.rpartition(".")[0])
         if norm.kind == LAYER and isinstance(holder, nn.TransformerEncoderLayer):
-            holder.activation_relu_or_gelu = 0  # says that its fused kernel, with its own layer norm, does not fit
+            without_fused_kernel(holder)

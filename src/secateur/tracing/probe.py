@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from torch import Tensor
@@ -163,29 +164,42 @@ def ends(groups: Iterable[ChannelGroup]) -> Chosen:
 def uneven(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
     """Removals that change positions and sizes unevenly.
 
-    They find widths that are halved, or computed from another group's. Of groups that are equally wide each is made
-    another width, in one round narrower than its neighbours and in another wider; where there are more groups than
-    widths, there are more rounds, in one of which any two differ. Two channels of each group stay at least (see
-    :func:`lone`), so groups of two are left out.
+    They find widths that are halved, or computed from another group's: any two groups lose different numbers of
+    channels in some round, and neighbours as different ones as can be, once the one and once the other more. Two
+    channels of each group stay at least (see :func:`lone`), so groups of two are left out.
     """
+    wide = [g for g in groups if len(g) > 2]
     source = np.random.default_rng(0)
-    counts: dict[str, list[int]] = {}
-    for width in {len(g) for g in groups if len(g) > 2}:
-        alike = [g.name for g in groups if len(g) == width]
-        low = int(width > 3)  # of three a group loses one or none, of more one at least
-        base = width - 1 - low
-        digits = next(d for d in range(1, len(alike) + 1) if base**d >= len(alike))
-        for number, name in enumerate(alike):
-            each = [number // base**d % base for d in range(digits)]
-            counts[name] = [low + digit for digit in each] + [width - 2 - digit for digit in each]
-    for turn in range(max(map(len, counts.values()), default=0)):
-        yield Chosen(
-            {
-                g.name: source.permutation(len(g))[: counts[g.name][turn % len(counts[g.name])]].tolist()
-                for g in groups
-                if g.name in counts
-            }
-        )
+    for counts in zip(*_counts([len(g) - 2 for g in wide]), strict=True):
+        yield Chosen({g.name: source.permutation(len(g))[:n].tolist() for g, n in zip(wide, counts, strict=True)})
+
+
+def _counts(most: Sequence[int]) -> list[list[int]]:
+    """For each group, how many channels it loses in each round.
+
+    Args:
+        most: how many each may lose; at least one.
+    """
+    rounds = 1
+    while (found := _different(most, rounds)) is None:
+        rounds += 1
+    return [[*counts, *(n - count for count in counts)] for n, counts in zip(most, found, strict=True)]
+
+
+def _different(most: Sequence[int], rounds: int) -> list[tuple[int, ...]] | None:
+    """For each group other numbers; from the ends of what is possible in turn. None if there are not enough."""
+    taken: set[tuple[int, ...]] = set()
+    found: dict[int, tuple[int, ...]] = {}
+    for group in sorted(range(len(most)), key=most.__getitem__):  # who has least to choose from first
+        n = most[group]
+        ends = range(n + 1) if group % 2 == 0 else range(n, -1, -1)
+        free = (counts for counts in product(ends, repeat=rounds) if counts not in taken)
+        chosen = next(free, None)
+        if chosen is None:
+            return None
+        taken.add(chosen)
+        found[group] = chosen
+    return [found[group] for group in range(len(most))]
 
 
 def lone(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:

@@ -45,10 +45,25 @@ def _in_place(x: Tensor, *_: object) -> Tensor | None:
 
 
 def _binary(x: Tensor, y: object, *_: object) -> Tensor | None:
-    fits = (
-        isinstance(y, Tensor) and y.is_meta and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
+    if isinstance(y, (int, float)):
+        return _unary(x)
+    if not isinstance(y, Tensor) or not y.is_meta or x.dtype != y.dtype or not _plain(x):
+        return None
+    if x.shape == y.shape:
+        return _like(x) if x.stride() == y.stride() else None
+    wide, other = (x, y) if x.ndim >= y.ndim else (y, x)
+    fits = all(n in (1, w) for n, w in zip(reversed(other.shape), reversed(wide.shape), strict=False))
+    return _like(wide, tuple(wide.shape)) if fits and x.is_contiguous() and y.is_contiguous() else None
+
+
+def _softmax(x: Tensor, dim: int, converts: object = None) -> Tensor | None:
+    return (
+        _like(x) if x.is_floating_point() and x.is_contiguous() and not converts and -x.ndim <= dim < x.ndim else None
     )
-    return _like(x) if fits and _plain(x) else None
+
+
+def _power(x: Tensor, exponent: object) -> Tensor | None:
+    return _unary(x) if isinstance(exponent, (int, float)) else None
 
 
 def _binary_in_place(x: Tensor, y: object, *_: object) -> Tensor | None:
@@ -137,6 +152,16 @@ _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.hardtanh.default: _unary,
     aten.hardtanh_.default: _in_place,
     aten.add.Tensor: _binary,
+    aten.sub.Tensor: _binary,
     aten.mul.Tensor: _binary,
+    aten.mul.Scalar: _binary,
+    aten.rsqrt.default: _unary,
+    aten.neg.default: _unary,
+    aten.cos.default: _unary,
+    aten.sin.default: _unary,
+    aten.exp.default: _unary,
+    aten.pow.Tensor_Scalar: _power,
+    aten._softmax.default: _softmax,
+    aten._safe_softmax.default: _softmax,
     aten.cat.default: _cat,
 }

@@ -1,7 +1,8 @@
 """The skeleton: a deep copy of a model whose own copies are run in its place.
 
 The model itself is never run. Copies of its skeleton are, whose parameters and buffers hold no data (meta tensors).
-Where the model's Python wants more than shapes, fake tensors are tried, then a copy with real data.
+Whole numbers do: token ids and masks are small, and a forward may look at them. Where the model's Python wants more,
+fake tensors are tried, then a copy with real data.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 from secateur._internal.batches import Inputs, call_without_cache
 from secateur._internal.errors import SecateurError
 from secateur._internal.state import Switch, fork_rng_of, rng_state, without_fast_path
+from secateur.tracing.attentions import attentions_of, free_heads
 from secateur.tracing.copying import copy_model, copy_module
 from secateur.tracing.leaks import Shared, clean
 from secateur.tracing.slices import Patched, Removed, patch, shrunk, sliced
@@ -49,7 +51,6 @@ class Skeleton:
     Attributes:
         module: the copy, in eval mode.
         tensors: its parameters and buffers by name.
-        inputs: what stands in for the inputs.
         kind: what stands in for the tensors.
         outputs: takes what matters of what the forward returns.
     """
@@ -61,20 +62,20 @@ class Skeleton:
         self.outputs = outputs
         self._fake = FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else None
         stand_in = {"meta": _to_meta, "fake": self._to_fake, "real": _to_real}[kind]
-        memo: dict[int, Any] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            smaller = stand_in(tensor.detach())
-            if isinstance(tensor, nn.Parameter):
-                smaller = nn.Parameter(smaller, requires_grad=False)
-            memo[id(tensor)] = smaller
+        hollow = _without_data if kind == "meta" else stand_in
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(hollow(p.detach()), requires_grad=False) for p in model.parameters()
+        }
+        memo |= {id(b): stand_in(b.detach()) for b in model.buffers()}
         with copyable(model):
             self.module = copy_model(model, memo)
         self.module.eval()
+        free_heads(self.module, attentions_of(self.module))
         self.tensors: dict[str, Tensor] = dict((*self.module.named_parameters(), *self.module.named_buffers()))
         self._shared = Shared(model)
         with _ONE_RUN:
             self._begin = rng_state()
-        self.inputs = pytree.tree_map(lambda v: stand_in(v.detach()) if isinstance(v, Tensor) else v, list(inputs))
+        self._inputs = pytree.tree_map(lambda v: stand_in(v.detach()) if isinstance(v, Tensor) else v, list(inputs))
 
     def _to_fake(self, tensor: Tensor) -> Tensor:
         assert self._fake is not None
@@ -92,23 +93,34 @@ class Skeleton:
         Raises:
             SecateurError: a module does not remember what is to be changed.
         """
-        take = sliced if self.kind == "real" else shrunk  # nobody looks at the values of the other kinds
         memo: dict[int, Any] = {}
         for name, tensor in self.tensors.items():
             memo[id(tensor)] = tensor
             if removed and name in removed:
+                take = sliced if self._has_data(tensor) else shrunk
                 smaller = take(tensor.detach(), removed[name])
                 is_parameter = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(smaller, requires_grad=False) if is_parameter else smaller
-            elif self.kind == "real" and not isinstance(tensor, nn.Parameter):
+            elif self._has_data(tensor) and not isinstance(tensor, nn.Parameter):
                 memo[id(tensor)] = tensor.clone()  # a forward may write into it
         module = copy_module(self.module, memo)
         if patched:
             patch(module, patched)
         return module, {name: memo[id(tensor)] for name, tensor in self.tensors.items()}
 
+    def _has_data(self, tensor: Tensor) -> bool:
+        return self.kind == "real" or (self.kind == "meta" and not tensor.is_meta)
+
+    def inputs(self, number: int) -> Inputs:
+        """What stands in for some of the inputs, to be used once: a forward may write into it."""
+
+        def own(value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) and self._has_data(value) else value
+
+        return pytree.tree_map(own, self._inputs[number])
+
     def run(
-        self, module: nn.Module, watcher: AbstractContextManager[Any], *, number: int = 0, training: bool = False
+        self, module: nn.Module, inputs: Inputs, watcher: AbstractContextManager[Any], *, training: bool = False
     ) -> Any:
         """One forward of an instance under a watcher, without gradients. The random state comes back.
 
@@ -117,8 +129,8 @@ class Skeleton:
 
         Args:
             module: an instance.
+            inputs: from :meth:`inputs`.
             watcher: sees the operations.
-            number: of the inputs.
             training: training mode for all but dropout, whose noise is no matter of channels.
         """
         if training:
@@ -134,14 +146,22 @@ class Skeleton:
             if self._fake is not None:
                 stack.enter_context(self._fake)
             stack.enter_context(watcher)
-            return call_without_cache(module, self.inputs[number])
+            return call_without_cache(module, inputs)
 
     def forget(self, tensors: Iterable[weakref.ref[Tensor]]) -> None:
         """Take what runs have left behind out of the caches and namespaces that the user's functions share."""
         clean(tensors, self._shared)
 
 
+_LARGE = 1_000_000  # elements, from which whole numbers are no ids or masks that a forward would look at
+
+
 def _to_meta(tensor: Tensor) -> Tensor:
+    real = not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or tensor.numel() > _LARGE)
+    return tensor.to("cpu", copy=True) if real else _without_data(tensor)
+
+
+def _without_data(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="meta")
 
 

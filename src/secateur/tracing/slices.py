@@ -222,6 +222,12 @@ def _sizes(part: nn.Module) -> tuple[Tensor | None, _Sizes]:
     if isinstance(part, (nn.RNNBase, nn.RNNCellBase)):
         first = tensors.get("weight_ih_l0", tensors.get("weight_ih"))
         return (None, {}) if first is None else (first, {"input_size": ((1,), (first.shape[1],))})
+    if isinstance(part, nn.MultiheadAttention):
+        first = next((t for t in (part.in_proj_weight, part.q_proj_weight) if t is not None), None)
+        return first, {} if first is None else {
+            "num_heads": ((0,), (part.num_heads,)),
+            "embed_dim": ((1,), (first.shape[1],)),
+        }
     weight = next((tensors[k] for k in ("weight", "running_mean") if tensors.get(k) is not None), None)
     if weight is None:
         return None, {}

@@ -24,6 +24,7 @@ from secateur._internal import distributed  # noqa: F401  (it imports what a tra
 from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
 from secateur.tracing.call import Call
+from secateur.tracing.devices import without_devices
 from secateur.tracing.labels import Dim, Joint, Labelled, Labels, lasting, unlabelled, vanishing
 from secateur.tracing.norms import ROOT_MEAN_SQUARE, NarrowLayerNorm
 from secateur.tracing.op_log import Operation, OpLog, Place
@@ -45,6 +46,7 @@ class Watcher(TorchDispatchMode):
         labels: the table.
         log: what was computed so far.
         where: finds the place of an operation in the model's code.
+        kind: what stands in for the tensors.
     """
 
     def __init__(self, labels: Labels, expected: OpLog | None = None) -> None:
@@ -53,6 +55,7 @@ class Watcher(TorchDispatchMode):
         self.log: OpLog = []
         self._expected = expected
         self.where: Whereabouts | None = None
+        self.kind = ""
         self._place: Place | None = None
         labels.here = self._here
         self._agreed: dict[tuple[int, int], tuple[Dim, Dim, bool]] = {}
@@ -125,8 +128,8 @@ class Watcher(TorchDispatchMode):
         if entry is None or entry[0]() is not tensor:
             return unlabelled(tensor.ndim, weight=True)
         labelled = entry[1]
-        for owed in labelled.owed:
-            self.labels.freeze(*owed)
+        for pay in labelled.owed:
+            pay()
         if labelled.owed:
             labelled = replace(labelled, owed=())
             self.set(tensor, labelled)
@@ -137,7 +140,7 @@ class Watcher(TorchDispatchMode):
         before = (tuple(args[0].shape), tuple(args[0].stride())) if func is _RESTRIDE else None
         out = quick(func, args, kwargs)
         if out is None:
-            out = func(*args, **kwargs)
+            out = func(*args, **kwargs) if self.kind != "meta" else without_devices(func, args, kwargs)
         if func.namespace != "prim":
             call = Call(self.labels, self.get, func, args, kwargs, out, self._at_work, self._name_of)
             call.before = before
@@ -439,7 +442,7 @@ def _run(
 ) -> None:
     training, number = run
     module, tensors = skeleton.instance(removed, patched)
-    watcher.where = Whereabouts(module)
+    watcher.where, watcher.kind = Whereabouts(module), skeleton.kind
     for name, tensor in tensors.items():
         dims = label(watcher.labels, name, tensor)
         if not isinstance(tensor, nn.Parameter):
@@ -448,9 +451,10 @@ def _run(
             else:
                 watcher.labels.buffers.add(name)
         watcher.begin(tensor, Labelled(dims, weight=True), name)
-    for tensor in tensors_in(skeleton.inputs[number]):
+    inputs = skeleton.inputs(number)
+    for tensor in tensors_in(inputs):
         watcher.begin(tensor, unlabelled(tensor.ndim, weight=False))
-    out = skeleton.run(module, watcher, number=number, training=training)
+    out = skeleton.run(module, inputs, watcher, training=training)
     if skeleton.outputs is not None:
         out = skeleton.outputs(out)
     outputs = tensors_in(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -339,7 +340,7 @@ def _select(call: Call) -> Result:
         return _picked(call, labelled, axis, call.arg("index"))
     result, ids = _rearranged(labelled, [d for d in range(len(labelled.dims)) if d != axis]), labelled.dims[axis]
     if ids is not None:
-        result = replace(result, owed=((ids, call.op, "single positions are picked out"),))
+        result = replace(result, owed=(partial(call.labels.freeze, ids, call.op, "single positions are picked out"),))
     return [result] * len(call.results())
 
 

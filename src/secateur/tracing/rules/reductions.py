@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 from secateur.tracing.call import Call, Result
 from secateur.tracing.labels import Dim, Labelled, lasting
@@ -55,12 +57,13 @@ def _sum(call: Call) -> Result:
 def _statistics(call: Call) -> Result:
     reason = f"{call.base} is taken over it"
     keeps = call.base not in {"logsumexp"}
+    owed: list[Callable[[], None]] = []  # the mean over heads of attention's weights is seldom looked at
 
     def taken(ids: Dim) -> None:
         if ids is not None and not (call.base == "mean" and exact_norm(call, ids)):
-            call.labels.approximate(ids, reason)
+            owed.append(partial(call.labels.approximate, ids, reason))
 
-    labelled = _reduce(call, taken, keeps=keeps)
+    labelled = replace(_reduce(call, taken, keeps=keeps), owed=tuple(owed))
     return [labelled] * len(call.results()) if len(call.results()) > 1 else labelled
 
 
