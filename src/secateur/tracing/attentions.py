@@ -1,13 +1,13 @@
 """``nn.MultiheadAttention`` that can lose heads.
 
 PyTorch's takes the size of a head for the input's width divided by the number of heads, so neither can change alone.
-:class:`HeadAttention` computes the same from the size that it remembers; it is what is traced, and what a cut model has.
+:class:`HeadAttention` computes the same from the size that it remembers; it is traced, and a cut model has it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch.nn import functional as F
 class HeadAttention(nn.MultiheadAttention):
     """Multi-head attention with heads of a fixed size, as many as its weights have; :func:`free_heads` makes it.
 
-    It has the parameters of ``nn.MultiheadAttention``, under the same names, and its forward takes and returns the same.
+    It has the parameters of ``nn.MultiheadAttention`` by the same names, and its forward takes and returns the same.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -70,7 +70,7 @@ class HeadAttention(nn.MultiheadAttention):
 
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else _mask(attn_mask, key_padding_mask, heads[0], heads[1].shape[2])
-        y, weights = self._attend(*heads, mask, causal=causal, need_weights=need_weights)
+        y, weights = self._attend(heads, mask, causal=causal, need_weights=need_weights)
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -90,9 +90,10 @@ class HeadAttention(nn.MultiheadAttention):
         return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, need_weights: bool
+        self, heads: Sequence[Tensor], mask: Tensor | None, *, causal: bool, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """What is attended to, [examples, heads, targets, size], and the weights if they are wanted."""
+        q, k, v = heads
         dropout = self.dropout if self.training else 0.0
         if not need_weights:
             return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal), None
