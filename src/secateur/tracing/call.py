@@ -161,15 +161,27 @@ def merge(
         absent = False
         for labelled, own in operands:
             at = d - (len(shape) - len(own))
-            if at < 0:
-                absent = True
+            if at < 0 or at in labelled.free:
+                absent = absent or not labelled.zero
             elif own[at] == 1 and size != 1:
                 call.freeze(labelled.dims[at], BROADCAST)
-                absent = True
+                absent = absent or not labelled.zero
             else:
                 present.append(labelled.dims[at])
         dims.append(_merge_dim(call, present, absent, zero))
     return tuple(dims)
+
+
+def free_dims(operands: Sequence[tuple[Labelled, Sequence[int]]], shape: Sequence[int]) -> frozenset[int]:
+    """The dims of a broadcast result along which one value is copied; operands and shape as for :func:`merge`."""
+    if not any(labelled.free for labelled, _ in operands):
+        return frozenset()
+    found = set()
+    for d, size in enumerate(shape):
+        places = [(labelled, own, d - (len(shape) - len(own))) for labelled, own in operands]
+        if size > 1 and all(at < 0 or at in labelled.free or own[at] == 1 for labelled, own, at in places):
+            found.add(d)
+    return frozenset(found)
 
 
 def _merge_dim(call: Call, present: Sequence[Dim], absent: bool, zero: str) -> Dim:

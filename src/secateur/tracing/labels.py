@@ -64,6 +64,8 @@ class Labelled:
         owed: what becomes known, of frozen labels say, as soon as the values are read: a forward may want the shape
             alone, or nothing of a result.
         turned: whether it is a transposed weight, as a linear layer multiplies by.
+        free: dims along which one value is copied, so that they have as many positions as whatever they meet.
+        zero: whether all values are zero.
     """
 
     dims: tuple[Dim, ...]
@@ -71,6 +73,8 @@ class Labelled:
     joints: tuple[Joint, ...] = ()
     owed: tuple[Callable[[], None], ...] = ()
     turned: bool = False
+    free: frozenset[int] = frozenset()
+    zero: bool = False
 
     @property
     def has_labels(self) -> bool:
@@ -167,7 +171,7 @@ class Labels:
         for joint in labelled.joints:
             _, unit, ids = self._settled.get(id(joint)) or self._settle(joint)
             dims[joint.dims[unit]] = ids
-        return Labelled(tuple(dims), labelled.weight)
+        return Labelled(tuple(dims), labelled.weight, free=labelled.free, zero=labelled.zero)
 
     def _settle(self, joint: Joint, unit: int | None = None) -> tuple[Joint, int, Ids]:
         axes = list(enumerate(joint.axes))

@@ -42,7 +42,7 @@ class Operation:
 
     Attributes:
         name: of the operation, without namespace.
-        labels: of every tensor that it returned, one entry a dim.
+        labels: of every tensor that it returned, one entry a dim; none if nobody has read these tensors.
         shapes: of these tensors.
         numbers: the plain numbers among its arguments that enter values.
         place: where it was.
@@ -55,6 +55,8 @@ class Operation:
     place: Place | None = None
 
 
+ANY = -1
+"""The size of a dim along which one value is copied: as many times as whatever it meets has positions."""
 OpLog = list[Operation]
 """What a run computed, in order."""
 
@@ -151,7 +153,9 @@ def _difference(
 
 def _wrong(want: Operation, got: Operation, agree: Callable[[Dim, Dim], bool], *, free: bool) -> str:
     """What is wrong with an operation, in words."""
-    if want.shapes != got.shapes and not (free and _same_where_labelled(want, got)):
+    if not want.shapes:
+        return ""
+    if want.shapes != got.shapes and not _fits(want, got, free=free):
         gives, due = (_words(shapes) for shapes in (got.shapes, want.shapes))
         return f"the model fixes a width: {got.name} gives {gives} where {due} is due"
     if want.numbers != got.numbers:
@@ -170,9 +174,9 @@ def _path(log: OpLog) -> list[str]:
     return [operation.name for operation in log]
 
 
-def _same_where_labelled(want: Operation, got: Operation) -> bool:
-    """Whether the shapes of two operations agree where there are labels."""
+def _fits(want: Operation, got: Operation, *, free: bool) -> bool:
+    """Whether the shapes of two operations agree; free: only where there are labels."""
     return len(want.shapes) == len(got.shapes) and all(
-        len(a) == len(b) and all(m == n or ids is None for m, n, ids in zip(a, b, dims, strict=True))
+        len(a) == len(b) and all(m in (n, ANY) or (free and ids is None) for m, n, ids in zip(a, b, dims, strict=True))
         for a, b, dims in zip(want.shapes, got.shapes, want.labels, strict=True)
     )

@@ -27,7 +27,7 @@ from secateur.tracing.call import Call
 from secateur.tracing.devices import without_devices
 from secateur.tracing.labels import Dim, Joint, Labelled, Labels, lasting, unlabelled, vanishing
 from secateur.tracing.norms import ROOT_MEAN_SQUARE, NarrowLayerNorm
-from secateur.tracing.op_log import Operation, OpLog, Place
+from secateur.tracing.op_log import ANY, Operation, OpLog, Place
 from secateur.tracing.rules.table import RULES, unknown_operation
 from secateur.tracing.shapes import quick
 from secateur.tracing.skeleton import Skeleton
@@ -63,6 +63,8 @@ class Watcher(TorchDispatchMode):
         self._open: list[tuple[int, int, Joint]] = []  # entry of the op log, number of the result, what varies
         self._labels_of: dict[str, tuple[Dim, ...]] = {}
         self._names: dict[int, str] = {}
+        self._entry: dict[int, int | None] = {}  # of the op log, in which a tensor was made
+        self._used: set[int] = set()  # those whose results an operation has read
         self._given: dict[int, Tensor] = {}  # held, so that their ids stay theirs
 
     def agree(self, want: Dim, got: Dim) -> bool:
@@ -90,7 +92,14 @@ class Watcher(TorchDispatchMode):
         return entry is not None and entry[0]() is tensor
 
     def settle(self) -> None:
-        """Settle what varies along several dims, once the run is over, and complete the op log."""
+        """Settle what varies along several dims, once the run is over, and complete the op log.
+
+        What nobody has read is not looked at: a forward may have wanted the shape alone.
+        """
+        unread = [] if self.labels.resolved else [i for i in range(len(self.log)) if i not in self._used]
+        for at in unread:
+            self.log[at] = replace(self.log[at], labels=(), shapes=(), numbers=())
+        self._open = [each for each in self._open if each[0] in self._used]
         if self.labels.resolved or not (self.labels.joints or self.labels.grouped):
             return
         self.labels.settle()
@@ -169,6 +178,8 @@ class Watcher(TorchDispatchMode):
         self._place = None
         for tensor in call.tensors():
             self._read(tensor)
+            if call.base not in _SHAPE_ONLY and call.base not in _IDENTITIES:
+                self.used(tensor)
         results = call.results()
         if not results:
             if call.op in {"item", "_local_scalar_dense", "is_nonzero", "equal"}:
@@ -190,12 +201,28 @@ class Watcher(TorchDispatchMode):
         numbers = _numbers(call)
         if numbers and isinstance(self._at_work()[1], NarrowLayerNorm):
             numbers = ()  # it computes from its width what it should
-        if call.base not in _IDENTITIES or numbers:
+        if call.base in _IDENTITIES and not numbers:
+            for tensor in results:
+                self._entry[id(tensor)] = self._entry.get(id(call.first()))
+        else:
+            for tensor in results:
+                self._entry[id(tensor)] = len(self.log)
+            if call.writes:  # it is seen through other tensors
+                self._used.add(len(self.log))
             name = "view" if call.base in _VIEWS else call.base
-            shapes = tuple(tuple(t.shape) for t in results[:told])
+            shapes = tuple(
+                tuple(ANY if d in each.free else n for d, n in enumerate(t.shape))
+                for t, each in zip(results[:told], listed, strict=False)
+            )
             labels = tuple(each.dims for each in listed[:told])
             self._open += [(len(self.log), i, joint) for i, each in enumerate(listed[:told]) for joint in each.joints]
             self.log.append(Operation(name, labels, shapes, numbers, self._here()))
+
+    def used(self, tensor: Tensor) -> None:
+        """Note that somebody reads a tensor's values."""
+        entry = self._entry.get(id(tensor))
+        if entry is not None:
+            self._used.add(entry)
 
     def _read(self, tensor: Tensor) -> None:
         """Note that a parameter or buffer is read, and where a norm's weight is that has to change with its width."""
@@ -276,7 +303,9 @@ _IDENTITIES = {"clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh
 """Not in the op log: whether PyTorch copies depends on strides, and so on widths."""
 _VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 """One operation in the op log: whether PyTorch views or reshapes depends on strides too."""
-_CONSTANTS = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "new_empty", "scalar_tensor"}
+_SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
+"""They read no values."""
+_CONSTANTS = _SHAPE_ONLY | {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "new_empty", "scalar_tensor"}
 
 # the whole numbers that these take are values, not positions or sizes
 _ARITHMETIC = {
@@ -471,9 +500,10 @@ def _run(
         )
     watcher.returned()
     for tensor in outputs:
+        watcher.used(tensor)
         for ids in watcher.get(tensor).arrays:
             watcher.labels.freeze(ids, "output", "belongs to the model's output")
     shapes = tuple(tuple(t.shape) for t in outputs)
     labels = tuple(watcher.labels.settled(watcher.get(t)).dims for t in outputs)
-    watcher.log.append(Operation("output", labels, shapes))
     watcher.settle()
+    watcher.log.append(Operation("output", labels, shapes))

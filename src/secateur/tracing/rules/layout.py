@@ -27,7 +27,8 @@ def _rearranged(labelled: Labelled, order: Sequence[int]) -> Labelled:
     joints = tuple(joint.at(order.index(d) for d in joint.dims) for joint in labelled.joints)
     turned = labelled.weight and list(order) == [1, 0] and not labelled.turned
     dims = tuple(None if d < 0 else labelled.dims[d] for d in order)
-    return Labelled(dims, labelled.weight, joints, turned=turned)
+    free = frozenset(new for new, old in enumerate(order) if old in labelled.free)
+    return Labelled(dims, labelled.weight, joints, turned=turned, free=free, zero=labelled.zero)
 
 
 @rule("t")
@@ -82,7 +83,8 @@ def _expand(call: Call) -> Result:
     dims = merge(call, [(labelled, x.shape)], shape, "any")
     new = len(shape) - x.ndim
     joints = tuple(joint.at(d + new for d in joint.dims) for joint in labelled.joints)
-    return Labelled(dims, labelled.weight, joints)
+    copied = (d for d, n in enumerate(shape) if n > 1 and (d < new or x.shape[d - new] == 1 or d - new in labelled.free))
+    return Labelled(dims, labelled.weight, joints, free=frozenset(copied), zero=labelled.zero)
 
 
 @rule("repeat")
@@ -102,11 +104,18 @@ def _view(call: Call) -> Result:
         return unknown_operation(call)
     labelled, before, after = call.open(call.first()), call.first().shape, call.results()[0].shape
     if not labelled.has_labels:
-        return Labelled((None,) * len(after), labelled.weight)
+        return Labelled((None,) * len(after), labelled.weight, free=_still_free(labelled, before, after))
     if len(after) > 2 or before[:1] != after[:1]:  # not a plain flattening: sizes may come from another tensor
         for ids in labelled.arrays:
             call.placed(ids)
-    return _View(call, labelled, before, after).labelled()
+    return replace(_View(call, labelled, before, after).labelled(), free=_still_free(labelled, before, after))
+
+
+def _still_free(labelled: Labelled, before: Sequence[int], after: Sequence[int]) -> frozenset[int]:
+    if not labelled.free:
+        return frozenset()
+    pairs = [(old, new) for old, new in _blocks(before, after) if len(old) == len(new) == 1]
+    return frozenset(new[0] for old, new in pairs if old[0] in labelled.free)
 
 
 class _View:
@@ -328,7 +337,7 @@ def _slice(call: Call) -> Result:
     if step > 1 or (start > 0 and stop < size):
         call.moved(ids, part if step == 1 else ids)
     dims = (*labelled.dims[:axis], part, *labelled.dims[axis + 1 :])
-    return Labelled(dims, labelled.weight, labelled.joints)
+    return Labelled(dims, labelled.weight, labelled.joints, free=labelled.free, zero=labelled.zero)
 
 
 @rule("select unbind")
@@ -357,7 +366,8 @@ def _index(call: Call) -> Result:
             return _index_freely(call, labelled, used, out)
     for d in used:
         call.freeze(labelled.dims[d], "is picked by index")
-    return Labelled(tuple(None if d in used else ids for d, ids in enumerate(labelled.dims)), labelled.weight)
+    dims = tuple(None if d in used else ids for d, ids in enumerate(labelled.dims))
+    return Labelled(dims, labelled.weight, free=labelled.free - set(used), zero=labelled.zero)
 
 
 def _index_freely(call: Call, labelled: Labelled, used: Sequence[int], out: Tensor) -> Result:
@@ -376,26 +386,89 @@ def _covered(indices: Sequence[Tensor | None]) -> int:
     return sum(i.ndim if i.dtype in (torch.bool, torch.uint8) else 1 for i in indices if i is not None)
 
 
+def _looked_up(call: Call, tensors: Sequence[Tensor], index: Tensor, axis: int, zero: str) -> Labelled:
+    """The labels of what an index picks from tensors, or puts into the first of them, along one dim.
+
+    Along the others position meets position, where all of them have as many.
+    """
+    given = [call.of(t) for t in (*tensors, index)]
+    shapes = [tuple(t.shape) for t in (*tensors, index)]
+    labelled = [n for n in given if n is not None]
+    for n, reason in zip(labelled, (*("is picked by index",) * len(tensors), "is used as an index"), strict=True):
+        call.freeze(n.dims[axis], reason)
+    dims: list[Dim] = []
+    for d in range(len(shapes[0])):
+        if d == axis:
+            dims.append(None)
+            continue
+        sizes = {shape[d] for shape in shapes}
+        operands = []
+        for n in labelled:
+            free = frozenset({0}) if d in n.free or (n is labelled[-1] and index.stride(d) == 0) else frozenset()
+            ids = lasting(n.dims[d]) if n is labelled[-1] else n.dims[d]
+            if len(sizes) > 1:  # some positions only
+                call.freeze(ids, "is picked by index")
+                ids = None
+            operands.append((Labelled((ids,), n.weight, free=free, zero=n.zero), (max(sizes),)))
+        if zero == "all":  # an index says where, not what
+            whole = merge(call, operands[:-1], (max(sizes),), zero)
+            merge(call, [(Labelled(whole, weight=False), (max(sizes),)), operands[-1]], (max(sizes),), "any")
+            dims += whole
+        else:
+            dims += merge(call, operands, (max(sizes),), zero)
+    weight = all(n.weight for n in labelled)
+    for ids in labelled[-1].dims if labelled[-1].weight else ():
+        call.labels.mark("carried", ids)
+    for n in labelled[:-1]:
+        for ids in n.dims if n.weight and not weight else ():
+            call.labels.mark("producer", ids)
+    return Labelled(tuple(dims), weight)
+
+
+@rule("scatter_add scatter scatter_reduce")
+def _scatter(call: Call) -> Result:
+    """``y[index[i, j], j] = x[index[i, j], j] + src[i, j]`` along the first of two dims, or another reduction."""
+    x, index, axis = call.first(), call.arg("index"), call.arg("dim") % max(1, call.first().ndim)
+    if call.arg("src") is None:  # a number, or, of a reduction, none that is added to zero
+        kept = _looked_up(call, [x], index, axis, "all")
+        number = call.arg("value")
+        return kept if number in (0, None) else replace(kept, dims=tuple(lasting(ids) for ids in kept.dims))
+    return _looked_up(call, [x, call.arg("src")], index, axis, "all")
+
+
+@rule("index_add index_copy index_reduce index_fill")
+def _index_add(call: Call) -> Result:
+    """``y[index[i], j] = x[index[i], j] + source[i, j]`` along the first of two dims, or another reduction."""
+    x, index, axis = call.first(), call.arg("index"), call.arg("dim") % max(1, call.first().ndim)
+    source = call.arg("source") if call.base != "index_fill" else None
+    labelled = [n for n in map(call.of, (x, source)) if n is not None]
+    if index.ndim != 1 or (source is not None and source.ndim != x.ndim):
+        return unknown_operation(call)
+    for n in labelled:
+        call.freeze(n.dims[axis], "is picked by index")
+    call.freeze((call.of(index) or Labelled((None,), weight=True)).dims[0], "is used as an index")
+    around = [d for d in range(x.ndim) if d != axis]
+    shape = [x.shape[d] for d in around]
+    operands = []
+    for n in labelled:
+        free = frozenset(at for at, d in enumerate(around) if d in n.free)
+        operands.append((Labelled(tuple(n.dims[d] for d in around), n.weight, free=free, zero=n.zero), shape))
+    dims = list(merge(call, operands, shape, "all"))
+    value = call.arg("value")
+    if call.base == "index_fill" and not (isinstance(value, (int, float)) and value == 0):
+        dims = [lasting(ids) for ids in dims]
+    weight = all(n.weight for n in labelled)
+    for n in labelled:
+        for ids in n.dims if n.weight and not weight else ():
+            call.labels.mark("producer", ids)
+    return Labelled((*dims[:axis], None, *dims[axis:]), weight)
+
+
 @rule("gather")
 def _gather(call: Call) -> Result:
     """``y[i, j] = x[index[i, j], j]`` along the first of two dims: what is not looked up passes."""
-    labelled, index, x = _labelled(call), call.of(call.arg("index")), call.first()
-    shape = call.results()[0].shape
-    assert index is not None
-    axis = call.arg("dim") % max(1, x.ndim)
-    call.freeze(labelled.dims[axis], "is picked by index")
-    call.freeze(index.dims[axis], "is used as an index")
-    dims: list[Dim] = []
-    for d, (ids, other) in enumerate(zip(labelled.dims, index.dims, strict=True)):
-        if d == axis:
-            dims.append(None)
-        elif x.shape[d] != shape[d]:
-            call.freeze(ids, "is picked by index")
-            dims.append(None)
-        else:
-            own = (Labelled((ids,), labelled.weight), (shape[d],))
-            dims += merge(call, [own, (Labelled((lasting(other),), index.weight), (shape[d],))], (shape[d],), "any")
-    return Labelled(tuple(dims), labelled.weight and index.weight)
+    x = call.first()
+    return _looked_up(call, [x], call.arg("index"), call.arg("dim") % max(1, x.ndim), "any")
 
 
 @rule("index_put _index_put_impl")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
-from secateur.tracing.call import Call, Result, merge
+from secateur.tracing.call import Call, Result, free_dims, merge
 from secateur.tracing.labels import Labelled, unlabelled, vanishing
 from secateur.tracing.rules.table import rule, unknown_operation
 
@@ -16,7 +17,8 @@ def pointwise(call: Call, operands: Iterable[Tensor], zero: str) -> Labelled:
     """Labels of a pointwise result of these operands; ``zero`` as for :func:`secateur.tracing.call.merge`."""
     tensors = list(operands)
     labelled = [call.of(t) or unlabelled(t.ndim, weight=True) for t in tensors]
-    dims = merge(call, [(n, t.shape) for n, t in zip(labelled, tensors, strict=True)], call.results()[0].shape, zero)
+    operands, shape = [(n, t.shape) for n, t in zip(labelled, tensors, strict=True)], call.results()[0].shape
+    dims = merge(call, operands, shape, zero)
     weight = all(n.weight for n in labelled)
     for n in labelled:
         for ids in n.dims if n.weight else ():
@@ -26,7 +28,7 @@ def pointwise(call: Call, operands: Iterable[Tensor], zero: str) -> Labelled:
         for n, t in zip(labelled[1:], tensors[1:], strict=True):
             for back in range(1, min(t.ndim, tensors[0].ndim) + 1):
                 call.labels.alias(labelled[0].dims[-back], n.dims[-back])
-    return Labelled(dims, weight)
+    return Labelled(dims, weight, free=free_dims(operands, shape))
 
 
 def _is_zero(value: object) -> bool:
@@ -36,18 +38,19 @@ def _is_zero(value: object) -> bool:
 @rule(
     "abs neg relu gelu silu tanh sqrt sin sinh asin tan atan asinh erf expm1 log1p sign sgn floor ceil round trunc "
     "leaky_relu elu celu selu mish hardswish hardshrink softshrink clone detach alias contiguous _to_copy lift_fresh "
-    "lift_fresh_copy lift zero nan_to_num zeros_like to dropout square frac deg2rad rad2deg isnan isinf positive"
+    "lift_fresh_copy lift zero nan_to_num to dropout square frac deg2rad rad2deg isnan isinf positive"
 )
 def _keeps(call: Call) -> Result:
     labelled = call.open(call.first())
     if labelled.joints and call.first().shape == call.results()[0].shape:
         return labelled
-    return pointwise(call, [call.first()], "any")
+    kept = pointwise(call, [call.first()], "any")
+    return replace(kept, zero=True) if labelled.zero or call.base == "zero" else kept
 
 
 @rule(
     "sigmoid exp exp2 softplus cos cosh acos hardsigmoid erfc logical_not bitwise_not "
-    "ones_like full_like rand_like randn_like empty_like fill isfinite"
+    "rand_like randn_like fill isfinite"
 )
 def _loses(call: Call) -> Result:
     return pointwise(call, [call.first()], "lose")
