@@ -234,7 +234,7 @@ def _sizes(part: nn.Module) -> tuple[Tensor | None, _Sizes]:
     shape = tuple(weight.shape)
     rows: tuple[tuple[int, ...], tuple[int, ...]] = ((0,), shape[:1])
     columns = ((1,), shape[1:2])
-    if isinstance(part, (_CONVOLUTIONS, nn.Linear, nn.Embedding)) and len(shape) < 2:
+    if isinstance(part, (_CONVOLUTIONS, nn.Linear, nn.Embedding, nn.EmbeddingBag)) and len(shape) < 2:
         return None, {}
     if isinstance(part, _CONVOLUTIONS):
         return weight, _convolution_sizes(part, shape)
@@ -247,7 +247,7 @@ def _sizes(part: nn.Module) -> tuple[Tensor | None, _Sizes]:
         return weight, {"num_channels": rows, "num_groups": rows} if own else {"num_channels": rows}
     if isinstance(part, (nn.LayerNorm, nn.RMSNorm)):
         return weight, {"normalized_shape": (tuple(range(len(shape))), shape)}
-    if isinstance(part, nn.Embedding):
+    if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
         return weight, {"num_embeddings": rows, "embedding_dim": columns}
     if isinstance(part, nn.PReLU):
         return weight, {"num_parameters": rows}

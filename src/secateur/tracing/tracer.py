@@ -303,9 +303,10 @@ _IDENTITIES = {"clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh
 """Not in the op log: whether PyTorch copies depends on strides, and so on widths."""
 _VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 """One operation in the op log: whether PyTorch views or reshapes depends on strides too."""
-_SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
+_NEW = {"new_zeros", "new_ones", "new_full", "new_empty"}
+_SHAPE_ONLY = _NEW | {"zeros_like", "ones_like", "full_like", "empty_like"}
 """They read no values."""
-_CONSTANTS = _SHAPE_ONLY | {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "new_empty", "scalar_tensor"}
+_CONSTANTS = _NEW | {"zeros", "ones", "full", "empty", "scalar_tensor"}
 
 # the whole numbers that these take are values, not positions or sizes
 _ARITHMETIC = {

@@ -292,6 +292,44 @@ def _recurrent(call: Call) -> Result:
     return None
 
 
+@rule("_cdist_forward _pairwise_distance")
+def _distance(call: Call) -> Result:
+    """Distances of the rows of two tables: zero coordinates of both add nothing."""
+    a, b = call.arg("x1"), call.arg("x2")
+    left, right = call.of(a), call.of(b)
+    assert left is not None and right is not None
+    x, y = left.dims[-1], right.dims[-1]
+    if x is None or y is None:
+        call.freeze(x, "is compared with fixed positions")
+        call.freeze(y, "is compared with fixed positions")
+    else:
+        call.labels.unite(x, y)
+        for ids in (x, y):
+            call.labels.read(ids, call.op)
+    for n, own in ((left, x), (right, y)):
+        if n.weight and not (left.weight and right.weight):
+            _produce(call, n, *n.dims[:-1], own)
+    shared = [(Labelled(n.dims[:-2], n.weight), t.shape[:-2]) for n, t in ((left, a), (right, b))]
+    batch = merge(call, shared, call.results()[0].shape[:-2], "lose")
+    dims = (*batch, lasting(left.dims[-2]), lasting(right.dims[-2]))
+    call.labels.term(
+        prod(call.results()[0].shape[:-2]), (dims[-2], a.shape[-2]), (dims[-1], b.shape[-2]), (x, a.shape[-1])
+    )
+    return Labelled(dims, left.weight and right.weight)
+
+
+@rule("embedding_bag _embedding_bag _embedding_bag_forward_only")
+def _embedding_bag(call: Call) -> Result:
+    weight = call.of(call.arg("weight"))
+    assert weight is not None
+    call.freeze(weight.dims[0], "rows of a table are looked up by number")
+    for tensor in call.tensors()[1:]:
+        for ids in (call.of(tensor) or unlabelled(tensor.ndim, weight=True)).dims:
+            call.freeze(ids, "is used as an index")
+    _produce(call, weight, weight.dims[1])
+    return [Labelled((None, weight.dims[1]), weight=False)]
+
+
 @rule("embedding")
 def _embedding(call: Call) -> Result:
     weight, index = call.of(call.arg("weight")), call.of(call.arg("indices"))

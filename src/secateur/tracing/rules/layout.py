@@ -83,7 +83,9 @@ def _expand(call: Call) -> Result:
     dims = merge(call, [(labelled, x.shape)], shape, "any")
     new = len(shape) - x.ndim
     joints = tuple(joint.at(d + new for d in joint.dims) for joint in labelled.joints)
-    copied = (d for d, n in enumerate(shape) if n > 1 and (d < new or x.shape[d - new] == 1 or d - new in labelled.free))
+    copied = (
+        d for d, n in enumerate(shape) if n > 1 and (d < new or x.shape[d - new] == 1 or d - new in labelled.free)
+    )
     return Labelled(dims, labelled.weight, joints, free=frozenset(copied), zero=labelled.zero)
 
 
@@ -591,3 +593,78 @@ def _as_strided(call: Call) -> Result:
     if size != shape or moved or call.arg("storage_offset"):
         return unknown_operation(call)
     return call.open(x)
+
+
+@rule("col2im")
+def _col2im(call: Call) -> Result:
+    """Patches [.., channels * taps, places] are added up to a map: a channel goes with all of its taps."""
+    labelled, out = _labelled(call), call.results()[0]
+    call.freeze(labelled.dims[-1], "is a spatial position")
+    ids = labelled.dims[-2]
+    if ids is not None:
+        table = ids.reshape(out.shape[-3], -1)
+        call.labels.unite(table[:, :1], table[:, 1:])
+        ids = vanishing(table[:, 0], table.min(1) > 0)
+    return Labelled((*labelled.dims[:-2], ids, None, None), labelled.weight)
+
+
+@rule("unfold")
+def _unfold(call: Call) -> Result:
+    """Windows along a dim, each in a new last dim."""
+    labelled, axis = _labelled(call), call.arg("dimension") % max(1, call.first().ndim)
+    call.freeze(labelled.dims[axis] if labelled.dims else None, "is seen in windows")
+    dims = tuple(None if d == axis else ids for d, ids in enumerate(labelled.dims))
+    return Labelled((*dims, None), labelled.weight)
+
+
+@rule("_fft_r2c _fft_c2r _fft_c2c")
+def _fft(call: Call) -> Result:
+    labelled, ndim = _labelled(call), call.first().ndim
+    axes = {d % ndim for d in call.arg("dim")}
+    for d in axes:
+        call.freeze(labelled.dims[d], "is transformed to frequencies")
+    return Labelled(tuple(None if d in axes else ids for d, ids in enumerate(labelled.dims)), labelled.weight)
+
+
+@rule("view_as_real")
+def _view_as_real(call: Call) -> Result:
+    labelled = _labelled(call)
+    return Labelled((*labelled.dims, None), labelled.weight)
+
+
+@rule("view_as_complex")
+def _view_as_complex(call: Call) -> Result:
+    labelled = _labelled(call)
+    call.freeze(labelled.dims[-1], "is the real or the imaginary part")
+    return Labelled(labelled.dims[:-1], labelled.weight)
+
+
+@rule("rot90")
+def _rot90(call: Call) -> Result:
+    labelled, times = _labelled(call), call.arg("k") % 4
+    a, b = (d % len(labelled.dims) for d in call.arg("dims"))
+    dims = list(labelled.dims)
+    for axis, turned in ((b, times in {1, 2}), (a, times in {2, 3})):
+        ids = dims[axis]
+        dims[axis] = ids[::-1].copy() if turned and ids is not None else ids
+    if times % 2:
+        dims[a], dims[b] = dims[b], dims[a]
+    return Labelled(tuple(dims), labelled.weight)
+
+
+@rule("diagonal")
+def _diagonal(call: Call) -> Result:
+    labelled = _labelled(call)
+    axes = {call.arg(name) % len(labelled.dims) for name in ("dim1", "dim2")}
+    for d in axes:
+        call.freeze(labelled.dims[d], "meets another dim on a diagonal")
+    return Labelled((*(ids for d, ids in enumerate(labelled.dims) if d not in axes), None), labelled.weight)
+
+
+@rule("diag_embed")
+def _diag_embed(call: Call) -> Result:
+    labelled, out = _labelled(call), call.results()[0]
+    call.freeze(labelled.dims[-1], "becomes a diagonal")
+    axes = {call.arg(name) % out.ndim for name in ("dim1", "dim2")}
+    left = iter(labelled.dims[:-1])
+    return Labelled(tuple(None if d in axes else next(left) for d in range(out.ndim)), labelled.weight)

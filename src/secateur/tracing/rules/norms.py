@@ -46,14 +46,14 @@ def _batch_norm(call: Call) -> Result:
     assert labelled is not None
     for d, ids in enumerate(labelled.dims):
         if d != 1:
-            call.freeze(ids, "batch norm takes its statistics over it")
+            call.labels.approximate(ids, "batch norm takes its statistics over it")
     (path, module), ids = call.at_work(), labelled.dims[1]
     if isinstance(module, nn.modules.batchnorm._NormBase) and ids is not None:
         bare = not [*module.parameters(), *module.buffers()]  # nothing else of it tells how many channels there are
         if bare and len(ids) % module.num_features == 0:  # an instance norm has those of all examples side by side
             call.labels.met.append((path, "num_features", ids[: module.num_features]))
     own_statistics = call.arg("running_mean") is None or bool(call.arg("training", default=False))
-    dims = [None] * len(labelled.dims)
+    dims = [lasting(ids) for ids in labelled.dims]
     return [Labelled((dims[0], _affine(call, labelled.dims[1], zero=own_statistics), *dims[2:]), labelled.weight)]
 
 

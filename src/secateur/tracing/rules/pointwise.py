@@ -9,13 +9,13 @@ import numpy as np
 from torch import Tensor
 
 from secateur.tracing.call import Call, Result, free_dims, merge
-from secateur.tracing.labels import Labelled, unlabelled, vanishing
+from secateur.tracing.labels import Dim, Labelled, unlabelled, vanishing
 from secateur.tracing.rules.table import rule, unknown_operation
 
 
-def pointwise(call: Call, operands: Iterable[Tensor], zero: str) -> Labelled:
+def pointwise(call: Call, given: Iterable[Tensor], zero: str) -> Labelled:
     """Labels of a pointwise result of these operands; ``zero`` as for :func:`secateur.tracing.call.merge`."""
-    tensors = list(operands)
+    tensors = list(given)
     labelled = [call.of(t) or unlabelled(t.ndim, weight=True) for t in tensors]
     operands, shape = [(n, t.shape) for n, t in zip(labelled, tensors, strict=True)], call.results()[0].shape
     dims = merge(call, operands, shape, zero)
@@ -37,7 +37,8 @@ def _is_zero(value: object) -> bool:
 
 @rule(
     "abs neg relu gelu silu tanh sqrt sin sinh asin tan atan asinh erf expm1 log1p sign sgn floor ceil round trunc "
-    "leaky_relu elu celu selu mish hardswish hardshrink softshrink clone detach alias contiguous _to_copy lift_fresh "
+    "leaky_relu elu celu selu mish hardswish hardshrink softshrink erfinv signbit fix "
+    "conj_physical _conj _neg_view resolve_conj resolve_neg rrelu  clone detach alias contiguous _to_copy lift_fresh "
     "lift_fresh_copy lift zero nan_to_num to dropout square frac deg2rad rad2deg isnan isinf positive"
 )
 def _keeps(call: Call) -> Result:
@@ -49,7 +50,7 @@ def _keeps(call: Call) -> Result:
 
 
 @rule(
-    "sigmoid exp exp2 softplus cos cosh acos hardsigmoid erfc logical_not bitwise_not "
+    "sigmoid exp exp2 softplus cos cosh acos acosh hardsigmoid erfc logical_not bitwise_not sinc i0 special_i0e angle "
     "rand_like randn_like fill isfinite"
 )
 def _loses(call: Call) -> Result:
@@ -62,7 +63,7 @@ def _not_at_zero(call: Call) -> None:
         call.labels.divides(ids, call.op, "is not finite where a channel is zero")
 
 
-@rule("log log2 log10 rsqrt reciprocal digamma lgamma")
+@rule("log log2 log10 rsqrt reciprocal digamma lgamma logit polygamma")
 def _loses_and_breaks(call: Call) -> Result:
     _not_at_zero(call)
     return pointwise(call, [call.first()], "lose")
@@ -90,7 +91,7 @@ def _threshold(call: Call) -> Result:
     return pointwise(call, [call.first()], "any" if keeps else "lose")
 
 
-@rule("add sub rsub maximum minimum fmax fmin")
+@rule("add sub rsub maximum minimum fmax fmin hypot complex")
 def _sums(call: Call) -> Result:
     tensors = call.tensors()
     scalar = call.arg("other")
@@ -99,7 +100,7 @@ def _sums(call: Call) -> Result:
     return pointwise(call, tensors, "all")
 
 
-@rule("mul logical_and bitwise_and")
+@rule("mul logical_and bitwise_and ldexp")
 def _products(call: Call) -> Result:
     if len(call.tensors()) == 1:
         return _keeps(call)
@@ -130,10 +131,72 @@ def _power(call: Call) -> Result:
 
 
 @rule(
-    "eq ne lt le gt ge logical_or logical_xor bitwise_or bitwise_xor atan2 bernoulli uniform normal exponential random"
+    "eq ne lt le gt ge logical_or logical_xor bitwise_or bitwise_xor atan2 bernoulli uniform normal exponential random "
+    "logaddexp logaddexp2 heaviside copysign nextafter gcd lcm"
 )
 def _compares(call: Call) -> Result:
     return pointwise(call, call.tensors(), "lose")
+
+
+def _whole(call: Call, tensor: Tensor) -> tuple[Labelled, tuple[int, ...]]:
+    return call.of(tensor) or unlabelled(tensor.ndim, weight=True), tuple(tensor.shape)
+
+
+def _where_zero(result: Labelled, kept: Iterable[Dim]) -> Labelled:
+    """The same labels, vanishing where these do."""
+    dims = tuple(
+        ids if ids is None or k is None or len(k) != len(ids) else vanishing(ids, k > 0)
+        for ids, k in zip(result.dims, kept, strict=True)
+    )
+    return replace(result, dims=dims)
+
+
+@rule("lerp")
+def _lerp(call: Call) -> Result:
+    # y = start + weight (end - start)
+    start, end = call.first(), call.arg("end")
+    result = pointwise(call, call.tensors(), "lose")
+    return _where_zero(result, merge(call, [_whole(call, start), _whole(call, end)], call.results()[0].shape, "all"))
+
+
+@rule("addcmul addcdiv")
+def _add_product(call: Call) -> Result:
+    # y = x + value * first * second, or first / second
+    x, first, second = call.first(), call.arg("tensor1"), call.arg("tensor2")
+    if call.base == "addcdiv":
+        for ids in _whole(call, second)[0].dims:
+            call.labels.divides(ids, call.op, "divides by a channel that may be zero")
+    shape = call.results()[0].shape
+    result = pointwise(call, [x, first, second], "lose")
+    product = merge(call, [_whole(call, first), _whole(call, second)], shape, "any")
+    return _where_zero(result, merge(call, [_whole(call, x), (Labelled(product, weight=False), shape)], shape, "all"))
+
+
+@rule("rrelu_with_noise rrelu_with_noise_functional native_dropout")
+def _noisy(call: Call) -> Result:
+    shape = call.results()[0].shape
+    result = pointwise(call, [t for t in call.tensors() if t.shape == shape], "lose")
+    kept = _where_zero(result, merge(call, [_whole(call, call.first())], shape, "any"))
+    return [kept] * (2 if call.base == "native_dropout" else 1)
+
+
+@rule("polar")
+def _polar(call: Call) -> Result:
+    result = pointwise(call, call.tensors(), "lose")
+    return _where_zero(result, merge(call, [_whole(call, call.first())], call.results()[0].shape, "any"))
+
+
+@rule("bucketize searchsorted isin")
+def _looks_up(call: Call) -> Result:
+    """Among fixed boundaries: each value by itself."""
+    x = call.arg("self" if call.base != "isin" else "elements")
+    others = [t for t in call.tensors() if t is not x]
+    for t in others:
+        for ids in _whole(call, t)[0].dims:
+            call.freeze(ids, "is what others are compared with")
+    if not isinstance(x, Tensor) or call.results()[0].shape != x.shape or any(t.ndim > 1 for t in others):
+        return unknown_operation(call)
+    return pointwise(call, [x], "lose")
 
 
 @rule("where")
@@ -144,13 +207,7 @@ def _where(call: Call) -> Result:
     numbers = [v for v in (call.arg("self"), call.arg("other")) if not isinstance(v, Tensor)]
     result = pointwise(call, [call.arg("condition"), *values], "lose")
     if all(_is_zero(v) for v in numbers) and values:
-        kept = merge(call, [(call.of(v) or unlabelled(v.ndim, weight=True), v.shape) for v in values],
-                     call.results()[0].shape, "all")  # fmt: skip
-        dims = tuple(
-            ids if ids is None or k is None or len(k) != len(ids) else vanishing(ids, k > 0)
-            for ids, k in zip(result.dims, kept, strict=True)
-        )
-        return Labelled(dims, result.weight)
+        return _where_zero(result, merge(call, [_whole(call, v) for v in values], call.results()[0].shape, "all"))
     return result
 
 
