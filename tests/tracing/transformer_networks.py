@@ -45,6 +45,12 @@ def pictures(model: nn.Module, size: int = 16) -> Case:
     return model, {"pixel_values": image(size)}, logits
 
 
+def experts(model: nn.Module) -> nn.Module:
+    """PyTorch's kernel for rows that are sorted by expert knows no float64."""
+    model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    return model
+
+
 NETWORKS: dict[str, Callable[[], Case]] = {
     "BERT": lambda: text(tf.BertForSequenceClassification(tf.BertConfig(**TEXT, **WIDTHS))),
     "GPT-2": lambda: text(
@@ -88,6 +94,7 @@ NETWORKS: dict[str, Callable[[], Case]] = {
         {"input_ids": ids(), "pixel_values": image()},
         lambda out: out.logits_per_image,
     ),
+    "Mixtral": lambda: text(experts(tf.MixtralForCausalLM(tf.MixtralConfig(**LLAMA, num_local_experts=3)))),
     "wav2vec2": lambda: (
         tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(
             **{**WIDTHS, "vocab_size": 32}, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3),
@@ -98,7 +105,7 @@ NETWORKS: dict[str, Callable[[], Case]] = {
 }  # fmt: skip
 """Makers by the name of the architecture."""
 
-FLOAT32_NORMS = {"Llama", "Qwen3", "Gemma", "T5"}
+FLOAT32_NORMS = {"Llama", "Qwen3", "Gemma", "T5", "Mixtral"}
 """Their root-mean-square norms compute in float32, whatever the model is in."""
 
 

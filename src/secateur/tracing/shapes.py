@@ -77,6 +77,12 @@ def _addmm(b: Tensor, x: Tensor, w: Tensor) -> Tensor | None:
     return _like(x, (x.shape[0], w.shape[1])) if fits and same else None
 
 
+def _grouped_mm(x: Tensor, w: Tensor, offsets: Tensor | None = None, *rest: object) -> Tensor | None:
+    fits = x.ndim == 2 and w.ndim == 3 and x.shape[1] == w.shape[1] and offsets is not None
+    same = w.is_meta and x.dtype == w.dtype and x.is_floating_point() and not any(v is not None for v in rest)
+    return _like(x, (x.shape[0], w.shape[2])) if fits and same else None
+
+
 def _mean(x: Tensor, dims: list[int] | None, keep: bool = False) -> Tensor | None:
     if not dims or not x.is_contiguous() or not x.is_floating_point() or any(not -x.ndim <= d < x.ndim for d in dims):
         return None
@@ -147,6 +153,7 @@ _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.add_.Tensor: _binary_in_place,
     aten.mul_.Tensor: _binary_in_place,
     aten.addmm.default: _addmm,
+    aten._grouped_mm.default: _grouped_mm,
     aten.mean.dim: _mean,
     aten.native_layer_norm.default: _layer_norm,
     aten.hardtanh.default: _unary,

@@ -303,10 +303,10 @@ _IDENTITIES = {"clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh
 """Not in the op log: whether PyTorch copies depends on strides, and so on widths."""
 _VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 """One operation in the op log: whether PyTorch views or reshapes depends on strides too."""
-_NEW = {"new_zeros", "new_ones", "new_full", "new_empty"}
+_NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
 _SHAPE_ONLY = _NEW | {"zeros_like", "ones_like", "full_like", "empty_like"}
 """They read no values."""
-_CONSTANTS = _NEW | {"zeros", "ones", "full", "empty", "scalar_tensor"}
+_CONSTANTS = _NEW | {"zeros", "ones", "full", "empty", "scalar_tensor", "empty_strided", "empty_permuted"}
 
 # the whole numbers that these take are values, not positions or sizes
 _ARITHMETIC = {

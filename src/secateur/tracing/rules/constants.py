@@ -9,7 +9,10 @@ from secateur.tracing.labels import Labelled, lasting, unlabelled
 from secateur.tracing.rules.table import rule
 
 
-@rule("zeros ones full empty scalar_tensor new_zeros new_ones new_full new_empty")
+@rule(
+    "zeros ones full empty scalar_tensor new_zeros new_ones new_full new_empty "
+    "empty_strided empty_permuted new_empty_strided"
+)
 def _constant(call: Call) -> Result:
     """A tensor filled with one value has no positions of its own: it takes the labels it meets."""
     out = call.results()[0]
@@ -30,6 +33,9 @@ def _constant_like(call: Call) -> Result:
     return Labelled(tuple(dims if zero else map(lasting, dims)), like.weight, free=like.free, zero=zero)
 
 
-@rule("arange linspace eye randn rand randint randperm tril_indices triu_indices")
+@rule(
+    "arange range linspace logspace eye randn rand randint randperm tril_indices triu_indices fft_fftfreq fft_rfftfreq "
+    "bartlett_window blackman_window hamming_window hann_window kaiser_window"
+)
 def _numbers(call: Call) -> Result:
     return unlabelled(call.results()[0].ndim, weight=True)

@@ -71,6 +71,22 @@ def _matmul(call: Call, a: Tensor, b: Tensor, batch: int) -> Labelled:
     return Labelled((*shared, rows, columns), weight)
 
 
+@rule("_grouped_mm")
+def _grouped_mm(call: Call) -> Result:
+    """Rows [rows, inner] are sorted by expert, each of which has a weight of its own [experts, inner, columns]."""
+    x, w, bias = call.first(), call.arg("mat2"), call.arg("bias")
+    data, weight = call.of(x), call.of(w)
+    if x.ndim != 2 or w.ndim != 3 or data is None or weight is None or bias is not None:
+        return unknown_operation(call)
+    call.freeze(data.dims[0], "is sorted by expert")
+    call.freeze(weight.dims[0], "is an expert that is looked up by number")
+    _inner(call, data.dims[1], weight.dims[1], left_weight=data.weight, right_weight=weight.weight)
+    if not (data.weight and weight.weight):
+        _produce(call, weight, weight.dims[2])
+    call.labels.term(x.shape[0], (weight.dims[1], w.shape[1]), (weight.dims[2], w.shape[2]))
+    return Labelled((None, weight.dims[2]), data.weight and weight.weight)
+
+
 def _plus_bias(call: Call, product: Labelled, bias: Tensor) -> Labelled:
     added = call.of(bias)
     assert added is not None
@@ -292,7 +308,7 @@ def _recurrent(call: Call) -> Result:
     return None
 
 
-@rule("_cdist_forward _pairwise_distance")
+@rule("_cdist_forward _euclidean_dist")
 def _distance(call: Call) -> Result:
     """Distances of the rows of two tables: zero coordinates of both add nothing."""
     a, b = call.arg("x1"), call.arg("x2")

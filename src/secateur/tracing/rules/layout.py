@@ -355,7 +355,7 @@ def _select(call: Call) -> Result:
     return [result] * len(call.results())
 
 
-@rule("index index_select")
+@rule("index _unsafe_index index_select")
 def _index(call: Call) -> Result:
     labelled, x, out = _labelled(call), call.first(), call.results()[0]
     indices = call.arg("indices")
@@ -473,7 +473,7 @@ def _gather(call: Call) -> Result:
     return _looked_up(call, [x], call.arg("index"), call.arg("dim") % max(1, x.ndim), "any")
 
 
-@rule("index_put _index_put_impl")
+@rule("index_put _index_put_impl _unsafe_index_put")
 def _index_put(call: Call) -> Result:
     """Positions that are looked up by number, or by a mask, get other values: the dims after them pass."""
     x, indices, values = call.first(), call.arg("indices"), call.arg("values")

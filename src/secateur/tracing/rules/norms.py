@@ -39,7 +39,7 @@ def _affine(call: Call, ids: Dim, *, zero: bool) -> Dim:
 
 @rule(
     "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
-    "miopen_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm_with_update"
+    "miopen_batch_norm _batch_norm_with_update _batch_norm_no_update"
 )
 def _batch_norm(call: Call) -> Result:
     labelled = call.of(call.arg("input"))

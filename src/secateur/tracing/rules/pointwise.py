@@ -37,7 +37,7 @@ def _is_zero(value: object) -> bool:
 
 @rule(
     "abs neg relu gelu silu tanh sqrt sin sinh asin tan atan asinh erf expm1 log1p sign sgn floor ceil round trunc "
-    "leaky_relu elu celu selu mish hardswish hardshrink softshrink erfinv signbit fix "
+    "leaky_relu elu celu selu mish hardswish hardshrink softshrink erfinv atanh signbit fix "
     "conj_physical _conj _neg_view resolve_conj resolve_neg rrelu  clone detach alias contiguous _to_copy lift_fresh "
     "lift_fresh_copy lift zero nan_to_num to dropout square frac deg2rad rad2deg isnan isinf positive"
 )
@@ -50,8 +50,9 @@ def _keeps(call: Call) -> Result:
 
 
 @rule(
-    "sigmoid exp exp2 softplus cos cosh acos acosh hardsigmoid erfc logical_not bitwise_not sinc i0 special_i0e angle "
-    "rand_like randn_like fill isfinite"
+    "sigmoid exp exp2 softplus cos cosh acos acosh hardsigmoid erfc logical_not bitwise_not "
+    "sinc i0 special_i0e angle isneginf isposinf "
+    "rand_like randn_like randint_like fill isfinite"
 )
 def _loses(call: Call) -> Result:
     return pointwise(call, [call.first()], "lose")

@@ -167,12 +167,15 @@ def _spatial(call: Call, count: int) -> Result:
 
 for _n, _spaces in enumerate(("1d", "2d", "3d"), start=1):
     for _name in (
-        f"avg_pool{_spaces} max_pool{_spaces} max_pool{_spaces}_with_indices _adaptive_avg_pool{_spaces} "
+        f"avg_pool{_spaces} max_pool{_spaces} max_pool{_spaces}_with_indices "
         f"adaptive_avg_pool{_spaces} adaptive_max_pool{_spaces} upsample_nearest{_spaces} "
         f"_upsample_nearest_exact{_spaces} "
-        f"reflection_pad{_spaces} replication_pad{_spaces} fractional_max_pool{_spaces} max_pool{_spaces}_with_indices"
+        f"reflection_pad{_spaces} replication_pad{_spaces}"
     ).split():
         RULES[_name] = lambda call, count=_n: _spatial(call, count)  # type: ignore[misc]
+for _n in (2, 3):
+    RULES[f"_adaptive_avg_pool{_n}d"] = lambda call, count=_n: _spatial(call, count)  # type: ignore[misc]
+    RULES[f"fractional_max_pool{_n}d"] = lambda call, count=_n: _spatial(call, count)  # type: ignore[misc]
 RULES["upsample_linear1d"] = lambda call: _spatial(call, 1)
 for _name in ["upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"]:
     RULES[_name] = lambda call: _spatial(call, 2)
