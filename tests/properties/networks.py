@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from . import joins, maps, odd, sequences  # noqa: F401  (they enter their blocks into the table)
+from . import joins, maps, odd, remembering, sequences  # noqa: F401  (they enter their blocks into the table)
 from .blocks import BLOCKS, Do, Draw
 
 BATCH = 3

@@ -118,7 +118,7 @@ def written() -> str:
         "# What a trace knows of PyTorch's operations",
         "",
         f"All {sum(count.values()):,} ATen operations of PyTorch {torch.__version__.split('+')[0]}, by their names "
-        "without underscores and overloads. A test sorts them again, and fails where one is in no list, so none is forgotten.",
+        "without underscores and overloads. A test sorts them again, and fails where one is in no list.",
         "",
         f"- {count['rule']} have a rule, which says how channels pass, and what stays zero where a channel is zero.",
         f"- {count['composite']} are made of others: PyTorch takes them apart before a trace sees them.",

@@ -56,7 +56,7 @@ class Timm(nn.Module):
         self.q_norm, self.k_norm = nn.LayerNorm(D // HEADS), nn.LayerNorm(D // HEADS)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
+        b, n, _ = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
@@ -127,7 +127,8 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "einops": stack(Einops), "einsum": stack(Einsum), "timm": stack(Timm),
     "nn.MultiheadAttention": stack(lambda: Module(batch_first=True)),
     "nn.MultiheadAttention, sequence first": stack(lambda: Module(batch_first=False)),
-    "nn.TransformerEncoder": encoder(), "nn.TransformerEncoder, norm first": encoder(norm_first=True, activation="gelu"),
+    "nn.TransformerEncoder": encoder(),
+    "nn.TransformerEncoder, norm first": encoder(norm_first=True, activation="gelu"),
     "nn.TransformerDecoder": Decoder,
 }  # fmt: skip
 X = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -164,6 +164,18 @@ def without_fast_path() -> AbstractContextManager[None]:
     return _FAST_PATH.off()
 
 
+def _set_einsum_paths(on: bool) -> None:
+    torch.backends.opt_einsum.set_flags(_enabled=on and torch.backends.opt_einsum.is_available())
+
+
+_EINSUM_PATHS = Switch(lambda: torch.backends.opt_einsum.enabled, _set_einsum_paths)
+
+
+def without_einsum_paths() -> AbstractContextManager[None]:
+    """``torch.einsum`` contracts from left to right, not in an order that depends on widths."""
+    return _EINSUM_PATHS.off()
+
+
 def check_differentiable(model: nn.Module) -> None:
     """Raise if a model's tensors were made in ``torch.inference_mode``, of which no gradient can be had."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

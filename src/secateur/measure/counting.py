@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur._internal.batches import Inputs, call_model, tensors_in
 from secateur._internal.errors import SecateurError
-from secateur._internal.state import preserved
+from secateur._internal.state import preserved, without_einsum_paths
 
 Shape = tuple[int, ...]
 aten = torch.ops.aten
@@ -26,6 +26,8 @@ aten = torch.ops.aten
 
 def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """Multiply-accumulates of one forward in eval mode; all of the model's state comes back.
+
+    ``torch.einsum`` is counted from left to right: with ``opt_einsum`` it may take another order, depending on widths.
 
     Args:
         model: any module, on the device of the inputs.
@@ -41,6 +43,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
         with (
             torch.inference_mode(any(p.is_inference() for p in model.parameters())),  # which others cannot handle
             preserved(model, gradients=False, fast_path=False),
+            without_einsum_paths(),
             torch.no_grad(),
             _Counter(display=False, custom_mapping=dict(_FORMULAS)) as counter,
         ):
