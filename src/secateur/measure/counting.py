@@ -130,6 +130,7 @@ _FORMULAS: Mapping[Any, Callable[..., int]] = {
     aten._scaled_dot_product_fused_attention_overrideable: _attention,
     aten.mv: _matrix_vector,
     aten.dot: _matrix_vector,
+    aten.vdot: _matrix_vector,
     aten.addmv: _add_matrix_vector,
     aten._trilinear: _trilinear,
     aten.mkldnn_rnn_layer: _mkldnn_layer,

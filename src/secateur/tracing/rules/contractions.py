@@ -328,9 +328,6 @@ def _distance(call: Call) -> Result:
     shared = [(Labelled(n.dims[:-2], n.weight), t.shape[:-2]) for n, t in ((left, a), (right, b))]
     batch = merge(call, shared, call.results()[0].shape[:-2], "lose")
     dims = (*batch, lasting(left.dims[-2]), lasting(right.dims[-2]))
-    call.labels.term(
-        prod(call.results()[0].shape[:-2]), (dims[-2], a.shape[-2]), (dims[-1], b.shape[-2]), (x, a.shape[-1])
-    )
     return Labelled(dims, left.weight and right.weight)
 
 
