@@ -152,7 +152,168 @@ def densenet(depth: int) -> DenseNet:
     return DenseNet(DENSENETS[depth])
 
 
+class Plain(nn.Module):
+    """VGG-16: convolutions one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = 3
+        for stage in ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)):
+            for out in stage:
+                layers += [nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+                width = out
+            layers.append(nn.MaxPool2d(2))
+        self.features, self.head = nn.Sequential(*layers), nn.Linear(512, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+class Inverted(nn.Module):
+    """Wide, depthwise, narrow; with a gate from all positions, as in MobileNetV3 and EfficientNet."""
+
+    def __init__(self, inside: int, outside: int, stride: int, gated: bool) -> None:
+        super().__init__()
+        wide = 6 * inside
+        self.wide = nn.Sequential(nn.Conv2d(inside, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.SiLU())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.SiLU()
+        )
+        squeezed = max(8, inside // 4)
+        self.gate = nn.Sequential(nn.Conv2d(wide, squeezed, 1), nn.SiLU(), nn.Conv2d(squeezed, wide, 1), nn.Sigmoid())
+        self.gated, self.shortcut = gated, stride == 1 and inside == outside
+        self.narrow = nn.Sequential(nn.Conv2d(wide, outside, 1, bias=False), nn.BatchNorm2d(outside))
+        if not gated:
+            del self.gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depthwise(self.wide(x))
+        if self.gated:
+            y = y * self.gate(y.mean((2, 3), keepdim=True))
+        y = self.narrow(y)
+        return x + y if self.shortcut else y
+
+
+class Depthwise(nn.Module):
+    """MobileNetV2, or EfficientNet-B0-like with gates."""
+
+    def __init__(self, *, gated: bool) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU())
+        blocks, width = [], 32
+        for out, count, stride in ((16, 1, 1), (24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1)):
+            for i in range(count):
+                blocks.append(Inverted(width, out, stride if i == 0 else 1, gated))
+                width = out
+        self.blocks, self.last = nn.Sequential(*blocks), nn.Sequential(nn.Conv2d(width, 1280, 1), nn.SiLU())
+        self.head = nn.Linear(1280, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.blocks(self.stem(x))).mean((2, 3)))
+
+
+class UNet(nn.Module):
+    """Down, up, and what was seen on the way down beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def double(inside: int, outside: int) -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for n in (inside, outside):
+                layers += [nn.Conv2d(n, outside, 3, padding=1), nn.BatchNorm2d(outside), nn.ReLU(inplace=True)]
+            return nn.Sequential(*layers)
+
+        widths = (32, 64, 128, 256)
+        self.down = nn.ModuleList(double(a, b) for a, b in zip((3, *widths[:-1]), widths, strict=True))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in zip(widths, widths[1:], strict=False))
+        self.join = nn.ModuleList(double(2 * a, a) for a in widths[:-1])
+        self.head = nn.Conv2d(widths[0], 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = []
+        for i, block in enumerate(self.down):
+            x = block(x if i == 0 else F.max_pool2d(x, 2))
+            seen.append(x)
+        for up, join, old in list(zip(self.up, self.join, seen, strict=False))[::-1]:
+            x = join(torch.cat([up(x), old], 1))
+        return self.head(x)
+
+
+class Permuted(nn.Module):
+    """ConvNeXt-like: depthwise 7x7, then a layer norm and linear layers over the last dim."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        self.between = nn.ModuleList()
+        width = 3
+        for out, count in ((96, 3), (192, 3), (384, 9), (768, 3)):
+            stride = 4 if width == 3 else 2
+            self.between.append(nn.Conv2d(width, out, stride, stride))
+            self.stages.append(nn.ModuleList(nn.ModuleDict({
+                "depthwise": nn.Conv2d(out, out, 7, padding=3, groups=out), "norm": nn.LayerNorm(out),
+                "up": nn.Linear(out, 4 * out), "down": nn.Linear(4 * out, out),
+            }) for _ in range(count)))  # fmt: skip
+            width = out
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for between, blocks in zip(self.between, self.stages, strict=True):
+            x = between(x)
+            for m in blocks:
+                y = m["norm"](m["depthwise"](x).permute(0, 2, 3, 1))
+                x = x + m["down"](F.gelu(m["up"](y))).permute(0, 3, 1, 2)
+        return self.head(self.norm(x.mean((2, 3))))
+
+
+class Transformer(nn.Module):
+    """A vision transformer with one weight for queries, keys and values; or a mixer, with a mix of places instead."""
+
+    def __init__(self, *, width: int = 384, heads: int = 6, depth: int = 12, mixes: bool = False) -> None:
+        super().__init__()
+        self.patches, self.size = nn.Conv2d(3, width, 16, 16), width // heads
+        parts = {
+            "norm1": lambda: nn.LayerNorm(width), "norm2": lambda: nn.LayerNorm(width),
+            "up": lambda: nn.Linear(width, 4 * width), "down": lambda: nn.Linear(4 * width, width),
+        }  # fmt: skip
+        if mixes:
+            parts |= {"wide": lambda: nn.Linear(196, 384), "narrow": lambda: nn.Linear(384, 196)}
+        else:
+            parts |= {"qkv": lambda: nn.Linear(width, 3 * width), "out": lambda: nn.Linear(width, width)}
+            self.positions = nn.Parameter(torch.randn(1, 196, width) * 0.02)
+        self.mixes = mixes
+        self.blocks = nn.ModuleList(nn.ModuleDict({k: make() for k, make in parts.items()}) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        if not self.mixes:
+            x = x + self.positions
+        for m in self.blocks:
+            y = m["norm1"](x)
+            x = x + (self._mix(m, y) if self.mixes else self._attend(m, y))
+            x = x + m["down"](F.gelu(m["up"](m["norm2"](x))))
+        return self.head(self.norm(x).mean(1))
+
+    def _mix(self, m: nn.ModuleDict, y: Tensor) -> Tensor:
+        return m["narrow"](F.gelu(m["wide"](y.transpose(1, 2)))).transpose(1, 2)
+
+    def _attend(self, m: nn.ModuleDict, y: Tensor) -> Tensor:
+        n, t, _ = y.shape
+        q, k, v = m["qkv"](y).reshape(n, t, 3, -1, self.size).permute(2, 0, 3, 1, 4).unbind(0)
+        return m["out"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, -1))
+
+
 ZOO: dict[str, Callable[[], nn.Module]] = {
     **{f"resnet-{depth}": (lambda depth=depth: resnet(depth)) for depth in RESNETS},
     **{f"densenet-{depth}": (lambda depth=depth: densenet(depth)) for depth in DENSENETS},
+    "vgg-16": Plain,
+    "mobilenet": lambda: Depthwise(gated=False),
+    "efficientnet": lambda: Depthwise(gated=True),
+    "unet": UNet,
+    "convnext": Permuted,
+    "vit-small": Transformer,
+    "mixer": lambda: Transformer(mixes=True),
 }

@@ -60,9 +60,9 @@ def ours(model: nn.Module, x: Tensor) -> nn.Module:
 
 def theirs(model: nn.Module, x: Tensor) -> nn.Module:
     """Halve every group by magnitude with torch-pruning, in place."""
-    classifiers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    classifier = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     importance = tp.importance.MagnitudeImportance(p=1)
-    pruner = tp.pruner.MagnitudePruner(model, x, importance=importance, pruning_ratio=0.5, ignored_layers=classifiers)
+    pruner = tp.pruner.MagnitudePruner(model, x, importance=importance, pruning_ratio=0.5, ignored_layers=[classifier])
     pruner.step()
     return model
 
@@ -85,13 +85,18 @@ def compare(name: str, size: int, repeats: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"secateur": [], "torch_pruning": []}
     for repeat in range(repeats):
         for tool, prune in (("secateur", ours), ("torch_pruning", theirs)):
-            if repeat and seconds[tool][0] > SLOW:
+            if tool in row.get("fails", {}) or (repeat and seconds[tool][0] > SLOW):
                 continue
-            elapsed, row["params"][tool] = timed(prune, model, x)
+            try:
+                elapsed, row["params"][tool] = timed(prune, model, x)
+            except Exception as error:
+                row.setdefault("fails", {})[tool] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                continue
             seconds[tool].append(elapsed)
     row["seconds"] = seconds
-    row["median"] = {tool: statistics.median(values) for tool, values in seconds.items()}
-    row["ratio"] = row["median"]["torch_pruning"] / row["median"]["secateur"]
+    row["median"] = {tool: statistics.median(values) for tool, values in seconds.items() if values}
+    if len(row["median"]) == 2:
+        row["ratio"] = row["median"]["torch_pruning"] / row["median"]["secateur"]
     return row
 
 
@@ -100,6 +105,8 @@ def linearity(rows: list[dict[str, Any]]) -> dict[str, float]:
     per_family: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         per_operation = row["median"]["secateur"] / row["operations"]
+        if not row["network"].partition("-")[2].isdigit():
+            continue
         per_family.setdefault(row["network"].split("-")[0], []).append((row["operations"], per_operation))
     return {family: max(points)[1] / min(points)[1] for family, points in per_family.items() if len(points) > 1}
 
@@ -107,6 +114,9 @@ def linearity(rows: list[dict[str, Any]]) -> dict[str, float]:
 def show(row: dict[str, Any]) -> str:
     """One line of the table."""
     params, median = row["params"], row["median"]
+    if "ratio" not in row:
+        found = "".join(f"{median[tool]:>10.3f}" if tool in median else f"{'fails':>10}" for tool in row["seconds"])
+        return f"{row['network']:<14}{row['operations']:>6}{found}{'':>9}{params['before']:>12,}  {row['fails']}"
     once = " (1 repeat)" if len(row["seconds"]["torch_pruning"]) == 1 else ""
     return (
         f"{row['network']:<14}{row['operations']:>6}{median['secateur']:>10.3f}{median['torch_pruning']:>10.3f}"

@@ -65,9 +65,9 @@ def test_on_all_kinds_of_shapes():
     """One operand's shape broadcast over another's, transposed ones, plain numbers."""
     aten = torch.ops.aten
     tensors = [torch.empty(shape, device="meta") for shape in SHAPES]
-    tensors += [t.transpose(0, 1) for t in tensors if t.ndim > 1] + [
-        torch.empty(3, 4, device="meta", dtype=torch.int64)
-    ]
+    tensors += [t.transpose(0, 1) for t in tensors if t.ndim > 1] + [t.transpose(-1, -2) for t in tensors if t.ndim > 2]
+    tensors += [torch.empty(2, 8, 4, device="meta")[:, ::2], torch.empty(2, 3, 4, 5, device="meta").permute(0, 3, 1, 2)]
+    tensors += [torch.empty(3, 4, device="meta", dtype=torch.int64)]
     both, found = Both(), 0
     with both:
         for x in tensors:
@@ -75,6 +75,9 @@ def test_on_all_kinds_of_shapes():
                 function(x)
             for dim in range(-x.ndim, x.ndim):
                 aten._safe_softmax(x, dim)
+            if x.ndim > 1 and x.is_floating_point():
+                aten.native_layer_norm(x, [x.shape[-1]], x.new_empty(x.shape[-1]), None, 1e-5)
+            for dim in range(-x.ndim, x.ndim):
                 if x.is_floating_point():
                     aten._softmax(x, dim, False)
             aten.mul(x, 2.5), aten.mul.Scalar(x, 3), aten.add(x, 1), aten.sub(x, 0.5)

@@ -157,10 +157,13 @@ class _Prober:
 
 
 def _refused(prober: _Prober, graph: ChannelGraph, placed: list[ChannelGroup]) -> list[Refused]:
-    """The groups that the model does not bear to lose channels of, at their ends or unevenly."""
-    bad = prober.probe(ends(graph.groups))
-    for chosen in uneven(placed):
-        bad += prober.probe(chosen, bad)
+    """The groups that the model does not bear to lose channels of: placed ones unevenly, others at their ends."""
+    names = {g.name for g in placed if len(g) > 2}
+    first = ends(g for g in graph.groups if g.name not in names)
+    bad: list[Refused] = []
+    for chosen in uneven(placed) if names else (first,):
+        bad += prober.probe(Chosen({**first.removed, **chosen.removed}), bad)
+        first = Chosen({})
     return bad
 
 

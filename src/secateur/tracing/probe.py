@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 from torch import Tensor
@@ -162,50 +161,42 @@ def ends(groups: Iterable[ChannelGroup]) -> Chosen:
 
 
 def uneven(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
-    """Removals that change positions and sizes unevenly.
+    """Removals that change positions and sizes unevenly, both ends of every group among them.
 
-    They find widths that are halved, or computed from another group's: any two groups lose different numbers of
-    channels in some round, and neighbours as different ones as can be, once the one and once the other more. Two
-    channels of each group stay at least (see :func:`lone`), so groups of two are left out.
+    They find widths that are halved, or computed from another group's: neighbours lose as different numbers of channels
+    as can be, once the one and once the other more. Two channels of each group stay at least (see :func:`lone`), so of
+    two none goes.
     """
-    wide = [g for g in groups if len(g) > 2]
     source = np.random.default_rng(0)
-    for counts in zip(*_counts([len(g) - 2 for g in wide]), strict=True):
-        yield Chosen({g.name: source.permutation(len(g))[:n].tolist() for g, n in zip(wide, counts, strict=True)})
+    order = [sorted(range(1, len(g) - 1), key=lambda _: source.random()) for g in groups]
+    ends_first = [[p for p in (0, len(g) - 1) if len(g) > 1] for g in groups]
+    wide = [g for g in groups if len(g) > 2]
+    counts = dict(zip((g.name for g in wide), _counts([len(g) - 2 for g in wide]), strict=True))
+    for turn in range(2 if wide else 0):
+        yield Chosen(
+            {
+                g.name: [*own, *inner][: counts[g.name][turn]]
+                for g, own, inner in zip(groups, ends_first, order, strict=True)
+                if g.name in counts
+            }
+        )
 
 
-def _counts(most: Sequence[int]) -> list[list[int]]:
-    """For each group, how many channels it loses in each round.
+def _counts(most: Sequence[int]) -> list[tuple[int, int]]:
+    """For each group, how many channels it loses in either round: from both ends of what is possible in turn.
 
     Args:
         most: how many each may lose; at least one.
     """
-    rounds = 1
-    while (found := _different(most, rounds)) is None:
-        rounds += 1
-    return [[*counts, *(n - count for count in counts)] for n, counts in zip(most, found, strict=True)]
-
-
-def _different(most: Sequence[int], rounds: int) -> list[tuple[int, ...]] | None:
-    """For each group other numbers; from the ends of what is possible in turn. None if there are not enough."""
-    taken: set[tuple[int, ...]] = set()
-    found: dict[int, tuple[int, ...]] = {}
-    for group in sorted(range(len(most)), key=most.__getitem__):  # who has least to choose from first
-        n = most[group]
-        ends = range(n + 1) if group % 2 == 0 else range(n, -1, -1)
-        free = (counts for counts in product(ends, repeat=rounds) if counts not in taken)
-        chosen = next(free, None)
-        if chosen is None:
-            return None
-        taken.add(chosen)
-        found[group] = chosen
-    return [found[group] for group in range(len(most))]
+    seen: dict[int, int] = {}
+    found = []
+    for n in most:
+        i = seen[n] = seen.get(n, -1) + 1
+        few = i // 2 % (n + 1)
+        found.append((few, n - few) if (i + len(seen)) % 2 else (n - few, few))
+    return found
 
 
 def lone(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
-    """Removals that leave one channel, with which broadcasting and contractions take other paths.
-
-    All groups are cut at once, then every other one.
-    """
-    for some in (groups, groups[::2], groups[1::2]):
-        yield Chosen({g.name: [p for p in range(len(g)) if p != len(g) // 2] for g in some})
+    """A removal that leaves one channel of each, with which broadcasting and contractions take other paths."""
+    yield Chosen({g.name: [p for p in range(len(g)) if p != len(g) // 2] for g in groups})

@@ -36,8 +36,22 @@ def _plain(x: Tensor) -> bool:
     return x.is_floating_point() and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
 
 
+def _dense(x: Tensor) -> bool:
+    """Whether its elements lie side by side in some order of its dims, which pointwise operations keep."""
+    if not x.is_floating_point():
+        return False
+    if x.is_contiguous():
+        return True
+    due = 1
+    for stride, n in sorted(zip(x.stride(), x.shape, strict=True)):
+        if n != 1 and stride != due:
+            return False
+        due *= n
+    return due > 0
+
+
 def _unary(x: Tensor, *_: object) -> Tensor | None:
-    return _like(x) if _plain(x) else None
+    return _like(x) if _dense(x) else None
 
 
 def _in_place(x: Tensor, *_: object) -> Tensor | None:
@@ -47,10 +61,10 @@ def _in_place(x: Tensor, *_: object) -> Tensor | None:
 def _binary(x: Tensor, y: object, *_: object) -> Tensor | None:
     if isinstance(y, (int, float)):
         return _unary(x)
-    if not isinstance(y, Tensor) or not y.is_meta or x.dtype != y.dtype or not _plain(x):
+    if not isinstance(y, Tensor) or not y.is_meta or x.dtype != y.dtype or not x.is_floating_point():
         return None
-    if x.shape == y.shape:
-        return _like(x) if x.stride() == y.stride() else None
+    if x.shape == y.shape:  # where they differ, the first one's order counts
+        return _like(x) if _dense(x) and (x.stride() == y.stride() or _dense(y)) else None
     wide, other = (x, y) if x.ndim >= y.ndim else (y, x)
     fits = all(n in (1, w) for n, w in zip(reversed(other.shape), reversed(wide.shape), strict=False))
     return _like(wide, tuple(wide.shape)) if fits and x.is_contiguous() and y.is_contiguous() else None
@@ -93,12 +107,12 @@ def _mean(x: Tensor, dims: list[int] | None, keep: bool = False) -> Tensor | Non
 def _layer_norm(x: Tensor, shape: list[int], w: Tensor | None, b: Tensor | None, _: float) -> tuple | None:
     over = len(shape)
     own = [t for t in (w, b) if t is not None]
-    if not x.is_contiguous() or not x.is_floating_point() or tuple(x.shape[x.ndim - over :]) != tuple(shape):
+    if not x.is_floating_point() or tuple(x.shape[x.ndim - over :]) != tuple(shape):
         return None
     if any(tuple(t.shape) != tuple(shape) or not t.is_meta or t.dtype != x.dtype for t in own):
         return None
     left = (*x.shape[: x.ndim - over], *(1,) * over)
-    return _like(x), _like(x, left), _like(x, left)
+    return _like(x, tuple(x.shape)), _like(x, left), _like(x, left)
 
 
 def _batch_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor] | None:
