@@ -142,7 +142,7 @@ def main() -> None:
     for name in args.networks:
         rows.append(compare(name, args.size, args.repeats))
         print(show(rows[-1]), flush=True)
-    ratio, linear = statistics.median(row["ratio"] for row in rows), linearity(rows)
+    ratio, linear = statistics.median(row["ratio"] for row in rows if "ratio" in row), linearity(rows)
     print(f"median ratio {ratio:.1f}x; seconds per operation, deepest over shallowest: {linear}")
 
     machine = {"torch": torch.__version__, "torch_pruning": "1.6.1", "cpu": platform.machine(), "threads": 1}

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from secateur._internal.errors import SecateurError
@@ -42,7 +42,7 @@ def preserved(
     """
     with ExitStack() as stack:
         stack.callback(_snapshot(model))
-        stack.enter_context(fork_rng_of(model))
+        stack.enter_context(fork_rng_of(model.parameters()))
         if not fast_path:
             stack.enter_context(without_fast_path())
         if mode != "as_is":
@@ -115,9 +115,9 @@ def rng_state() -> Callable[[], None]:
 
 
 @contextmanager
-def fork_rng_of(model: nn.Module) -> Iterator[None]:
-    """The random states of Python, NumPy and PyTorch (of the model's devices too) come back as they were."""
-    devices, back = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}), rng_state()
+def fork_rng_of(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """The random states of Python, NumPy and PyTorch (of the tensors' devices too) come back as they were."""
+    devices, back = sorted({p.device.index or 0 for p in tensors if p.device.type == "cuda"}), rng_state()
     try:
         with torch.random.fork_rng(devices=devices):
             yield

@@ -62,7 +62,10 @@ class Products:
         self.size = sum(p.numel() for p in self.parameters.values())
         self.device = next(iter(self.parameters.values())).device
         check_differentiable(self.model)
-        with torch.inference_mode(False), fork_rng_of(self.model):  # a loader may draw the order of its batches
+        with (
+            torch.inference_mode(False),
+            fork_rng_of(self.model.parameters()),
+        ):  # a loader may draw the order of its batches
             self._batches = work.together(lambda: list(work.batches(batches)))
         self.examples = self._sum(torch.tensor(sum(batch.examples for batch in self._batches), device=self.device))
 

@@ -514,7 +514,7 @@ def _read(work: Workload, examples: int) -> _Examples:
                 break
         return found
 
-    with fork_rng_of(work.model):  # a loader may draw the order of its batches
+    with fork_rng_of(work.model.parameters()):  # a loader may draw the order of its batches
         found = work.together(read)
     counts = [count for *_, count in found]
     of_all = torch.cat(all_gather(torch.tensor([sum(counts)], device=work.device), work.group)).tolist()

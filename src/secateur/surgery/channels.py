@@ -42,7 +42,7 @@ def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> 
         A new module, which remembers its plan (:func:`secateur.record`).
 
     Raises:
-        SecateurError: the plan was made for another model, or the result does not run on the traced example inputs.
+        SecateurError: the plan was made for another model.
         CannotCut: the plan was made without the proof (:attr:`secateur.Plan.proven`), and the model does not bear it.
     """
     with torch.inference_mode(False):  # what is made in it could never be trained
@@ -59,8 +59,6 @@ def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None) -> nn.Module
     narrow_all(small, plan.norms)
     free_heads(small, plan.attentions)
     _rescale(small, model, plan)
-    if plan.graph is not None and plan.graph.inputs is not None:
-        _try(small, plan.graph.inputs)
     add_to_record(small, model, {"cut": replace(plan, graph=None)})
     if follower is not None:
         follower({p: new[id(p)] for p in model.parameters()})
@@ -212,15 +210,3 @@ def check(
 def _eval(model: nn.Module, inputs: Inputs) -> Any:
     with eval_mode(model):
         return call_without_cache(model, pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs))
-
-
-def _try(small: nn.Module, inputs: Inputs) -> None:
-    tensor = next(small.parameters())
-    if tensor.is_meta or any(t.device != tensor.device for t in tensors_in(inputs)):
-        return
-    try:
-        _eval(small, inputs)
-    except Exception as error:
-        raise SecateurError(
-            f"the cut {type(small).__name__} fails on the example inputs: {type(error).__name__}: {error}"
-        ) from error

@@ -207,6 +207,12 @@ class ChannelGraph:
     attentions: tuple[str, ...] = field(default=(), repr=False)
 
     @cached_property
+    def _everywhere(self) -> tuple[np.ndarray, np.ndarray]:
+        """The channels of all axes one after the other, and where each axis begins, and the last ends."""
+        each = [axis.channels for axis in self.axes]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *each]), np.cumsum([0, *map(len, each)])
+
+    @cached_property
     def _index(self) -> dict[str, int]:
         return {group.name: i for i, group in enumerate(self.groups)}
 
@@ -303,7 +309,7 @@ class ChannelGraph:
     def gone(self, plan: HasRemoved) -> np.ndarray:
         """Whether a channel goes, bool [channels + 1], by id."""
         ids = [self.group(name).channels[list(positions)] for name, positions in plan.removed.items()]
-        gone = np.zeros(1 + max((int(a.channels.max(initial=0)) for a in self.axes), default=0), dtype=bool)
+        gone = np.zeros(1 + int(self._everywhere[0].max(initial=0)), dtype=bool)
         if ids:
             gone[np.concatenate(ids)] = True
         return gone
@@ -337,10 +343,12 @@ class ChannelGraph:
         """Removed positions by tensor name and dim: what a plan means for the weights."""
         gone = self.gone(plan)
         result: dict[str, dict[int, list[int]]] = {}
-        for axis in self.axes:
-            positions = np.flatnonzero(gone[axis.channels])
-            if len(positions):
-                result.setdefault(axis.name, {})[axis.dim] = positions.tolist()
+        channels, ends = self._everywhere
+        lost = gone[channels]
+        total = np.concatenate([[0], np.cumsum(lost)])[ends]
+        for i in np.flatnonzero(total[1:] - total[:-1]):
+            axis = self.axes[i]
+            result.setdefault(axis.name, {})[axis.dim] = np.flatnonzero(lost[ends[i] : ends[i + 1]]).tolist()
         return result
 
     def summary(self, width: int | None = None) -> str:

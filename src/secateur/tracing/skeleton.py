@@ -138,7 +138,7 @@ class Skeleton:
                 part.training = not isinstance(part, nn.modules.dropout._DropoutNd)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_ONE_RUN)
-            stack.enter_context(fork_rng_of(module))
+            stack.enter_context(fork_rng_of(self.tensors.values()))
             self._begin()
             stack.enter_context(torch.inference_mode(False))  # in which operations would come in larger pieces
             stack.enter_context(torch.no_grad())
