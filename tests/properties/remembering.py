@@ -136,7 +136,8 @@ def frozen_norm(d: Draw, x: Tensor) -> Do:
     def shifted(m: Do, x: Tensor) -> Tensor:
         return x + m.bias.view(1, -1, *ones(x))
 
-    buffers = {name: nn.Buffer(torch.empty(c, dtype=torch.float64)) for name in ("weight", "bias", "mean", "var")}
+    steps = torch.linspace(0.3, 1.7, c, dtype=torch.float64)
+    buffers = {name: nn.Buffer(steps.roll(i)) for i, name in enumerate(("weight", "bias", "mean", "var"))}
     return Do(d.of(normed, shifted), **buffers)
 
 

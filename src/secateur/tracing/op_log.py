@@ -11,8 +11,8 @@ import numpy as np
 
 from secateur.tracing.labels import Dim, Ids
 
-MOVES = {"view", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze"}
-"""Operations that only move positions."""
+MOVES = {"view", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice"}
+"""Operations that only move positions, or, where they keep all of them, are not there."""
 
 
 class Place(NamedTuple):

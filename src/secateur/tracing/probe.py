@@ -7,8 +7,10 @@ an index table show at the operation where they happen, even if the shapes agree
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, product
 
 import numpy as np
 from torch import Tensor
@@ -172,7 +174,7 @@ def uneven(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
     ends_first = [[p for p in (0, len(g) - 1) if len(g) > 1] for g in groups]
     wide = [g for g in groups if len(g) > 2]
     counts = dict(zip((g.name for g in wide), _counts([len(g) - 2 for g in wide]), strict=True))
-    for turn in range(2 if wide else 0):
+    for turn in range(max(map(len, counts.values()), default=0)):
         yield Chosen(
             {
                 g.name: [*own, *inner][: counts[g.name][turn]]
@@ -182,19 +184,28 @@ def uneven(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
         )
 
 
-def _counts(most: Sequence[int]) -> list[tuple[int, int]]:
-    """For each group, how many channels it loses in either round: from both ends of what is possible in turn.
+def _counts(most: Sequence[int]) -> list[tuple[int, ...]]:
+    """For each group, how many channels it loses in each round: any two that are equally wide differ in one.
 
     Args:
         most: how many each may lose; at least one.
     """
-    seen: dict[int, int] = {}
-    found = []
-    for n in most:
-        i = seen[n] = seen.get(n, -1) + 1
-        few = i // 2 % (n + 1)
-        found.append((few, n - few) if (i + len(seen)) % 2 else (n - few, few))
-    return found
+    alike = Counter(most)
+    rounds = max(next(r for r in count(2) if (n + 1) ** r > number) for n, number in alike.items()) if most else 0
+    ways = {n: _ways(n, rounds) for n in alike}
+    turned = {n: number % 2 for number, n in enumerate(alike)}  # the first of one width is cut when another's is not
+    return [way[::-1] if turned[n] else way for n in most for way in [next(ways[n])]]
+
+
+def _ways(most: int, rounds: int) -> Iterator[tuple[int, ...]]:
+    """Numbers from 0 to ``most`` for each round, not all of them 0, those that differ most first."""
+    if rounds == 2:
+        for apart in range(most, -1, -1):
+            for few in range(most - apart + 1):
+                yield from {(few, few + apart): None, (few + apart, few): None} if few + apart else ()
+    else:
+        every = product(range(most + 1), repeat=rounds)
+        yield from sorted(filter(any, every), key=lambda way: min(way) - max(way))
 
 
 def lone(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
