@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from secateur._internal.errors import NothingToPrune, SecateurError, unknown
+from secateur.tracing.advice import NOTHING, advice
 from secateur.tracing.display import LONGEST, Cell, html_table, listed, paragraph, terminal_width, text_table, wrapped
 from secateur.tracing.norms import Norm
 from secateur.tracing.slices import Memory, Size, Value, patches
@@ -114,6 +115,11 @@ class Frozen:
     def words(self) -> str:
         """The reason, with the operation and the place."""
         return f"{self.reason} ({self.operation}{f', {self.place}' if self.place else ''})"
+
+    @property
+    def advice(self) -> str:
+        """What can be done about it."""
+        return advice(self.reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,6 +370,7 @@ class ChannelGraph:
         for reason, names in _by_reason((g.reason, g.name, 1) for g in self.groups if not g.exact):
             lines += ["", *paragraph(f"not exact: {reason}", [name for name, _ in names], width)]
         places: dict[str, dict[str, None]] = {}
+        advised = {f"{f.reason} ({f.operation})": f.advice for f in self.frozen}
         for f in self.frozen:
             places.setdefault(f"{f.reason} ({f.operation})", {}).update({f.place: None} if f.place else {})
         frozen = ((f"{f.reason} ({f.operation})", f"{f.axis}:{f.dim}", f.positions) for f in self.frozen)
@@ -372,6 +379,7 @@ class ChannelGraph:
             first = next(iter(places[reason]), "")
             more = f"; {len(places[reason]) - 1} more such places" if len(places[reason]) > 1 else ""
             told = f"frozen, {count:,} positions: {reason}{f', {first}{more}' if first else ''}"
+            told += f"; to do: {advised[reason]}" if advised[reason] not in ("", NOTHING) else ""
             lines += ["", *paragraph(told, [name for name, _ in axes], width)]
         return "\n".join(lines)
 
@@ -440,11 +448,13 @@ def no_removable_channel(frozen: Sequence[Frozen], model: nn.Module) -> NothingT
     """The error for a model in which nothing can go."""
     reasons = "; ".join(sorted({f"{f.axis}:{f.dim}: {f.reason}" for f in frozen})[:5])
     computed = [name for name, module in model.named_modules() if is_parametrized(module)]
-    advice = (
+    told = dict.fromkeys(f.advice for f in frozen if f.operation != "output" and f.advice not in ("", NOTHING))
+    remove = (
         f"; weights of {', '.join(computed[:3])} are computed from others in every forward: call "
         "torch.nn.utils.parametrize.remove_parametrizations(module, name) on such first"
     )
     return NothingToPrune(
         f"the model has no removable channel ({reasons or 'no parameter was used in its forward'})"
-        + (advice if computed else "")
+        + (remove if computed else "")
+        + (f"; what can be done: {'; '.join(told)}" if told else "")
     )

@@ -143,6 +143,7 @@ class Labels:
         self.moved: list[tuple[Ids, Ids, str]] = []  # an axis, what is kept of it by its place, and by which operation
         self.terms: list[tuple[int, tuple[Ids, ...]]] = []
         self.edges: list[tuple[Ids, Ids]] = []
+        self.united_at: list[Any] = []  # the place in the model's code, for each of these
         self.norm_at: dict[str, Norm] = {}  # the norms that can be cut exactly, by their paths
         self.norms: list[NormUse] = []
         self.weight_norms: list[tuple[str, WeightNorm]] = []  # the name of the length, and the rest of it
@@ -259,6 +260,7 @@ class Labels:
         """Position by position, the labels of ``a`` and ``b`` are equal (both broadcast to one shape)."""
         if a is not b:
             self.edges.append((a, b))
+            self.united_at.append(self.here())
 
     def freeze(self, ids: Dim, operation: str, reason: str) -> None:
         """The channels with these labels cannot be removed."""
@@ -314,7 +316,12 @@ class Labels:
         b = np.abs(np.concatenate([p[1].ravel() for p in pairs]))
         touching = (a == 0) != (b == 0)  # one side fixed: the other is frozen
         if touching.any():
-            self.freeze((a + b)[touching], "add", "meets positions that are fixed")
+            ends = np.cumsum([0, *(p[0].size for p in pairs)])
+            total = np.concatenate([[0], np.cumsum(touching)])[ends]
+            for i in np.flatnonzero(np.diff(total)):
+                part = slice(ends[i], ends[i + 1])
+                self.freezes.append(((a + b)[part][touching[part]], "add", "meets positions that are fixed"))
+                self.frozen_at.append(self.united_at[i])
         free = (a > 0) & (b > 0)
         matrix = coo_matrix((np.ones(int(free.sum()), dtype=np.int8), (a[free], b[free])), shape=(self.count,) * 2)
         return connected_components(matrix, directed=False)[1]
