@@ -169,8 +169,10 @@ def _refused(prober: _Prober, graph: ChannelGraph, placed: list[ChannelGroup]) -
 
 def _placed(graph: ChannelGraph, labels: Labels, channel_of: Ids) -> list[ChannelGroup]:
     """The groups that slices and views treat by position or by size."""
-    channels = channel_of[np.abs(np.concatenate(labels.places))] if labels.places else []
-    return [g for g in graph.groups if np.isin(g.channels, channels).any()]
+    placed = np.zeros(int(channel_of.max(initial=0)) + 1, dtype=bool)
+    if labels.places:
+        placed[channel_of[np.abs(np.concatenate(labels.places))]] = True
+    return [g for g in graph.groups if placed[g.channels].any()]
 
 
 def check_traceable(model: nn.Module, inputs: Inputs, who: str = "trace") -> None:

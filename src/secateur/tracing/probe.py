@@ -170,7 +170,7 @@ def uneven(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
     two none goes.
     """
     source = np.random.default_rng(0)
-    order = [sorted(range(1, len(g) - 1), key=lambda _: source.random()) for g in groups]
+    order = [(1 + source.permutation(max(len(g) - 2, 0))).tolist() for g in groups]
     ends_first = [[p for p in (0, len(g) - 1) if len(g) > 1] for g in groups]
     wide = [g for g in groups if len(g) > 2]
     counts = dict(zip((g.name for g in wide), _counts([len(g) - 2 for g in wide]), strict=True))
