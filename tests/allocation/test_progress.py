@@ -45,3 +45,18 @@ def test_progress_is_shown_where_it_is_asked_for(call, what, monkeypatch, capsys
     assert all(text in shown for text in what)
     call(*case(), False)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_trace_that_takes_long_says_so(monkeypatch, capsys):
+    """And one that does not says nothing."""
+    model, graph, data = case()
+    capsys.readouterr()
+    sc.trace(model, data[0][0])
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with progress.LateBar("tracing: runs", after=-1.0) as bar:
+        bar.step()
+        bar.step()
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.splitlines() == ["tracing: runs: 1", "tracing: runs: 2"]
+    assert graph.groups

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 EVERY = 30.0
@@ -57,6 +57,35 @@ def tracked(items: Iterable[T], what: str, total: int | None, on: bool) -> Itera
         for number, item in enumerate(items, start=1):
             yield item
             done(number)
+
+
+class LateBar:
+    """A bar for what is seldom long: it shows only once that has taken some seconds. Used as a context.
+
+    Args:
+        what: a word or two.
+        after: seconds.
+    """
+
+    def __init__(self, what: str, after: float = 5.0) -> None:
+        self._what, self._after = what, after
+        self._begun, self._done = time.monotonic(), 0
+        self._open = ExitStack()
+        self._show: Callable[[float], None] | None = None
+
+    def __enter__(self) -> LateBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def step(self) -> None:
+        """One more is done."""
+        self._done += 1
+        if self._show is None and time.monotonic() - self._begun > self._after:
+            self._show = self._open.enter_context(progress_bar(self._what, None, on=True))
+        if self._show is not None:
+            self._show(self._done)
 
 
 def length_of(data: object, most: int | None = None) -> int | None:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs, caches, tensors_in
 from secateur._internal.errors import NothingToPrune, SecateurError
+from secateur._internal.progress import LateBar
 from secateur._internal.wrappers import refuse_wrapped
 from secateur.tracing.attentions import attentions_of
 from secateur.tracing.build import build
@@ -51,18 +52,20 @@ def trace(model: nn.Module, example_inputs: Inputs, *, outputs: Callable[[Any], 
     for inputs in given:
         check_traceable(model, inputs)
     plain = [dict(inputs) if isinstance(inputs, Mapping) else inputs for inputs in given]  # only plain ones are opened
-    with no_collection(), torch.inference_mode(False):
-        return _trace(model, plain, outputs)
+    with no_collection(), torch.inference_mode(False), LateBar("tracing: runs") as bar:
+        return _trace(model, plain, outputs, bar)
 
 
-def _trace(model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any], Any] | None) -> ChannelGraph:
+def _trace(
+    model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any], Any] | None, bar: LateBar
+) -> ChannelGraph:
     observed, mark, sizes = observe(model, inputs, outputs), fingerprint(model), remembered(model)
     labels, params = observed.labels, observed.params
     extra: list[tuple[Ids, str, str]] = []
     known = [Recollection(path, name, len(ids), 0, ids) for path, name, ids in labels.met if ids is not None]
     while True:
         graph, channel_of = build(labels, params, mark, sizes, extra)
-        prober = _Prober(graph, observed, channel_of, known)
+        prober = _Prober(graph, observed, channel_of, known, bar)
         placed = _placed(graph, labels, channel_of)
         bad = _refused(prober, graph, placed)
         if not bad:
@@ -102,13 +105,17 @@ class _Prober:
         observed: the first runs.
         channel_of: the channel of every label.
         known: what was found to be remembered until now, to which more is added.
+        bar: counts the runs.
 
     Attributes:
         graph: the graph, with what is remembered.
         proof: its proof.
     """
 
-    def __init__(self, graph: ChannelGraph, observed: Observed, channel_of: Ids, known: list[Recollection]) -> None:
+    def __init__(
+        self, graph: ChannelGraph, observed: Observed, channel_of: Ids, known: list[Recollection], bar: LateBar
+    ) -> None:
+        self._bar = bar
         self.proof = Proof(observed, channel_of)
         self._logs, self._channel_of, self._known, self._plain = observed.logs, channel_of, known, graph
         self._standard = {size.key for size in graph.sizes}
@@ -125,8 +132,10 @@ class _Prober:
         def fault(some: Sequence[ChannelGroup]) -> Fault | None:
             part = chosen.of(some)
             found = self.proof.fault(self.graph, part)
+            self._bar.step()
             while found is not None and self._mend(part, found):
                 found = self.proof.fault(self.graph, part)
+                self._bar.step()
             return found
 
         return unbearable(groups, fault)
