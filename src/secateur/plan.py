@@ -168,6 +168,7 @@ def _norm(given: Any, path: object) -> Norm:
         or norm.kind not in KINDS
         or norm.width < 1
         or not isinstance(norm.offset, (int, float))
+        or norm.dim not in (-1, 1)
     ):
         raise SecateurError(f"Plan.from_json: the norm {path!r} must have one of the kinds {KINDS}, not {given!r}")
     return norm

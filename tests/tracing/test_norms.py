@@ -200,3 +200,91 @@ def test_instance_norms_without_tensors_remember_how_many_channels_there_are():
     assert plan.patched["1.num_features"] == (16, 14) and small[1].num_features == 14
     small(x)  # PyTorch would warn
     assert sc.check(model, small, plan, x) < 1e-5
+
+
+class OfMaps(nn.LayerNorm):
+    """A layer norm of feature maps, as in ConvNeXt."""
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+class ByHand(nn.Module):
+    """The same, as in SAM."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)), 1e-2
+
+    def forward(self, x):
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).pow(2).mean(1, keepdim=True)
+        x = (x - mean) / torch.sqrt(variance + self.eps)
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
+class Casting(nn.LayerNorm):
+    """In single precision whatever comes, as in CLIP."""
+
+    def forward(self, x):
+        return super().forward(x.float()).type_as(x)
+
+
+class Constant(nn.Module):
+    """A shape that is written down, in a module of one's own."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias, self.size = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)), width
+        self.epsilon = 1e-3
+
+    def forward(self, x):
+        return F.layer_norm(x, (self.size,), self.weight, self.bias, self.epsilon)
+
+
+class BatchLike(nn.Module):
+    """Looks like a layer norm, and takes its statistics over the examples."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)), 1e-2
+
+    def forward(self, x):
+        x = (x - x.mean(0, keepdim=True)) / torch.sqrt(x.var(0, keepdim=True) + self.eps)
+        return x * self.weight + self.bias
+
+
+@pytest.mark.parametrize("norm", [OfMaps, ByHand])
+def test_layer_norms_of_maps(norm):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 10, 3), norm(10), nn.GELU(), nn.Conv2d(10, 6, 1), norm(6), nn.Conv2d(6, 2, 1)
+    model, x = nn.Sequential(*layers).double().eval(), torch.randn(2, 3, 6, 6).double()
+    for p in model.parameters():
+        p.data = torch.randn_like(p)
+    graph = sc.trace(model, x)
+    assert all(g.exact for g in graph.groups) and norm_of(model[1]).dim == 1
+    plan = sc.make_plan(graph, {"0": [1, 4, 5], "3": [0, 2]})
+    small = sc.cut(model, sc.Plan.from_json(plan.to_json()))
+    assert isinstance(small[1], NarrowLayerNorm) and list(small[1].state_dict()) == ["weight", "bias"]
+    assert sc.check(model, small, plan, x) < 1e-12
+    again = sc.trace(small, x)
+    more = sc.make_plan(again, {"0": [0], "3": [1]})
+    assert sc.check(small, sc.cut(small, more), more, x) < 1e-12
+
+
+@pytest.mark.parametrize(("norm", "allowed"), [(Casting, 1e-5), (Constant, 1e-12)])
+def test_layer_norms_in_other_forwards(norm, allowed):
+    model, x = network(norm)
+    if norm is Casting:  # PyTorch's own wants weights of the inputs' type
+        model, x = model.float(), x.float()
+    graph = sc.trace(model, x)
+    assert all(g.exact for g in graph.groups)
+    plan = sc.make_plan(graph, {"0": [0, 3, 9]})
+    assert sc.check(model, sc.cut(model, plan), plan, x) < allowed
+
+
+def test_what_only_looks_like_a_layer_norm():
+    assert norm_of(BatchLike(6).double()) is None
+    assert norm_of(nn.GroupNorm(1, 6)) is None and norm_of(nn.InstanceNorm2d(6, affine=True)) is None
+    assert norm_of(nn.BatchNorm2d(6, track_running_stats=False)) is None
