@@ -207,3 +207,24 @@ def test_a_forward_that_fails_leaves_nothing_either():
     with pytest.raises(NothingToPrune):
         sc.trace(Run(lambda m, x: m.a(x + unbounded(8, 8)), a=nn.Conv2d(3, 4, 1)), X)
     assert unbounded.cache_info().currsize == 0
+
+
+def test_handles_of_hooks_are_those_of_the_copy():
+    """As models have that keep them (adapters, checkpointing): removed from a copy, the hook of the model stays."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    model.handles = [
+        model[0].register_forward_hook(lambda m, x, y: y * 2),
+        model.register_forward_pre_hook(lambda m, x: None),
+    ]
+    x = torch.randn(3, 4)
+    for _ in range(2):
+        plan = sc.make_plan(sc.trace(model, x), {"0": [1]})
+        small = sc.cut(model, plan)
+        assert sc.check(model, small, plan, x) < 1e-6
+    before = small(x)
+    for handle in small.handles:
+        handle.remove()
+    assert not torch.allclose(small(x), before)
+    assert len(model[0]._forward_hooks) == len(model._forward_pre_hooks) == 1
+    again = sc.cut(small, sc.make_plan(sc.trace(small, x), {"0": [0]}))
+    assert again(x).shape == (3, 2)

@@ -205,3 +205,25 @@ def test_where_nothing_can_be_patched_the_line_is_named():
     graph = sc.trace(Literal(), torch.randn(2, 6, 12))
     (reason,) = {f.reason for f in graph.frozen if f.axis == "qkv.weight" and f.operation == "probe"}
     assert "test_transformers_cut.py:" in reason and ".view(*x.shape[:2], 3, 4, 3)" in reason
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama", "Qwen3", "ViT"])
+def test_training_with_checkpoints_of_activations(name):
+    """A cut model trains with gradient checkpointing as without."""
+    model, inputs, outputs = made(name)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    graph = sc.trace(model.train(), inputs, outputs=outputs)
+    small = sc.cut(model, sc.make_plan(graph, removal(graph, 11)))
+    assert small.training and small.is_activation_checkpointing
+    gradients = []
+    for on in (True, False):
+        small.activation_checkpointing_enable(
+            {"use_reentrant": False}
+        ) if on else small.activation_checkpointing_disable()
+        small.zero_grad()
+        outputs(small(**inputs, **({"use_cache": False} if name in {"Llama", "Qwen3"} else {}))).square().sum().backward()
+        gradients.append([p.grad.clone() for p in small.parameters() if p.grad is not None])
+    assert gradients[0] and all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*gradients, strict=True))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 _ATOMS = frozenset({int, float, bool, str, bytes, type(None), type(Ellipsis)})
 _TABLES = frozenset({dict, OrderedDict, set})
 _OF_MODULES = frozenset(vars(nn.Module()))  # what nn.Module itself keeps: mostly tables, most of them empty
-_HOOKS = tuple(sorted(name for name in _OF_MODULES if name.endswith("_hooks")))
+_HOOKS = tuple(sorted(name for name in _OF_MODULES if "_hooks" in name))
 _CLOSED: Any = (
     *_ATOMS,
     complex,
@@ -77,6 +77,11 @@ def copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         memo: id of an object to its copy, as for ``copy.deepcopy``; tensors found here are not copied.
     """
     functions: list[tuple[dict[Any, Any], Any]] = []
+    for part in module.modules():  # so that a handle of a hook, wherever it is met, is one of the copy's table
+        for key in _HOOKS:
+            table = part.__dict__.get(key)
+            if type(table) in _TABLES:
+                memo[id(table)] = type(table)()
     new = _Copier(memo, functions).module(module)
     for names, name in functions:
         names[name] = _rebound(names[name], memo)
@@ -132,6 +137,9 @@ class _Copier:
             type_of = type(value)
             if type_of in _ATOMS:
                 attributes[key] = value
+            elif key in _HOOKS and type_of in _TABLES:
+                attributes[key] = self._memo[id(value)]
+                attributes[key].update((k, self._value(v)) for k, v in value.items())
             elif key in _OF_MODULES and type_of in _TABLES:
                 attributes[key] = type_of() if not value else self._table(value)
             elif key != "_compiled_call_impl":  # nn.Module leaves it out when it is pickled, too
