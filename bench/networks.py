@@ -7,6 +7,7 @@ growth of a tool's time with depth visible.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +168,7 @@ class Plain(nn.Module):
         self.features, self.head = nn.Sequential(*layers), nn.Linear(512, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scores for images [n, 3, h, w]."""
         return self.head(self.features(x).mean((2, 3)))
 
 
@@ -188,6 +190,7 @@ class Inverted(nn.Module):
             del self.gate
 
     def forward(self, x: Tensor) -> Tensor:
+        """A map of features for a map [n, c, h, w]."""
         y = self.depthwise(self.wide(x))
         if self.gated:
             y = y * self.gate(y.mean((2, 3), keepdim=True))
@@ -202,7 +205,15 @@ class Depthwise(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU())
         blocks, width = [], 32
-        for out, count, stride in ((16, 1, 1), (24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1)):
+        for out, count, stride in (
+            (16, 1, 1),
+            (24, 2, 2),
+            (32, 3, 2),
+            (64, 4, 2),
+            (96, 3, 1),
+            (160, 3, 2),
+            (320, 1, 1),
+        ):
             for i in range(count):
                 blocks.append(Inverted(width, out, stride if i == 0 else 1, gated))
                 width = out
@@ -210,6 +221,7 @@ class Depthwise(nn.Module):
         self.head = nn.Linear(1280, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scores for images [n, 3, h, w]."""
         return self.head(self.last(self.blocks(self.stem(x))).mean((2, 3)))
 
 
@@ -227,11 +239,12 @@ class UNet(nn.Module):
 
         widths = (32, 64, 128, 256)
         self.down = nn.ModuleList(double(a, b) for a, b in zip((3, *widths[:-1]), widths, strict=True))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in zip(widths, widths[1:], strict=False))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in pairwise(widths))
         self.join = nn.ModuleList(double(2 * a, a) for a in widths[:-1])
         self.head = nn.Conv2d(widths[0], 10, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scores for images [n, 3, h, w]."""
         seen = []
         for i, block in enumerate(self.down):
             x = block(x if i == 0 else F.max_pool2d(x, 2))
@@ -260,6 +273,7 @@ class Permuted(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scores for images [n, 3, h, w]."""
         for between, blocks in zip(self.between, self.stages, strict=True):
             x = between(x)
             for m in blocks:
@@ -288,6 +302,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scores for images [n, 3, h, w]."""
         x = self.patches(x).flatten(2).transpose(1, 2)
         if not self.mixes:
             x = x + self.positions

@@ -9,14 +9,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import secateur as sc
-from secateur._internal.errors import NothingToPrune
-
 from .blocks import BLOCKS
 from .checks import fresh, run, set_mode
 from .networks import Spec, names, network, random_spec
 
-DRAWS = 500
+DRAWS = 600
 # every feature that the networks must hold, as something visible in the operations or modules of many of them
 OPERATIONS = {
     "convolution": 300, "addmm": 300, "mm": 150, "bmm": 50, "native_batch_norm": 200, "native_layer_norm": 60,
@@ -28,7 +25,9 @@ OPERATIONS = {
     "clamp_min": 5, "_prelu_kernel": 4, "hardswish": 9, "masked_fill": 2, "where": 9, "gt": 10, "maximum": 3,
     "minimum": 2, "_softmax": 80, "mean": 200, "sum": 70, "amax": 60, "var": 40, "glu": 10, "embedding": 45,
     "max_pool2d_with_indices": 20, "avg_pool2d": 3, "upsample_nearest2d": 10, "cumsum": 3, "sort": 1, "topk": 2,
-    "argmax": 2, "index": 2, "index_select": 4, "gather": 1, "roll": 2, "flip": 3, "unfold": 3, "_fft_r2c": 2,
+    "argmax": 2, "index": 2, "index_select": 3, "gather": 5, "index_add": 5,
+    "scatter_add": 5, "_scaled_dot_product_flash_attention_for_cpu": 20, "_local_scalar_dense": 15,
+    "roll": 2, "flip": 3, "unfold": 3, "_fft_r2c": 2,
     "_cdist_forward": 2, "linalg_vector_norm": 9, "prod": 3, "arange": 8,
 }  # fmt: skip
 
@@ -122,19 +121,6 @@ def test_tied_weights_are_met(drawn):
 def test_every_form_is_met(field, drawn):
     counts = Counter(getattr(spec, field) for spec, *_ in drawn)
     assert min(counts.values()) >= 20 and len(counts) >= 3
-
-
-def test_most_networks_have_something_to_remove(drawn):
-    """Otherwise the properties would hold of nothing."""
-    able = 0
-    some = drawn[:100]
-    for spec, *_ in some:
-        model, inputs = network(spec)
-        try:
-            able += any(g.exact and len(g) > 1 for g in sc.trace(model, inputs).groups)
-        except NothingToPrune:
-            continue
-    assert able >= 0.7 * len(some)
 
 
 def test_a_spec_says_everything():

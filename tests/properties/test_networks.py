@@ -20,13 +20,17 @@ NETWORKS = int(os.environ.get("SECATEUR_NETWORKS", "500"))
 CHUNK = 25
 
 
+def outcome(spec: Spec) -> tuple[str, bool]:
+    """What is wrong, if anything, and whether there was anything to remove."""
+    try:
+        return "", check_everything(spec)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", True
+
+
 def fault(spec: Spec) -> str:
     """What is wrong, if anything."""
-    try:
-        check_everything(spec)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+    return outcome(spec)[0]
 
 
 def fails_alike(kind: str, spec: Spec) -> bool:
@@ -36,11 +40,14 @@ def fails_alike(kind: str, spec: Spec) -> bool:
 
 @pytest.mark.parametrize("first", range(0, NETWORKS // 2, CHUNK))
 def test_what_always_holds(first: int):
+    able = 0
     for seed in range(first, first + CHUNK):
-        wrong = fault(random_spec(seed))
+        wrong, something = outcome(random_spec(seed))
+        able += something
         if wrong:
             spec = reduced(random_spec(seed), partial(fails_alike, wrong[:30]))
             pytest.fail(f"seed {seed}: {wrong}\nreduced: {fault(spec)}\n{spec}")
+    assert able >= 0.7 * CHUNK, "otherwise the properties would hold of nothing"
 
 
 @pytest.mark.parametrize("first", range(0, NETWORKS - NETWORKS // 2, 2 * CHUNK))

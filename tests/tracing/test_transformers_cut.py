@@ -224,6 +224,8 @@ def test_training_with_checkpoints_of_activations(name):
             {"use_reentrant": False}
         ) if on else small.activation_checkpointing_disable()
         small.zero_grad()
-        outputs(small(**inputs, **({"use_cache": False} if name in {"Llama", "Qwen3"} else {}))).square().sum().backward()
+        outputs(
+            small(**inputs, **({"use_cache": False} if name in {"Llama", "Qwen3"} else {}))
+        ).square().sum().backward()
         gradients.append([p.grad.clone() for p in small.parameters() if p.grad is not None])
     assert gradients[0] and all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*gradients, strict=True))

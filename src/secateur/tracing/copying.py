@@ -79,7 +79,7 @@ def copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     functions: list[tuple[dict[Any, Any], Any]] = []
     for part in module.modules():  # so that a handle of a hook, wherever it is met, is one of the copy's table
         for key in _HOOKS:
-            table = part.__dict__.get(key)
+            table: Any = part.__dict__.get(key)
             if type(table) in _TABLES:
                 memo[id(table)] = type(table)()
     new = _Copier(memo, functions).module(module)

@@ -27,7 +27,7 @@ from secateur.tracing.call import Call
 from secateur.tracing.devices import without_devices
 from secateur.tracing.labels import Dim, Joint, Labelled, Labels, lasting, unlabelled, vanishing
 from secateur.tracing.norms import ROOT_MEAN_SQUARE, NarrowLayerNorm
-from secateur.tracing.op_log import ANY, Operation, OpLog, Place
+from secateur.tracing.op_log import ANY, MOVES, Operation, OpLog, Place
 from secateur.tracing.rules.table import RULES, unknown_operation
 from secateur.tracing.shapes import quick
 from secateur.tracing.skeleton import Skeleton
@@ -64,6 +64,7 @@ class Watcher(TorchDispatchMode):
         self._labels_of: dict[str, tuple[Dim, ...]] = {}
         self._names: dict[int, str] = {}
         self._entry: dict[int, int | None] = {}  # of the op log, in which a tensor was made
+        self._next = 0  # entry of the expected log that comes next
         self._used: set[int] = set()  # those whose results an operation has read
         self._given: dict[int, Tensor] = {}  # held, so that their ids stay theirs
 
@@ -192,7 +193,10 @@ class Watcher(TorchDispatchMode):
         told = len(listed) or len(results)  # what a rule is silent about (saved statistics) is nobody's input
         weight = all(self.get(t).weight for t in call.tensors())
         listed += [unlabelled(t.ndim, weight=weight) for t in results[len(listed) :]]
+        name = "view" if call.base in _VIEWS else call.base
         if self._expected is not None:
+            if call.base not in _IDENTITIES:
+                self._aligned(name)
             listed = self._as_expected(listed, results, constant=call.base in _CONSTANTS)
         for tensor, new in zip(results, listed, strict=True):
             if call.writes:
@@ -209,7 +213,7 @@ class Watcher(TorchDispatchMode):
                 self._entry[id(tensor)] = len(self.log)
             if call.writes:  # it is seen through other tensors
                 self._used.add(len(self.log))
-            name = "view" if call.base in _VIEWS else call.base
+            self._next += 1
             shapes = tuple(
                 tuple(ANY if d in each.free else n for d, n in enumerate(t.shape))
                 for t, each in zip(results[:told], listed, strict=False)
@@ -238,13 +242,22 @@ class Watcher(TorchDispatchMode):
                     ids, f"the weight of {path}, which changes with its width, is used elsewhere too"
                 )
 
+    def _aligned(self, name: str) -> None:
+        """Pass by what only moves positions in the first run, and is not there in this one, where all of them stay."""
+        assert self._expected is not None
+        at = self._next
+        while at < len(self._expected) and self._expected[at].name != name and self._expected[at].name in MOVES:
+            at += 1
+        if at < len(self._expected) and self._expected[at].name == name:
+            self._next = at
+
     def _as_expected(self, listed: list[Labelled], results: list[Tensor], *, constant: bool) -> list[Labelled]:
         """The labels that results carry, those of the first run where a second run cannot know them.
 
         It cannot for two kinds of results. A constant has no labels of its own. And where one channel is left, all
         positions look alike: a view may drop its label, or put it on another dim.
         """
-        at = len(self.log)
+        at = self._next
         if self._expected is None or at >= len(self._expected):
             return listed
         found = list(listed)
