@@ -65,3 +65,38 @@ def test_a_width_that_the_forward_writes_down_is_named():
     model = Run(batched, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1)).eval()
     with pytest.raises(NothingToPrune, match=r"test_in_place.py:\d+: y\[i\] = "):
         sc.trace(model, torch.randn(2, 3, 13, 10))
+
+
+def test_what_was_copied_and_is_written_through_a_view_is_no_copy_any_more():
+    """Nor is what was zero: the channels meet different numbers then, and must stay."""
+
+    class Copies(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.a, self.b, self.how = nn.Linear(5, 8), nn.Linear(8, 3), how
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(y + self.how(y))
+
+    def written(y):
+        z = torch.ones(len(y), 1, dtype=y.dtype).expand(-1, y.shape[1]).clone()
+        z[:, 2] = 5
+        return z
+
+    def added(y):
+        z = torch.zeros(len(y), 1, dtype=y.dtype).expand(-1, y.shape[1]).clone()
+        z[:1] += 1
+        return z
+
+    def untouched(y):
+        return torch.zeros(len(y), 1, dtype=y.dtype).expand(-1, y.shape[1]).clone()
+
+    x = torch.randn(4, 5, dtype=torch.float64)
+    for how, exact in ((written, None), (added, None), (untouched, True)):
+        model = Copies(how).double()
+        try:
+            group = sc.trace(model, x).group("a")
+            assert exact is not None and group.exact == exact, how
+        except sc.SecateurError:
+            assert exact is None, how

@@ -64,6 +64,7 @@ class Watcher(TorchDispatchMode):
         self._labels_of: dict[str, tuple[Dim, ...]] = {}
         self._names: dict[int, str] = {}
         self._entry: dict[int, int | None] = {}  # of the op log, in which a tensor was made
+        self._copies = False  # whether any tensor has been one value, or zero, along some dim
         self._next = 0  # entry of the expected log that comes next
         self._used: set[int] = set()  # those whose results an operation has read
         self._given: dict[int, Tensor] = {}  # held, so that their ids stay theirs
@@ -86,6 +87,7 @@ class Watcher(TorchDispatchMode):
     def set(self, tensor: Tensor, labelled: Labelled) -> None:
         """Remember the labels of a tensor."""
         self._known[id(tensor)] = (weakref.ref(tensor), labelled)
+        self._copies = self._copies or bool(labelled.free) or labelled.zero
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether a tensor was labelled, or came out of an operation that was watched."""
@@ -280,11 +282,13 @@ class Watcher(TorchDispatchMode):
         """What an in-place operation changes in the other views of the same storage.
 
         They are no weights any more if data were written, and where a channel does not vanish here any more, it does
-        not there. Where labels change themselves, those of all views are frozen.
+        not there. Where labels change themselves, those of all views are frozen. What was one value, or zero, everywhere
+        may be so no more.
         """
         old = self.labels.settled(self.get(tensor))
         both = list(zip(old.dims, new.dims, strict=False))
-        if new.weight == old.weight and all(_same(a, b) for a, b in both):
+        same = new.weight == old.weight and all(_same(a, b) for a, b in both)
+        if same and not self._copies:
             return
         kept = len(old.dims) == len(new.dims) and all(b is None or _same_channels(a, b) for a, b in both)
         lost = [np.zeros(0, dtype=np.int64)]
@@ -298,6 +302,11 @@ class Watcher(TorchDispatchMode):
         for reference, other in list(self._known.values()):
             view = reference()
             if view is None or view is tensor or view.untyped_storage()._cdata != storage:
+                continue
+            if other.free or other.zero:
+                other = replace(other, free=frozenset(), zero=other.zero and new.zero)
+                self.set(view, other)
+            if same:
                 continue
             if not kept:
                 for ids in (*other.arrays, *new.dims, *old.dims):
