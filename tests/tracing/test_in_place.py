@@ -100,3 +100,25 @@ def test_what_was_copied_and_is_written_through_a_view_is_no_copy_any_more():
             assert exact is not None and group.exact == exact, how
         except sc.SecateurError:
             assert exact is None, how
+
+
+def test_hidden_states_written_into_tensors_of_the_cpu():
+    """Zeros, ones and masks that a forward makes are on the CPU, what is written into them has no data in a trace."""
+
+    class Steps(nn.Module):
+        def __init__(self, start):
+            super().__init__()
+            self.a, self.b, self.start = nn.Linear(5, 8), nn.Linear(8, 3), start
+
+        def forward(self, x):
+            y = self.start(len(x), self.a.out_features, dtype=x.dtype)
+            y[:, :] = self.a(x)
+            return self.b(y)
+
+    x = torch.randn(4, 5, dtype=torch.float64)
+    for start in (torch.zeros, torch.empty, torch.ones):
+        model = Steps(start).double()
+        graph = sc.trace(model, x)
+        plan = sc.make_plan(graph, {"a": [1, 2, 7]})
+        small = sc.cut(model, plan)
+        assert sc.check(model, small, plan, x) < 1e-12 and small.b.in_features == 5

@@ -282,8 +282,8 @@ class Watcher(TorchDispatchMode):
         """What an in-place operation changes in the other views of the same storage.
 
         They are no weights any more if data were written, and where a channel does not vanish here any more, it does
-        not there. Where labels change themselves, those of all views are frozen. What was one value, or zero, everywhere
-        may be so no more.
+        not there. Where labels change themselves, those of all views are frozen. What was one value, or zero,
+        everywhere may be so no more.
         """
         old = self.labels.settled(self.get(tensor))
         both = list(zip(old.dims, new.dims, strict=False))
@@ -299,8 +299,8 @@ class Watcher(TorchDispatchMode):
                 lost.append(np.abs(b[(b < 0) & (a > 0)]))
         gone = np.concatenate(lost)
         storage = tensor.untyped_storage()._cdata
-        for reference, other in list(self._known.values()):
-            view = reference()
+        for reference, known in list(self._known.values()):
+            view, other = reference(), known
             if view is None or view is tensor or view.untyped_storage()._cdata != storage:
                 continue
             if other.free or other.zero:
