@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _ATOMS = frozenset({int, float, bool, str, bytes, type(None), type(Ellipsis)})
 _TABLES = frozenset({dict, OrderedDict, set})
@@ -42,13 +43,13 @@ def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         model: what to copy.
         memo: see :func:`copy_module`.
     """
-    for value in _reached(model):
+    for value in reached(model):
         if isinstance(value, Tensor) and not value.is_leaf:
             memo.setdefault(id(value), value.detach().clone())
     return copy_module(model, memo)
 
 
-def _reached(model: nn.Module) -> Iterable[Any]:
+def reached(model: nn.Module) -> Iterable[Any]:
     """All that the attributes of a model's modules hold, each once."""
     seen: dict[int, Any] = {}
     left: list[Any] = []
@@ -69,15 +70,21 @@ def _reached(model: nn.Module) -> Iterable[Any]:
             left += getattr(value, "__dict__", {}).values()
 
 
-def copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def has_handles(model: nn.Module) -> bool:
+    """Whether a module of the model keeps the handle of a hook, which must be one of the copy's table in a copy."""
+    return any(isinstance(value, RemovableHandle) for value in reached(model))
+
+
+def copy_module(module: nn.Module, memo: dict[int, Any], *, handles: bool = True) -> nn.Module:
     """A deep copy; hooks and other functions whose closures hold parts of the module hold those of the copy there.
 
     Args:
         module: what to copy.
         memo: id of an object to its copy, as for ``copy.deepcopy``; tensors found here are not copied.
+        handles: whether there may be handles of hooks (:func:`has_handles`).
     """
     functions: list[tuple[dict[Any, Any], Any]] = []
-    for part in module.modules():  # so that a handle of a hook, wherever it is met, is one of the copy's table
+    for part in module.modules() if handles else ():  # wherever a handle is met, it is one of the copy's table
         for key in _HOOKS:
             table: Any = part.__dict__.get(key)
             if type(table) in _TABLES:
@@ -138,8 +145,10 @@ class _Copier:
             if type_of in _ATOMS:
                 attributes[key] = value
             elif key in _HOOKS and type_of in _TABLES:
-                attributes[key] = self._memo[id(value)]
-                attributes[key].update((k, self._value(v)) for k, v in value.items())
+                known = self._memo.get(id(value))
+                table = attributes[key] = type_of() if known is None else known
+                if value:
+                    table.update((k, self._value(v)) for k, v in value.items())
             elif key in _OF_MODULES and type_of in _TABLES:
                 attributes[key] = type_of() if not value else self._table(value)
             elif key != "_compiled_call_impl":  # nn.Module leaves it out when it is pickled, too

@@ -219,6 +219,11 @@ class ChannelGraph:
         return np.concatenate([np.zeros(0, dtype=np.int64), *each]), np.cumsum([0, *map(len, each)])
 
     @cached_property
+    def _sliced(self) -> list[Any]:
+        """The last answer of :meth:`slices`, after what was asked."""
+        return []
+
+    @cached_property
     def _index(self) -> dict[str, int]:
         return {group.name: i for i, group in enumerate(self.groups)}
 
@@ -348,6 +353,10 @@ class ChannelGraph:
     def slices(self, plan: HasRemoved) -> dict[str, dict[int, list[int]]]:
         """Removed positions by tensor name and dim: what a plan means for the weights."""
         gone = self.gone(plan)
+        key = gone.tobytes()
+        last = list(self._sliced)  # asked several times for each plan, perhaps by several threads
+        if last[:1] == [key]:
+            return {name: dict(dims) for name, dims in last[1].items()}
         result: dict[str, dict[int, list[int]]] = {}
         channels, ends = self._everywhere
         lost = gone[channels]
@@ -355,7 +364,8 @@ class ChannelGraph:
         for i in np.flatnonzero(total[1:] - total[:-1]):
             axis = self.axes[i]
             result.setdefault(axis.name, {})[axis.dim] = np.flatnonzero(lost[ends[i] : ends[i + 1]]).tolist()
-        return result
+        self._sliced[:] = [key, result]
+        return {name: dict(dims) for name, dims in result.items()}
 
     def summary(self, width: int | None = None) -> str:
         """The groups, what is not exact or frozen, and why, as text.

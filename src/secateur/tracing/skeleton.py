@@ -24,7 +24,7 @@ from secateur._internal.batches import Inputs, call_without_cache
 from secateur._internal.errors import SecateurError
 from secateur._internal.state import Switch, fork_rng_of, rng_state, without_einsum_paths, without_fast_path
 from secateur.tracing.attentions import attentions_of, free_heads
-from secateur.tracing.copying import copy_model, copy_module
+from secateur.tracing.copying import copy_model, copy_module, has_handles
 from secateur.tracing.leaks import Shared, clean
 from secateur.tracing.slices import Patched, Removed, patch, shrunk, sliced
 
@@ -72,6 +72,7 @@ class Skeleton:
         self.module.eval()
         free_heads(self.module, attentions_of(self.module))
         self.tensors: dict[str, Tensor] = dict((*self.module.named_parameters(), *self.module.named_buffers()))
+        self._handles = has_handles(model)
         self._shared = Shared(model)
         with _ONE_RUN:
             self._begin = rng_state()
@@ -103,7 +104,7 @@ class Skeleton:
                 memo[id(tensor)] = nn.Parameter(smaller, requires_grad=False) if is_parameter else smaller
             elif self._has_data(tensor) and not isinstance(tensor, nn.Parameter):
                 memo[id(tensor)] = tensor.clone()  # a forward may write into it
-        module = copy_module(self.module, memo)
+        module = copy_module(self.module, memo, handles=self._handles)
         if patched:
             patch(module, patched)
         return module, {name: memo[id(tensor)] for name, tensor in self.tensors.items()}
