@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 import secateur as sc
 from secateur._internal.errors import SecateurError
@@ -687,3 +689,20 @@ def test_effects_of_what_was_hardly_played_are_small_and_of_what_was_not_are_non
     worth = effects.fit()
     assert worth[0, 2] == worth[1, 2] == 0
     assert 0 < worth[0, 0] < 0.5 and worth[0, 1] == pytest.approx(-worth[0, 0])
+
+
+def test_what_is_tried_is_the_masked_network_where_weights_are_normalised():
+    """A transposed convolution loses outputs that its weight norm is taken over: other outputs stay what they were."""
+    torch.manual_seed(0)
+    layers = nn.Conv1d(4, 6, 3), nn.ReLU(), weight_norm(nn.ConvTranspose1d(6, 8, 3)), nn.Tanh(), nn.Conv1d(8, 3, 1)
+    model, x = nn.Sequential(*layers).double().eval(), torch.randn(2, 4, 9, dtype=torch.float64)
+    graph = sc.trace(model, x)
+    problem = problem_of(graph, sc.score(model, graph), sc.Budget(channels=0.5))
+    evaluator = evaluator_of(model, problem, [(x, torch.zeros(2, 9, dtype=torch.long))])
+    taken = problem.least
+    gone = problem.start - problem.widths(taken)
+    plan = sc.make_plan(graph, {graph.groups[i].name: order[: gone[i]] for i, order in problem.orders.items()})
+    assert len(plan.weight_norms) == 1 and {"0", "2"} == plan.removed.keys()
+    with torch.no_grad():
+        tried = functional_call(model, evaluator.masked_weights(taken), (x,))
+        assert torch.allclose(tried, sc.masked(model, plan)(x), atol=1e-12, rtol=0)

@@ -34,6 +34,7 @@ from secateur._internal.progress import tracked
 from secateur._internal.state import eval_mode, is_on_meta, preserved
 from secateur._internal.workload import Workload
 from secateur.allocation.problem import Problem
+from secateur.tracing.weight_norms import rescale
 
 NORMS = ("batch", "running")
 """What batch norms use: the statistics of the mini-batch, as after :func:`secateur.recalibrate`, or their own."""
@@ -117,7 +118,8 @@ class Evaluator:
         self.batches: SharedBatches = work.once("shared batches", lambda: SharedBatches(work))
         self._weights: tuple[np.ndarray, dict[str, Tensor]] = (np.zeros(0), {})
         graph = problem.meter.graph
-        tensors = dict((*work.model.named_parameters(), *work.model.named_buffers()))
+        tensors = self._tensors = dict((*work.model.named_parameters(), *work.model.named_buffers()))
+        self._weight_norms = graph.weight_norms
         axes = {(a.name, a.dim): a for g in graph.groups for a in (*g.producers, *g.constants)}.values()
         self._producers = [(a.name, a.dim, tensors[a.name], torch.from_numpy(a.channels)) for a in axes]
         self._ones = torch.ones(1 + max(int(a.channels.max(initial=0)) for a in graph.axes))
@@ -166,6 +168,11 @@ class Evaluator:
             shape = [-1 if d == dim else 1 for d in range(parameter.ndim)]
             mask = keep[ids].to(parameter).view(shape)
             weights[name] = weights.get(name, parameter.detach()) * mask
+        for name, norm in self._weight_norms:  # as in the masked model: other channels' weights are what they were
+            if norm.direction in weights:
+                whole = self._tensors[norm.direction].detach()
+                weights[name] = weights.get(name, self._tensors[name].detach()).clone()
+                rescale(weights[name], weights[norm.direction], whole, norm.dim)
         return weights
 
     def _loss_of_the_whole(self) -> np.ndarray:
