@@ -109,9 +109,9 @@ def check_cut(model: nn.Module, big: nn.Module, small: nn.Module, removed: Any, 
     old, masked, new = tensors(model), tensors(big), tensors(small)
     assert list(new) == list(old) == list(masked), "names or sharing changed"
     for name, tensor in new.items():
-        if name in plan.weight_norms:  # the lengths of other directions, whose products are what they were
-            continue
-        for whole, fault in ((old, name), (masked, f"{name} is masked where it stays")):
+        pairs = ((old, name), (masked, f"{name} is masked where it stays"))
+        # the lengths of other directions are other ones: their products are what they were, which outputs show
+        for whole, fault in pairs if name not in plan.weight_norms else ():
             due = kept(whole[name], removed.get(name, {}))
             assert torch.equal(due, tensor) if name not in scale else gap(due * scale[name], tensor) < 1e-12, fault
         assert (tensor.requires_grad, tensor.dtype, type(tensor)) == (

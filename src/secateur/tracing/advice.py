@@ -23,7 +23,7 @@ _ADVICE = (
     (r"rows of a table|used as an index|sorted by expert|expert that is looked up|index says", NOTHING),
     (r"spatial position|place in a sequence|kernel position|values are taken from|by its place", NOTHING),
     (
-        r"fixed position|positions (that )?are fixed|positions are fixed",
+        r"fixed position|positions (that )?are fixed",
         "see what else is frozen: it meets the model's inputs, or a tensor that is no parameter and no buffer; "
         "register_buffer lets one be cut along",
     ),

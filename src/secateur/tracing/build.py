@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from secateur.tracing.graph import Axis, ChannelGraph, ChannelGroup, Frozen, Terms, multiplicities
-from secateur.tracing.labels import Ids, Labels, NormUse
+from secateur.tracing.labels import Ids, Labels
 from secateur.tracing.slices import Size
 
 UNUSED = "is not used as a channel by the forward"
@@ -94,11 +94,6 @@ def build(
         weight_norms=tuple(dict(labels.weight_norms).items()),
     )
     return graph, channel_of
-
-
-def _norms(labels: Labels) -> Iterable[NormUse]:
-    """The norms that were met, each once: all that it normalises has the channels of its weight."""
-    return {use.path: use for use in labels.norms}.values()
 
 
 def _owner_of(labels: Labels) -> Ids:
