@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +13,7 @@ from jaxtyping import install_import_hook
 from safetensors.torch import load_file
 from torch import nn
 
+import forked
 from conformance.state import untouched as same_state
 
 install_import_hook(
@@ -30,10 +30,7 @@ def in_two_processes(tmp_path):
     """Runs a file as two processes that know each other; gives what each has saved, as ``FOLDER/RANK.safetensors``."""
 
     def run(file: str) -> list[dict[str, torch.Tensor]]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-        command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", file, str(tmp_path)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        forked.run_two(file, tmp_path)
         return [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
 
     return run

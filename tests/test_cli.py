@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+import forked
 import secateur as sc
 from secateur import cli
 from secateur.lab import data, models, run
@@ -218,23 +218,22 @@ def program(
     *arguments: object, folder: Path | None = None, terminal: int | None = None
 ) -> subprocess.CompletedProcess[str]:
     """``secateur`` as a program; with ``terminal``, its output goes to one of so many columns."""
-    command = [sys.executable, "-c", "import sys; del sys.path[0]; from secateur.cli import main; main()"]
-    command += [str(a) for a in arguments]
     settings = {key: value for key, value in os.environ.items() if key not in {"COLUMNS", "LINES", "FORCE_COLOR"}}
     settings["NO_COLOR"] = "1"
     if terminal is None:
-        return subprocess.run(command, capture_output=True, text=True, env=settings, check=False, cwd=folder)
+        return forked.run(forked.command, *arguments, environment=settings, folder=folder)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, terminal, 0, 0))
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=settings, cwd=folder)
+    process = forked.start(forked.command, arguments, [theirs] * 3, environment=settings, folder=folder)
     os.close(theirs)
     seen = b""
     with contextlib.suppress(OSError):  # what the other end's closing is told as
         while part := os.read(ours, 65536):
             seen += part
     os.close(ours)
+    process.join()
     text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", seen.decode()).replace("\r\n", "\n")
-    return subprocess.CompletedProcess(command, process.wait(), text, "")
+    return subprocess.CompletedProcess(arguments, process.exitcode or 0, text, "")
 
 
 @pytest.mark.parametrize("columns", [40, 80])
@@ -337,7 +336,7 @@ def test_help_comes_at_once() -> None:
     took = []
     for _ in range(5):
         begun = time.perf_counter()
-        assert program("--help").returncode == 0
+        subprocess.run([sys.executable, "-m", "secateur", "--help"], capture_output=True, check=True)
         took.append(time.perf_counter() - begun)
         if took[-1] < 1:
             break
@@ -349,13 +348,15 @@ def test_help_comes_at_once() -> None:
 
 def test_sigterm_ends_a_run_like_an_interruption(recipe: str, tmp_path: Path) -> None:
     """One line, its own exit code, and the same command goes on: what a batch system needs."""
-    command = [sys.executable, "-m", "secateur", "run", recipe, "train.epochs=60", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list((tmp_path / "out").glob("seed-0/baseline-checkpoints/*.safetensors")):
+    words = ["run", recipe, "train.epochs=60", "--out", tmp_path / "out"]
+    with (tmp_path / "stdout").open("w+") as out, (tmp_path / "stderr").open("w+") as err:
+        process = forked.start(forked.command, words, [out.fileno(), out.fileno(), err.fileno()])
+    while process.is_alive() and not list((tmp_path / "out").glob("seed-0/baseline-checkpoints/*.safetensors")):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == cli.TERMINATED == 143 and stdout == ""
+    process.terminate()
+    process.join(60)
+    stdout, stderr = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+    assert process.exitcode == cli.TERMINATED == 143 and stdout == ""
     assert stderr.splitlines()[-1] == "terminated: the same command goes on where it was" and "Traceback" not in stderr
     kept = sorted((tmp_path / "out" / "seed-0" / "baseline-checkpoints").iterdir())
     assert kept and not list(tmp_path.rglob("*.tmp"))

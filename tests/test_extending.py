@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import forked
 import secateur as sc
 from secateur.lab.models.registry import build
 
@@ -52,9 +52,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 
 def command(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "secateur", *words], cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = forked.run(forked.command, *words, folder=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -8,9 +8,10 @@ Weights are not copied: what changes them works on a copy.
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,11 @@ _EINSUM_PATHS = Switch(lambda: torch.backends.opt_einsum.enabled, _set_einsum_pa
 def without_einsum_paths() -> AbstractContextManager[None]:
     """``torch.einsum`` contracts from left to right, not in an order that depends on widths."""
     return _EINSUM_PATHS.off()
+
+
+def without_compiler() -> AbstractContextManager[Any]:
+    """What ``torch.compile`` has wrapped runs as it was written. A compiler that nobody has loaded stays unloaded."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def check_differentiable(model: nn.Module) -> None:

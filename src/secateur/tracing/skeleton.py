@@ -22,7 +22,14 @@ from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs, call_without_cache
 from secateur._internal.errors import SecateurError
-from secateur._internal.state import Switch, fork_rng_of, rng_state, without_einsum_paths, without_fast_path
+from secateur._internal.state import (
+    Switch,
+    fork_rng_of,
+    rng_state,
+    without_compiler,
+    without_einsum_paths,
+    without_fast_path,
+)
 from secateur.tracing.attentions import attentions_of, free_heads
 from secateur.tracing.copying import copy_model, copy_module, has_handles
 from secateur.tracing.leaks import Shared, clean
@@ -145,6 +152,7 @@ class Skeleton:
             stack.enter_context(torch.no_grad())
             stack.enter_context(without_fast_path())
             stack.enter_context(without_einsum_paths())
+            stack.enter_context(without_compiler())
             if self._fake is not None:
                 stack.enter_context(self._fake)
             stack.enter_context(watcher)

@@ -147,6 +147,11 @@ class Watcher(TorchDispatchMode):
             self.set(tensor, labelled)
         return labelled
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled; saying so for every operation would cost the import of PyTorch's compiler."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         before = (tuple(args[0].shape), tuple(args[0].stride())) if func is _RESTRIDE else None

@@ -1,7 +1,6 @@
 """Two processes train what one would: same weights and plan on both ranks, and those of one process in float64."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import forked
 import secateur as sc
 from secateur.lab.data.loader import Loader
 from secateur.lab.training.loop import fit
@@ -55,16 +55,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     for case in CASES:
         (folder / case).mkdir()
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", __file__, str(folder)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_two(__file__, folder, environment={**os.environ, "ACCELERATE_USE_CPU": "true"})
     return folder
 
 
