@@ -348,7 +348,7 @@ def test_help_comes_at_once() -> None:
 
 def test_sigterm_ends_a_run_like_an_interruption(recipe: str, tmp_path: Path) -> None:
     """One line, its own exit code, and the same command goes on: what a batch system needs."""
-    words = ["run", recipe, "train.epochs=60", "--out", tmp_path / "out"]
+    words = ["run", recipe, "train.epochs=20", "--out", tmp_path / "out"]
     with (tmp_path / "stdout").open("w+") as out, (tmp_path / "stderr").open("w+") as err:
         process = forked.start(forked.command, words, [out.fileno(), out.fileno(), err.fileno()])
     while process.is_alive() and not list((tmp_path / "out").glob("seed-0/baseline-checkpoints/*.safetensors")):
@@ -360,8 +360,8 @@ def test_sigterm_ends_a_run_like_an_interruption(recipe: str, tmp_path: Path) ->
     assert stderr.splitlines()[-1] == "terminated: the same command goes on where it was" and "Traceback" not in stderr
     kept = sorted((tmp_path / "out" / "seed-0" / "baseline-checkpoints").iterdir())
     assert kept and not list(tmp_path.rglob("*.tmp"))
-    done = called("run", recipe, "train.epochs=60", "--out", tmp_path / "out")
-    assert done.exit_code == 0 and "epoch 1/60" not in done.stderr
+    done = called("run", recipe, "train.epochs=20", "--out", tmp_path / "out")
+    assert done.exit_code == 0 and "epoch 1/20" not in done.stderr
 
 
 def test_where_there_is_no_terminal_there_are_no_bars_but_a_line_an_epoch(recipe: str, tmp_path: Path) -> None:

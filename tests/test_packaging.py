@@ -200,19 +200,25 @@ def test_the_command_works_without_the_lab_where_it_needs_none_of_it(installed: 
         "def make(width=8):\n"
         "    return nn.Sequential(nn.Linear(4, width), nn.Linear(width, 2))\n"
     )
-    saving = (
-        "import sys; sys.path.append(''); import nets_of_mine, secateur; secateur.save(nets_of_mine.make(), 'saved')"
-    )
-    assert without_the_lab(saving, installed, tmp_path).returncode == 0
-    for words in (
-        ["--version"],
-        ["--help"],
-        ["inspect", "lenet5"],
-        ["inspect", "nets_of_mine:make", "width=3", "--input", "1,4"],
-        ["inspect", "saved", "--build", "nets_of_mine:make", "--input", "1,4"],
-    ):
-        done = without_the_lab(COMMAND, installed, tmp_path, *words)
-        assert done.returncode == 0 and done.stdout, done.stderr
+    code = """
+import sys
+from secateur.cli import app
+sys.path.append("")
+import nets_of_mine, secateur
+secateur.save(nets_of_mine.make(), "saved")
+for words in (
+    ["--version"],
+    ["--help"],
+    ["inspect", "lenet5"],
+    ["inspect", "nets_of_mine:make", "width=3", "--input", "1,4"],
+    ["inspect", "saved", "--build", "nets_of_mine:make", "--input", "1,4"],
+):
+    print("---")
+    app(words, standalone_mode=False)
+"""
+    done = without_the_lab(code, installed, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split("---\n")) == 6 and all(done.stdout.split("---\n")[1:])
     for words in (["run", "digits-taylor"], ["list"]):
         done = without_the_lab(COMMAND, installed, tmp_path, *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install 'secateur[lab]'" in done.stderr

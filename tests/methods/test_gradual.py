@@ -122,14 +122,14 @@ def test_the_first_is_out_after_limit_over_rate_updates(handle, options, expecte
 
 
 @pytest.mark.parametrize("name", HANDLES)
-@pytest.mark.parametrize("rate", [0.1, 0.0005])
+@pytest.mark.parametrize("rate", [0.1, 0.002])
 def test_how_long_it_takes_is_known_beforehand(name, rate):
     model, graph, optimizer, *_ = case(lr=0.0)
     options = {"settle": 7} if "greg" in name else {}
     handle = HANDLES[name](model, graph, optimizer, keep=0.4, rate=rate, every=2 if rate == 0.1 else 1, **options)
     needed = handle.steps_needed
     if rate < 0.01 and name != "increg":  # one is enough
-        assert needed > 1000
+        assert needed > 250
         return
     for _ in range(2 * needed):
         optimizer.step()

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import secateur as sc
 from secateur._internal.errors import NothingToPrune
 from secateur.measure.counting import count_macs, count_params
+from secateur.surgery.permute import permuted
 
 from .networks import Network, Spec, network
 
@@ -348,6 +349,27 @@ def check_repeats(
         assert torch.equal(tensor, two[name]), name
 
 
+# ------------------------------------------------------------------------------------------------- channels in order
+
+
+def shuffled(graph: sc.ChannelGraph, seed: int) -> dict[str, list[int]]:
+    """Another order of the channels of every exact group."""
+    draw = np.random.default_rng(seed)
+    return {g.name: draw.permutation(len(g)).tolist() for g in graph.groups if g.exact}
+
+
+def check_relabelled(model: nn.Module, graph: sc.ChannelGraph, inputs: Any, seed: int) -> None:
+    """With its channels in another order the network computes what it did."""
+    other = permuted(model, graph, shuffled(graph, seed))
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)]
+    assert any(moved) or not any(g.exact and len(g) > 3 for g in graph.groups), "nothing has moved"
+    for each in (whole := copy.deepcopy(model), other):
+        set_mode(each, training=False)
+    with torch.no_grad():
+        for a, b in zip(run(whole, fresh(inputs)), run(other, fresh(inputs)), strict=True):
+            assert gap(a, b) < 1e-10, "relabelled"
+
+
 def check_everything(spec: Spec) -> bool:
     """One pass over one network; whether there was anything to remove."""
     model, inputs = network(spec)
@@ -379,6 +401,8 @@ def check_everything(spec: Spec) -> bool:
     check_counts(small, graph, inputs, plan)
     check_exact(big, small, removed, inputs, plan)
     check_counts(model, graph, inputs)
+    if source.random() < 0.3:
+        check_relabelled(model, graph, inputs, spec.seed)
     if chosen is not None and smaller is not None:
         check_slices(graph, chosen)
         check_counts(smaller, graph, inputs, chosen)

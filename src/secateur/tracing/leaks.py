@@ -22,6 +22,7 @@ _CACHES: Any = type(functools.lru_cache(lambda: None))
 _CONTAINERS = (dict, list, set)
 _DEPTH = 4
 _MANY = 1000
+_YOUNG = 1  # generations of the collector, in which most of what a run made still is; looking through all takes long
 
 
 class Shared:
@@ -81,11 +82,14 @@ def clean(made: Iterable[weakref.ref[Tensor]], shared: Shared) -> None:
     made = list(made)
     if not _alive(made):
         return
-    gc.collect()  # a copy that refers to itself holds what it kept until now
+    gc.collect(_YOUNG)  # a copy that refers to itself holds what it kept until now
     if not _alive(made):
         return
     shared.restore()
     _clear_caches(_alive(made))
+    gc.collect(_YOUNG)
+    if not _alive(made):
+        return
     gc.collect()
     if left := _alive(made):
         notice(
