@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 _ATOMS = frozenset({int, float, bool, str, bytes, type(None), type(Ellipsis)})
 _TABLES = frozenset({dict, OrderedDict, set})
 _OF_MODULES = frozenset(vars(nn.Module()))  # what nn.Module itself keeps: mostly tables, most of them empty
+_OF_MODULES_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if type(value) in _TABLES)
 _HOOKS = tuple(sorted(name for name in _OF_MODULES if "_hooks" in name))
 _CLOSED: Any = (
     *_ATOMS,
@@ -140,22 +141,29 @@ class _Copier:
         new = kind.__new__(kind)
         self._memo[id(module)] = new
         attributes = new.__dict__
-        for key, value in module.__dict__.items():
-            type_of = type(value)
-            if type_of in _ATOMS:
-                attributes[key] = value
-            elif key in _HOOKS and type_of in _TABLES:
+        attributes.update(module.__dict__)
+        hooked = False
+        for key in _OF_MODULES_TABLES:
+            value = attributes.get(key)
+            if type(value) not in _TABLES:
+                if value is not None:
+                    attributes[key] = self._value(value)
+            elif key in _HOOKS:
                 known = self._memo.get(id(value))
-                table = attributes[key] = type_of() if known is None else known
+                attributes[key] = table = type(value)() if known is None else known
                 if value:
+                    hooked = True
                     table.update((k, self._value(v)) for k, v in value.items())
-            elif key in _OF_MODULES and type_of in _TABLES:
-                attributes[key] = type_of() if not value else self._table(value)
-            elif key != "_compiled_call_impl":  # nn.Module leaves it out when it is pickled, too
+            else:
+                attributes[key] = self._table(value) if value else type(value)()
+        for key in attributes.keys() - _OF_MODULES_TABLES:
+            value = attributes[key]
+            if type(value) not in _ATOMS:
                 attributes[key] = self._value(value)
-                if type_of is FunctionType:
+                if type(value) is FunctionType:
                     self._functions.append((attributes, key))
-        if any(attributes.get(key) for key in _HOOKS):
+        attributes.pop("_compiled_call_impl", None)  # nn.Module leaves it out when it is pickled, too
+        if hooked:
             self._note(attributes)
         return new
 
