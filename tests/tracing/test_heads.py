@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.measure.counting import count_macs, count_params
+from secateur.tracing.proof import verify
 
 H, D, E = 4, 3, 12  # heads, their size, the width
 
@@ -242,3 +244,52 @@ def test_channels_of_maps_are_shuffled_as_before():
     model = Run(shuffled, a=nn.Conv2d(3, 12, 1), b=nn.Conv2d(12, 12, 3, padding=1, groups=2), c=nn.Conv2d(12, 2, 1))
     graph = sc.trace(model.eval(), torch.randn(1, 3, 4, 4))
     assert {g.name: len(g) for g in graph.groups if g.exact}["b"] == 6
+
+
+def sized(y):
+    """Heads of any size, so many of them."""
+    return y.unflatten(-1, (H, -1)).transpose(1, 2)
+
+
+def free_sizes(m, x):
+    return merged(softmax(sized(m.q(x)), sized(m.k(x)), sized(m.v(x))))
+
+
+def free_values(m, x):
+    """The kernel scales by the size of the queries, which stays therefore."""
+    return merged(F.scaled_dot_product_attention(sized(m.q(x)), sized(m.k(x)), sized(m.v(x))))
+
+
+def free_fused(m, x):
+    return merged(softmax(*(sized(t) for t in m.qkv(x).chunk(3, -1))))
+
+
+@pytest.mark.parametrize(
+    ("attend", "parts", "groups"),
+    [
+        (free_sizes, separate(), {"q": D, "v": D}),
+        (free_values, separate(), {"v": D}),
+        (free_fused, {"qkv": linear(3 * E)}, {"qkv": D}),
+        (plain, separate(), {}),  # it fixes the size of all three
+    ],
+)
+def test_sizes_of_heads_go_exactly_where_the_forward_does_not_fix_them(attend, parts, groups):
+    torch.manual_seed(0)
+    model, x = network(attend, **parts).double().eval(), torch.randn(2, 6, 5).double()
+    graph = sc.trace(model, x, attention="sizes")
+    assert {g.name: len(g) for g in graph.groups if g.exact} == {"stem": E, **groups}
+    plan = sc.make_plan(graph, {"stem": [2, 5], **{name: [1] for name in groups}})
+    small = sc.cut(model, plan)
+    assert sc.check(model, small, plan, x) < 1e-12
+    assert (count_macs(small, x), count_params(small)) == (graph.macs(plan), graph.params(plan))
+    copied = copy.deepcopy(graph)  # it has no skeleton, and finds the same by itself
+    assert verify(model, copied, plan) == ""
+    if groups:  # what is left can lose heads, too
+        assert any(g.exact and len(g) == H for g in sc.trace(small, x).groups)
+
+
+def test_what_goes_of_attention_is_one_of_two():
+    with pytest.raises(
+        sc.SecateurError, match=r"trace\(attention=\): 'heads' or 'sizes' is expected, 'size' was given"
+    ):
+        sc.trace(nn.Linear(2, 2), torch.zeros(1, 2), attention="size")

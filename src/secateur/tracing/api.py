@@ -25,7 +25,13 @@ from secateur.tracing.proof import Observed, Proof, keep_proof, no_collection, o
 from secateur.tracing.slices import remembered
 
 
-def trace(model: nn.Module, example_inputs: Inputs, *, outputs: Callable[[Any], Any] | None = None) -> ChannelGraph:
+def trace(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    outputs: Callable[[Any], Any] | None = None,
+    attention: str = "heads",
+) -> ChannelGraph:
     """Find out which channels of a model live and die together.
 
     The model's forward runs once on a copy without data (so on any device, in any dtype, and without room for a second
@@ -38,6 +44,9 @@ def trace(model: nn.Module, example_inputs: Inputs, *, outputs: Callable[[Any], 
             takes one path or another: what any of them uses is bound together, and the first is what is counted.
         outputs: which of what the forward returns matters, ``lambda out: out.logits``: its widths stay what they are.
             Everything if not given, hidden states and auxiliary tensors among it.
+        attention: what goes where channels are split into heads of some size: whole ``"heads"``, or ``"sizes"``,
+            positions of the size, the same in all heads, where the forward does not fix it. To have both, trace what
+            was cut by one again for the other.
 
     Returns:
         The channel graph; counts refer to the example inputs' shapes.
@@ -49,17 +58,24 @@ def trace(model: nn.Module, example_inputs: Inputs, *, outputs: Callable[[Any], 
     given = example_inputs if isinstance(example_inputs, list) else [example_inputs]
     if not given:
         raise SecateurError("trace(example_inputs): the list is empty: give at least one example input")
+    if attention not in ATTENTION:
+        raise SecateurError(
+            f"trace(attention=): {' or '.join(map(repr, ATTENTION))} is expected, {attention!r} was given"
+        )
     for inputs in given:
         check_traceable(model, inputs)
     plain = [dict(inputs) if isinstance(inputs, Mapping) else inputs for inputs in given]  # only plain ones are opened
     with no_collection(), torch.inference_mode(False), LateBar("tracing: runs") as bar:
-        return _trace(model, plain, outputs, bar)
+        return _trace(model, plain, outputs, attention, bar)
+
+
+ATTENTION = ("heads", "sizes")
 
 
 def _trace(
-    model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any], Any] | None, bar: LateBar
+    model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any], Any] | None, attention: str, bar: LateBar
 ) -> ChannelGraph:
-    observed, mark, sizes = observe(model, inputs, outputs), fingerprint(model), remembered(model)
+    observed, mark, sizes = observe(model, inputs, outputs, attention), fingerprint(model), remembered(model)
     labels, params = observed.labels, observed.params
     extra: list[tuple[Ids, str, str]] = []
     known = [Recollection(path, name, len(ids), 0, ids) for path, name, ids in labels.met if ids is not None]
@@ -89,6 +105,7 @@ def _trace(
         more_inputs=tuple(more),
         notes=notes,
         attentions=attentions_of(model),
+        attention=attention,
     )
     keep_proof(graph, prober.proof)
     return graph

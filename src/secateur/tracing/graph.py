@@ -193,6 +193,7 @@ class ChannelGraph:
         inputs: the example inputs, without their gradients; the first of them, where several were given.
         more_inputs: the others.
         notes: what else the user should know of the trace.
+        attention: what goes of attention, as it was asked for.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -211,6 +212,7 @@ class ChannelGraph:
     norms: tuple[tuple[str, Norm, np.ndarray], ...] = field(default=(), repr=False)
     weight_norms: tuple[tuple[str, WeightNorm], ...] = field(default=(), repr=False)
     attentions: tuple[str, ...] = field(default=(), repr=False)
+    attention: str = field(default="heads", repr=False)
 
     @cached_property
     def _everywhere(self) -> tuple[np.ndarray, np.ndarray]:

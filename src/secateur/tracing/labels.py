@@ -122,10 +122,12 @@ class Labels:
     Args:
         resolved: whether labels are channels, as in a second run: then nothing can become equal any more.
         divisors: names of the buffers that must not become zero, as far as known.
+        innermost: whether the unit of labels that vary along several dims is the innermost of these, not the outermost.
     """
 
-    def __init__(self, *, resolved: bool = False, divisors: Iterable[str] = ()) -> None:
+    def __init__(self, *, resolved: bool = False, divisors: Iterable[str] = (), innermost: bool = False) -> None:
         self.resolved = resolved
+        self.innermost = innermost
         self.divisors = set(divisors)
         self.buffers: set[str] = set()  # those that hold numbers
         self.count = 1  # 0 is frozen
@@ -165,7 +167,10 @@ class Labels:
         return self.joints[-1]
 
     def settled(self, labelled: Labelled) -> Labelled:
-        """The same labels, with each joint settled: the outermost dim of which nothing was picked is the unit."""
+        """The same labels, with each joint settled: the outermost dim of which nothing was picked is the unit.
+
+        Where channels are split into heads of some size, that is the head; the innermost one is the size.
+        """
         if not labelled.joints:
             return labelled
         dims = list(labelled.dims)
@@ -179,7 +184,7 @@ class Labels:
         if unit is None:
             unit = next((i for i, axis in axes if axis in self.units), None)
         if unit is None:
-            unit = next((i for i, axis in axes if axis not in self.picked), 0)
+            unit = next((i for i, axis in axes[:: -1 if self.innermost else 1] if axis not in self.picked), 0)
         self.units.add(joint.axes[unit])
         line = np.moveaxis(joint.table, unit, 0).reshape(joint.table.shape[unit], -1)
         self.unite(line[:, :1], line[:, 1:])

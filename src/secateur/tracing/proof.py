@@ -105,7 +105,7 @@ def _rebuilt(model: nn.Module | None, graph: ChannelGraph) -> Proof:
     if graph.inputs is None:
         raise SecateurError("verify: the graph holds no example inputs: trace the model again")
     with torch.inference_mode(False):
-        observed = observe(model, [graph.inputs, *graph.more_inputs])
+        observed = observe(model, [graph.inputs, *graph.more_inputs], attention=graph.attention)
         return Proof(observed, _channels_of_labels(observed.labels, graph))
 
 
@@ -145,7 +145,12 @@ class Observed:
     logs: dict[Run, OpLog]
 
 
-def observe(model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any], Any] | None = None) -> Observed:
+def observe(
+    model: nn.Module,
+    inputs: Sequence[Inputs],
+    outputs: Callable[[Any], Any] | None = None,
+    attention: str = "heads",
+) -> Observed:
     """Run a skeleton of a model, and once more in training mode if something was not used until then.
 
     What no run uses may be used by a path that none of them takes. Where a value steers the model's Python, it freezes
@@ -155,11 +160,12 @@ def observe(model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any],
         model: the model.
         inputs: one run each.
         outputs: what of their outputs matters.
+        attention: what goes of attention, as for :func:`secateur.trace`.
 
     Raises:
         SecateurError: the forward fails on the inputs, whatever stands in for the tensors.
     """
-    skeleton, watcher, logs = _watched(model, inputs, outputs)
+    skeleton, watcher, logs = _watched(model, inputs, outputs, attention)
     labels, params = watcher.labels, {name: p.ndim for name, p in skeleton.module.named_parameters()}
     if unused(labels, params):
         logs |= _in_training(skeleton, watcher)
@@ -178,13 +184,14 @@ _UNSEEN = (
 
 
 def _watched(
-    model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any], Any] | None
+    model: nn.Module, inputs: Sequence[Inputs], outputs: Callable[[Any], Any] | None, attention: str
 ) -> tuple[Skeleton, Watcher, dict[Run, OpLog]]:
     """Run a skeleton of the first kind that the model's Python accepts; the last kind's error is the user's."""
     error, place, failing = None, None, inputs[0]
     kinds, divisors = list(KINDS), set[str]()
     while kinds:
-        skeleton, labels = Skeleton(model, inputs, kinds[0], outputs), Labels(divisors=divisors)
+        skeleton = Skeleton(model, inputs, kinds[0], outputs)
+        labels = Labels(divisors=divisors, innermost=attention == "sizes")
         labels.norm_at = norms_of(skeleton.module)
         logs: dict[Run, OpLog] = {}
         with quiet():
