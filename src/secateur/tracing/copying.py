@@ -142,6 +142,7 @@ class _Copier:
         self._memo[id(module)] = new
         attributes = new.__dict__
         attributes.update(module.__dict__)
+        attributes.pop("_compiled_call_impl", None)  # nn.Module leaves it out when it is pickled, too
         hooked = False
         for key in _OF_MODULES_TABLES:
             value = attributes.get(key)
@@ -162,7 +163,6 @@ class _Copier:
                 attributes[key] = self._value(value)
                 if type(value) is FunctionType:
                     self._functions.append((attributes, key))
-        attributes.pop("_compiled_call_impl", None)  # nn.Module leaves it out when it is pickled, too
         if hooked:
             self._note(attributes)
         return new
