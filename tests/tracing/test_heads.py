@@ -291,3 +291,19 @@ def test_what_goes_of_attention_is_one_of_two():
         sc.SecateurError, match=r"trace\(attention=\): 'heads' or 'sizes' is expected, 'size' was given"
     ):
         sc.trace(nn.Linear(2, 2), torch.zeros(1, 2), attention="size")
+
+
+def one_value_for_all(m, x):
+    assert float(x.detach().abs().amax()) > 0  # it is looked at, so that the kernel of the CPU runs in the trace
+    return merged(F.scaled_dot_product_attention(split(m.q(x)), split(m.k(x)), split(m.v(x)), enable_gqa=True))
+
+
+@pytest.mark.parametrize("attend", [one_value_for_all, one_for_all])
+def test_a_head_of_queries_alone_is_not_exact(attend):
+    """Nothing of the keys and values that serve all heads can go: they are frozen by their size, or by the sequence."""
+    parts = separate(k=linear(D), v=linear(D))
+    model, x = network(attend, **parts).double().eval(), torch.randn(2, 6, 5).double()
+    graph = sc.trace(model, x)
+    assert not any(g.exact for g in graph.groups if any(a.name == "q.weight" for a in g.producers))
+    plans = [sc.make_plan(graph, {g.name: [0]}) for g in graph.groups if g.exact and len(g) > g.least]
+    assert all(sc.check(model, sc.cut(model, plan), plan, x) < 1e-12 for plan in plans)

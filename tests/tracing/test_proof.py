@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import itertools
 import pickle
 import weakref
 
@@ -173,3 +174,50 @@ def test_an_unproven_plan_says_so_in_its_json():
     assert not sc.Plan.from_json(plan.to_json()).proven
     with pytest.raises(sc.SecateurError, match="'proven' must be true or false"):
         sc.Plan.from_json(plan.to_json().replace('"proven": false', '"proven": 0'))
+
+
+class Written(nn.Module):
+    """What is written fills as many channels as the input has, which nothing but its size says."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.stem, self.parts = nn.Conv2d(3, 4, 1), nn.ModuleList(nn.Conv2d(4, width, 1) for width in widths)
+        self.conv, self.last = nn.Conv2d(sum(widths), sum(widths), 1), nn.Conv2d(sum(widths) + 1, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.cat([part(x) for part in self.parts], 1)
+        y = x.new_zeros(x.size(0), x.size(1) + 1, *x.shape[2:])
+        y[:, : x.size(1)] = self.conv(x)
+        return self.last(y)
+
+
+@pytest.mark.parametrize("widths", [(2,), (3,), (4,), (5,), (2, 2), (2, 3)])
+def test_what_may_go_may_go_in_every_combination(widths):
+    graph = sc.trace(Written(*widths), torch.randn(1, 3, 4, 4))
+    ways = [range(len(g) - g.least + 1) for g in graph.groups]
+    for numbers in itertools.product(*ways):
+        sc.make_plan(graph, {g.name: list(range(n)) for g, n in zip(graph.groups, numbers, strict=True)})
+    assert len(list(itertools.product(*ways))) > 1
+
+
+class Shifted(nn.Module):
+    """Of heads of some size none is left over by a slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        y = self.a(x).unflatten(-1, (-1, 2))
+        z = torch.zeros_like(y)
+        z[:, :4] = y[:, :4].relu()
+        z[:, 4:] = y[:, 4:]
+        return self.b(z.flatten(1))
+
+
+def test_an_empty_slice_is_nothing():
+    model, x = Shifted().double().eval(), torch.randn(2, 3).double()
+    graph = sc.trace(model, x)
+    plan = sc.make_plan(graph, {g.name: [0] for g in graph.groups if g.exact and len(g) > g.least})
+    assert sc.check(model, sc.cut(model, plan), plan, x) < 1e-12

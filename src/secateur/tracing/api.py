@@ -92,7 +92,7 @@ def _trace(
         raise no_removable_channel(graph.frozen, model)
 
     least: list[Refused] = []
-    for chosen in lone(placed):
+    for chosen in lone(placed, graph.groups):
         least += prober.probe(chosen, least)
     pairs = {g.name for g, _ in least}
     groups = tuple(replace(g, least=2) if g.name in pairs else g for g in graph.groups)

@@ -191,10 +191,19 @@ def _counts(most: Sequence[int]) -> list[tuple[int, ...]]:
         most: how many each may lose; at least one.
     """
     alike = Counter(most)
-    rounds = max(next(r for r in count(2) if (n + 1) ** r > number) for n, number in alike.items()) if most else 0
+    rounds = max(next(r for r in count(2) if (n + 1) ** r > number + 1) for n, number in alike.items()) if most else 0
     ways = {n: _ways(n, rounds) for n in alike}
     turned = {n: number % 2 for number, n in enumerate(alike)}  # the first of one width is cut when another's is not
-    return [way[::-1] if turned[n] else way for n in most for way in [next(ways[n])]]
+    return [_turned(way) if turned[n] else way for n in most for way in [next(ways[n])]]
+
+
+def _turned(way: tuple[int, ...]) -> tuple[int, ...]:
+    return way[::-1] if _of_ends(way) == _of_ends(way[::-1]) else way
+
+
+def _of_ends(way: tuple[int, ...]) -> bool:
+    """Whether a group loses as many in each round as those that lose their ends in the first."""
+    return way[0] == 2 and not any(way[1:])
 
 
 def _ways(most: int, rounds: int) -> Iterator[tuple[int, ...]]:
@@ -202,12 +211,20 @@ def _ways(most: int, rounds: int) -> Iterator[tuple[int, ...]]:
     if rounds == 2:
         for apart in range(most, -1, -1):
             for few in range(most - apart + 1):
-                yield from {(few, few + apart): None, (few + apart, few): None} if few + apart else ()
+                ways = {(few, few + apart): None, (few + apart, few): None} if few + apart else {}
+                yield from (way for way in ways if not _of_ends(way))
     else:
         every = product(range(most + 1), repeat=rounds)
-        yield from sorted(filter(any, every), key=lambda way: min(way) - max(way))
+        yield from sorted((way for way in every if any(way) and not _of_ends(way)), key=lambda way: min(way) - max(way))
 
 
-def lone(groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
-    """A removal that leaves one channel of each, with which broadcasting and contractions take other paths."""
-    yield Chosen({g.name: [p for p in range(len(g)) if p != len(g) // 2] for g in groups})
+def lone(placed: Sequence[ChannelGroup], groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
+    """Removals that leave one channel, with which broadcasting and contractions take other paths.
+
+    First of all placed groups; then, if some of these are of two channels, of those of two: until now they all lost
+    one, or none. Of any two of them one is cut now and the other is not.
+    """
+    yield Chosen({g.name: [p for p in range(len(g)) if p != len(g) // 2] for g in placed})
+    pairs = [g for g in groups if len(g) == 2] if any(len(g) == 2 for g in placed) else []
+    for turn in zip(*_counts([1] * len(pairs)), strict=True):
+        yield Chosen({g.name: [0] for g, cut in zip(pairs, turn, strict=True) if cut})

@@ -276,8 +276,8 @@ def _attention(call: Call) -> Result:
     shared = list(merge(call, heads, shape[:-2], "any"))
     values = heads[-1][0].dims
     for d, (ids, own) in enumerate(zip(list(shared), values, strict=True)):
-        if ids is not None and own is not None:  # zero queries and keys give no zero result
-            shared[d] = vanishing(ids, own > 0)
+        if ids is not None:  # zero queries and keys give no zero result; a head of values that serves all others stays
+            shared[d] = vanishing(ids, own > 0) if own is not None and len(own) == len(ids) else lasting(ids)
     sizes = [(ids, n) for ids, n in zip(shared, shape[:-2], strict=True)]
     length, others = shape[-2], tensors[1].shape[-2]
     for ids, depth in ((q.dims[-1], shape[-1]), (v.dims[-1], tensors[2].shape[-1])):

@@ -307,6 +307,8 @@ def _picked(call: Call, labelled: Labelled, axis: int, which: slice | int) -> La
         at = joint.dims.index(axis)
         call.labels.picked.add(joint.axes[at])
         table = joint.table[(slice(None),) * at + (which,)]
+        if not table.size:
+            continue
         axes = [number for i, number in enumerate(joint.axes) if not (alone and i == at)]
         vary = varying(table)
         if len(vary) > 1:
