@@ -102,6 +102,12 @@ class Owner:
     size: int
 
 
+class Unequal(NamedTuple):
+    """Where labels meet, in a second run, that are not equal: the place in the model's code."""
+
+    place: Any
+
+
 class NormUse(NamedTuple):
     """A norm that takes its statistics over labels, and that can be cut exactly.
 
@@ -136,6 +142,7 @@ class Labels:
         self.freezes: list[tuple[Ids, str, str]] = []
         self.frozen_at: list[Any] = []  # the place in the model's code, for each of these
         self.seen: set[str] = set()  # parameters and buffers that an operation has read
+        self.unequal: Unequal | None = None
         self.steered: Any = None  # the place where a value steered the model's Python
         self.here: Callable[[], Any] = lambda: None  # tells it
         self.approximations: list[tuple[Ids, str]] = []
@@ -266,6 +273,13 @@ class Labels:
         if a is not b:
             self.edges.append((a, b))
             self.united_at.append(self.here())
+
+    def meet(self, a: Ids, b: Ids) -> None:
+        """The labels of two dims of one length are equal; a second run notes where they are not."""
+        if not self.resolved:
+            self.unite(a, b)
+        elif self.unequal is None and not np.array_equal(np.abs(a), np.abs(b)):
+            self.unequal = Unequal(self.here())
 
     def freeze(self, ids: Dim, operation: str, reason: str) -> None:
         """The channels with these labels cannot be removed."""

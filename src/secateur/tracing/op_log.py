@@ -81,13 +81,8 @@ def relabelled(log: OpLog, change: Callable[[Ids], Dim]) -> OpLog:
 
 
 def with_channels(log: OpLog, channel_of: Ids) -> OpLog:
-    """The same operations with every label replaced by its channel; a dim that is fixed throughout has no labels."""
-
-    def final(ids: Ids) -> Dim:
-        channels = channel_of[np.abs(ids)]
-        return channels if channels.any() else None
-
-    return relabelled(log, final)
+    """The same operations with every label replaced by its channel, 0 where it is frozen."""
+    return relabelled(log, lambda ids: channel_of[np.abs(ids)])
 
 
 def remaining(log: OpLog, gone: np.ndarray) -> OpLog:

@@ -98,6 +98,9 @@ def mismatch(skeleton: Skeleton, log: OpLog, graph: ChannelGraph, chosen: Chosen
         return Fault(_placed(reason, found.place), _met(graph, chosen, log[at : at + 1]), at, run)
     different = compare(expected, watcher.log, watcher.agree, free=free)
     if different is None:
+        unequal = watcher.labels.unequal
+        if unequal is not None:
+            return Fault(_placed("the model fixes a position: other channels meet", unequal.place), frozenset(), 0, run)
         return None
     at = different.at
     return Fault(_placed(different.reason, different.place), _met(graph, chosen, log[at : at + 1]), at, run)

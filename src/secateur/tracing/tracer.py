@@ -280,7 +280,9 @@ class Watcher(TorchDispatchMode):
             wanted = _values(dims[d] for d in differ) - {0}
             lone = len(wanted) == 1 and _values(labelled.dims[d] for d in differ) <= wanted
             if constant or lone:
-                found[i] = Labelled(dims, labelled.weight)
+                found[i] = Labelled(
+                    tuple(ids if ids is not None and ids.any() else None for ids in dims), labelled.weight
+                )
         return found
 
     def _written(self, call: Call, tensor: Tensor, new: Labelled) -> None:

@@ -18,7 +18,7 @@ def _inner(call: Call, left: Dim, right: Dim, *, left_weight: bool, right_weight
     """Two dims are summed against each other: their labels become equal, and one side must vanish."""
     labels = call.labels
     if left is not None and right is not None:
-        labels.unite(left, right)
+        labels.meet(left, right)
     else:
         call.freeze(left, "is contracted with fixed positions")
         call.freeze(right, "is contracted with fixed positions")
