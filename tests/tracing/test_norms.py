@@ -288,3 +288,51 @@ def test_what_only_looks_like_a_layer_norm():
     assert norm_of(BatchLike(6).double()) is None
     assert norm_of(nn.GroupNorm(1, 6)) is None and norm_of(nn.InstanceNorm2d(6, affine=True)) is None
     assert norm_of(nn.BatchNorm2d(6, track_running_stats=False)) is None
+
+
+class Onwards(nn.Module):
+    """A norm of what is not zero where its producers are: after a sigmoid, or once something has been added."""
+
+    def __init__(self, norm, before):
+        super().__init__()
+        self.stem, self.before, self.norm, self.last = nn.Linear(4, 10), before, norm, nn.Linear(10, 2)
+
+    def forward(self, x):
+        return self.last(self.norm(self.before(self.stem(x))))
+
+
+class Mixed(nn.Module):
+    """A bias for each token: what was zero is so no more."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 3), nn.Linear(3, 5)
+
+    def forward(self, x):
+        return x + self.b(F.gelu(self.a(x.transpose(1, 2)))).transpose(1, 2)
+
+
+class ByHandAfterACast(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)), 1e-2
+
+    def forward(self, x):
+        x = x.double()
+        x = x - x.mean(-1, keepdim=True)
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) + self.bias
+
+
+@pytest.mark.parametrize("before", [nn.Sigmoid, nn.Softplus, Mixed])
+@pytest.mark.parametrize("make", [*(make for make, _ in EXACT.values()), Constant, ByHandAfterACast])
+def test_a_norm_of_what_does_not_vanish_is_not_exact(make, before):
+    torch.manual_seed(0)
+    model, x = Onwards(make(10), before()).double().eval(), torch.randn(3, 5, 4).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    assert norm_of(model.norm) is not None
+    graph = sc.trace(model, x)
+    assert {g.name: g.exact for g in graph.groups}["stem"] is False
+    plan = sc.make_plan(graph, {"stem": [3]}, approximate=True)
+    assert sc.check(model, sc.cut(model, plan), plan, x) > 1e-6

@@ -155,6 +155,7 @@ class Labels:
         self.united_at: list[Any] = []  # the place in the model's code, for each of these
         self.norm_at: dict[str, Norm] = {}  # the norms that can be cut exactly, by their paths
         self.norms: list[NormUse] = []
+        self.entering: dict[str, list[Ids]] = {}  # what comes into these norms and does not vanish with its channels
         self.weight_norms: list[tuple[str, WeightNorm]] = []  # the name of the length, and the rest of it
         self.met: list[tuple[str, str, Ids]] = []  # module, its attribute, and the labels whose number this is
         self.grouped: list[tuple[Ids, int, str | None]] = []  # what group norms normalise, in how many groups, which

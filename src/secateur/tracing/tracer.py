@@ -188,6 +188,8 @@ class Watcher(TorchDispatchMode):
             self._read(tensor)
             if call.base not in _SHAPE_ONLY and call.base not in _IDENTITIES:
                 self.used(tensor)
+        if self.labels.norm_at:
+            self._entering(call)
         results = call.results()
         if not results:
             if call.op in {"item", "_local_scalar_dense", "is_nonzero", "equal"}:
@@ -228,6 +230,18 @@ class Watcher(TorchDispatchMode):
             labels = tuple(each.dims for each in listed[:told])
             self._open += [(len(self.log), i, joint) for i, each in enumerate(listed[:told]) for joint in each.joints]
             self.log.append(Operation(name, labels, shapes, numbers, self._here()))
+
+    def _entering(self, call: Call) -> None:
+        """Note what comes into a norm from outside of it, and is not zero where its producers are."""
+        place = self._here()
+        if place is None or place.path not in self.labels.norm_at:
+            return
+        for tensor in call.tensors():
+            entry = self._entry.get(id(tensor))
+            made = self.log[entry].place if entry is not None else None
+            if made is None or made.path != place.path:
+                given = [ids for ids in self.get(tensor).dims if ids is not None and (ids < 0).any()]
+                self.labels.entering.setdefault(place.path, []).extend(given)
 
     def used(self, tensor: Tensor) -> None:
         """Note that somebody reads a tensor's values."""

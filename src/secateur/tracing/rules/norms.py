@@ -117,11 +117,17 @@ def _layer_norm(call: Call) -> Result:
 
 
 def exact_norm(call: Call, ids: np.ndarray, over: int = 1) -> bool:
-    """Whether the module whose forward runs is a norm that can be cut exactly; that it is met is noted then."""
+    """Whether the module whose forward runs is a norm that can be cut exactly; that it is met is noted then.
+
+    What it computes without a channel is right only where the channel is zero.
+    """
     path, _ = call.at_work()
     norm = call.labels.norm_at.get(path) if over == 1 else None
     if norm is None or norm.width < len(ids):
         return False
+    for given in call.labels.entering.get(path, ()):
+        if np.array_equal(np.abs(given), np.abs(ids)):
+            call.labels.read(given, norm.kind)
     call.labels.norms.append(NormUse(path, norm, ids))
     return True
 
