@@ -365,7 +365,7 @@ def check_relabelled(model: nn.Module, graph: sc.ChannelGraph, inputs: Any, seed
         set_mode(each, training=False)
     with torch.no_grad():
         for a, b in zip(run(whole, fresh(inputs)), run(other, fresh(inputs)), strict=True):
-            assert gap(a, b) < 1e-10, "relabelled"
+            assert gap(a, b) < 1e-7, "relabelled"  # distances lose half of the digits
 
 
 def check_everything(spec: Spec) -> bool:
