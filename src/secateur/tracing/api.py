@@ -92,8 +92,11 @@ def _trace(
         raise no_removable_channel(graph.frozen, model)
 
     least: list[Refused] = []
-    for chosen in lone(placed, graph.groups):
-        least += prober.probe(chosen, least)
+    before = -1
+    while before < len(least):  # what was cut along with one that keeps two is to be cut without it
+        before = len(least)
+        for chosen in lone(placed, graph.groups):
+            least += prober.probe(chosen, least)
     pairs = {g.name for g, _ in least}
     groups = tuple(replace(g, least=2) if g.name in pairs else g for g in graph.groups)
     first, *more = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, list(inputs))

@@ -8,7 +8,7 @@ an index table show at the operation where they happen, even if the shapes agree
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, product
 
@@ -195,7 +195,7 @@ def _counts(most: Sequence[int]) -> list[tuple[int, ...]]:
     """
     alike = Counter(most)
     rounds = max(next(r for r in count(2) if (n + 1) ** r > number + 1) for n, number in alike.items()) if most else 0
-    ways = {n: _ways(n, rounds) for n in alike}
+    ways = {n: iter(_ways(n, rounds, number)) for n, number in alike.items()}
     turned = {n: number % 2 for number, n in enumerate(alike)}  # the first of one width is cut when another's is not
     return [_turned(way) if turned[n] else way for n in most for way in [next(ways[n])]]
 
@@ -209,16 +209,19 @@ def _of_ends(way: tuple[int, ...]) -> bool:
     return way[0] == 2 and not any(way[1:])
 
 
-def _ways(most: int, rounds: int) -> Iterator[tuple[int, ...]]:
-    """Numbers from 0 to ``most`` for each round, not all of them 0, those that differ most first."""
-    if rounds == 2:
-        for apart in range(most, -1, -1):
-            for few in range(most - apart + 1):
-                ways = {(few, few + apart): None, (few + apart, few): None} if few + apart else {}
-                yield from (way for way in ways if not _of_ends(way))
-    else:
-        every = product(range(most + 1), repeat=rounds)
-        yield from sorted((way for way in every if any(way) and not _of_ends(way)), key=lambda way: min(way) - max(way))
+_MANY = 1000
+
+
+def _ways(most: int, rounds: int, number: int) -> list[tuple[int, ...]]:
+    """Numbers from 0 to ``most`` for each round, not all of them 0, those that differ most first; so many at least.
+
+    Where it can be, little goes in one round, the ends, and much in another: after a slice at a constant position what
+    is left may fit by chance if much goes.
+    """
+    little, half = min(2, most - 1), 1 + int(max(_MANY, number + 2) ** (1 / rounds)) // 2
+    numbers = [n for n in range(most + 1) if n <= half or n > most - half]
+    every = [way for way in product(numbers, repeat=rounds) if any(way) and not _of_ends(way)]
+    return sorted(every, key=lambda way: (min(way) < little, min(way) - max(way)))
 
 
 def lone(placed: Sequence[ChannelGroup], groups: Sequence[ChannelGroup]) -> Iterable[Chosen]:
