@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from secateur.scoring.directional import Directional, directional_scores
     from secateur.scoring.hessian import OBD, OBS, KronOBD, KronOBS
     from secateur.scoring.magnitude import BNScale, Magnitude, Random
+    from secateur.scoring.schur import Schur
     from secateur.scoring.taylor import Taylor
     from secateur.storage import load, save
     from secateur.surgery.blocks.packing import pack
@@ -103,6 +104,7 @@ __all__ = [
     "Refit",
     "Result",
     "SDPrun",
+    "Schur",
     "Scores",
     "SecateurError",
     "SecateurWarning",
@@ -181,6 +183,7 @@ _ROOMS = {
     "scoring.directional": ("Directional", "directional_scores"),
     "scoring.hessian": ("OBD", "OBS", "KronOBD", "KronOBS"),
     "scoring.magnitude": ("BNScale", "Magnitude", "Random"),
+    "scoring.schur": ("Schur",),
     "scoring.taylor": ("Taylor",),
     "storage": ("load", "save"),
     "surgery.blocks.packing": ("pack",),

@@ -18,7 +18,9 @@ X, Y = torch.randn(24, 3, 6, 6, generator=G), torch.randint(0, 4, (24,), generat
 DATA = [(X[:16], Y[:16]), (X[16:], Y[16:])]
 NAMES = CRITERIA.names()
 LOOKING = [name for name in NAMES if CRITERIA.find(name).needs.data]
+READERS = {"schur"}  # they judge a channel by what reads it, the others by what writes it
 FISHERS = [name for name in LOOKING if name not in {"taylor", "directional"}]
+WRITERS = [name for name in FISHERS if name not in READERS]
 
 
 # --------------------------------------------------------------------------------------------------- nothing is touched
@@ -57,7 +59,7 @@ def wide_network():
 
 def options_for(name):
     # the width is that of a factor, which is never inverted here; of many channels few are steep
-    return {"kron_obs": sc.KronOBD(), "obs": sc.KronOBD()}.get(name, name)
+    return {"kron_obs": sc.KronOBD(), "obs": sc.KronOBD(), "schur": {"name": "schur", "damping": 10.0}}.get(name, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,7 +97,7 @@ class Odd(nn.Module):
         return self.head(self.plain(self.odd(x).relu()).relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("name", [*FISHERS, "directional"])
+@pytest.mark.parametrize("name", [*WRITERS, "directional"])
 @pytest.mark.parametrize("kind", ODD)
 def test_what_is_no_plain_layer_is_left_out_and_told(kind, name):
     make, why = ODD[kind]
@@ -109,6 +111,29 @@ def test_what_is_no_plain_layer_is_left_out_and_told(kind, name):
         assert scores.skipped == {group.name: f"odd: {why}"}
     else:
         assert set(scores.skipped) == {group.name}
+
+
+class OddReader(nn.Module):
+    """A convolution of some kind reads what a plain one writes."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.plain, self.odd, self.head = nn.Conv2d(3, 6, 1), make(6, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.odd(self.plain(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", sorted(READERS))
+@pytest.mark.parametrize("kind", ODD)
+def test_what_a_layer_reads_that_is_no_plain_one_has_no_score_and_is_told(kind, name):
+    make, why = ODD[kind]
+    torch.manual_seed(0)
+    model = OddReader(make).eval()
+    graph = sc.trace(model, X[:1])
+    scores = sc.score(model, graph, name, data=DATA, loss="cross_entropy")
+    assert scores.skipped == {"plain": f"odd: {why}"}
+    assert set(scores) == {g.name for g in graph.groups} - {"plain"}
 
 
 class Elsewhere(nn.Module):
@@ -126,7 +151,7 @@ class Elsewhere(nn.Module):
         return self.head(self.plain(x).relu())
 
 
-@pytest.mark.parametrize("name", [*FISHERS, "directional"])
+@pytest.mark.parametrize("name", [*WRITERS, "directional"])
 def test_a_weight_that_is_used_past_its_layers_forward_has_no_score_and_is_told(name):
     torch.manual_seed(0)
     model, x = Elsewhere().eval(), torch.randn(20, 5)

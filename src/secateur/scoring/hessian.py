@@ -36,7 +36,7 @@ DAMPING = 1e-3
 
 
 @dataclass(frozen=True)
-class _Hessian:
+class SecondOrder:
     """What all four take: how the Fisher is found, see :class:`secateur.curvature.fisher.Fisher`."""
 
     needs: ClassVar[Needs] = Needs(data=True, loss=True)
@@ -55,7 +55,7 @@ class _Hessian:
 
 @CRITERIA.register("obd")
 @dataclass(frozen=True)
-class OBD(_Hessian):
+class OBD(SecondOrder):
     """C-OBD: the diagonal of the Fisher.
 
     Attributes:
@@ -75,7 +75,7 @@ class OBD(_Hessian):
 
 
 @dataclass(frozen=True)
-class _Kronecker(_Hessian, ABC):
+class _Kronecker(SecondOrder, ABC):
     """Scores of Kronecker factors in full form.
 
     Attributes:

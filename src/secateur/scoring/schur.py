@@ -1,0 +1,181 @@
+r"""The damage that is left after the readers of what goes have been fitted again: a Schur complement.
+
+A linear or a convolution that reads a group has a weight ``W`` (a row for each output), second moments ``A`` of what
+its columns see, and a Fisher ``G`` of its outputs (:mod:`secateur.curvature.kronecker`). If the columns ``S`` go and
+all others are fitted anew, the loss rises, to second order, by::
+
+    1/2 tr(G W_S (A_SS - A_Sr A_rr^-1 A_rS) W_S^T) = 1/2 tr(G W_S [(A^-1)_SS]^-1 W_S^T)
+
+Channels go one after the other, each time the one whose loss costs least, with ``A^-1`` and ``W`` kept current::
+
+    W <- W - W_S [(A^-1)_SS]^-1 (A^-1)_S:        A^-1 <- A^-1 - (A^-1)_:S [(A^-1)_SS]^-1 (A^-1)_S:
+
+so that the rises of all steps add up to that of the whole set. A channel's score is the rise at its turn; a group with
+several readers adds up theirs. Optimal brain surgery of weights (arXiv 2208.11580) and of structures (arXiv 2302.04089)
+has ``G = I``; the repair ``"refit"`` does what is assumed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur._internal.checks import check_count, check_nonnegative
+from secateur._internal.errors import SecateurError
+from secateur._internal.workload import Workload
+from secateur.curvature.damped_inverse import inverse
+from secateur.curvature.kronecker import Curvature, Factors, factors_of
+from secateur.curvature.layers import measurable, why_not
+from secateur.scoring.contract import CRITERIA, Scores
+from secateur.scoring.hessian import DAMPING, SecondOrder
+from secateur.tracing.graph import Axis, ChannelGraph, ChannelGroup
+
+
+@CRITERIA.register("schur")
+@dataclass(frozen=True)
+class Schur(SecondOrder):
+    """The rise of the loss that is left after the readers of a channel have been fitted again.
+
+    Attributes:
+        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``.
+        samples: how many targets are drawn for each example.
+        batches: use at most so many batches.
+        seed: of the drawn targets.
+        damping: what is added to the inputs' second moments before they are inverted, in units of their mean
+            eigenvalue.
+        positions: use so many positions of each batch, spread over all of it.
+    """
+
+    damping: float = DAMPING
+    positions: int | None = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_nonnegative("damping", self.damping)
+        check_count("positions", self.positions, optional=True)
+
+    def scores(self, graph: ChannelGraph, work: Workload) -> Scores:
+        """One number a channel."""
+        layers = {path for path, module in work.model.named_modules() if measurable(module)}
+        reading = {g.name: readers_of(g, layers) for g in graph.groups}
+        names = sorted({path for paths in reading.values() for path in paths})
+        if not names:
+            raise SecateurError("no channel is read by a linear or a convolution: use 'magnitude', for instance")
+        factors = factors_of(work, self.targets(), form="full", layers=names, positions=self.positions)
+        found = Scores()
+        for group in graph.groups:
+            own = reading[group.name]
+            if why := self._why_not(work.model, group, own, factors):
+                found.skipped[group.name] = why
+                continue
+            readers = [Reader(factors[path], columns, self.damping) for path, columns in own.items()]
+            found[group.name] = rises(eliminated(readers, len(group)))
+        return found
+
+    def _why_not(
+        self, model: nn.Module, group: ChannelGroup, reading: Mapping[str, np.ndarray], factors: Curvature
+    ) -> str:
+        """Why nothing is known of a group, if that is so; what reads it and is not measured would seem to be free."""
+        for axis in group.consumers:
+            path = _path(axis)
+            if axis.dim != 1 or path not in factors:
+                return ": ".join(why_not(model, axis.name, factors.skipped))
+            if reading[path].shape != (len(group), reading[path].size // len(group)):
+                return f"{path}: it reads some of its channels at more places than others"
+        return "" if reading else "no linear or convolution reads it"
+
+
+def _path(axis: Axis) -> str:
+    """The module that holds a weight."""
+    return axis.name.rpartition(".")[0]
+
+
+def readers_of(group: ChannelGroup, layers: Collection[str]) -> dict[str, np.ndarray]:
+    """The layers that read a group, and the positions of every channel among their inputs, [channels, positions].
+
+    Where a layer reads some channels at more positions than others, these are listed one after the other.
+    """
+    found = {}
+    for axis in group.consumers:
+        if axis.dim == 1 and _path(axis) in layers:
+            order = np.argsort(group.channels)
+            at = np.flatnonzero(np.isin(axis.channels, group.channels))
+            which = order[np.searchsorted(group.channels[order], axis.channels[at])]
+            alike = len(np.unique(np.bincount(which, minlength=len(group)))) == 1
+            sorted_at = at[np.argsort(which, kind="stable")]
+            found[_path(axis)] = sorted_at.reshape(len(group), -1) if alike else sorted_at
+    return found
+
+
+class Reader:
+    """A layer that reads the channels of a group.
+
+    Args:
+        factors: of the layer.
+        positions: of every channel among its inputs, [channels, positions].
+        damping: see :class:`Schur`.
+    """
+
+    def __init__(self, factors: Factors, positions: np.ndarray, damping: float) -> None:
+        table = factors.layer.table().double().squeeze(2)
+        taps = factors.layer.module.weight[0, 0].numel()
+        columns = torch.from_numpy(positions)[..., None] * taps + torch.arange(taps)
+        self.channels, self.size = len(positions), columns[0].numel()
+        own = columns.flatten()
+        rest = torch.ones(table.shape[-1], dtype=torch.bool)
+        rest[own] = False
+        order = torch.cat([own, rest.nonzero().flatten()])
+        values, vectors = torch.linalg.eigh(factors.g.double())
+        root = vectors * values.clamp(min=0).sqrt()[:, None]
+        self.weight = (root.mT @ table)[..., order]
+        self.inverse = inverse(factors.a, damping)[:, order][..., order]
+
+    def _blocks(self) -> tuple[Tensor, Tensor]:
+        """Of the channels [groups, channels]: their columns of the weight and of the inverse, [rows or size, size]."""
+        n = self.channels * self.size
+        weight = self.weight[..., :n].unflatten(-1, (self.channels, self.size)).movedim(2, 1)
+        square = self.inverse[:, :n, :n].unflatten(2, (self.channels, self.size)).unflatten(1, (self.channels, -1))
+        return weight, square.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+    def rise(self) -> Tensor:
+        """By how much the loss rises with each channel, [channels]."""
+        weight, square = self._blocks()
+        return 0.5 * (weight * torch.linalg.solve(square, weight.mT).mT).sum((0, 2, 3))
+
+    def remove(self, channel: int) -> None:
+        """Let a channel go, and what stays make up for it."""
+        at = slice(channel * self.size, (channel + 1) * self.size)
+        rows = self.inverse[:, at].clone()
+        step = torch.linalg.solve(rows[..., at], rows)
+        self.weight -= self.weight[..., at] @ step
+        self.inverse -= rows.mT @ step
+        self.weight[..., at] = 0
+        self.inverse[:, at] = self.inverse[..., at] = 0
+        self.inverse[:, at, at] = torch.eye(self.size, dtype=self.inverse.dtype)
+
+
+def eliminated(readers: list[Reader], channels: int) -> tuple[list[int], list[float]]:
+    """Channels in the order in which they go, and by how much the loss rises with each."""
+    order, rises, gone = [], [], torch.zeros(channels, dtype=torch.bool)
+    for _ in range(channels):
+        rise = sum((reader.rise() for reader in readers), torch.zeros(channels, dtype=torch.float64))
+        channel = int(rise.masked_fill(gone, torch.inf).argmin())
+        order.append(channel)
+        rises.append(float(rise[channel]))
+        gone[channel] = True
+        for reader in readers:
+            reader.remove(channel)
+    return order, rises
+
+
+def rises(found: tuple[list[int], list[float]]) -> Tensor:
+    """Scores that sort channels as they went, and whose sums are those of the rises where these grow."""
+    order, given = found
+    grown = np.maximum.accumulate(np.maximum(given, 0.0)) + 1e-12 * np.arange(len(given)) * max(given, default=0)
+    scores = torch.empty(len(order), dtype=torch.float64)
+    scores[torch.tensor(order)] = torch.from_numpy(grown)
+    return scores
