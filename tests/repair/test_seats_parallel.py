@@ -15,7 +15,7 @@ import secateur as sc
 from secateur.repair.contract import REPAIRS
 from secateur.scoring.contract import CRITERIA
 
-FISHERS = ("obd", "obs", "kron_obd", "kron_obs", "directional", "compensate", "directed")
+FISHERS = ("obd", "obs", "kron_obd", "kron_obs", "schur", "directional", "compensate", "directed")
 SHARDS = {0: [(0, 6), (6, 10)], 1: [(10, 13), (13, 16), (16, 20)]}
 """Which examples the batches of each process are of; both have ten."""
 
