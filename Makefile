@@ -16,11 +16,11 @@ test test-long: export OPENBLAS_NUM_THREADS = 1
 test test-long: export MKL_NUM_THREADS = 1
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2
 
 # the same with 10,000 random networks and everything that takes minutes
 test-long: lint
-	SECATEUR_NETWORKS=10000 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
+	SECATEUR_NETWORKS=10000 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check src tests bench
