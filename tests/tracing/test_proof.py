@@ -15,7 +15,7 @@ from small_networks import Run, conv
 from torch import nn
 
 import secateur as sc
-from secateur._internal.errors import CannotCut
+from secateur._internal.errors import CannotCut, NothingToPrune
 from secateur.tracing import proof
 from secateur.tracing.proof import has_skeleton, verify
 
@@ -221,3 +221,27 @@ def test_an_empty_slice_is_nothing():
     graph = sc.trace(model, x)
     plan = sc.make_plan(graph, {g.name: [0] for g in graph.groups if g.exact and len(g) > g.least})
     assert sc.check(model, sc.cut(model, plan), plan, x) < 1e-12
+
+
+def returned(m, x):
+    """What is looked at makes real tensors stand in, whose sizes may depend on values; that of a slice does not."""
+    assert float(x.sum()) < 1e9
+    return m.a(x)[:, 2:], m.b(x)
+
+
+def only_some(m, x):
+    """The slice is none once enough has gone, and a transposed convolution's own check is left out without data."""
+    y = m.a(x).relu()
+    return m.c(torch.cat([y, m.b(y)], 1)[:, :7])
+
+
+def test_a_slice_that_fixes_a_size_is_seen_where_values_are_looked_at():
+    model = Run(returned, a=nn.Linear(3, 6), b=nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)))
+    graph = sc.trace(model, torch.randn(2, 3))
+    assert [g.name for g in graph.groups if g.exact] == ["b.0"]
+
+
+def test_a_slice_that_vanishes_fixes_a_size_all_the_same():
+    model = Run(only_some, a=nn.Conv2d(3, 4, 1), b=conv(4, 4, groups=4), c=nn.ConvTranspose2d(7, 2, 2))
+    with pytest.raises(NothingToPrune):
+        sc.trace(model, torch.randn(1, 3, 4, 4))

@@ -67,7 +67,7 @@ class Schur(SecondOrder):
             raise SecateurError("no channel is read by a linear or a convolution: use 'magnitude', for instance")
         factors = factors_of(work, self.targets(), form="full", layers=names, positions=self.positions)
         found = Scores()
-        for group in graph.groups:
+        for group in work.tracked(graph.groups, "schur, groups", len(graph.groups)):
             own = reading[group.name]
             if why := self._why_not(work.model, group, own, factors):
                 found.skipped[group.name] = why
@@ -126,7 +126,7 @@ class Reader:
         columns = torch.from_numpy(positions)[..., None] * taps + torch.arange(taps)
         self.channels, self.size = len(positions), columns[0].numel()
         own = columns.flatten()
-        rest = torch.ones(table.shape[-1], dtype=torch.bool)
+        rest = torch.ones(table.shape[-1], dtype=torch.bool)  # what is no channel's: the bias, what stays anyway
         rest[own] = False
         order = torch.cat([own, rest.nonzero().flatten()])
         values, vectors = torch.linalg.eigh(factors.g.double())
@@ -144,7 +144,7 @@ class Reader:
     def rise(self) -> Tensor:
         """By how much the loss rises with each channel, [channels]."""
         weight, square = self._blocks()
-        return 0.5 * (weight * torch.linalg.solve(square, weight.mT).mT).sum((0, 2, 3))
+        return 0.5 * (weight * torch.linalg.solve(square, weight.mT).mT).sum((0, 2, 3)).cpu()
 
     def remove(self, channel: int) -> None:
         """Let a channel go, and what stays make up for it."""
