@@ -6,6 +6,7 @@ import os
 import random
 import sys
 
+import beartype  # noqa: F401 (it takes part in random states from then on, so it is there from the beginning)
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,13 @@ torch.set_num_threads(1)
 # a test dependency brings torchvision, which need not fit the PyTorch that is here; transformers shall not look at it
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells what it lacks when it is first used
 sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A test that left several threads would slow down all that follow in its process."""
+    yield
+    assert torch.get_num_threads() == 1
 
 
 @pytest.fixture

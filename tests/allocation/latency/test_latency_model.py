@@ -178,6 +178,7 @@ def test_what_a_checkpoint_has_is_not_measured_again(tmp_path, monkeypatch):
             measure(**changed)
     with pytest.raises(sc.SecateurError, match=r"latency.json was measured in another place, \{'inputs': "):
         measure(inputs=torch.zeros(2, 3, 8, 8))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # what is pretended must not be put back
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     own = {"threads": None, "checkpoint": tmp_path / "other.json"}
     assert measure(**own).fitted.key() == measure(**own).fitted.key()
