@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import secateur as sc
 from secateur._internal.errors import NothingToPrune
 from secateur.measure.counting import count_macs, count_params
-from secateur.surgery.permute import permuted
+from secateur.surgery.permute import keeps_its_order, permuted
 
 from .networks import Network, Spec, network
 
@@ -353,9 +353,9 @@ def check_repeats(
 
 
 def shuffled(graph: sc.ChannelGraph, seed: int) -> dict[str, list[int]]:
-    """Another order of the channels of every exact group."""
+    """Another order of the channels of every exact group that may have one."""
     draw = np.random.default_rng(seed)
-    return {g.name: draw.permutation(len(g)).tolist() for g in graph.groups if g.exact}
+    return {g.name: draw.permutation(len(g)).tolist() for g in graph.groups if g.exact and not keeps_its_order(g)}
 
 
 def check_relabelled(model: nn.Module, graph: sc.ChannelGraph, inputs: Any, seed: int) -> None:

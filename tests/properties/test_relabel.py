@@ -9,7 +9,7 @@ from torch import nn
 import secateur as sc
 from secateur._internal.errors import SecateurError
 from secateur.lab.models.registry import build, example_input
-from secateur.surgery.permute import moves, permuted
+from secateur.surgery.permute import keeps_its_order, moves, permuted
 
 from .checks import gap, shuffled
 
@@ -38,6 +38,40 @@ def test_orders_are_positions_of_the_channels_that_come_next():
     assert torch.equal(other[0].bias, model[0].bias[[2, 0, 1]])
     assert torch.equal(other[2].weight, model[2].weight[:, [2, 0, 1]])
     assert torch.equal(other[2].bias, model[2].bias)
+
+
+class Rolled(nn.Module):
+    """Each channel of the first layer becomes two, side by side; a roll by one parts those of the first."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.enter, self.each = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 1, groups=16)
+        self.one, self.two, self.by = nn.Conv2d(32, 12, 1), nn.Conv2d(32, 12, 1), by
+
+    def forward(self, x):
+        x = self.each(self.enter(x).relu()).relu()
+        return self.one(x) + self.two(torch.cat([x[:, self.by :], x[:, : self.by]], 1))
+
+
+@pytest.mark.parametrize("by", [0, 1])
+def test_where_one_channels_positions_are_in_another_order_the_group_keeps_its_own(by):
+    torch.manual_seed(0)
+    model, x = Rolled(by).double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    graph = sc.trace(model, x)
+    (group,) = graph.groups
+    assert len(group) == 16 and keeps_its_order(group) == (by == 1)
+    order = torch.randperm(16).tolist()
+    if by:
+        with pytest.raises(SecateurError, match="positions in an order that is not known"):
+            moves(graph, {group.name: order})
+    else:
+        other = permuted(model, graph, {group.name: order})
+        with torch.no_grad():
+            assert gap(model(x), other(x)) < 1e-12
+    pivoted = sc.pivot(model, x, keep=0.5).model
+    packed = sc.pack(pivoted, x, way="blocks")  # refused what was relabelled, for it computed something else
+    with torch.no_grad():
+        assert gap(pivoted(x), packed(x)) < 1e-10
 
 
 def test_bad_orders_are_told():

@@ -5,7 +5,10 @@ For a chain ``y = W2 f(W1 x)`` in which ``f`` works channel by channel, any perm
     W1 <- W1[pi, :]        W2 <- W2[:, pi]        biases, norms and running statistics with W1
 
 The channel graph knows all positions of a channel, in residual streams, depthwise convolutions and behind a flattening
-too: the positions of the channel that was k-th take the contents of the channel that shall be k-th.
+too: the positions of the channel that was k-th take the contents of the channel that shall be k-th. Where a channel has
+several positions on an axis, it must have them in one order everywhere; that can be told where they are as far from
+each other as those of all other channels. Where they are not, as behind a roll that parts one channel's positions, the
+group keeps its order.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch import nn
 
 from secateur._internal.errors import SecateurError
-from secateur.tracing.graph import ChannelGraph
+from secateur.tracing.graph import Axis, ChannelGraph, ChannelGroup
 
 Index = dict[str, dict[int, np.ndarray]]
 """Tensor name -> dim -> for each position, the old position whose contents it takes."""
@@ -32,7 +35,8 @@ def moves(graph: ChannelGraph, orders: Mapping[str, Sequence[int]]) -> Index:
         orders: group name -> the old position (in ``group.channels``) of the channel that shall be k-th, for each k.
 
     Raises:
-        SecateurError: an unknown group, or an order that is no permutation of its channels.
+        SecateurError: an unknown group, an order that is no permutation of its channels, or a group that
+            :func:`keeps_its_order`.
     """
     found: Index = {}
     for name, order in orders.items():
@@ -40,15 +44,26 @@ def moves(graph: ChannelGraph, orders: Mapping[str, Sequence[int]]) -> Index:
         wanted = np.asarray(order, dtype=np.int64)
         if sorted(wanted.tolist()) != list(range(len(group))):
             raise SecateurError(f"orders[{name!r}]: a permutation of the numbers below {len(group)} is expected")
-        rank = np.full(int(max(axis.channels.max() for axis in group.axes)) + 1, -1)
-        rank[group.channels] = np.arange(len(group))
+        if keeps_its_order(group):
+            raise SecateurError(f"orders[{name!r}]: its channels have their positions in an order that is not known")
         for axis in group.axes:
-            at = np.flatnonzero(rank[axis.channels] >= 0)
-            # one row of positions a channel: all channels of a group occur equally often on an axis
-            slots = at[np.argsort(rank[axis.channels[at]], kind="stable")].reshape(len(group), -1)
             index = found.setdefault(axis.name, {}).setdefault(axis.dim, np.arange(len(axis.channels)))
-            index[slots] = slots[wanted]
+            places = _places(group, axis)
+            index[places] = places[wanted]
     return found
+
+
+def keeps_its_order(group: ChannelGroup) -> bool:
+    """Whether its channels cannot change places, for the order of one channel's positions may differ among them."""
+    return any((np.diff(places := _places(group, axis)) != np.diff(places[:1])).any() for axis in group.axes)
+
+
+def _places(group: ChannelGroup, axis: Axis) -> np.ndarray:
+    """The positions of every channel on an axis, [channels, positions]: all have equally many."""
+    rank = np.full(int(max(axis.channels.max(), group.channels.max())) + 1, -1)
+    rank[group.channels] = np.arange(len(group))
+    at = np.flatnonzero(rank[axis.channels] >= 0)
+    return at[np.argsort(rank[axis.channels[at]], kind="stable")].reshape(len(group), -1)
 
 
 def permuted(model: nn.Module, graph: ChannelGraph, orders: Mapping[str, Sequence[int]]) -> nn.Module:

@@ -29,7 +29,7 @@ from secateur.surgery.blocks.packed_layers import Layout, Packed, hollow
 from secateur.surgery.blocks.pattern import Pattern
 from secateur.surgery.blocks.pivots import PACK, apply, check_patterns, cloned, outputs, remembered, used_by
 from secateur.surgery.low_rank.bottleneck import put
-from secateur.surgery.permute import Index, moves, permuted
+from secateur.surgery.permute import Index, keeps_its_order, moves, permuted
 from secateur.surgery.records import add_to_record
 from secateur.tracing.api import check_traceable, trace
 from secateur.tracing.build import UNUSED
@@ -100,7 +100,7 @@ def orders_of(graph: ChannelGraph, patterns: Mapping[str, Pattern]) -> dict[str,
     axes = {(axis.name, axis.dim): axis.channels for axis in graph.axes}
     found = {}
     for group in graph.groups:
-        if not group.exact:
+        if not group.exact or keeps_its_order(group):
             continue
         place = {int(channel): i for i, channel in enumerate(group.channels)}
         wishes: list[np.ndarray] = []  # positions in the group, [blocks, size], the group's size for zeros
