@@ -355,7 +355,8 @@ def check_repeats(
 def shuffled(graph: sc.ChannelGraph, seed: int) -> dict[str, list[int]]:
     """Another order of the channels of every exact group that may have one."""
     draw = np.random.default_rng(seed)
-    return {g.name: draw.permutation(len(g)).tolist() for g in graph.groups if g.exact and not keeps_its_order(g)}
+    free = [g for g in graph.groups if g.exact and not keeps_its_order(graph, g)]
+    return {g.name: draw.permutation(len(g)).tolist() for g in free}
 
 
 def check_relabelled(model: nn.Module, graph: sc.ChannelGraph, inputs: Any, seed: int) -> None:

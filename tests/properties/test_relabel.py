@@ -53,16 +53,34 @@ class Rolled(nn.Module):
         return self.one(x) + self.two(torch.cat(x.split([self.by, x.size(1) - self.by], 1)[::-1], 1))
 
 
-@pytest.mark.parametrize("by", [0, 1])
-def test_where_one_channels_positions_are_in_another_order_the_group_keeps_its_own(by):
+class Shifted(nn.Module):
+    """Some of the channels are those of the place before (arXiv 1811.08383)."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.enter, self.one, self.first = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 12, 1), first
+
+    def forward(self, x):
+        x = self.enter(x).relu()
+        y = torch.zeros_like(x)
+        y[:, : self.first, 1:] = x[:, : self.first, :-1]
+        y[:, self.first :] = x[:, self.first :]
+        return self.one(y)
+
+
+@pytest.mark.parametrize(
+    ("make", "keeps"),
+    [(lambda: Rolled(0), False), (lambda: Rolled(1), True), (lambda: Shifted(16), False), (lambda: Shifted(5), True)],
+)
+def test_where_channels_are_told_apart_by_their_place_the_group_keeps_its_order(make, keeps):
     torch.manual_seed(0)
-    model, x = Rolled(by).double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    model, x = make().double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     graph = sc.trace(model, x)
     (group,) = graph.groups
-    assert len(group) == 16 and keeps_its_order(group) == (by == 1)
+    assert len(group) == 16 and keeps_its_order(graph, group) == keeps
     order = torch.randperm(16).tolist()
-    if by:
-        with pytest.raises(SecateurError, match="positions in an order that is not known"):
+    if keeps:
+        with pytest.raises(SecateurError, match="cannot change places"):
             moves(graph, {group.name: order})
     else:
         other = permuted(model, graph, {group.name: order})

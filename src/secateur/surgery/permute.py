@@ -8,7 +8,7 @@ The channel graph knows all positions of a channel, in residual streams, depthwi
 too: the positions of the channel that was k-th take the contents of the channel that shall be k-th. Where a channel has
 several positions on an axis, it must have them in one order everywhere; that can be told where they are as far from
 each other as those of all other channels. Where they are not, as behind a roll that parts one channel's positions, the
-group keeps its order.
+group keeps its order. So does one of which the model treats some channels in another way, the first ``k`` say.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ def moves(graph: ChannelGraph, orders: Mapping[str, Sequence[int]]) -> Index:
         wanted = np.asarray(order, dtype=np.int64)
         if sorted(wanted.tolist()) != list(range(len(group))):
             raise SecateurError(f"orders[{name!r}]: a permutation of the numbers below {len(group)} is expected")
-        if keeps_its_order(group):
-            raise SecateurError(f"orders[{name!r}]: its channels have their positions in an order that is not known")
+        if keeps_its_order(graph, group):
+            raise SecateurError(
+                f"orders[{name!r}]: its channels cannot change places: the model tells them apart by where they are"
+            )
         for axis in group.axes:
             index = found.setdefault(axis.name, {}).setdefault(axis.dim, np.arange(len(axis.channels)))
             places = _places(group, axis)
@@ -53,9 +55,11 @@ def moves(graph: ChannelGraph, orders: Mapping[str, Sequence[int]]) -> Index:
     return found
 
 
-def keeps_its_order(group: ChannelGroup) -> bool:
-    """Whether its channels cannot change places, for the order of one channel's positions may differ among them."""
-    return any((np.diff(places := _places(group, axis)) != np.diff(places[:1])).any() for axis in group.axes)
+def keeps_its_order(graph: ChannelGraph, group: ChannelGroup) -> bool:
+    """Whether the channels of a group cannot change places."""
+    parted = any((np.diff(places := _places(group, axis)) != np.diff(places[:1])).any() for axis in group.axes)
+    counted = (np.isin(group.channels, memory.channels) for memory in graph.memories)  # how many of some, not of all
+    return parted or any(some.any() and not some.all() for some in counted)
 
 
 def _places(group: ChannelGroup, axis: Axis) -> np.ndarray:

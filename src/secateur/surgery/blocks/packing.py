@@ -100,7 +100,7 @@ def orders_of(graph: ChannelGraph, patterns: Mapping[str, Pattern]) -> dict[str,
     axes = {(axis.name, axis.dim): axis.channels for axis in graph.axes}
     found = {}
     for group in graph.groups:
-        if not group.exact or keeps_its_order(group):
+        if not group.exact or keeps_its_order(graph, group):
             continue
         place = {int(channel): i for i, channel in enumerate(group.channels)}
         wishes: list[np.ndarray] = []  # positions in the group, [blocks, size], the group's size for zeros
