@@ -56,12 +56,14 @@ class Rolled(nn.Module):
 class Shifted(nn.Module):
     """Some of the channels are those of the place before (arXiv 1811.08383)."""
 
-    def __init__(self, first):
+    def __init__(self, first, times=1):
         super().__init__()
-        self.enter, self.one, self.first = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 12, 1), first
+        self.enter, self.one, self.first = nn.Conv2d(3, 16, 1), nn.Conv2d(16 * times, 12, 1), first
+        self.times = times
 
     def forward(self, x):
         x = self.enter(x).relu()
+        x = torch.cat([x] * self.times, 1)
         y = torch.zeros_like(x)
         y[:, : self.first, 1:] = x[:, : self.first, :-1]
         y[:, self.first :] = x[:, self.first :]
@@ -70,7 +72,13 @@ class Shifted(nn.Module):
 
 @pytest.mark.parametrize(
     ("make", "keeps"),
-    [(lambda: Rolled(0), False), (lambda: Rolled(1), True), (lambda: Shifted(16), False), (lambda: Shifted(5), True)],
+    [
+        (lambda: Rolled(0), False),
+        (lambda: Rolled(1), True),
+        (lambda: Shifted(16), False),
+        (lambda: Shifted(5), True),
+        (lambda: Shifted(21, 2), True),
+    ],
 )
 def test_where_channels_are_told_apart_by_their_place_the_group_keeps_its_order(make, keeps):
     torch.manual_seed(0)
