@@ -53,14 +53,50 @@ def test_auto_is_what_the_facts_say(model: nn.Module) -> None:
     given = {"data": batches()[:2], "loss": "cross_entropy"}
     result = sc.prune(model, IMAGE, sc.Budget(macs=0.5), **given)
     chosen = result.facts["chosen"]
-    assert [chosen["criterion"]["name"], chosen["strategy"]["name"]] == ["taylor", "uniform"]
+    assert [chosen["criterion"]["name"], chosen["strategy"]["name"]] == ["schur", "global"]
     assert [repair["name"] for repair in chosen["repair"]] == ["refit"]
-    again = sc.prune(model, IMAGE, sc.Budget(macs=0.5), **given, criterion="taylor", strategy="uniform", repair="refit")
+    again = sc.prune(model, IMAGE, sc.Budget(macs=0.5), **given, criterion="schur", strategy="global", repair="refit")
     assert again.plan == result.plan
     for one, two in zip(again.model.parameters(), result.model.parameters(), strict=True):
         assert torch.equal(one, two)
     data_alone = sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=batches()[:2]).facts["chosen"]
     assert [data_alone["criterion"]["name"], data_alone["repair"][0]["name"]] == ["magnitude", "refit"]
+
+
+def test_the_default_needs_no_labels_where_the_loss_can_draw_them(model: nn.Module) -> None:
+    bare = [x for x, _ in batches()]
+    given = {"loss": nn.functional.cross_entropy}
+    with_labels = sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=batches(), **given)
+    assert sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=bare, **given).plan == with_labels.plan
+    with pytest.raises(sc.SecateurError, match="a tensor of targets is expected"):
+        sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=bare, criterion="taylor", **given)
+
+
+class Embedded(nn.Module):
+    """A group that no linear reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(10, 30), nn.Linear(6, 4)
+        self.wide, self.scores = nn.Linear(30, 2), nn.Parameter(torch.randn(12, 3))
+        self.first = nn.Linear(4, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A matrix product with a bare parameter reads what the second linear writes."""
+        return self.first(self.inner(x)).relu() @ self.scores
+
+
+def test_where_the_criterion_cannot_judge_enough_another_is_taken_and_told() -> None:
+    torch.manual_seed(0)
+    model = Embedded().eval()
+    data = [(torch.randn(16, 6), torch.randint(0, 3, (16,))) for _ in range(3)]
+    given = {"data": data, "loss": "cross_entropy"}
+    with pytest.warns(sc.SecateurWarning, match="criterion='auto': 'schur' has no scores for .*'taylor' is taken"):
+        result = sc.prune(model, data[0][0], sc.Budget(channels=0.3), **given)
+    assert result.facts["chosen"]["criterion"]["name"] == "taylor"
+    assert result.facts["chosen"]["strategy"]["name"] == "uniform"
+    mild = sc.prune(model, data[0][0], sc.Budget(channels=0.9), **given)
+    assert mild.facts["chosen"]["criterion"]["name"] == "schur"
 
 
 def test_the_table_says_what_the_graph_counts(model: nn.Module) -> None:
@@ -143,12 +179,11 @@ def test_bad_budgets(macs: object) -> None:
     [
         ([], "empty"),
         ([(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))], r"inputs of shape \[2, 3, 8, 8\]"),
-        ([(torch.full((2, 1, 8, 8), math.nan), torch.zeros(2, dtype=torch.int64))], "the loss of batch 0 is nan"),
-        ([torch.zeros(2, 1, 8, 8)], "a tensor of targets is expected"),
+        ([(torch.full((2, 1, 8, 8), math.nan), torch.zeros(2, dtype=torch.int64))], "the outputs of batch 0 are nan"),
         (3, "something that gives batches is expected"),
         (["a"], "batches are tensors, pairs"),
     ],
-    ids=["empty", "shape", "NaN", "no targets", "no data", "no batches"],
+    ids=["empty", "shape", "NaN", "no data", "no batches"],
 )
 def test_bad_data(model: nn.Module, given: object, message: str) -> None:
     with pytest.raises(sc.SecateurError, match=message):

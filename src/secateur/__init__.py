@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from secateur.repair.compensate import Compensate
     from secateur.repair.contract import REPAIRS
     from secateur.repair.directed import Directed
+    from secateur.repair.distill import Distill, distill
     from secateur.repair.recalibrate import Recalibrate, recalibrate
     from secateur.repair.refit import Refit, refit
     from secateur.result import Counts, Result
@@ -84,6 +85,7 @@ __all__ = [
     "Counts",
     "Directed",
     "Directional",
+    "Distill",
     "GReg",
     "Global",
     "IncReg",
@@ -118,6 +120,7 @@ __all__ = [
     "check",
     "cut",
     "directional_scores",
+    "distill",
     "eigendamage",
     "kronecker_factors",
     "load",
@@ -175,6 +178,7 @@ _ROOMS = {
     "repair.compensate": ("Compensate",),
     "repair.contract": ("REPAIRS",),
     "repair.directed": ("Directed",),
+    "repair.distill": ("Distill", "distill"),
     "repair.recalibrate": ("Recalibrate", "recalibrate"),
     "repair.refit": ("Refit", "refit"),
     "result": ("Counts", "Result"),

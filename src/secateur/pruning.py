@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from secateur import auto
 from secateur._internal.batches import Inputs
 from secateur._internal.distributed import Group
 from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.api import allocated
 from secateur.allocation.budget import Budget, Meter
-from secateur.allocation.contract import STRATEGIES, Strategy
+from secateur.allocation.contract import Strategy
 from secateur.allocation.latency.api import LatencyClock, measure_latency
 from secateur.allocation.latency.clock import check_clock, check_reachable
 from secateur.allocation.latency.sampler import LatencySettings
 from secateur.repair.api import repaired, repairs_of
 from secateur.repair.contract import Repair
 from secateur.result import Result, counts_of
-from secateur.scoring.api import scored
-from secateur.scoring.contract import CRITERIA, Criterion
+from secateur.scoring.contract import Criterion
 from secateur.surgery.channels import check, cut
 from secateur.tracing.api import trace
 from secateur.tracing.graph import ChannelGraph
 from secateur.tracing.selection import Exclude, excluded
 
-AUTO = "auto"
 BATCHES = 100
 """No step uses more batches than this, unless another number is given."""
 
@@ -42,9 +41,9 @@ def prune(
     *,
     data: Iterable[Any] | None = None,
     loss: Any = None,
-    criterion: str | Criterion = AUTO,
-    strategy: str | Strategy = AUTO,
-    repair: str | Repair | Sequence[str | Repair] = AUTO,
+    criterion: str | Criterion = auto.AUTO,
+    strategy: str | Strategy = auto.AUTO,
+    repair: str | Repair | Sequence[str | Repair] = auto.AUTO,
     exclude: Exclude = (),
     outputs: Callable[[Any], Any] | None = None,
     approximate: bool = False,
@@ -63,8 +62,10 @@ def prune(
             process gives its shard; sums are added up, rank 0 decides, and all get the same network.
         loss: the loss (:mod:`secateur._internal.losses`); not needed where batches have labels for the model's own.
         criterion: which channels matter least: a name or settings, see :func:`secateur.score`; ``"auto"`` is
-            ``"taylor"`` with data and a loss, ``"magnitude"`` without.
-        strategy: how many every group keeps, see :func:`secateur.allocate`; ``"auto"`` is ``"uniform"``.
+            ``"schur"`` with data and a loss (``"taylor"`` where that cannot judge enough channels for the budget, which
+            is told), ``"magnitude"`` without.
+        strategy: how many every group keeps, see :func:`secateur.allocate`; ``"auto"`` is ``"global"`` where the
+            criterion predicts by how much the loss rises with every width, as ``"schur"`` does, else ``"uniform"``.
         repair: how what stays makes up for what goes, see :func:`secateur.apply_repair`; one or several; ``"auto"`` is
             ``"refit"`` with data, nothing without.
         exclude: what keeps its channels: patterns of group names or module paths, modules, or types of modules. Layers
@@ -89,10 +90,9 @@ def prune(
         raise SecateurError(f"prune(budget={budget!r}): a Budget is expected, for instance Budget(macs=0.5)")
     first = example_inputs[0] if isinstance(example_inputs, list) and example_inputs else example_inputs
     work = Workload(model, data, loss, inputs=first, batches=batches, group=group, progress=progress)
-    one = CRITERIA.make(_chosen(criterion, "taylor" if work.has_data and work.has_loss else "magnitude"))
-    two = STRATEGIES.make(_chosen(strategy, "uniform"))
-    three = repairs_of(_chosen(repair, "refit" if work.has_data else "none"))
-    for seat in (one, two, *three):
+    ones = auto.criteria(criterion, work)
+    three = repairs_of(auto.repair(repair, work))
+    for seat in (*ones, auto.strategy(strategy, {}), *three):
         work.require(getattr(seat, "needs", Needs()), _name(seat))
 
     graph = trace(model, example_inputs, outputs=outputs)
@@ -100,7 +100,11 @@ def prune(
     clock = _clock(graph, budget, latency, work, approximate=approximate, alone=alone)
     check_feasible(graph, budget, approximate=approximate, latency=clock, without=alone)
 
-    scores = scored(one, graph, work)
+    def reachable(missing: Mapping[str, str]) -> None:
+        check_feasible(graph, budget, approximate=approximate, latency=clock, without={**alone, **missing})
+
+    one, scores = auto.first_that_reaches(ones, graph, work, reachable)
+    two = auto.strategy(strategy, scores)
     plan = allocated(graph, scores, budget, two, work, approximate=approximate, latency=clock, without=alone)
     small = cut(model, plan)
     facts = repaired(three, model, small, plan, work)
@@ -153,10 +157,6 @@ def _clock(
         check_feasible(graph, replace(budget, latency_ms=None), approximate=approximate, without=alone)
     settings = latency or LatencySettings(round_to=budget.round_to, approximate=approximate)
     return measure_latency(work.model, graph, settings, group=work.group, progress=work.progress)
-
-
-def _chosen(given: Any, usual: str) -> Any:
-    return usual if isinstance(given, str) and given == AUTO else given
 
 
 def _name(seat: Any) -> str:

@@ -10,7 +10,8 @@ from torch import nn
 import secateur as sc
 from secateur._internal.workload import Workload
 from secateur.curvature.kronecker import kronecker_factors
-from secateur.scoring.schur import Reader, Schur, eliminated, readers_of, rises
+from secateur.curvature.readers import readers_of
+from secateur.scoring.schur import Reader, Schur, eliminated, grown
 
 DOUBLE = torch.float64
 
@@ -120,6 +121,6 @@ def test_channels_are_sorted_as_they_went(name):
 
 
 def test_scores_are_as_large_as_the_largest_before():
-    scores = rises(([2, 0, 1], [1.0, 0.5, 2.0]))
+    scores = grown([2, 0, 1], [1.0, 0.5, 2.0])
     assert scores[2] < scores[0] < scores[1]
     assert scores.tolist() == pytest.approx([1.0, 2.0, 1.0])

@@ -116,7 +116,7 @@ def test_prune_needs_no_loss(case):
     model, _, dicts = case
     inputs = {k: v[:2] for k, v in pairs(dicts)[0][0].items()}
     result = sc.prune(model, inputs, sc.Budget(channels=0.9), data=dicts)
-    assert result.facts["chosen"]["criterion"]["name"] == "taylor"
+    assert result.facts["chosen"]["criterion"]["name"] == "schur"
     assert result.facts["chosen"]["repair"][0]["name"] == "refit"
     assert result.after.params < result.before.params
 

@@ -6,6 +6,7 @@ safetensors header, so that a state is a single file: it is there or it is not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import safetensors
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from secateur._internal.errors import BadFile, SecateurError
 from secateur._internal.files import write_atomically
@@ -106,3 +108,15 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
         raw = tensors[name].reshape(-1).view(torch.uint8).numpy().data
         value = zlib.crc32(raw, value)
     return f"{value:08x}"
+
+
+def digest_of(value: Any) -> bytes:
+    """SHA-256 of all tensors in a value, and of the numbers and texts beside them, in their order."""
+    found = hashlib.sha256()
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
+            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(leaf, (str, int, float, bool)) or leaf is None:
+            found.update(repr(leaf).encode())
+    return found.digest()

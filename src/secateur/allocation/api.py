@@ -143,12 +143,14 @@ def allocated(
         if g.name not in given and g.name not in skipped
     }
     ranked = {name: _ranked(graph, name, values) for name, values in given.items() if name not in skipped}
+    known = graph.by_name(getattr(scores, "rises", {}))
+    rises = {name: values.double().cpu().numpy() for name, values in known.items() if name in ranked}
     # all go by the scores of rank 0, so that all have the same problem to solve
-    told = work.agree({name: values.tolist() for name, values in ranked.items()})
-    ranked = {name: np.array(values) for name, values in told.items()}
+    told = work.agree([{name: values.tolist() for name, values in some.items()} for some in (ranked, rises)])
+    ranked, rises = ({name: np.array(values) for name, values in some.items()} for some in told)
     meter = Meter(graph, budget, None if latency is None else latency.fitted)
     floors = budget.floors(graph)
-    problem, orders = _problem(graph, meter, ranked, floors, budget.round_to)
+    problem, orders = _problem(graph, meter, ranked, rises, floors, budget.round_to)
     meter.check_feasible(problem.least, approximate=approximate)
     plain: dict[str, list[int]] = {}
 
@@ -203,8 +205,9 @@ def _ranked(graph: ChannelGraph, name: str, values: Tensor) -> np.ndarray:
 
 
 def _problem(
-    graph: ChannelGraph, meter: Meter, scores: Mapping[str, np.ndarray], floors: np.ndarray, step: int
-) -> tuple[Problem, dict[int, np.ndarray]]:
+    graph: ChannelGraph, meter: Meter, scores: Mapping[str, np.ndarray], rises: Mapping[str, np.ndarray],
+    floors: np.ndarray, step: int,
+) -> tuple[Problem, dict[int, np.ndarray]]:  # fmt: skip
     """Items of all groups; a group's first item brings its width to a multiple of ``step``, the others keep it one."""
     orders: dict[int, np.ndarray] = {}
     columns: list[tuple[np.ndarray, ...]] = []
@@ -217,9 +220,12 @@ def _problem(
         stops = widths[widths % step == 0]
         ends = len(group) - stops
         begins = np.r_[0, ends[:-1]].astype(np.int64)[: len(ends)]
-        total = np.add.reduceat(values[orders[i]], begins) if len(ends) else np.zeros(0)
-        if len(ends):  # reduceat sums the last block to the end of the group
-            total[-1] = values[orders[i]][begins[-1] : ends[-1]].sum()
+        if (table := rises.get(group.name)) is not None:
+            total = table[ends] - table[begins]
+        else:
+            total = np.add.reduceat(values[orders[i]], begins) if len(ends) else np.zeros(0)
+            if len(ends):  # reduceat sums the last block to the end of the group
+                total[-1] = values[orders[i]][begins[-1] : ends[-1]].sum()
         columns.append((np.full(len(ends), i), np.arange(len(ends)), ends - begins, total))
     stacked = [np.concatenate(c) for c in zip(*columns, strict=True)] if columns else [np.zeros(0, dtype=np.int64)] * 4
     return Problem(meter, graph.widths, stacked[0], stacked[1], stacked[2], stacked[3], orders), orders

@@ -44,15 +44,26 @@ class Problem:
         return np.bincount(self.group, minlength=len(self.start))
 
     @cached_property
-    def _gone(self) -> np.ndarray:
+    def gone(self) -> np.ndarray:
         """Channels that the first items of every group take, int64 [groups, items + 1]."""
         table = np.zeros((len(self.start), int(self.count.max(initial=0)) + 1), dtype=np.int64)
         table[self.group, self.rank + 1] = self.size
         return table.cumsum(axis=1)
 
+    @cached_property
+    def rises(self) -> np.ndarray:
+        """What the loss rises by, by their scores, if the first items of every group go, [groups, items + 1]."""
+        table = np.zeros(self.gone.shape)
+        table[self.group, self.rank + 1] = self.score
+        return table.cumsum(axis=1)
+
+    def rise(self, taken: np.ndarray) -> float:
+        """The sum of the rises of all groups."""
+        return float(self.rises[np.arange(len(self.start)), taken].sum())
+
     def widths(self, taken: np.ndarray) -> np.ndarray:
         """Widths of all groups when the first ``taken`` items of each are gone."""
-        return self.start - self._gone[np.arange(len(self.start)), taken]
+        return self.start - self.gone[np.arange(len(self.start)), taken]
 
     @property
     def least(self) -> np.ndarray:
@@ -77,7 +88,7 @@ class Problem:
             raise SecateurError(
                 f"strategy: it gave {group.name!r} fewer channels than must stay (at_least=, round_to=, or the forward)"
             )
-        return (self.start[:, None] - self._gone <= whole[:, None]).argmax(axis=1)
+        return (self.start[:, None] - self.gone <= whole[:, None]).argmax(axis=1)
 
     def first(self, order: np.ndarray, number: int) -> np.ndarray:
         """How many items each group loses when the first ``number`` of an order go (the order is nested)."""

@@ -1,25 +1,26 @@
-r"""Widths by sensitivity: each group is narrowed alone, and the budget is taken greedily from where it hurts least.
+r"""Widths by sensitivity: each group is narrowed alone, and the loss is measured.
 
-The rises of single groups are assumed to add up, as if nothing else were gone::
-
-    rise_gt   what the loss rises by when group g alone loses its first t items
-    next      argmin over g of (rise of g's next width - rise of its present one) / what of the budget that frees
+That makes a table, which never falls: what the loss rises by when group ``g`` alone loses its first ``t`` items. The
+layers that read what goes make up for it (:mod:`secateur.allocation.search.local_repair`). The rises of single groups
+are assumed to add up; then :mod:`secateur.allocation.least_rise` knows the widths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
-from secateur._internal.checks import check_choice, check_count, check_seed
+from secateur._internal.checks import check_choice, check_count, check_flag, check_seed
 from secateur._internal.distributed import rank
 from secateur._internal.errors import SecateurError
 from secateur._internal.progress import progress_bar
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.contract import STRATEGIES
+from secateur.allocation.least_rise import least_rise
 from secateur.allocation.problem import Problem
 from secateur.allocation.search.evaluator import NORMS, Evaluator
 
@@ -32,7 +33,7 @@ Rises = dict[tuple[int, int], list[float]]
 @STRATEGIES.register("sensitivity")
 @dataclass(frozen=True)
 class Sensitivity:
-    """Each group is narrowed alone and the loss is measured; then the budget is taken from where it hurts least.
+    """Each group is narrowed alone and the loss is measured; then the widths are those at which it rises least.
 
     Attributes:
         evaluations: forwards of a mini-batch, at most; those of the whole network, one a batch, are not counted. Every
@@ -40,6 +41,7 @@ class Sensitivity:
         steps: widths of each group that are tried, at most.
         norms: ``"batch"``: batch norms use the mini-batch's statistics, as after :func:`secateur.recalibrate`;
             ``"running"``: their running ones.
+        repair: the layers that read what goes make up for it while it is tried.
         seed: of the choice of batches.
     """
 
@@ -47,12 +49,14 @@ class Sensitivity:
     evaluations: int = 500
     steps: int = STEPS
     norms: str = "batch"
+    repair: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_count("evaluations", self.evaluations)
         check_count("steps", self.steps, 2)
         check_choice("norms", self.norms, NORMS)
+        check_flag("repair", self.repair)
         check_seed(self.seed)
 
     def widths(self, problem: Problem, work: Workload) -> np.ndarray:
@@ -66,7 +70,7 @@ class Sensitivity:
                 f"sensitivity: evaluations={self.evaluations} are too few to try two widths of every group; give "
                 f"{least} or more"
             )
-        evaluate = Evaluator(work, problem, self.norms)
+        evaluate = Evaluator(work, problem, self.norms, repair=self.repair)
         batches = batches_to_try(tried, self.evaluations, len(evaluate.batches), self.seed)
         rises: Rises = {}
         forwards = 0
@@ -76,7 +80,7 @@ class Sensitivity:
                 forwards += count
                 shown(forwards)
         work.forwards += forwards
-        return problem.widths(greedy(problem, tried, mean_rises(rises, len(tried), batches)))
+        return problem.widths(least_rise(measured(problem, tried, mean_rises(rises, len(tried), batches))))
 
 
 # --------------------------------------------------------------------------------------------------------- what to try
@@ -143,30 +147,19 @@ def mean_rises(rises: Rises, groups: int, batches: Sequence[int]) -> list[list[f
     return [np.mean([rises[place, batch] for batch in whole], 0).tolist() for place in range(groups)]
 
 
-def greedy(
-    problem: Problem, tried: Sequence[Sequence[tuple[int, int]]], rises: Sequence[Sequence[float]]
-) -> np.ndarray:
-    """Items taken from every group, until the budget is met.
+def measured(problem: Problem, tried: Sequence[Sequence[tuple[int, int]]], rises: Sequence[Sequence[float]]) -> Problem:
+    """The problem with the rises of the loss as they were measured: never falling, and linear between what was tried.
 
     Args:
         problem: groups, items and the budget.
         tried: of :func:`tried_alone`.
         rises: of the loss, one for each.
     """
-    group, taken = np.array([one for own in tried for one in own]).T
-    rise, meter = np.concatenate(rises).astype(np.float64), problem.meter
-    at = zip(group, taken, strict=True)
-    channels = np.array([problem.start[g] - problem.widths(alone(problem, g, t))[g] for g, t in at])
-    ends = np.cumsum([len(own) for own in tried])
-    following = ends - [len(own) for own in tried]  # the next width of each group
-    found, gone, risen = np.zeros(len(problem.count), dtype=np.int64), np.zeros(len(ends)), np.zeros(len(ends))
-    while not meter.met(widths := problem.widths(found)):
-        freed = meter.freed(widths, [unit for unit, over in meter.excess(widths).items() if over > 0])
-        left = np.flatnonzero(following < ends)
-        option = following[left]
-        frees = np.maximum((channels[option] - gone[left]) * freed[group[option]], 1e-12)
-        best = int(((rise[option] - risen[left]) / frees).argmin())
-        own, chosen = left[best], option[best]
-        found[group[chosen]], gone[own], risen[own] = taken[chosen], channels[chosen], rise[chosen]
-        following[own] += 1
-    return found
+    score = np.zeros(len(problem.score))
+    for own, some in zip(tried, rises, strict=True):
+        group, taken = own[0][0], [0, *(items for _, items in own)]
+        grown = np.maximum(isotonic_regression(np.asarray(some, dtype=np.float64)).x, 0.0)
+        channels = problem.gone[group]
+        table = np.interp(channels, channels[taken], np.r_[0.0, grown])
+        score[problem.group == group] = np.diff(table)[: problem.count[group]]
+    return replace(problem, score=score)

@@ -9,7 +9,8 @@ import numpy as np
 
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.contract import STRATEGIES
-from secateur.allocation.problem import Problem, narrowed, nested
+from secateur.allocation.least_rise import least_rise
+from secateur.allocation.problem import Problem, nested
 
 
 @STRATEGIES.register("uniform")
@@ -39,7 +40,7 @@ class Threshold:
 @STRATEGIES.register("global")
 @dataclass(frozen=True)
 class Global:
-    """Least score per unit of the budget that the channel frees, what it frees kept current as widths shrink."""
+    """The widths at which the loss is predicted to rise least (:mod:`secateur.allocation.least_rise`)."""
 
     needs: ClassVar[Needs] = Needs()
 
@@ -53,7 +54,7 @@ class Global:
 
 def global_items(problem: Problem) -> np.ndarray:
     """Of :class:`Global`."""
-    return narrowed(problem, np.zeros(len(problem.start), dtype=np.int64))
+    return least_rise(problem)
 
 
 def threshold_items(problem: Problem) -> np.ndarray:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur._internal.batches import Batch
+from secateur._internal.batches import Batch, tensors_in
 from secateur._internal.checks import check_count, check_seed
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import BadBatch, SecateurError
 from secateur._internal.losses import LOSSES, Loss
 from secateur._internal.workload import Workload
 
@@ -71,6 +71,11 @@ def draws(loss: Loss, outputs: Any, batch: Batch, generator: torch.Generator, ho
         yield loss.total(outputs, batch.targets, batch.examples)
     elif how.kind == "sampled":
         assert loss.draw is not None
+        if any(t.isnan().any() for t in tensors_in(outputs)):
+            raise BadBatch(
+                f"the outputs of batch {batch.number} are nan, so no targets can be drawn from them: check the data "
+                "and the model's weights"
+            )
         for _ in range(how.samples):
             drawn = loss.draw(outputs, batch.targets, generator)
             yield loss.total(outputs, drawn, batch.examples)

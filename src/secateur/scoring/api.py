@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur._internal.distributed import Group
 from secateur._internal.errors import SecateurError
@@ -75,15 +75,25 @@ def _checked(scores: object, graph: ChannelGraph) -> Scores:
         )
     result = Scores(skipped=getattr(scores, "skipped", {}))
     for name, values in graph.by_name(scores).items():
-        due = len(graph.group(name))
-        try:
-            tensor = torch.as_tensor(values).detach()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise SecateurError(f"score: the criterion gave {name!r} no numbers ({error}); {due} are due") from error
-        if tensor.shape != (due,) or tensor.isnan().any():
-            raise SecateurError(
-                f"score: the criterion gave {name!r} a tensor of shape {list(tensor.shape)} "
-                f"{'with NaN ' if tensor.isnan().any() else ''}where {due} numbers are due"
-            )
-        result[name] = tensor
+        result[name] = _numbers(values, len(graph.group(name)), name)
+    for name, values in graph.by_name(getattr(scores, "rises", {})).items():
+        result.rises[name] = _numbers(values, len(graph.group(name)) + 1, f"the rises of {name}")
     return result
+
+
+def _numbers(values: object, due: int, name: str) -> Tensor:
+    """So many numbers, as a tensor.
+
+    Raises:
+        SecateurError: others, or NaN.
+    """
+    try:
+        tensor = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SecateurError(f"score: the criterion gave {name!r} no numbers ({error}); {due} are due") from error
+    if tensor.shape != (due,) or tensor.isnan().any():
+        raise SecateurError(
+            f"score: the criterion gave {name!r} a tensor of shape {list(tensor.shape)} "
+            f"{'with NaN ' if tensor.isnan().any() else ''}where {due} numbers are due"
+        )
+    return tensor

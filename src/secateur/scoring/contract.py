@@ -30,11 +30,19 @@ class Scores(dict[str, Tensor]):
 
     Attributes:
         skipped: groups that have no scores -> why.
+        rises: group name -> by how much the loss rises if the channels with the lowest scores go, none, one, two and so
+            on, [channels + 1]; where a criterion knows better than that single scores add up.
     """
 
-    def __init__(self, values: Mapping[str, Tensor] = {}, skipped: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Tensor] = {},
+        skipped: Mapping[str, str] | None = None,
+        rises: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__(values)
         self.skipped: dict[str, str] = dict(skipped or {})
+        self.rises: dict[str, Tensor] = dict(rises or {})
 
 
 class Criterion(Protocol):

@@ -17,7 +17,7 @@ has ``G = I``; the repair ``"refit"`` does what is assumed here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,10 +29,14 @@ from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Workload
 from secateur.curvature.damped_inverse import inverse
 from secateur.curvature.kronecker import Curvature, Factors, factors_of
-from secateur.curvature.layers import measurable, why_not
+from secateur.curvature.layers import why_not
+from secateur.curvature.readers import layer_of, readers
 from secateur.scoring.contract import CRITERIA, Scores
 from secateur.scoring.hessian import DAMPING, SecondOrder
-from secateur.tracing.graph import Axis, ChannelGraph, ChannelGroup
+from secateur.tracing.graph import ChannelGraph, ChannelGroup
+
+STEPS = 512
+"""A group's channels go in so many steps, at most."""
 
 
 @CRITERIA.register("schur")
@@ -60,9 +64,7 @@ class Schur(SecondOrder):
 
     def scores(self, graph: ChannelGraph, work: Workload) -> Scores:
         """One number a channel."""
-        layers = {path for path, module in work.model.named_modules() if measurable(module)}
-        reading = {g.name: readers_of(g, layers) for g in graph.groups}
-        names = sorted({path for paths in reading.values() for path in paths})
+        reading, names = readers(work.model, graph)
         if not names:
             raise SecateurError("no channel is read by a linear or a convolution: use 'magnitude', for instance")
         factors = factors_of(work, self.targets(), form="full", layers=names, positions=self.positions)
@@ -72,8 +74,10 @@ class Schur(SecondOrder):
             if why := self._why_not(work.model, group, own, factors):
                 found.skipped[group.name] = why
                 continue
-            readers = [Reader(factors[path], columns, self.damping) for path, columns in own.items()]
-            found[group.name] = rises(eliminated(readers, len(group)))
+            reads = [Reader(factors[path], columns, self.damping) for path, columns in own.items()]
+            order, rises = eliminated(reads, len(group))
+            found[group.name] = grown(order, rises)
+            found.rises[group.name] = torch.tensor([0.0, *rises], dtype=torch.float64).cumsum(0)
         return found
 
     def _why_not(
@@ -81,34 +85,12 @@ class Schur(SecondOrder):
     ) -> str:
         """Why nothing is known of a group, if that is so; what reads it and is not measured would seem to be free."""
         for axis in group.consumers:
-            path = _path(axis)
+            path = layer_of(axis)
             if axis.dim != 1 or path not in factors:
                 return ": ".join(why_not(model, axis.name, factors.skipped))
             if reading[path].shape != (len(group), reading[path].size // len(group)):
                 return f"{path}: it reads some of its channels at more places than others"
         return "" if reading else "no linear or convolution reads it"
-
-
-def _path(axis: Axis) -> str:
-    """The module that holds a weight."""
-    return axis.name.rpartition(".")[0]
-
-
-def readers_of(group: ChannelGroup, layers: Collection[str]) -> dict[str, np.ndarray]:
-    """The layers that read a group, and the positions of every channel among their inputs, [channels, positions].
-
-    Where a layer reads some channels at more positions than others, these are listed one after the other.
-    """
-    found = {}
-    for axis in group.consumers:
-        if axis.dim == 1 and _path(axis) in layers:
-            order = np.argsort(group.channels)
-            at = np.flatnonzero(np.isin(axis.channels, group.channels))
-            which = order[np.searchsorted(group.channels[order], axis.channels[at])]
-            alike = len(np.unique(np.bincount(which, minlength=len(group)))) == 1
-            sorted_at = at[np.argsort(which, kind="stable")]
-            found[_path(axis)] = sorted_at.reshape(len(group), -1) if alike else sorted_at
-    return found
 
 
 class Reader:
@@ -146,36 +128,47 @@ class Reader:
         weight, square = self._blocks()
         return 0.5 * (weight * torch.linalg.solve(square, weight.mT).mT).sum((0, 2, 3)).cpu()
 
-    def remove(self, channel: int) -> None:
-        """Let a channel go, and what stays make up for it."""
-        at = slice(channel * self.size, (channel + 1) * self.size)
-        rows = self.inverse[:, at].clone()
-        step = torch.linalg.solve(rows[..., at], rows)
-        self.weight -= self.weight[..., at] @ step
+    def remove(self, channels: Sequence[int]) -> float:
+        """Let channels go, and what stays make up for them; gives by how much the loss rises."""
+        at = (torch.tensor(channels)[:, None] * self.size + torch.arange(self.size)).flatten().to(self.inverse.device)
+        rows, own = self.inverse[:, at], self.weight[..., at]
+        square = rows[..., at]
+        step = torch.linalg.solve(square, rows)
+        rise = 0.5 * float((own * torch.linalg.solve(square, own.mT).mT).sum())
+        self.weight -= own @ step
         self.inverse -= rows.mT @ step
         self.weight[..., at] = 0
-        self.inverse[:, at] = self.inverse[..., at] = 0
-        self.inverse[:, at, at] = torch.eye(self.size, dtype=self.inverse.dtype)
+        self.inverse[:, at] = 0
+        self.inverse[..., at] = 0
+        self.inverse[:, at, at] = 1
+        return rise
 
 
-def eliminated(readers: list[Reader], channels: int) -> tuple[list[int], list[float]]:
-    """Channels in the order in which they go, and by how much the loss rises with each."""
-    order, rises, gone = [], [], torch.zeros(channels, dtype=torch.bool)
-    for _ in range(channels):
+def eliminated(readers: Sequence[Reader], channels: int, steps: int = STEPS) -> tuple[list[int], list[float]]:
+    """Channels in the order in which they go, and by how much the loss rises with each.
+
+    Args:
+        readers: of the group.
+        channels: how many it has.
+        steps: of more channels than this, several go at a time; each is then given its part of what all of them cost.
+    """
+    order, rises, gone = list[int](), list[float](), torch.zeros(channels, dtype=torch.bool)
+    while len(order) < channels:
         rise = sum((reader.rise() for reader in readers), torch.zeros(channels, dtype=torch.float64))
-        channel = int(rise.masked_fill(gone, torch.inf).argmin())
-        order.append(channel)
-        rises.append(float(rise[channel]))
-        gone[channel] = True
-        for reader in readers:
-            reader.remove(channel)
+        number = min(-(-channels // steps), channels - len(order))
+        some = rise.masked_fill(gone, torch.inf).argsort(stable=True)[:number]
+        taken: list[int] = some.tolist()
+        order += taken
+        gone[some] = True
+        cost = sum(reader.remove(taken) for reader in readers)
+        rises += [cost / number] * number
     return order, rises
 
 
-def rises(found: tuple[list[int], list[float]]) -> Tensor:
-    """Scores that sort channels as they went, and whose sums are those of the rises where these grow."""
-    order, given = found
-    grown = np.maximum.accumulate(np.maximum(given, 0.0)) + 1e-12 * np.arange(len(given)) * max(given, default=0)
+def grown(order: list[int], rises: list[float]) -> Tensor:
+    """Scores that sort channels as they went, and are the rises where these grow."""
+    sorted_scores = np.maximum.accumulate(np.maximum(rises, 0.0))
+    sorted_scores += 1e-12 * np.arange(len(rises)) * max(rises, default=0)
     scores = torch.empty(len(order), dtype=torch.float64)
-    scores[torch.tensor(order)] = torch.from_numpy(grown)
+    scores[torch.tensor(order)] = torch.from_numpy(sorted_scores)
     return scores

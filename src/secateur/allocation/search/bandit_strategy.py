@@ -17,11 +17,12 @@ from secateur._internal.distributed import all_gather, rank
 from secateur._internal.errors import SecateurError
 from secateur._internal.files import file_at
 from secateur._internal.progress import progress_bar
+from secateur._internal.serial import digest_of
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.contract import STRATEGIES
 from secateur.allocation.problem import Problem
 from secateur.allocation.search.checkpoint import SearchFile, settings_of
-from secateur.allocation.search.evaluator import NORMS, Evaluator, digest_of
+from secateur.allocation.search.evaluator import NORMS, Evaluator
 from secateur.allocation.search.loop import SENSITIVITY, Loop
 
 STARTS = (SENSITIVITY, "global", "threshold", "uniform")

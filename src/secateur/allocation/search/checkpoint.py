@@ -22,8 +22,9 @@ import numpy as np
 from secateur._internal.distributed import rank, together
 from secateur._internal.errors import BadFile, SecateurError
 from secateur._internal.files import text_if_there, write_atomically
+from secateur._internal.serial import digest_of
 from secateur.allocation.problem import Problem
-from secateur.allocation.search.evaluator import Evaluator, digest_of
+from secateur.allocation.search.evaluator import Evaluator
 from secateur.allocation.search.history import History
 
 if TYPE_CHECKING:

@@ -31,9 +31,11 @@ from secateur._internal.distributed import all_gather, all_reduce, rank, togethe
 from secateur._internal.errors import BadBatch, SecateurError
 from secateur._internal.losses import batch_loss
 from secateur._internal.progress import tracked
+from secateur._internal.serial import digest_of
 from secateur._internal.state import eval_mode, is_on_meta, preserved
 from secateur._internal.workload import Workload
 from secateur.allocation.problem import Problem
+from secateur.allocation.search.local_repair import LocalRepair
 from secateur.tracing.weight_norms import rescale
 
 NORMS = ("batch", "running")
@@ -103,13 +105,14 @@ class Evaluator:
         work: the model, the batches, the loss and the processes.
         problem: which channels the items are.
         norms: see :data:`NORMS`.
+        repair: whether the layers that read what goes make up for it.
 
     Attributes:
         batches: those of all processes.
         whole: the loss of the whole network on each of them, float64 [batches].
     """
 
-    def __init__(self, work: Workload, problem: Problem, norms: str = "batch") -> None:
+    def __init__(self, work: Workload, problem: Problem, norms: str = "batch", *, repair: bool = False) -> None:
         if is_on_meta(work.model):
             raise SecateurError("widths cannot be tried on a model on the meta device, without weights; load some")
         if norms == "batch":
@@ -117,6 +120,7 @@ class Evaluator:
         self.work, self.problem, self.norms = work, problem, norms
         self.batches: SharedBatches = work.once("shared batches", lambda: SharedBatches(work))
         self._weights: tuple[np.ndarray, dict[str, Tensor]] = (np.zeros(0), {})
+        self._repair = LocalRepair(work, problem) if repair else None
         graph = problem.meter.graph
         tensors = self._tensors = dict((*work.model.named_parameters(), *work.model.named_buffers()))
         self._weight_norms = graph.weight_norms
@@ -158,12 +162,12 @@ class Evaluator:
             ) from error
 
     def masked_weights(self, taken: np.ndarray) -> dict[str, Tensor]:
-        """What writes channels, by name, zero where it writes those that go."""
+        """What writes channels, by name, zero where it writes those that go; and what makes up for them."""
         keep = self._ones.clone()
         gone = self.problem.start - self.problem.widths(taken)
         for group, channels in self._channels.items():
             keep[channels[: gone[group]]] = 0
-        weights: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {} if self._repair is None else self._repair.weights(gone)
         for name, dim, parameter, ids in self._producers:
             shape = [-1 if d == dim else 1 for d in range(parameter.ndim)]
             mask = keep[ids].to(parameter).view(shape)
@@ -204,15 +208,3 @@ def _refuse_synchronized_norms(work: Workload) -> None:
                 f"{name} takes its statistics from all processes, which try different widths: give norms='running', or "
                 "try widths in one process"
             )
-
-
-def digest_of(value: Any) -> bytes:
-    """SHA-256 of all tensors in a value, and of the numbers and texts beside them, in their order."""
-    found = hashlib.sha256()
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
-            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(leaf, (str, int, float, bool)) or leaf is None:
-            found.update(repr(leaf).encode())
-    return found.digest()

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from secateur.allocation.contract import STRATEGIES
+from secateur.allocation.least_rise import least_rise
 from secateur.allocation.problem import Problem, fill
 from secateur.allocation.search.arms import ArmTable, Effects
 from secateur.allocation.search.bandit import FactoredBandit
@@ -32,7 +33,7 @@ from secateur.allocation.search.checkpoint import SearchFile
 from secateur.allocation.search.evaluator import Evaluator
 from secateur.allocation.search.found import Found
 from secateur.allocation.search.history import History, Plays
-from secateur.allocation.sensitivity import batches_to_try, greedy, mean_rises, trials, tried_alone
+from secateur.allocation.sensitivity import batches_to_try, mean_rises, measured, trials, tried_alone
 
 if TYPE_CHECKING:
     from secateur.allocation.search.bandit_strategy import Bandit
@@ -99,7 +100,7 @@ class Loop:
                 self._try_alone(tried, batches)
             rises = mean_rises(self.history.rises, len(tried), batches)
             if rises:
-                return greedy(self.problem, tried, rises), started
+                return least_rise(measured(self.problem, tried, rises)), started
             started = "uniform"
         elif started == SENSITIVITY:
             return np.zeros_like(self.problem.count), started

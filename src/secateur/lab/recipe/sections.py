@@ -20,13 +20,13 @@ from secateur._internal.registry import Registry, options_of
 from secateur._internal.workload import Needs
 from secateur.allocation.budget import Budget, budget_from, check_rounds
 from secateur.allocation.contract import STRATEGIES
+from secateur.auto import AUTO
 from secateur.lab.data.registry import DATA
 from secateur.lab.models.registry import MODELS
 from secateur.lab.recipe.yaml_text import TypedFloat
 from secateur.lab.training.optimizers.contract import OPTIMIZERS, Optimizer
 from secateur.lab.training.schedule import SCHEDULES
 from secateur.methods.contract import METHODS, TRAINING_METHODS
-from secateur.pruning import AUTO
 from secateur.repair.contract import REPAIRS
 from secateur.scoring.contract import CRITERIA
 

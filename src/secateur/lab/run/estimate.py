@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 from secateur import storage as store
 from secateur._internal.workload import Needs
+from secateur.auto import AUTO
 from secateur.lab.data.dataset import Dataset
 from secateur.lab.recipe.sections import Prune, Recipe, Tune, name_of
 from secateur.lab.run.setting import Setting
 from secateur.lab.run.training import make_optimizer
 from secateur.measure.latency import wait_for
-from secateur.pruning import AUTO
 
 LONG = 3 * 3600.0
 """Seconds; a run that is estimated to take longer is one that a user should have asked for."""

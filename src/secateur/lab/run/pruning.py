@@ -17,12 +17,13 @@ from secateur._internal.workload import Workload
 from secateur.allocation.budget import Budget, in_round
 from secateur.allocation.latency.api import LatencyClock, measure_latency
 from secateur.allocation.latency.sampler import LatencySettings
+from secateur.auto import AUTO
 from secateur.lab.run.setting import Facts, Setting
 from secateur.lab.run.training import fitted, make_optimizer
 from secateur.measure.latency import threads_set
 from secateur.methods.contract import finished
 from secateur.plan import Plan
-from secateur.pruning import AUTO, prune
+from secateur.pruning import prune
 from secateur.repair.api import repaired
 from secateur.result import Result, counts_of
 from secateur.surgery.channels import check

@@ -1,0 +1,78 @@
+"""What ``"auto"`` means in :func:`secateur.prune`: the best that was measured with what was given (docs/choosing.md).
+
+With data and a loss, the criterion that knows of the repair, the widths of least predicted rise, and that repair. With
+less, what needs less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from secateur._internal.errors import InfeasibleBudget
+from secateur._internal.workload import Workload
+from secateur.allocation.contract import STRATEGIES, Strategy
+from secateur.scoring.api import scored
+from secateur.scoring.contract import CRITERIA, Criterion, Scores
+from secateur.tracing.graph import ChannelGraph
+
+AUTO = "auto"
+
+
+def is_auto(given: Any) -> bool:
+    """Whether a seat was left open."""
+    return isinstance(given, str) and given == AUTO
+
+
+def criteria(given: str | Criterion, work: Workload) -> list[Criterion]:
+    """The criteria that come into question, the best first."""
+    if not is_auto(given):
+        return [CRITERIA.make(given)]
+    if not (work.has_data and work.has_loss):
+        return [CRITERIA.make("magnitude")]
+    fisher = "sampled" if work.loss.draw is not None else "empirical"  # what the loss can do, so that nobody is warned
+    return [CRITERIA.make("schur", {"fisher": fisher}), CRITERIA.make("taylor")]
+
+
+def strategy(given: str | Strategy, scores: Mapping[str, Tensor]) -> Strategy:
+    """The strategy: widths of least rise where a criterion knows rises; others are hard to compare between groups."""
+    if not is_auto(given):
+        return STRATEGIES.make(given)
+    return STRATEGIES.make("global" if getattr(scores, "rises", {}) else "uniform")
+
+
+def repair(given: Any, work: Workload) -> Any:
+    """The repair or repairs, as they were given or by name."""
+    if not is_auto(given):
+        return given
+    return "refit" if work.has_data else "none"
+
+
+def first_that_reaches(
+    some: list[Criterion], graph: ChannelGraph, work: Workload, check: Callable[[Mapping[str, str]], None]
+) -> tuple[Criterion, Scores]:
+    """The first criterion that scores enough groups for the budget, and its scores; the last one in any case.
+
+    Args:
+        some: the criteria.
+        graph: the traced graph.
+        work: the table.
+        check: raises if the budget cannot be met without some groups, which are given with the reasons.
+    """
+    for criterion in some[:-1]:
+        scores = scored(criterion, graph, work)
+        missing = {g.name: scores.skipped.get(g.name, "has no scores") for g in graph.groups if g.name not in scores}
+        try:
+            check(missing)
+            return criterion, scores
+        except InfeasibleBudget:
+            name, reason = next(iter(missing.items()))
+            following = getattr(some[some.index(criterion) + 1], "name", "the next one")
+            work.note(
+                f"criterion='auto': {getattr(criterion, 'name', criterion)!r} has no scores for {len(missing)} of "
+                f"{len(graph.groups)} groups ({name}: {reason}), and the others cannot meet the budget: {following!r} "
+                "is taken"
+            )
+    return some[-1], scored(some[-1], graph, work)
