@@ -274,7 +274,7 @@ BAD = {
     "NaN activations": (lambda: kronecker_factors(network(), [X * float("nan")], "cross_entropy"), "(loss|batch 0)"),
     "infinite activations": (
         lambda: kronecker_factors(nn.Sequential(nn.Linear(2, 2), nn.Hardtanh(), nn.Linear(2, 2)),
-                                  [torch.full((1, 2), float("inf"))], "cross_entropy"), "not finite|loss"),
+                                  [torch.full((1, 2), float("inf"))], "cross_entropy"), "not finite|nan|loss"),
 }  # fmt: skip
 
 
