@@ -38,6 +38,7 @@ SEATS = [
 ]
 SMALL: dict[str, dict[str, Any]] = {
     "bandit": {"evaluations": 32},
+    "distill": {"steps": 5},
     "directional": {"share": 0.9},
     "directed": {"share": 0.9},
 }

@@ -23,7 +23,7 @@ from secateur._internal.workload import Workload
 from secateur.methods.contract import METHODS, TRAINING_METHODS, finished
 
 SMALL: dict[str, dict[str, Any]] = {
-    "bandit": {"evaluations": 32}, "directional": {"share": 0.9}, "directed": {"share": 0.9},
+    "bandit": {"evaluations": 32}, "distill": {"steps": 5}, "directional": {"share": 0.9}, "directed": {"share": 0.9},
     "increg": {"rate": 0.5, "limit": 1.0}, "greg": {"rate": 0.5, "limit": 1.0}, "spp": {"rate": 0.5, "every": 1},
     "pivot": {"keep": 0.5},
 }  # fmt: skip

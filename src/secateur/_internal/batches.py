@@ -167,6 +167,11 @@ def call_without_cache(model: nn.Module, inputs: Inputs) -> Any:
     return model(*args, **kwargs)
 
 
+def copied(inputs: Inputs) -> Inputs:
+    """A copy, which a forward may write into."""
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+
+
 def examples_of(inputs: Inputs) -> int:
     """How many examples inputs hold: the length of the first tensor."""
     tensors = tensors_in(inputs)

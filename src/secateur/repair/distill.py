@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur._internal.batches import Batch, call_without_cache, tensors_in
+from secateur._internal.batches import Batch, call_without_cache, copied, tensors_in
 from secateur._internal.checks import check_choice, check_count, check_nonnegative, check_positive, check_seed
 from secateur._internal.distributed import Group, all_reduce_, rank
 from secateur._internal.errors import BadBatch, BadFile, SecateurError
 from secateur._internal.files import file_at
 from secateur._internal.losses import outputs_of
 from secateur._internal.serial import digest_of, read, write
-from secateur._internal.state import check_differentiable, fork_rng_of, preserved
+from secateur._internal.state import check_differentiable, preserved
 from secateur._internal.workload import Needs, Workload
 from secateur.plan import Plan
 from secateur.repair.contract import REPAIRS, Facts
@@ -158,6 +158,8 @@ class _Training:
             raise SecateurError("distill: no parameter of the smaller model wants a gradient")
         make = settings.optimizer or partial(torch.optim.Adam, lr=settings.lr)
         self.optimizer = make(self.parameters)
+        self.norms = [m for m in small.modules() if has_statistics(m)]
+        self.state: list[Tensor] = [*self.parameters, *(t for norm in self.norms for t in _statistics(norm))]
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.file = file_at(work.agree(None if settings.checkpoint is None else str(settings.checkpoint)))
         self.losses: list[float] = []
@@ -165,34 +167,22 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         """All steps; if one fails, the smaller model is as before."""
-        state = [*self.small.parameters(), *self.small.buffers()]
-        before = [t.detach().clone() for t in state]
-        gradients = [p.grad for p in self.small.parameters()]
+        found = [t.detach().clone() for t in self.state]  # what they are if anything fails
         try:
-            with torch.inference_mode(False), fork_rng_of(state), preserved(self.original, gradients=False):
-                after = self._trained(state)
-            with torch.no_grad():
-                for t, found in zip(state, after, strict=True):
-                    t.copy_(found)
-        except BaseException:
-            with torch.no_grad():
-                for t, was in zip(state, before, strict=True):
-                    t.copy_(was)
-            raise
+            with torch.inference_mode(False), preserved(self.original, gradients=False):
+                found = self._trained()
         finally:
-            for p, gradient in zip(self.small.parameters(), gradients, strict=True):
-                p.grad = gradient
+            _write(self.state, found)
         tenth = max(1, len(self.losses) // 10)
         first, last = self.losses[:tenth], self.losses[-tenth:]
         return {"steps": self.settings.steps, "before": sum(first) / tenth, "after": sum(last) / tenth}
 
-    def _trained(self, state: list[Tensor]) -> list[Tensor]:
-        """The parameters and buffers of the smaller model after all steps."""
+    def _trained(self) -> list[Tensor]:
+        """What is trained, and what follows, after all steps; all else of the smaller model comes back."""
         with preserved(self.small):
-            norms = [m for m in self.small.modules() if has_statistics(m)]
-            for norm in norms:
+            for norm in self.norms:
                 norm.train()
-            done = self._resumed(state)
+            done = self._resumed()
             torch.manual_seed(self.settings.seed)
             saved = time.monotonic()
             for number, batch in enumerate(self._batches()):
@@ -201,9 +191,9 @@ class _Training:
                 self._step(number, batch)
                 due = self.work.agree(time.monotonic() - saved >= SECONDS_BETWEEN_SAVES)
                 if self.file is not None and (due or number + 1 == self.settings.steps):
-                    self.work.together(partial(self._save, number + 1, state))
+                    self.work.together(partial(self._save, number + 1))
                     saved = time.monotonic()
-            found = [t.detach().clone() for t in state]
+            found = [t.detach().clone() for t in self.state]
         return [self._averaged(t) for t in found]
 
     def _averaged(self, tensor: Tensor) -> Tensor:
@@ -240,21 +230,22 @@ class _Training:
     def _backward(self, batch: Batch) -> float:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            targets = outputs_of(partial(call_without_cache, self.original), batch)
+            kept = replace(batch, inputs=copied(batch.inputs))
+            targets = outputs_of(partial(call_without_cache, self.original), kept)
         with torch.enable_grad():
             outputs = outputs_of(partial(call_without_cache, self.small), batch)
             loss = self.settings.difference(outputs, targets)
             if not loss.isfinite():
                 raise BadBatch(
-                    f"distill: on batch {batch.number} the models are {float(loss)} apart: check the data, or give a "
+                    f"distill: on batch {batch.number} the models are {float(loss.detach())} apart: check the data, or give a "
                     f"lower rate than lr={self.settings.lr!r}"
                 )
             loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     # ----------------------------------------------------------------------------------------------- its checkpoint
 
-    def _resumed(self, state: list[Tensor]) -> int:
+    def _resumed(self) -> int:
         """How many steps a checkpoint has done; what it holds is put in place."""
         if self.file is None:
             return 0
@@ -268,9 +259,7 @@ class _Training:
                 f"checkpoint {self.file} is of other settings or another model: delete it, or give another file"
             )
         try:
-            with torch.no_grad():
-                for t, was in zip(state, kept["state"], strict=True):
-                    t.copy_(was)
+            _write(self.state, kept["state"])
             self.optimizer.load_state_dict(kept["optimizer"])
             self.losses = list(kept["losses"])
             return int(kept["done"])
@@ -282,10 +271,20 @@ class _Training:
         own, kind = self.settings, type(self.optimizer).__name__
         return [own.steps, own.objective, own.temperature, self.rates, own.seed, kind, *self.begun]
 
-    def _save(self, done: int, state: list[Tensor]) -> None:
+    def _save(self, done: int) -> None:
         if self.file is not None and rank(self.work.group) == 0:
-            kept = {"of": self._key(), "done": done, "losses": self.losses, "state": state}
+            kept = {"of": self._key(), "done": done, "losses": self.losses, "state": self.state}
             write(self.file, kept | {"optimizer": self.optimizer.state_dict()})
+
+
+def _statistics(norm: Any) -> list[Tensor]:
+    return [norm.running_mean, norm.running_var, norm.num_batches_tracked]
+
+
+def _write(tensors: list[Tensor], values: list[Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
 
 
 def _schedule(number: int, steps: int) -> float:

@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from secateur._internal.batches import Batch, Inputs, call_model, first_argument, tensors_in
+from secateur._internal.batches import Batch, Inputs, call_model, copied, first_argument, tensors_in
 from secateur._internal.checks import check_count, check_nonnegative
 from secateur._internal.distributed import Group, all_gather, all_reduce_, rank
 from secateur._internal.errors import BadBatch, SecateurError
@@ -366,7 +366,7 @@ class _Original:
                 calls: Counter[str] = Counter()
                 handles = self._attach(part, calls)
                 try:
-                    _forward(model, replace(part, inputs=_copied(part.inputs)))
+                    _forward(model, replace(part, inputs=copied(part.inputs)))
                 finally:
                     for handle in handles:
                         handle.remove()
@@ -546,11 +546,6 @@ def _split(batch: Batch, most: int) -> Iterator[tuple[int, Inputs, int]]:
 def _forward(model: nn.Module, part: _Part) -> None:
     """Run one part."""
     outputs_of(partial(call_model, model), Batch(part.batch, part.inputs))
-
-
-def _copied(inputs: Inputs) -> Inputs:
-    """A copy, which a forward may write into."""
-    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
 
 
 # --------------------------------------------------------------------------------------------------- models and inputs

@@ -24,9 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
-from secateur._internal.batches import Batch, arguments
+from secateur._internal.batches import Batch, arguments, copied
 from secateur._internal.distributed import all_gather, all_reduce, rank, together, world_size
 from secateur._internal.errors import BadBatch, SecateurError
 from secateur._internal.losses import batch_loss
@@ -88,7 +87,7 @@ class SharedBatches:
     def _fresh(self, batch: int) -> Batch:
         """One of this process's batches, with inputs that the forward may write into."""
         own = self.own[batch - self.first]
-        return replace(own, inputs=pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, own.inputs))
+        return replace(own, inputs=copied(own.inputs))
 
     @cached_property
     def digest(self) -> str:
