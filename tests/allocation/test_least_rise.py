@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -108,3 +108,32 @@ def test_slopes_are_those_of_the_greatest_convex_function_below():
             assert hull[-1] == pytest.approx(table[-1])
             if kind == "convex":
                 assert slopes[own] == pytest.approx(one.score[own])
+
+
+def test_predicted_rises_count_for_global_and_single_scores_where_there_are_none():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    graph, budget = sc.trace(model, torch.zeros(1, 5)), sc.Budget(channels=0.75)
+    single = {"0": torch.full((8,), 1.0), "2": torch.full((8,), 2.0)}
+    assert graph.kept(sc.allocate(graph, single, budget, strategy="global")).tolist() == [4, 8]
+    cheap = torch.tensor([0.0, 1, 1, 1, 1, 9, 9, 9, 9]).double()  # only the first of four costs anything
+    known = sc.Scores(single, rises={"2": cheap})
+    plan = sc.allocate(graph, known, budget, strategy="global")
+    assert graph.kept(plan).tolist() == [8, 4]
+    wrong = {"2": cheap[:-1]}
+    with pytest.raises(sc.SecateurError, match="the rises of 2"):
+        sc.score(model, graph, Given(sc.Scores(single, rises=wrong)))
+    with pytest.raises(sc.SecateurError, match=r"scores.rises\['2'\]: 1 for nothing and one for each of 8 channels"):
+        sc.allocate(graph, sc.Scores(single, rises=wrong), budget)
+    with pytest.raises(sc.SecateurError, match="unknown group 'there'"):
+        sc.score(model, graph, Given(sc.Scores(single, rises={"there": cheap})))
+
+
+@dataclass(frozen=True)
+class Given:
+    """A criterion with these scores."""
+
+    given: sc.Scores
+
+    def scores(self, graph, work):
+        return self.given

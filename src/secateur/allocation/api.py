@@ -142,9 +142,9 @@ def allocated(
         for g in graph.groups
         if g.name not in given and g.name not in skipped
     }
-    ranked = {name: _ranked(graph, name, values) for name, values in given.items() if name not in skipped}
+    ranked = {name: _numbers(graph, name, values) for name, values in given.items() if name not in skipped}
     known = graph.by_name(getattr(scores, "rises", {}))
-    rises = {name: values.double().cpu().numpy() for name, values in known.items() if name in ranked}
+    rises = {name: _numbers(graph, name, values, 1) for name, values in known.items() if name in ranked}
     # all go by the scores of rank 0, so that all have the same problem to solve
     told = work.agree([{name: values.tolist() for name, values in some.items()} for some in (ranked, rises)])
     ranked, rises = ({name: np.array(values) for name, values in some.items()} for some in told)
@@ -192,15 +192,17 @@ def matching_groups(graph: ChannelGraph, patterns: Sequence[str]) -> list[str]:
     return found
 
 
-def _ranked(graph: ChannelGraph, name: str, values: Tensor) -> np.ndarray:
-    group = graph.group(name)
+def _numbers(graph: ChannelGraph, name: str, values: Tensor, more: int = 0) -> np.ndarray:
+    """A number for each channel of a group, or for each and so many more; float64."""
+    group, what = graph.group(name), f"scores.rises[{name!r}]" if more else f"scores[{name!r}]"
     array = torch.as_tensor(values).detach().double().cpu().numpy()
-    if array.shape != (len(group),):
+    if array.shape != (len(group) + more,):
+        for_each = f"{more} for nothing and one" if more else "one score"
         raise SecateurError(
-            f"scores[{name!r}]: one score for each of {len(group)} channels is expected, not shape {array.shape}"
+            f"{what}: {for_each} for each of {len(group)} channels is expected, not shape {array.shape}"
         )
     if np.isnan(array).any():
-        raise SecateurError(f"scores[{name!r}] holds NaN: check the criterion and the data")
+        raise SecateurError(f"{what} holds NaN: check the criterion and the data")
     return array
 
 
@@ -228,4 +230,4 @@ def _problem(
                 total[-1] = values[orders[i]][begins[-1] : ends[-1]].sum()
         columns.append((np.full(len(ends), i), np.arange(len(ends)), ends - begins, total))
     stacked = [np.concatenate(c) for c in zip(*columns, strict=True)] if columns else [np.zeros(0, dtype=np.int64)] * 4
-    return Problem(meter, graph.widths, stacked[0], stacked[1], stacked[2], stacked[3], orders), orders
+    return Problem(meter, graph.widths, stacked[0], stacked[1], stacked[2], stacked[3], orders, bool(rises)), orders

@@ -28,6 +28,8 @@ class Problem:
         size: channels in every item.
         score: summed score of every item.
         orders: by index of a group, the positions of its channels in the order of their removal.
+        predicted: whether scores are rises of the loss that are known for every width of some group, not single scores
+            that are added up.
     """
 
     meter: Meter
@@ -37,6 +39,7 @@ class Problem:
     size: np.ndarray
     score: np.ndarray
     orders: Mapping[int, np.ndarray] = field(default_factory=dict)
+    predicted: bool = False
 
     @cached_property
     def count(self) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.contract import STRATEGIES
 from secateur.allocation.least_rise import least_rise
-from secateur.allocation.problem import Problem, nested
+from secateur.allocation.problem import Problem, narrowed, nested
 
 
 @STRATEGIES.register("uniform")
@@ -40,7 +40,11 @@ class Threshold:
 @STRATEGIES.register("global")
 @dataclass(frozen=True)
 class Global:
-    """The widths at which the loss is predicted to rise least (:mod:`secateur.allocation.least_rise`)."""
+    """Least score per unit of the budget that the channel frees, what it frees kept current as widths shrink.
+
+    Where the criterion predicts by how much the loss rises at every width, it is the widths at which it rises least
+    (:mod:`secateur.allocation.least_rise`).
+    """
 
     needs: ClassVar[Needs] = Needs()
 
@@ -54,7 +58,7 @@ class Global:
 
 def global_items(problem: Problem) -> np.ndarray:
     """Of :class:`Global`."""
-    return least_rise(problem)
+    return least_rise(problem) if problem.predicted else narrowed(problem, np.zeros_like(problem.count))
 
 
 def threshold_items(problem: Problem) -> np.ndarray:

@@ -237,8 +237,8 @@ class _Training:
             loss = self.settings.difference(outputs, targets)
             if not loss.isfinite():
                 raise BadBatch(
-                    f"distill: on batch {batch.number} the models are {float(loss.detach())} apart: check the data, or give a "
-                    f"lower rate than lr={self.settings.lr!r}"
+                    f"distill: on batch {batch.number} the models are {float(loss.detach())} apart: check the data, or "
+                    f"give a lower rate than lr={self.settings.lr!r}"
                 )
             loss.backward()
         return float(loss.detach())

@@ -16,13 +16,13 @@ from torch.nn.utils.parametrizations import weight_norm
 import secateur as sc
 from secateur._internal.errors import SecateurError
 from secateur.allocation.least_rise import least_rise
-from secateur.allocation.problem import fill, narrowed
+from secateur.allocation.problem import fill
 from secateur.allocation.search import checkpoint, evaluator
 from secateur.allocation.search.arms import ArmTable, Effects
 from secateur.allocation.search.evaluator import Evaluator
 from secateur.allocation.search.loop import Loop
 from secateur.allocation.sensitivity import alone, measured, tried_alone
-from secateur.allocation.strategies import uniform_items
+from secateur.allocation.strategies import global_items, uniform_items
 
 
 def network(seed=0):
@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_is_told(tmp_path, damage):
 def test_doubts_are_told_where_a_best_width_depends_on_the_others():
     _, graph, scores, _ = case()
     problem = problem_of(graph, scores, sc.Budget(macs=0.5))
-    arms = ArmTable(problem, narrowed(problem, np.zeros_like(problem.count)), (0.5, 1.0, 2.0))
+    arms = ArmTable(problem, global_items(problem), (0.5, 1.0, 2.0))
     rng = np.random.default_rng(0)
     plays = [[int(rng.integers(size)) for size in arms.sizes] for _ in range(600)]
     plain = [[p, sum(p) / 10 + 0.02 * rng.standard_normal()] for p in plays]
