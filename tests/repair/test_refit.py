@@ -19,7 +19,9 @@ from secateur.curvature.layers import spread
 from secateur.lab.models.registry import build
 from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import accuracy
+from secateur.plan import Plan
 from secateur.repair.refit import _Examples, _Part, _split, least_squares
+from secateur.tracing.graph import fingerprint
 
 CPU = torch.device("cpu")
 
@@ -521,3 +523,51 @@ def test_statistics_of_norms_are_those_of_all_examples_in_both_models():
     then, now = torch.cat(seen[:-1], 1)[stays], seen[-1]
     torch.testing.assert_close(small.norm.running_mean, before[0] + now.mean(1) - then.mean(1))
     torch.testing.assert_close(small.norm.running_var, before[1] * now.var(1) / then.var(1))
+
+
+# ---------------------------------------------------------------------------------------------------------- bottlenecks
+
+
+def rotated(model, x, fraction, **settings):
+    data = [(part, torch.randint(0, 4, (len(part),))) for part in x.split(64)]
+    return sc.eigendamage(model, x[:2], sc.Budget(params=fraction), data=data, loss="cross_entropy", **settings), data
+
+
+def test_bottlenecks_are_fitted_to_what_the_original_computes():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, bias=False), nn.BatchNorm2d(16),
+        nn.ReLU(), nn.Flatten(), nn.Linear(16 * 9, 20), nn.ReLU(), nn.Linear(20, 4),
+    ).eval()  # fmt: skip
+    x = torch.randn(256, 3, 10, 10)
+    sc.recalibrate(model, [x])
+    plain, data = rotated(model, x, 0.5)
+    fitted, _ = rotated(model, x, 0.5, repair=sc.Refit(examples=256))
+    assert plain.facts["bottlenecks"] == fitted.facts["bottlenecks"]
+    with torch.no_grad():
+        before, after = ((model(x) - r.model(x)).square().mean() for r in (plain, fitted))
+    assert after < 0.9 * before
+    again = sc.eigendamage(fitted.model, x[:2], sc.Budget(params=0.7), data=data, loss="cross_entropy")
+    better = sc.eigendamage(
+        fitted.model, x[:2], sc.Budget(params=0.7), data=data, loss="cross_entropy", repair=sc.Refit(examples=256)
+    )
+    with torch.no_grad():
+        before, after = ((fitted.model(x) - r.model(x)).square().mean() for r in (again, better))
+    assert after < 0.9 * before
+
+
+def test_the_parts_of_a_bottleneck_are_the_least_squares():
+    """A linear network: the core is the best for its last rotation, and that and the bias the best for the core."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 4)).double().eval()
+    x = torch.randn(512, 10, dtype=torch.float64)
+    result, _ = rotated(model, x, 0.75, layers=["0"])
+    small, bottle = result.model, result.model[0]
+    leave, target = bottle[2].weight.detach().clone(), model[0](x).detach()
+    seen = bottle[0](x).detach()
+    sc.refit(model, small, Plan({}, {}, fingerprint(model)), [x], examples=512, damping=1e-9, positions=512)
+    core = torch.linalg.lstsq(seen, (target - model[0].bias) @ torch.linalg.pinv(leave).mT).solution.mT
+    torch.testing.assert_close(bottle[1].weight, core.detach(), rtol=0.05, atol=0.05)  # the last eighth is held out
+    inner = torch.cat([bottle[1](seen), torch.ones(512, 1, dtype=torch.float64)], 1).detach()
+    last = torch.linalg.lstsq(inner, target).solution.mT
+    torch.testing.assert_close(bottle[2].weight, last[:, :-1], rtol=0.05, atol=0.05)

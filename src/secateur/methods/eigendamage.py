@@ -27,11 +27,14 @@ from secateur.curvature.kronecker import factors_of
 from secateur.curvature.layers import CONVOLUTIONS
 from secateur.methods.contract import METHODS, described, measured_counts, settings_from
 from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
+from secateur.plan import Plan
+from secateur.repair.api import repaired, repairs_of
 from secateur.repair.contract import LEFT_WHOLE
 from secateur.result import Counts, Result
 from secateur.surgery.low_rank.bottleneck import Bottleneck, bottlenecked, three
 from secateur.surgery.low_rank.replaceable import Candidate, Probed, probe, width
 from secateur.surgery.low_rank.separable import check_how, separable, separate
+from secateur.tracing.graph import fingerprint
 from secateur.tracing.selection import Exclude
 
 RULES = ("lagrangian", "threshold")
@@ -97,6 +100,8 @@ class EigenDamage:
         train_rotations: whether the rotations are trained afterwards.
         separable: make convolutional bottlenecks depthwise-separable at the end: ``"cp"`` or ``"svd"``, see
             :func:`secateur.separate`.
+        repair: how what stays makes up for what goes, see :func:`secateur.apply_repair`; ``"refit"`` fits cores and
+            rotations to what the original computes.
         fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``, see :class:`secateur.curvature.fisher.Fisher`.
         samples: draws of targets for each example.
         batches: use at most so many.
@@ -112,6 +117,7 @@ class EigenDamage:
     exclude: Exclude = ()
     train_rotations: bool = True
     separable: str | None = None
+    repair: Any = "none"
     fisher: str = "sampled"
     samples: int = 1
     batches: int | None = None
@@ -127,6 +133,7 @@ class EigenDamage:
         check_flag("train_rotations", self.train_rotations)
         if self.separable is not None:
             check_how(self.separable)
+        repairs_of(self.repair)
         self.how(0)
 
     def how(self, further: int) -> Fisher:
@@ -186,6 +193,9 @@ class EigenDamage:
             else:
                 facts["remarks"] = ["separable: the budget made no convolution a bottleneck, so none is"]
         _share_weights(small, work)
+        repaired_facts = repaired(repairs_of(self.repair), model, small, Plan({}, {}, fingerprint(model)), work)
+        facts[LEFT_WHOLE] |= repaired_facts.pop(LEFT_WHOLE, {})
+        facts |= repaired_facts
         facts |= {"forwards": work.forwards, "notices": list(work.notices)}
         return Result(small, before, after, facts=facts)
 

@@ -15,6 +15,10 @@ in both models::
 
 No label is needed, and where the cut changes nothing, nothing changes.
 
+Of a bottleneck, which stands for a layer of the original (:mod:`secateur.surgery.low_rank.bottleneck`), the core is
+fitted first, to what the last rotation ``R`` takes nearest to ``y``, which is ``R^+ (y - b)``; then that rotation and
+the bias are, to ``y``.
+
 Examples go once through each model: in small parts through the original, all together through the smaller one, where a
 layer is fitted while the forward stands before it.
 """
@@ -49,6 +53,7 @@ from secateur.curvature.layers import (
     computes_its_weight,
     input_samples_at,
     layers_of,
+    measurable,
     output_samples_at,
     spread,
     wide,
@@ -58,6 +63,7 @@ from secateur.plan import Plan
 from secateur.repair.contract import LEFT_WHOLE, REPAIRS, Facts
 from secateur.repair.recalibrate import has_statistics
 from secateur.surgery.channels import check_plan
+from secateur.surgery.low_rank.bottleneck import Bottleneck, three
 
 DAMPING = 1e-3
 HELD_OUT = 8
@@ -134,22 +140,26 @@ def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, wo
     """:func:`refit` at a table that is laid."""
     check_plan(model, plan)
     pairs, left = _pairs(model, small, plan)
-    many = {name: settings.positions or max(8192, 4 * one.table().shape[-1]) for name, (one, _) in pairs.items()}
+    ones = {pair.one.name: pair.one for pair in pairs.values()}
+    many = {name: settings.positions or max(8192, 4 * one.table().shape[-1]) for name, one in ones.items()}
     norms: dict[str, Any] = {name: m for name, m in small.named_modules() if has_statistics(m)}
     with torch.inference_mode(False), torch.no_grad():
         examples = _read(work, settings.examples)
         originals = {name: m for name, m in model.named_modules() if name in norms}
-        original = _Original({name: one for name, (one, _) in pairs.items()}, originals, many, examples)
+        original = _Original(ones, originals, many, examples)
         work.together(lambda: original.watch(model))
         order, kept = original.order_of_all(work)
 
         def step(name: str, x: Tensor | None) -> None:
             if name in pairs:
-                left.update(_fit(name, *pairs[name], x, original, plan, settings.damping, work))
+                left.update(_fit(pairs[name], x, original, plan, settings.damping, work))
             else:
                 _follow(name, norms[name], x, original, plan, work)
 
-        modules = {name: pairs[name][1].module if name in pairs else norms[name] for name in order}
+        modules: dict[str, nn.Module] = {}
+        for name in order:  # of the original
+            own = {path: pair.layer.module for path, pair in pairs.items() if pair.one.name == name and name in ones}
+            modules |= own or {name: norms[name]}
         statistics = [t for norm in norms.values() for t in (norm.running_mean, norm.running_var)]
         parameters = list(small.parameters())
         before = [p.clone() for p in parameters]
@@ -220,25 +230,55 @@ class _ConvolutionsInParts(TorchFunctionMode):
 _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """A layer of the smaller model, and the layer of the original whose outputs it is fitted to.
+
+    Attributes:
+        one: of the original.
+        layer: of the smaller model.
+        last: of a core: the rotation behind it.
+        of_bottleneck: whether it is a part of a bottleneck.
+    """
+
+    one: Layer
+    layer: Layer
+    last: Any = None
+    of_bottleneck: bool = False
+
+    def targets(self, y: Tensor) -> Tensor:
+        """What it should give where the original gives ``y`` [groups, samples, rows]."""
+        if self.last is None:
+            return y
+        y = y.double() if self.last.bias is None else y.double() - self.last.bias.double()
+        return y @ torch.linalg.pinv(self.last.weight.double().flatten(1)).mT
+
+
 def _fit(
-    name: str, one: Layer, layer: Layer, given: Tensor | None, original: _Original, plan: Plan, damping: float,
-    work: Workload,
-) -> dict[str, str]:  # fmt: skip
+    pair: _Pair, given: Tensor | None, original: _Original, plan: Plan, damping: float, work: Workload
+) -> dict[str, str]:
     """Fit a layer to what the original's computes, by the inputs that it gets; if it stays as it is, why."""
+    name, one, layer = pair.one.name, pair.one, pair.layer
     samples, places, examples = list[Tensor](), torch.Size(), original.examples
     if given is not None:
         x = _by_example(layer, given, examples.own)
         places = _places(layer, x)
         for part, some in examples.split(x):
             samples.append(input_samples_at(layer, wide(some), examples.choice(part, original.many[name])))
-    same = torch.tensor(int(places == original.places_of(name)), device=work.device)
+    outputs = original.outputs.pop(name, []) if pair.last is None else original.outputs[name]
+    if pair.of_bottleneck:  # its parts have positions of their own
+        alike = [part.shape[1] for part in samples] == [part.shape[1] for part in outputs]
+    else:
+        alike = places == original.places_of(name)
+    same = torch.tensor(int(alike), device=work.device)
     if int(all_reduce_(same, work.group)) < work.processes:
-        return {name: "the forward takes it to other positions than in the original"}
+        return {layer.name: "the forward takes it to other positions than in the original"}
     table, missing = layer.table().double().squeeze(2), plan.slices.get(_of(name, "weight"), {}).get(0, [])
     x = _gathered(samples, wide(layer.table()[:, :0, 0]), work)
-    y = _gathered(original.outputs.pop(name, []), wide(one.table()[:, :, 0, :0].mT), work)
+    y = _gathered(outputs, wide(one.table()[:, :, 0, :0].mT), work)
     y = _without(y.transpose(1, 2).flatten(0, 1), missing).unflatten(0, (layer.groups, -1)).transpose(1, 2)
-    new, bias = layer.weights((table + least_squares(x, y, table, damping, name)).unsqueeze(2))
+    step = least_squares(x, pair.targets(y), table, damping, layer.name)
+    new, bias = layer.weights((table + step).unsqueeze(2))
     layer.module.weight.copy_(new)
     if bias is not None:
         layer.module.bias.copy_(bias)
@@ -551,22 +591,28 @@ def _forward(model: nn.Module, part: _Part) -> None:
 # --------------------------------------------------------------------------------------------------- models and inputs
 
 
-def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, tuple[Layer, Layer]], dict[str, str]]:
-    """The layers of both models that can be fitted; and why others cannot."""
+def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, _Pair], dict[str, str]]:
+    """The layers of the smaller model that can be fitted, by their paths; and why others cannot."""
     for what, given in (("model", model), ("small", small)):
         if not isinstance(given, nn.Module):
             raise SecateurError(f"refit({what}={given!r}): a module is expected")
     if {id(p) for p in model.parameters()} & {id(p) for p in small.parameters()}:
         raise SecateurError("refit: both models share parameters, and the original must stay as it is; cut a copy")
     ones = {layer.name: layer for layer in layers_of(model, "full")}
-    others = {name: module for name, module in small.named_modules() if isinstance(module, MEASURED)}
+    others = {name: m for name, m in small.named_modules() if isinstance(m, (*MEASURED, Bottleneck))}
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     left = {
         name: COMPUTED if isinstance(module, MEASURED) else "it is transposed"
         for name, module in model.named_modules()
         if isinstance(module, (*MEASURED, nn.modules.conv._ConvTransposeNd)) and name not in ones
     }
-    pairs = {}
+    pairs: dict[str, _Pair] = {}
+    parts = {
+        f"{path}.{number}": (path, number)
+        for path, m in model.named_modules()
+        if isinstance(m, Bottleneck)
+        for number in range(3)
+    }
     for name, layer in ones.items():
         module, bias = layer.module, layer.module._parameters.get("bias")
         if max(uses[id(p)] for p in (module.weight, bias) if p is not None) > 1:
@@ -578,7 +624,20 @@ def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, tu
         shape = list(module.weight.shape)
         for dim, positions in plan.slices.get(_of(name, "weight"), {}).items():
             shape[dim] -= len(positions)
-        other = others.get(name)
+        other, path = others.get(name), name
+        if name in parts:  # of a bottleneck of the original, whose last rotation gives what it stands for
+            path, number = parts[name]
+            other = others.get(path)
+            if isinstance(other, Bottleneck) and number < 2:
+                continue
+        if isinstance(other, Bottleneck):
+            _, core, last = three(other)
+            if measurable(core) and measurable(last) and Layer("", core, "full").groups == 1 == layer.groups:
+                pairs[f"{path}.1"] = _Pair(layer, Layer(f"{path}.1", core, "full"), last, of_bottleneck=True)
+                pairs[f"{path}.2"] = _Pair(layer, Layer(f"{path}.2", last, "full"), of_bottleneck=True)
+            else:
+                left[path] = "the core of its bottleneck is no plain layer"
+            continue
         if other is None or list(other.weight.shape) != shape:
             found = "no such layer" if other is None else f"shape {list(other.weight.shape)}"
             raise SecateurError(f"refit: the plan leaves {name!r} with shape {shape}, the smaller model has {found}")
@@ -588,7 +647,7 @@ def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, tu
                     f"refit: {name!r} has {what} {getattr(module.weight, what)} in the original and "
                     f"{getattr(other.weight, what)} in the smaller model; refit first, then change it"
                 )
-        pairs[name] = (layer, Layer(name, other, "full"))
+        pairs[name] = _Pair(layer, Layer(name, other, "full"))
     return pairs, left
 
 
