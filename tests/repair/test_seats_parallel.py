@@ -144,7 +144,7 @@ def test_two_processes_find_what_one_does_with_all_data(in_two_processes, whole)
         assert torch.equal(value, two[name]), name
     assert {name for name in one if "unequal" not in name} == whole.keys()
     for name, value in whole.items():
-        if "drawn" not in name:
+        if "drawn" not in name and not name.startswith("distill"):  # a step takes a batch of each process
             torch.testing.assert_close(one[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
