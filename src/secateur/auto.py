@@ -1,4 +1,4 @@
-"""What ``"auto"`` means in :func:`secateur.prune`: the best that was measured with what was given (docs/choosing.md).
+"""What ``"auto"`` means in :func:`secateur.prune`: the best that was measured with what was given (bench/ablation.py).
 
 With data and a loss, the criterion that knows of the repair, the widths of least predicted rise, and that repair. With
 less, what needs less.
