@@ -91,12 +91,34 @@ def test_where_the_criterion_cannot_judge_enough_another_is_taken_and_told() -> 
     model = Embedded().eval()
     data = [(torch.randn(16, 6), torch.randint(0, 3, (16,))) for _ in range(3)]
     given = {"data": data, "loss": "cross_entropy"}
-    with pytest.warns(sc.SecateurWarning, match="criterion='auto': 'schur' has no scores for .*'taylor' is taken"):
+    with pytest.warns(
+        sc.SecateurWarning, match="criterion='auto': 'taylor' is taken and not 'schur': it has no scores for "
+    ):
         result = sc.prune(model, data[0][0], sc.Budget(channels=0.3), **given)
     assert result.facts["chosen"]["criterion"]["name"] == "taylor"
     assert result.facts["chosen"]["strategy"]["name"] == "uniform"
     mild = sc.prune(model, data[0][0], sc.Budget(channels=0.9), **given)
     assert mild.facts["chosen"]["criterion"]["name"] == "schur"
+
+
+class Bare(nn.Module):
+    """All that reads channels are parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(6, 12), nn.Parameter(torch.randn(12, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The only linear reads what is given."""
+        return self.enter(x).relu() @ self.leave
+
+
+def test_where_the_criterion_can_judge_nothing_another_is_taken_and_told() -> None:
+    torch.manual_seed(0)
+    model, data = Bare().eval(), [(torch.randn(16, 6), torch.randint(0, 3, (16,))) for _ in range(3)]
+    with pytest.warns(sc.SecateurWarning, match="'taylor' is taken and not 'schur': no channel is read by a linear"):
+        result = sc.prune(model, data[0][0], sc.Budget(channels=0.5), data=data, loss="cross_entropy")
+    assert result.facts["chosen"]["criterion"]["name"] == "taylor" and result.after.channels == 6
 
 
 def test_the_table_says_what_the_graph_counts(model: nn.Module) -> None:

@@ -7,11 +7,12 @@ less, what needs less.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
-from secateur._internal.errors import InfeasibleBudget
+from secateur._internal.errors import CannotMeasure, InfeasibleBudget
 from secateur._internal.workload import Workload
 from secateur.allocation.contract import STRATEGIES, Strategy
 from secateur.scoring.api import scored
@@ -61,18 +62,20 @@ def first_that_reaches(
         work: the table.
         check: raises if the budget cannot be met without some groups, which are given with the reasons.
     """
-    for criterion in some[:-1]:
-        scores = scored(criterion, graph, work)
-        missing = {g.name: scores.skipped.get(g.name, "has no scores") for g in graph.groups if g.name not in scores}
+    for criterion, following in pairwise(some):
         try:
-            check(missing)
+            scores = scored(criterion, graph, work)
+            check({g.name: "has no scores" for g in graph.groups if g.name not in scores})
             return criterion, scores
+        except CannotMeasure as error:
+            why = str(error)
         except InfeasibleBudget:
-            name, reason = next(iter(missing.items()))
-            following = getattr(some[some.index(criterion) + 1], "name", "the next one")
-            work.note(
-                f"criterion='auto': {getattr(criterion, 'name', criterion)!r} has no scores for {len(missing)} of "
-                f"{len(graph.groups)} groups ({name}: {reason}), and the others cannot meet the budget: {following!r} "
-                "is taken"
+            missing = [g.name for g in graph.groups if g.name not in scores]
+            reason = scores.skipped.get(missing[0], "")
+            why = (
+                f"it has no scores for {len(missing)} of {len(graph.groups)} groups ({missing[0]}: {reason}), and the "
+                "others cannot meet the budget"
             )
+        one, other = (getattr(seat, "name", type(seat).__name__) for seat in (criterion, following))
+        work.note(f"criterion='auto': {other!r} is taken and not {one!r}: {why}")
     return some[-1], scored(some[-1], graph, work)

@@ -23,6 +23,10 @@ class CannotCut(SecateurError):
     """Each group may be cut, but the model's own Python does not bear this combination."""
 
 
+class CannotMeasure(SecateurError):
+    """Nothing of a model is what a criterion looks at, or the data reached none of it."""
+
+
 class BadBatch(SecateurError):
     """Data that cannot be read, or that fits neither the model nor the loss."""
 

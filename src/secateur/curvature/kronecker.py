@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from secateur._internal.checks import check_count
 from secateur._internal.distributed import Group, all_reduce_, world_size
-from secateur._internal.errors import BadBatch, SecateurError
+from secateur._internal.errors import BadBatch, CannotMeasure, SecateurError
 from secateur._internal.workload import Workload
 from secateur.curvature.fisher import Fisher
 from secateur.curvature.layers import (
@@ -196,7 +196,7 @@ def _factors(
             raise BadBatch(f"the {which} of {name!r} are not finite: check the data and the model's weights")
     if not found:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
-        raise SecateurError(f"the data reached no linear or convolution of the model that can be measured ({why})")
+        raise CannotMeasure(f"the data reached no linear or convolution of the model that can be measured ({why})")
     return Curvature(found, seen.examples, skipped)
 
 

@@ -21,7 +21,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from secateur._internal.checks import check_count, check_nonnegative
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import CannotMeasure
 from secateur._internal.workload import Needs, Workload
 from secateur.curvature.damped_inverse import inverse
 from secateur.curvature.eigenbasis import identity_basis, second_moments
@@ -185,7 +185,7 @@ def producing_layers(model: nn.Module, graph: ChannelGraph) -> list[str]:
     paths = {f"{path}.weight" if path else "weight": path for path in measured}
     names = [paths[a.name] for a in producers(graph) if a.dim == 0 and a.name in paths]
     if not names:
-        raise SecateurError("no channel is written by a linear or a convolution: use 'magnitude', for instance")
+        raise CannotMeasure("no channel is written by a linear or a convolution: use 'magnitude', for instance")
     return names
 
 

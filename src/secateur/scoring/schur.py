@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._internal.checks import check_count, check_nonnegative
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import CannotMeasure
 from secateur._internal.workload import Workload
 from secateur.curvature.damped_inverse import inverse
 from secateur.curvature.kronecker import Curvature, Factors, factors_of
@@ -66,7 +66,7 @@ class Schur(SecondOrder):
         """One number a channel."""
         reading, names = readers(work.model, graph)
         if not names:
-            raise SecateurError("no channel is read by a linear or a convolution: use 'magnitude', for instance")
+            raise CannotMeasure("no channel is read by a linear or a convolution: use 'magnitude', for instance")
         factors = factors_of(work, self.targets(), form="full", layers=names, positions=self.positions)
         found = Scores()
         for group in work.tracked(graph.groups, "schur, groups", len(graph.groups)):
