@@ -15,6 +15,7 @@ from torch import Tensor
 from secateur._internal.errors import CannotMeasure, InfeasibleBudget
 from secateur._internal.workload import Workload
 from secateur.allocation.contract import STRATEGIES, Strategy
+from secateur.curvature.fisher import quiet_kind
 from secateur.scoring.api import scored
 from secateur.scoring.contract import CRITERIA, Criterion, Scores
 from secateur.tracing.graph import ChannelGraph
@@ -33,8 +34,7 @@ def criteria(given: str | Criterion, work: Workload) -> list[Criterion]:
         return [CRITERIA.make(given)]
     if not (work.has_data and work.has_loss):
         return [CRITERIA.make("magnitude")]
-    fisher = "sampled" if work.loss.draw is not None else "empirical"  # what the loss can do, so that nobody is warned
-    return [CRITERIA.make("schur", {"fisher": fisher}), CRITERIA.make("taylor")]
+    return [CRITERIA.make("schur", {"fisher": quiet_kind(work.loss)}), CRITERIA.make("taylor")]
 
 
 def strategy(given: str | Strategy, scores: Mapping[str, Tensor]) -> Strategy:

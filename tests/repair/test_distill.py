@@ -87,10 +87,18 @@ def test_several_outputs_count_each_in_its_own_unit():
         Distill().difference(torch.arange(3), torch.arange(3))
 
 
+class Noisy(nn.Module):
+    """Draws in every forward, in eval mode too."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.1, training=True)
+
+
 @pytest.mark.parametrize("stopped", [1, 7, 19])
 def test_what_was_interrupted_goes_on_and_ends_with_the_same(tmp_path, monkeypatch, interrupted, stopped):
     monkeypatch.setattr(module, "SECONDS_BETWEEN_SAVES", 0.0)
     model, small, plan, data = case()
+    model[2], small[2] = Noisy(), Noisy()
     loader = torch.utils.data.DataLoader(torch.cat(data), batch_size=16, shuffle=True)  # its order is drawn
     whole, given = copy.deepcopy(small), {"steps": 20, "checkpoint": tmp_path / "distill.safetensors"}
     sc.distill(model, whole, plan, loader, steps=20)
@@ -112,6 +120,8 @@ def test_what_was_interrupted_goes_on_and_ends_with_the_same(tmp_path, monkeypat
         assert torch.equal(one, other)
     with pytest.raises(sc.SecateurError, match="of other settings or another model: delete it"):
         sc.distill(model, sc.cut(model, plan), plan, loader, **{**given, "steps": 30})
+    with pytest.raises(sc.SecateurError, match="is of other data"):
+        sc.distill(model, sc.cut(model, plan), plan, data, **given)
     given["checkpoint"].write_bytes(b"damaged")
     with pytest.raises(sc.BadFile, match="not a readable checkpoint"):
         sc.distill(model, sc.cut(model, plan), plan, loader, **given)

@@ -563,11 +563,21 @@ def test_the_parts_of_a_bottleneck_are_the_least_squares():
     x = torch.randn(512, 10, dtype=torch.float64)
     result, _ = rotated(model, x, 0.75, layers=["0"])
     small, bottle = result.model, result.model[0]
+    with torch.no_grad():  # in the eigenbasis of these inputs all would be the least squares already
+        for part in bottle:
+            part.weight.add_(0.3 * torch.randn_like(part.weight))
     leave, target = bottle[2].weight.detach().clone(), model[0](x).detach()
     seen = bottle[0](x).detach()
+    before = [part.weight.detach().clone() for part in bottle]
+    bias = bottle[2].bias.detach().clone()
     sc.refit(model, small, Plan({}, {}, fingerprint(model)), [x], examples=512, damping=1e-9, positions=512)
-    core = torch.linalg.lstsq(seen, (target - model[0].bias) @ torch.linalg.pinv(leave).mT).solution.mT
-    torch.testing.assert_close(bottle[1].weight, core.detach(), rtol=0.05, atol=0.05)  # the last eighth is held out
+    wanted = (target - model[0].bias.detach()) @ torch.linalg.pinv(leave).mT
+    core = before[1] + least_squares(seen[None], wanted[None], before[1][None], 1e-9)[0]
+    torch.testing.assert_close(bottle[1].weight.detach(), core, rtol=1e-6, atol=1e-8)
     inner = torch.cat([bottle[1](seen), torch.ones(512, 1, dtype=torch.float64)], 1).detach()
-    last = torch.linalg.lstsq(inner, target).solution.mT
-    torch.testing.assert_close(bottle[2].weight, last[:, :-1], rtol=0.05, atol=0.05)
+    table = torch.cat([before[2], bias[:, None]], 1)
+    last = table + least_squares(inner[None], target[None], table[None], 1e-9)[0]
+    torch.testing.assert_close(bottle[2].weight.detach(), last[:, :-1], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(bottle[2].bias.detach(), last[:, -1], rtol=1e-6, atol=1e-8)
+    assert torch.equal(bottle[0].weight, before[0])
+    assert not torch.allclose(bottle[1].weight, before[1], rtol=1e-3)

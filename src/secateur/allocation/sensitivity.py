@@ -36,8 +36,8 @@ class Sensitivity:
     """Each group is narrowed alone and the loss is measured; then the widths are those at which it rises least.
 
     Attributes:
-        evaluations: forwards of a mini-batch, at most; those of the whole network, one a batch, are not counted. Every
-            width is tried on as many batches as that allows.
+        evaluations: forwards of a mini-batch, at most; those of the whole network, one a batch, and the pass for the
+            repair are not counted. Every width is tried on as many batches as that allows.
         steps: widths of each group that are tried, at most.
         norms: ``"batch"``: batch norms use the mini-batch's statistics, as after :func:`secateur.recalibrate`;
             ``"running"``: their running ones.
@@ -80,6 +80,8 @@ class Sensitivity:
                 forwards += count
                 shown(forwards)
         work.forwards += forwards
+        if evaluate.repair is not None and evaluate.repair.left:
+            work.facts["sensitivity"] = {"tried without repair": evaluate.repair.left}
         return problem.widths(least_rise(measured(problem, tried, mean_rises(rises, len(tried), batches))))
 
 

@@ -18,6 +18,11 @@ from secateur._internal.workload import Workload
 FISHERS = ("sampled", "exact", "empirical")
 
 
+def quiet_kind(loss: Loss) -> str:
+    """The kind for those who did not choose one: what the loss can do, so that nobody is warned."""
+    return "sampled" if loss.draw is not None else "empirical"
+
+
 @dataclass(frozen=True)
 class Fisher:
     """How targets are found in a pass over the data.

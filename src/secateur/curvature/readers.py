@@ -10,6 +10,9 @@ from torch import nn
 from secateur.curvature.layers import measurable
 from secateur.tracing.graph import Axis, ChannelGraph, ChannelGroup
 
+POSITIONS = 512
+"""So many positions of each batch tell enough of the inputs of what reads channels."""
+
 
 def readers(model: nn.Module, graph: ChannelGraph) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
     """What reads every group (see :func:`readers_of`), by the groups' names; and the names of all these layers."""

@@ -30,11 +30,11 @@ from secateur._internal.errors import BadBatch, BadFile, SecateurError
 from secateur._internal.files import file_at
 from secateur._internal.losses import outputs_of
 from secateur._internal.serial import digest_of, read, write
-from secateur._internal.state import check_differentiable, preserved
+from secateur._internal.state import check_differentiable, fork_rng_of, preserved
 from secateur._internal.workload import Needs, Workload
 from secateur.plan import Plan
 from secateur.repair.contract import REPAIRS, Facts
-from secateur.repair.recalibrate import has_statistics
+from secateur.repair.recalibrate import has_statistics, statistics_of
 from secateur.surgery.channels import check_plan
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -159,10 +159,11 @@ class _Training:
         make = settings.optimizer or partial(torch.optim.Adam, lr=settings.lr)
         self.optimizer = make(self.parameters)
         self.norms = [m for m in small.modules() if has_statistics(m)]
-        self.state: list[Tensor] = [*self.parameters, *(t for norm in self.norms for t in _statistics(norm))]
+        self.state: list[Tensor] = [*self.parameters, *(t for norm in self.norms for t in statistics_of(norm))]
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.file = file_at(work.agree(None if settings.checkpoint is None else str(settings.checkpoint)))
         self.losses: list[float] = []
+        self.first = ""  # what tells the first batch from others
         self.begun = [digest_of([list(m.state_dict().values()) for m in (small, original)]).hex()] if self.file else []
 
     def run(self) -> dict[str, Any]:
@@ -182,19 +183,31 @@ class _Training:
         with preserved(self.small):
             for norm in self.norms:
                 norm.train()
-            done = self._resumed()
+            kept = self._kept()
+            done = self._resumed(kept)
             torch.manual_seed(self.settings.seed)
             saved = time.monotonic()
             for number, batch in enumerate(self._batches()):
+                if number == 0 and self.file is not None:
+                    self.first = self.work.agree(digest_of(batch.inputs).hex())
+                    if done and kept["first"] != self.first:
+                        raise SecateurError(
+                            f"checkpoint {self.file} is of other data (its first batch is another): delete it, or give "
+                            "another file"
+                        )
                 if number < done:
                     continue
                 self._step(number, batch)
-                due = self.work.agree(time.monotonic() - saved >= SECONDS_BETWEEN_SAVES)
-                if self.file is not None and (due or number + 1 == self.settings.steps):
+                if self.file is not None and self._due(saved, number):
                     self.work.together(partial(self._save, number + 1))
                     saved = time.monotonic()
             found = [t.detach().clone() for t in self.state]
         return [self._averaged(t) for t in found]
+
+    def _due(self, saved: float, number: int) -> bool:
+        """Whether to write the checkpoint after a step."""
+        late = time.monotonic() - saved >= SECONDS_BETWEEN_SAVES
+        return number + 1 == self.settings.steps or bool(self.work.agree(late))
 
     def _averaged(self, tensor: Tensor) -> Tensor:
         """Over processes, whose batch norms saw different batches."""
@@ -218,7 +231,9 @@ class _Training:
         """One step of the optimizer, with gradients averaged over the processes."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * _schedule(number, self.settings.steps)
-        loss = self.work.together(lambda: self._backward(batch))
+        with fork_rng_of(self.parameters):  # what a forward draws must not change the order of the batches to come
+            torch.manual_seed(self.settings.seed + number)
+            loss = self.work.together(lambda: self._backward(batch))
         for p in self.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -245,23 +260,26 @@ class _Training:
 
     # ----------------------------------------------------------------------------------------------- its checkpoint
 
-    def _resumed(self) -> int:
-        """How many steps a checkpoint has done; what it holds is put in place."""
-        if self.file is None:
-            return 0
-        found = self.work.agree(rank(self.work.group) == 0 and self.file.exists())
-        if not found:
-            return 0
-        kept = read(self.file)
-        own, theirs = self._key(), kept.get("of") if isinstance(kept, dict) else None
-        if own != theirs:
+    def _kept(self) -> Any:
+        """What a checkpoint holds; nothing if there is none."""
+        file = self.file
+        if file is None or not self.work.agree(rank(self.work.group) == 0 and file.exists()):
+            return {}
+        kept = self.work.together(lambda: read(file))
+        if not isinstance(kept, dict) or kept.get("of") != self._key():
             raise SecateurError(
-                f"checkpoint {self.file} is of other settings or another model: delete it, or give another file"
+                f"checkpoint {file} is of other settings or another model: delete it, or give another file"
             )
+        return kept
+
+    def _resumed(self, kept: Any) -> int:
+        """How many steps a checkpoint has done; what it holds is put in place."""
+        if not kept:
+            return 0
         try:
             _write(self.state, kept["state"])
             self.optimizer.load_state_dict(kept["optimizer"])
-            self.losses = list(kept["losses"])
+            self.losses, self.first = list(kept["losses"]), str(kept["first"])
             return int(kept["done"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise BadFile(f"checkpoint {self.file} is damaged ({error}): delete it to begin anew") from error
@@ -273,12 +291,8 @@ class _Training:
 
     def _save(self, done: int) -> None:
         if self.file is not None and rank(self.work.group) == 0:
-            kept = {"of": self._key(), "done": done, "losses": self.losses, "state": self.state}
+            kept = {"of": self._key(), "done": done, "first": self.first, "losses": self.losses, "state": self.state}
             write(self.file, kept | {"optimizer": self.optimizer.state_dict()})
-
-
-def _statistics(norm: Any) -> list[Tensor]:
-    return [norm.running_mean, norm.running_var, norm.num_batches_tracked]
 
 
 def _write(tensors: list[Tensor], values: list[Tensor]) -> None:

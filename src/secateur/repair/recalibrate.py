@@ -56,12 +56,12 @@ def re_estimate(model: nn.Module, work: Workload, most: int | None = None) -> in
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-        own = [tuple(t.clone() for t in _statistics(norm)) for norm in norms]
+        own = [tuple(t.clone() for t in statistics_of(norm)) for norm in norms]
     of_all = [_averaged(statistics, work) for statistics in own]
     with torch.no_grad():  # only now: until here all came back as it was
         for norm, found in zip(norms, of_all, strict=True):
             if int(found[2]):  # one that no batch reached stays as it is
-                for old, new in zip(_statistics(norm), found, strict=True):
+                for old, new in zip(statistics_of(norm), found, strict=True):
                     old.copy_(new)
     return sum(bool(found[2]) for found in of_all)
 
@@ -76,7 +76,8 @@ def has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
     return isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
 
 
-def _statistics(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
+def statistics_of(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Its running mean, running variance and how many batches these are of."""
     return norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 

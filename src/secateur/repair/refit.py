@@ -156,10 +156,12 @@ def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, wo
             else:
                 _follow(name, norms[name], x, original, plan, work)
 
+        fitted: dict[str, dict[str, nn.Module]] = defaultdict(dict)
+        for path, pair in pairs.items():
+            fitted[pair.one.name][path] = pair.layer.module
         modules: dict[str, nn.Module] = {}
         for name in order:  # of the original
-            own = {path: pair.layer.module for path, pair in pairs.items() if pair.one.name == name and name in ones}
-            modules |= own or {name: norms[name]}
+            modules |= fitted[name] if name in ones else {name: norms[name]}
         statistics = [t for norm in norms.values() for t in (norm.running_mean, norm.running_var)]
         parameters = list(small.parameters())
         before = [p.clone() for p in parameters]

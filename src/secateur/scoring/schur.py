@@ -30,7 +30,7 @@ from secateur._internal.workload import Workload
 from secateur.curvature.damped_inverse import inverse
 from secateur.curvature.kronecker import Curvature, Factors, factors_of
 from secateur.curvature.layers import why_not
-from secateur.curvature.readers import layer_of, readers
+from secateur.curvature.readers import POSITIONS, layer_of, readers
 from secateur.scoring.contract import CRITERIA, Scores
 from secateur.scoring.hessian import DAMPING, SecondOrder
 from secateur.tracing.graph import ChannelGraph, ChannelGroup
@@ -55,7 +55,7 @@ class Schur(SecondOrder):
     """
 
     damping: float = DAMPING
-    positions: int | None = 512
+    positions: int | None = POSITIONS
 
     def __post_init__(self) -> None:
         super().__post_init__()

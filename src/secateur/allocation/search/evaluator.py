@@ -109,6 +109,7 @@ class Evaluator:
     Attributes:
         batches: those of all processes.
         whole: the loss of the whole network on each of them, float64 [batches].
+        repair: what makes up for channels that go, or None.
     """
 
     def __init__(self, work: Workload, problem: Problem, norms: str = "batch", *, repair: bool = False) -> None:
@@ -119,7 +120,7 @@ class Evaluator:
         self.work, self.problem, self.norms = work, problem, norms
         self.batches: SharedBatches = work.once("shared batches", lambda: SharedBatches(work))
         self._weights: tuple[np.ndarray, dict[str, Tensor]] = (np.zeros(0), {})
-        self._repair = LocalRepair(work, problem) if repair else None
+        self.repair = LocalRepair(work, problem) if repair else None
         graph = problem.meter.graph
         tensors = self._tensors = dict((*work.model.named_parameters(), *work.model.named_buffers()))
         self._weight_norms = graph.weight_norms
@@ -166,7 +167,7 @@ class Evaluator:
         gone = self.problem.start - self.problem.widths(taken)
         for group, channels in self._channels.items():
             keep[channels[: gone[group]]] = 0
-        weights: dict[str, Tensor] = {} if self._repair is None else self._repair.weights(gone)
+        weights: dict[str, Tensor] = {} if self.repair is None else self.repair.weights(gone)
         for name, dim, parameter, ids in self._producers:
             shape = [-1 if d == dim else 1 for d in range(parameter.ndim)]
             mask = keep[ids].to(parameter).view(shape)

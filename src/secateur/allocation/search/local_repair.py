@@ -8,21 +8,21 @@ its inputs (:func:`secateur.curvature.obs_update.obs_update_columns`). Tried wid
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from secateur._internal.errors import CannotMeasure
 from secateur._internal.workload import Workload
 from secateur.allocation.problem import Problem
-from secateur.curvature.fisher import Fisher
+from secateur.curvature.fisher import Fisher, quiet_kind
 from secateur.curvature.kronecker import Factors, factors_of
 from secateur.curvature.obs_update import obs_update_columns
-from secateur.curvature.readers import readers
+from secateur.curvature.readers import POSITIONS, layer_of, readers
 
 DAMPING = 1e-3
-POSITIONS = 512
-"""Of each batch, of a layer's inputs."""
 KEPT = 16
 """Weights that are kept of each layer, for widths that come again."""
 
@@ -33,18 +33,32 @@ class LocalRepair:
     Args:
         work: the model and the data.
         problem: which channels the items are.
+
+    Attributes:
+        left: layers that read channels and stay as they are -> why.
     """
 
     def __init__(self, work: Workload, problem: Problem) -> None:
         graph = problem.meter.graph
         reading, names = readers(work.model, graph)
-        factors = factors_of(work, Fisher(), form="full", layers=names, positions=POSITIONS) if names else {}
+        how = Fisher(quiet_kind(work.loss))  # of its outputs, which do not matter here; a criterion may have both
+        factors, skipped = _measured(work, how, names)
+        self.left: dict[str, str] = {}
         self._layers: dict[str, tuple[Factors, list[tuple[int, Tensor]]]] = {}
         self._known: dict[str, OrderedDict[bytes, dict[str, Tensor]]] = {}
         for index, order in problem.orders.items():
             group = graph.groups[index]
+            for axis in group.consumers:
+                if layer_of(axis) not in reading[group.name]:
+                    self.left[axis.name] = "no plain linear or convolution reads with it"
             for path, places in reading[group.name].items():
-                if path in factors and factors[path].layer.groups == 1 and places.shape[0] == len(group):
+                if path not in factors:
+                    self.left[path] = skipped.get(path, "it was not measured")
+                elif factors[path].layer.groups > 1:
+                    self.left[path] = "it is grouped"
+                elif places.shape[0] != len(group):
+                    self.left[path] = "it reads some channels at more places than others"
+                else:
                     own = self._layers.setdefault(path, (factors[path], []))
                     own[1].append((index, torch.from_numpy(places.reshape(len(group), -1)[order])))
                     self._known[path] = OrderedDict()
@@ -80,3 +94,14 @@ class LocalRepair:
         if len(known) > KEPT:
             known.popitem(last=False)
         return found
+
+
+def _measured(work: Workload, how: Fisher, names: Sequence[str]) -> tuple[Mapping[str, Factors], Mapping[str, str]]:
+    """The factors of layers, and why others have none."""
+    if not names:
+        return {}, {}
+    try:
+        found = factors_of(work, how, form="full", layers=names, positions=POSITIONS)
+    except CannotMeasure as error:
+        return {}, dict.fromkeys(names, str(error))
+    return found, found.skipped
