@@ -30,17 +30,22 @@ ROUNDS = 8
 SPLITS = 9
 """Ways to split the price between two limits."""
 FEW = 16
-"""With so few groups there is time for more beginnings: a product of widths has many places where nothing near is
-better."""
+"""With so few groups there is time for more beginnings, and to exchange from every answer: a product of widths has many
+places where nothing near is better."""
 MOST_EXCHANGES = 500
 TRIED_EXCHANGES = 32
 """So many of the best-looking exchanges are counted exactly at a time."""
+MOST_PARTNERS = 64
+"""So many of what is cheapest to take and dearest to have lost are looked at in pairs, so that more groups do not take
+longer."""
 
 
 def least_rise(problem: Problem) -> np.ndarray:
     """Items to take from every group, int64 [groups]."""
     slopes = hull_slopes(problem)
-    best = exchanged(problem, fill(problem, narrowed(problem, np.zeros_like(problem.count))))
+    best = fill(problem, narrowed(problem, np.zeros_like(problem.count)))
+    few = np.count_nonzero(problem.count) <= FEW
+    best = exchanged(problem, best) if few else best
     seen = set[tuple[int, ...]]()
     for widths in _starts(problem, problem.widths(best)):
         for share in _shares(list(problem.meter.allowed)):
@@ -49,11 +54,12 @@ def least_rise(problem: Problem) -> np.ndarray:
                 answers = [a for a in _priced(problem, slopes, at, share) if tuple(a.tolist()) not in seen]
                 for answer in answers:
                     seen.add(tuple(answer.tolist()))
-                    best = min(best, exchanged(problem, fill(problem, answer)), key=problem.rise)
+                    filled = fill(problem, answer)
+                    best = min(best, exchanged(problem, filled) if few else filled, key=problem.rise)
                 if not answers:
                     break
                 at = problem.widths(answers[0])
-    return best
+    return exchanged(problem, best)
 
 
 def _starts(problem: Problem, widths: np.ndarray) -> Iterator[np.ndarray]:
@@ -123,6 +129,26 @@ def exchanged(problem: Problem, taken: np.ndarray) -> np.ndarray:
     return taken
 
 
+def _cheapest(
+    from_: np.ndarray, more: np.ndarray, extra: np.ndarray, channels: np.ndarray, freed: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """What may be taken: nothing at all, and what adds least for what it frees."""
+    price = np.where(more > 0, extra / np.maximum(channels * freed[from_], 1e-300), -np.inf)
+    order = np.argsort(price, kind="stable")
+    nothing = int((more == 0).sum())
+    at = np.sort(np.r_[order[:2], order[nothing : nothing + MOST_PARTNERS]])  # nothing, of two groups, for any third
+    return from_[at], more[at], extra[at], channels[at]
+
+
+def _dearest(problem: Problem, taken: np.ndarray, groups: np.ndarray, freed: np.ndarray) -> np.ndarray:
+    """The groups whose last item adds most for what it frees."""
+    some = groups[taken[groups] > 0]
+    last = problem.rises[some, taken[some]] - problem.rises[some, taken[some] - 1]
+    size = problem.gone[some, taken[some]] - problem.gone[some, taken[some] - 1]
+    price = last / np.maximum(size * freed[some], 1e-300)
+    return np.sort(some[np.argsort(-price, kind="stable")[:MOST_PARTNERS]])
+
+
 def _exchange(problem: Problem, taken: np.ndarray) -> np.ndarray | None:
     """The best exchange that lets the rise fall, or None; what is given back is estimated, then counted."""
     table, gone, count = problem.rises, problem.gone, problem.count
@@ -139,6 +165,9 @@ def _exchange(problem: Problem, taken: np.ndarray) -> np.ndarray | None:
     extra = table[from_, taken[from_] + more] - table[from_, taken[from_]]
     channels = gone[from_, taken[from_] + more] - gone[from_, taken[from_]]
     excess = problem.meter.excess(widths)
+    total = problem.meter.freed(widths, list(excess))
+    from_, more, extra, channels = _cheapest(from_, more, extra, channels, total)
+    groups = _dearest(problem, taken, groups, total)
     given = np.full((len(from_), len(groups)), np.iinfo(np.int64).max)  # channels that may be given back, by each unit
     for unit, over in excess.items():
         freed = problem.meter.freed(widths, [unit])
