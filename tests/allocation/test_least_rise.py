@@ -66,7 +66,7 @@ def best_of_all(problem):
 def test_nearly_the_best_of_all_widths(limits, kind):
     problem, rng = problem_of(limits, (7, 9, 8, 6)), np.random.default_rng(0)
     over = []
-    for _ in range(20):
+    for _ in range(10):
         one = drawn(problem, rng, kind)
         taken = least_rise(one)
         assert one.meter.met(one.widths(taken))
@@ -82,11 +82,11 @@ def test_nearly_the_best_of_all_widths(limits, kind):
 @pytest.mark.parametrize("kind", ["convex", "steps", "any"])
 def test_a_larger_budget_never_lets_the_loss_rise_more(kind):
     problem, rng = problem_of({"macs": 0.5}, (12, 16, 20, 9, 14)), np.random.default_rng(1)
-    for _ in range(5):
+    for _ in range(3):
         one = drawn(problem, rng, kind)
         least = one.meter.excess(one.least)["macs"] / one.meter.full["macs"] + 0.5
         rises = []
-        for fraction in np.linspace(least + 0.01, 1.0, 15):
+        for fraction in np.linspace(least + 0.01, 1.0, 12):
             meter = Meter(problem.meter.graph, sc.Budget(macs=fraction))
             other = replace(one, meter=meter)
             rises.append(other.rise(least_rise(other)))

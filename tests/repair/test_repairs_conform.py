@@ -15,8 +15,17 @@ from secateur.repair.contract import REPAIRS
 G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(24, 3, 6, 6, generator=G), torch.randint(0, 4, (24,), generator=G)
 DATA = [(X[:16], Y[:16]), (X[16:], Y[16:])]
+QUICK = {"distill": {"steps": 4}}
+"""Settings with which a repair is quick."""
 NAMES = REPAIRS.names()
 LOOKING = [name for name in NAMES if REPAIRS.find(name).needs.data]
+
+
+def quick(name):
+    """A repair by its name, quick."""
+    return REPAIRS.make(name, QUICK.get(name, {})) if isinstance(name, str) else name
+
+
 CONSUMERS = sc.Compensate(at="consumers")
 
 
@@ -42,7 +51,7 @@ def test_the_original_is_left_untouched(restless, untouched, name):
     plan, small = cut(restless)
     before = values(small)
     with untouched(restless):
-        sc.apply_repair(restless, small, plan, name, data=DATA, loss="cross_entropy")
+        sc.apply_repair(restless, small, plan, quick(name), data=DATA, loss="cross_entropy")
     assert same(before, values(small)) == (name == "none")
     assert small.written == before["written"]
 
@@ -52,7 +61,7 @@ def test_a_second_batch_that_fails_changes_neither_model(restless, untouched, na
     plan, small = cut(restless)
     for second in ((X[:4, :2], Y[:4]), (None, Y)):
         with untouched(restless), untouched(small), pytest.raises(sc.BadBatch):
-            sc.apply_repair(restless, small, plan, name, data=[DATA[0], second], loss="cross_entropy")
+            sc.apply_repair(restless, small, plan, quick(name), data=[DATA[0], second], loss="cross_entropy")
 
 
 @pytest.mark.parametrize("name", LOOKING)
@@ -60,17 +69,17 @@ def test_a_loader_that_shuffles_leaves_the_random_state(restless, untouched, nam
     plan, small = cut(restless)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=12, shuffle=True)
     with untouched(restless):
-        sc.apply_repair(restless, small, plan, name, data=loader, loss="cross_entropy")
+        sc.apply_repair(restless, small, plan, quick(name), data=loader, loss="cross_entropy")
 
 
 @pytest.mark.parametrize("name", LOOKING)
 def test_inference_mode_changes_nothing(restless, name):
     plan, small = cut(restless.eval())
     inside = copy.deepcopy(small)
-    sc.apply_repair(restless, small, plan, name, data=DATA, loss="cross_entropy")
+    sc.apply_repair(restless, small, plan, quick(name), data=DATA, loss="cross_entropy")
     with torch.inference_mode():
         data = [(x.clone(), y.clone()) for x, y in DATA]
-        sc.apply_repair(restless, inside, plan, name, data=data, loss="cross_entropy")
+        sc.apply_repair(restless, inside, plan, quick(name), data=data, loss="cross_entropy")
     assert same(values(small), values(inside))
     inside(X).sum().backward()  # what was changed can still be trained
 
@@ -81,7 +90,7 @@ def test_a_smaller_model_of_another_plan_is_refused_and_stays(restless, name):
     _, other = cut(restless, 0.8)
     before = values(other)
     with pytest.raises(sc.SecateurError, match=r"the plan leaves .* with shape"):
-        sc.apply_repair(restless, other, plan, name, data=DATA, loss="cross_entropy")
+        sc.apply_repair(restless, other, plan, quick(name), data=DATA, loss="cross_entropy")
     assert same(before, values(other))
 
 
@@ -143,7 +152,7 @@ def test_what_is_no_plain_layer_is_left_whole_and_told(kind, repair):
     plan = sc.make_plan(sc.trace(model, X[:2]), {"plain": [1, 4]}, approximate=True)
     small = sc.cut(model, plan)
     before = values(small)
-    facts = sc.apply_repair(model, small, plan, repair, data=DATA, loss="cross_entropy")
+    facts = sc.apply_repair(model, small, plan, quick(repair), data=DATA, loss="cross_entropy")
     assert facts["left whole"] == {"odd": why}
     assert all(torch.equal(value, before[name]) for name, value in values(small).items() if name.startswith("odd"))
 
@@ -181,7 +190,7 @@ def test_layers_may_be_called_by_keyword(repair):
         data = [(x.double(), y) for x, y in DATA]
         plan = sc.make_plan(sc.trace(model, data[0][0][:2]), {"one": [1, 4]})
         small = sc.cut(model, plan)
-        facts = sc.apply_repair(model, small, plan, repair, data=data, loss="cross_entropy")
+        facts = sc.apply_repair(model, small, plan, quick(repair), data=data, loss="cross_entropy")
         assert not facts.get("left whole")
         found.append(values(small))
     assert same(*found)

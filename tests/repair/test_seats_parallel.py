@@ -66,7 +66,7 @@ def found(data):
     plan = sc.make_plan(graph, {"first": [1], "wide": [0]})
     for name in REPAIRS:
         small = sc.cut(model, plan)
-        options = {"examples": 20} if name == "refit" else {}
+        options = {"refit": {"examples": 20}, "distill": {"steps": 6}}.get(name, {})
         facts = sc.apply_repair(model, small, plan, settings(name, **options), data=data, loss="cross_entropy")
         result |= {f"{name} {key}": value for key, value in small.state_dict().items()}
         result[f"{name} left"] = text(str(sorted(facts.get("left whole", {}).items())))

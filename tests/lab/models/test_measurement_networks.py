@@ -30,7 +30,13 @@ def test_every_file_is_in_the_index():
     assert {path.name for path in FOLDER.glob("*.safetensors")} == {run["file"] for _, run in FILES}
 
 
-@pytest.mark.parametrize("network", INDEX, ids=[network["model"] for network in INDEX])
+def _each(network):
+    """A ResNet-20 takes a quarter of a minute; a smaller one of the same kind and data is beside it."""
+    marks = [pytest.mark.slow] if network["model"] == "resnet20" else []
+    return pytest.param(network, marks=marks, id=network["model"])
+
+
+@pytest.mark.parametrize("network", [_each(network) for network in INDEX])
 def test_accuracy_is_the_one_of_the_index(network):
     if not any((folder / network["data"] / "test.parquet").is_file() for folder in folders(None)):
         pytest.skip(f"no {network['data']} parquet files here: set SECATEUR_DATA to a folder that holds them")
