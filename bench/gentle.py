@@ -66,7 +66,7 @@ def one(name: str, method: str, macs: float, seed: int, work: Path) -> dict[str,
     setting = SETTINGS[name]
     model, inputs = build(name), torch.zeros(example_input(name))
     model.load_state_dict(load_file(HERE / "checkpoints" / f"{name}_{setting['data']}_seed{seed}.safetensors"))
-    graph, budget, epochs = sc.trace(model, inputs), sc.Budget(macs=macs), setting["epochs"]
+    graph, budget, epochs = sc.trace(model, inputs), sc.Budget(macs=macs, round_to=1), setting["epochs"]
     row: dict[str, Any] = {
         "network": name,
         "method": method,
@@ -109,7 +109,7 @@ def cost(steps: int = 20) -> dict[str, Any]:
         model = build("resnet20")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
         graph = sc.trace(model, x[:1])
-        given = {"budget": sc.Budget(macs=0.5), "every": 1, "seed": 0}
+        given = {"budget": sc.Budget(macs=0.5, round_to=1), "every": 1, "seed": 0}
         loops[name] = (model, optimizer, None if name == "plain" else HANDLES[name](model, graph, optimizer, **given))
     times: dict[str, list[float]] = {name: [] for name in loops}
     order = list(loops)

@@ -37,12 +37,14 @@ class Setting:
         batches: batches of training images that a method sees.
         tested: how many test images are looked at, the first ones.
         fractions: unit -> the budgets.
+        round_to: of the budgets.
     """
 
     data: str
     batches: int
     tested: int
     fractions: dict[str, tuple[float, ...]]
+    round_to: int | str = 1
 
 
 def one(
@@ -72,7 +74,7 @@ def one(
             row: Row = {"network": name, "seed": seed, "method": method, "unit": unit, "fraction": fraction}
             start = time.perf_counter()
             try:
-                small = make(sc.Budget(**{unit: fraction})).eval()
+                small = make(sc.Budget(**{unit: fraction}, round_to=setting.round_to)).eval()
             except sc.SecateurError as error:
                 yield {**row, "refused": str(error).split(":")[0]}
                 continue

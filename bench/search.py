@@ -106,7 +106,7 @@ def overhead(factors: int = 200, evaluations: int = 800) -> dict[str, Any]:
     bandit = sc.Bandit(evaluations=evaluations, ratios=ratios, start="uniform")
     work, start = Workload(model, batches, "cross_entropy"), time.perf_counter()
     with timed_evaluations() as seconds:
-        sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=bandit, work=work)
+        sc.allocate(graph, scores, sc.Budget(macs=0.5, round_to=1), strategy=bandit, work=work)
     forwards = sum(seconds)
     own, found = time.perf_counter() - start - forwards, work.facts["search"]
     sizes = Counter(row["group"] for row in found["table"])
@@ -135,7 +135,7 @@ def one(name: str, method: str, macs: float, seed: int) -> dict[str, Any]:
     }  # fmt: skip
     work, start = Workload(model, batches, "cross_entropy"), time.perf_counter()
     with timed_evaluations() as seconds:
-        plan = sc.allocate(graph, scores, sc.Budget(macs=macs), strategy=looks.get(method, method), work=work)
+        plan = sc.allocate(graph, scores, sc.Budget(macs=macs, round_to=1), strategy=looks.get(method, method), work=work)
     row: dict[str, Any] = {"network": name, "method": method, "macs": macs, "seed": seed, **setting}
     row["seconds"] = time.perf_counter() - start
     if "search" in work.facts:

@@ -27,6 +27,7 @@ from secateur.result import Result, counts_of
 from secateur.scoring.contract import Criterion
 from secateur.surgery.channels import check, cut
 from secateur.tracing.api import trace
+from secateur.tracing.display import LONGEST, listed
 from secateur.tracing.graph import ChannelGraph
 from secateur.tracing.selection import Exclude, excluded
 
@@ -114,6 +115,11 @@ def prune(
     if clock is not None:
         facts["latency_ms"] = {"allowed": budget.latency_ms, **clock.facts(plan)}
     facts |= work.facts
+    facts["round_to"] = {g.name: int(n) for g, n in zip(graph.groups, budget.steps(graph), strict=True) if n > 1}
+    if alone_left := [g.name for g, n in zip(graph.groups, graph.kept(plan), strict=True) if n == 1 < len(g)]:
+        work.remarks.append(
+            f"one channel is left of {listed(alone_left, LONGEST)}: everything behind it sees a single number; at_least= keeps more"
+        )
     facts["chosen"] = {"criterion": _settings(one), "strategy": _settings(two), "repair": [_settings(r) for r in three]}
     facts |= {"forwards": work.forwards, "notices": list(work.notices), "remarks": list(work.remarks)}
     return Result(small, counts_of(graph), counts_of(graph, plan), plan, graph, scores, facts)

@@ -484,15 +484,47 @@ def test_positions_of_the_parts_are_those_of_all_examples(many):
     assert torch.equal(torch.cat(chosen), spread(20 * each, many))
 
 
-def test_inputs_that_are_not_as_long_as_the_examples_keep_a_batch_whole(monkeypatch):
+def test_inputs_that_are_not_as_long_as_the_examples_keep_a_batch_whole():
     """Nodes and edges, say: no part of one goes with a part of the other."""
-    monkeypatch.setattr("secateur.repair.refit.PART", 8)
     batch = read_batch(((torch.zeros(20, 3), torch.zeros(2, 50)), None), 4, CPU)
-    assert [count for *_, count in _split(batch, 100)] == [20]
+    assert [count for *_, count in _split(batch, 100, 8)] == [20]
     alike = read_batch({"x": torch.arange(20.0), "y": torch.zeros(20, 5), "scale": torch.tensor(2.0)}, 4, CPU)
-    parts = list(_split(alike, 18))
+    parts = list(_split(alike, 18, 8))
     assert [(number, count) for number, _, count in parts] == [(4, 8), (4, 8), (4, 2)]
     assert torch.equal(torch.cat([inputs["x"] for _, inputs, _ in parts]), torch.arange(18.0))
+
+
+@pytest.mark.parametrize("together", [1, 7, 50])
+def test_with_little_memory_no_forward_sees_many_examples_and_the_result_is_the_same(together, untouched):
+    torch.manual_seed(1)
+    model, x = Residual().double().eval(), torch.randn(50, 2, 6, 6, dtype=torch.float64)
+    plan = removing(model, x[:2], "first", [0])
+    whole, small, seen = sc.cut(model, plan), sc.cut(model, plan), []
+    sc.refit(model, whole, plan, x.split(20), positions=300)
+    for module in small.modules():
+        module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    with untouched(model):
+        assert sc.refit(model, small, plan, x.split(20), positions=300, together=together) == {}
+    assert max(seen) <= together
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(value, small.state_dict()[name], rtol=1e-9, atol=1e-11)
+
+
+def test_examples_of_several_shapes_are_fitted_together():
+    """Images of two sizes: what other channels can say is restored wholly on both, so each input met its own output."""
+    torch.manual_seed(0)
+    model = Residual().double().eval()
+    with torch.no_grad():
+        for tensor in (model.wide.weight, model.wide.bias):
+            tensor[0::2] = tensor[1::2]
+    sizes = [torch.randn(n, 2, size, size, dtype=torch.float64) for n, size in ((20, 6), (12, 9), (20, 6))]
+    plan = removing(model, sizes[0][:2], "wide", [0])
+    small = sc.cut(model, plan)
+    assert sc.refit(model, small, plan, sizes, positions=10_000, damping=1e-12) == {}
+    for x in sizes:
+        with torch.no_grad():
+            assert not torch.allclose(model(x), sc.cut(model, plan)(x), rtol=1e-3)
+            torch.testing.assert_close(model(x), small(x), rtol=1e-6, atol=1e-8)
 
 
 def test_a_forward_that_fails_late_changes_nothing(network, untouched):

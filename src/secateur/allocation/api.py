@@ -149,8 +149,7 @@ def allocated(
     told = work.agree([{name: values.tolist() for name, values in some.items()} for some in (ranked, rises)])
     ranked, rises = ({name: np.array(values) for name, values in some.items()} for some in told)
     meter = Meter(graph, budget, None if latency is None else latency.fitted)
-    floors = budget.floors(graph)
-    problem, orders = _problem(graph, meter, ranked, rises, floors, budget.round_to)
+    problem, orders = _problem(graph, meter, ranked, rises, budget.stops(graph))
     meter.check_feasible(problem.least, approximate=approximate)
     plain: dict[str, list[int]] = {}
 
@@ -208,9 +207,9 @@ def _numbers(graph: ChannelGraph, name: str, values: Tensor, more: int = 0) -> n
 
 def _problem(
     graph: ChannelGraph, meter: Meter, scores: Mapping[str, np.ndarray], rises: Mapping[str, np.ndarray],
-    floors: np.ndarray, step: int,
+    stops: Sequence[np.ndarray],
 ) -> tuple[Problem, dict[int, np.ndarray]]:  # fmt: skip
-    """Items of all groups; a group's first item brings its width to a multiple of ``step``, the others keep it one."""
+    """Items of all groups: each brings its group's width to the next of the widths that it may be given."""
     orders: dict[int, np.ndarray] = {}
     columns: list[tuple[np.ndarray, ...]] = []
     for i, group in enumerate(graph.groups):
@@ -218,9 +217,7 @@ def _problem(
             continue
         values = scores[group.name]
         orders[i] = np.argsort(values, kind="stable")
-        widths = np.arange(len(group) - 1, floors[i] - 1, -1)
-        stops = widths[widths % step == 0]
-        ends = len(group) - stops
+        ends = len(group) - stops[i]
         begins = np.r_[0, ends[:-1]].astype(np.int64)[: len(ends)]
         if (table := rises.get(group.name)) is not None:
             total = table[ends] - table[begins]

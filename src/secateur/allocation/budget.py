@@ -21,6 +21,11 @@ OTHER_WORDS = {
     "filters": "channels", "neurons": "channels", "latency": LATENCY, "ms": LATENCY, "time": LATENCY,
 }  # fmt: skip
 """What others call our units."""
+AUTO = "auto"
+MULTIPLE = 8
+"""Kernels take so many channels at a time, on CPUs (AVX registers, blocked layouts) and on GPUs (tensor cores)."""
+LEVELS = 4
+"""``round_to="auto"`` leaves every group at least so many widths to choose from, or all that it has."""
 
 
 class Timed(Protocol):
@@ -60,7 +65,9 @@ class Budget(_KnownKeywords):
         params: parameters.
         channels: removable channels.
         latency_ms: milliseconds of one forward, no fraction, as :func:`secateur.measure_latency` measures them.
-        round_to: every layer that is cut ends with a multiple of this many channels.
+        round_to: every layer that is cut ends with a multiple of this many channels. ``"auto"`` is 8, which kernels are
+            made for; of groups of fewer than 32 channels it is 4, 2 or 1, so that they have four widths to choose from
+            still. Below that a group may have 4, 2 or 1 channels, so that every budget can be met that ``1`` can meet.
         at_least: no group ends with fewer: a whole number of channels, a fraction of its width in (0, 1), ``"all"``, or
             any of these by group name. 1 is one channel; 1.0, which could mean all as well, is refused.
     """
@@ -69,7 +76,7 @@ class Budget(_KnownKeywords):
     params: float | None = None
     channels: float | None = None
     latency_ms: float | None = None
-    round_to: int = 1
+    round_to: int | str = AUTO
     at_least: float | str | Mapping[str, float | str] = 1
 
     def __post_init__(self) -> None:
@@ -81,8 +88,7 @@ class Budget(_KnownKeywords):
             raise SecateurError(
                 "Budget(): nothing is limited; give at least one of macs=, params=, channels=, latency_ms="
             )
-        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
-            raise SecateurError(f"Budget(round_to={self.round_to!r}): a whole number from 1 on is expected")
+        check_round_to("Budget", self.round_to)
         floors = self.at_least.values() if isinstance(self.at_least, Mapping) else [self.at_least]
         for floor in floors:
             _check_floor(floor)
@@ -104,16 +110,57 @@ class Budget(_KnownKeywords):
                 "macs=, params= or channels= here"
             )
 
+    def steps(self, graph: ChannelGraph) -> np.ndarray:
+        """What the width of every group is to be a multiple of, int64."""
+        if self.round_to != AUTO:
+            return np.full(len(graph.groups), self.round_to, dtype=np.int64)
+        return np.array([auto_step(len(group), group.positions) for group in graph.groups], dtype=np.int64)
+
+    def stops(self, graph: ChannelGraph) -> list[np.ndarray]:
+        """The widths that every group may be given, but all its channels: the largest first, int64 [stops]."""
+        named = graph.by_name(self.at_least) if isinstance(self.at_least, Mapping) else {}
+        found = []
+        for group, step in zip(graph.groups, self.steps(graph), strict=True):
+            wanted = named.get(group.name, 1) if isinstance(self.at_least, Mapping) else self.at_least
+            least = max(group.least, floor_of(wanted, len(group)))
+            found.append(multiples(len(group) - 1, least, int(step), halves=self.round_to == AUTO))
+        return found
+
     def floors(self, graph: ChannelGraph) -> np.ndarray:
         """The least width of every group (int64), ``round_to`` respected."""
-        named = graph.by_name(self.at_least) if isinstance(self.at_least, Mapping) else {}
-        floors = []
-        for group in graph.groups:
-            wanted = named.get(group.name, 1) if isinstance(self.at_least, Mapping) else self.at_least
-            least = floor_of(wanted, len(group))
-            least = -(-max(group.least, least) // self.round_to) * self.round_to
-            floors.append(min(least, len(group)))
-        return np.array(floors, dtype=np.int64)
+        return np.array(
+            [own[-1] if len(own) else len(g) for g, own in zip(graph.groups, self.stops(graph), strict=True)],
+            dtype=np.int64,
+        )
+
+
+def check_round_to(who: str, value: object) -> None:
+    """Raise if it is no width to round to."""
+    if value == AUTO or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return
+    raise SecateurError(f"{who}(round_to={value!r}): a whole number from 1 on, or 'auto', is expected")
+
+
+def auto_step(width: int, positions: int = 1) -> int:
+    """What ``round_to="auto"`` makes the width of a group a multiple of.
+
+    Args:
+        width: of the whole group.
+        positions: how many positions of an axis each of its channels is, such as the size of a head.
+    """
+    step = MULTIPLE
+    while step > 1 and step * LEVELS > width:
+        step //= 2
+    return step // math.gcd(step, positions)
+
+
+def multiples(most: int, least: int, step: int, *, halves: bool) -> np.ndarray:
+    """The multiples of a step from the most down to the least, int64; below the step its halves too, if wanted."""
+    widths = np.arange(most // step * step, 0, -step)
+    if halves:
+        powers = step >> np.arange(1, step.bit_length())
+        widths = np.r_[widths, powers[powers <= most]]
+    return widths[widths >= least].astype(np.int64)
 
 
 def in_round(budget: Budget, number: int, rounds: int, full: Mapping[str, int], now: Mapping[str, int]) -> Budget:

@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 
 from secateur._internal.errors import InfeasibleBudget, SecateurError
-from secateur.allocation.budget import Budget, asked, floor_of
+from secateur.allocation.budget import AUTO, Budget, asked, auto_step, floor_of, multiples
 
 Box = tuple[int, int] | None
 """Rows and columns kept, or None for a layer that is left alone."""
@@ -100,8 +100,9 @@ class Room:
 
     def _side(self, size: int) -> np.ndarray:
         least = floor_of(self.budget.at_least, size)  # type: ignore[arg-type]
-        allowed = np.arange(max(1, least), size + 1)
-        allowed = allowed[allowed % self.budget.round_to == 0]
+        auto = self.budget.round_to == AUTO
+        step = auto_step(size) if auto else int(self.budget.round_to)
+        allowed = multiples(size, least, step, halves=auto)[::-1]
         return allowed if len(allowed) else np.array([size])
 
     def used(self, boxes: Sequence[Box]) -> dict[str, int]:

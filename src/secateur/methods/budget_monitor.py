@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._internal.errors import SecateurError
-from secateur.allocation.budget import Budget, Meter
+from secateur.allocation.budget import AUTO, Budget, Meter
 from secateur.tracing.graph import ChannelGraph
 
 
@@ -30,7 +30,7 @@ class BudgetMonitor:
     def __init__(self, model: nn.Module, graph: ChannelGraph, budget: Budget, without: Collection[str]) -> None:
         if not isinstance(budget, Budget):
             raise SecateurError(f"budget={budget!r}: a Budget is expected, for instance Budget(macs=0.5)")
-        if budget.round_to != 1 or budget.at_least != 1:
+        if budget.round_to not in (1, AUTO) or budget.at_least != 1:
             raise SecateurError(
                 "Budget(round_to=..., at_least=...): widths come from the training here, channel by channel; give "
                 "macs=, params= or channels= alone"

@@ -19,7 +19,7 @@ from secateur._internal.checks import check_choice, check_flag, check_names, che
 from secateur._internal.distributed import Group, broadcast_
 from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Needs, Workload
-from secateur.allocation.budget import Budget
+from secateur.allocation.budget import AUTO, Budget
 from secateur.allocation.rank_allocation import Box, Choice, Room, Shape, lagrangian, threshold
 from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, second_moments
 from secateur.curvature.fisher import Fisher
@@ -205,7 +205,7 @@ class EigenDamage:
             raise SecateurError(
                 f"eigendamage(budget={budget!r}): a Budget is expected, for instance Budget(params=0.3)"
             )
-        if self.rule == "threshold" and (budget.round_to != 1 or budget.at_least != 1):
+        if self.rule == "threshold" and (budget.round_to not in (1, AUTO) or budget.at_least != 1):
             raise SecateurError(
                 "rule='threshold' knows no round_to= and no at_least=: leave them out, or use 'lagrangian'"
             )

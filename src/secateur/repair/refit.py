@@ -20,13 +20,15 @@ fitted first, to what the last rotation ``R`` takes nearest to ``y``, which is `
 the bias are, to ``y``.
 
 Examples go once through each model: in small parts through the original, all together through the smaller one, where a
-layer is fitted while the forward stands before it.
+layer is fitted while the forward stands before it. Where memory is short, or where they are of several shapes, they go
+through the smaller one in parts too: for every layer again, up to that layer.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -35,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from secateur._internal.batches import Batch, Inputs, call_model, copied, first_argument, tensors_in
@@ -81,6 +83,7 @@ def refit(
     examples: int = 1024,
     positions: int | None = None,
     damping: float = DAMPING,
+    together: int | None = None,
     group: Group = None,
     progress: bool = False,
 ) -> dict[str, str]:
@@ -97,6 +100,7 @@ def refit(
         positions: how many positions of a layer's outputs are fitted over all examples; by default four for each
             column of the layer's weight and not less than 8192.
         damping: in units of the mean square of the layer's inputs.
+        together: so many examples go through the smaller model at a time; see :class:`Refit`.
         group: the processes, each with its shard of the data.
         progress: show how far it is.
 
@@ -106,7 +110,7 @@ def refit(
     Raises:
         SecateurError: models and plan that do not belong together, no data, layers whose outputs are not finite.
     """
-    settings = Refit(examples=examples, positions=positions, damping=damping)
+    settings = Refit(examples=examples, positions=positions, damping=damping, together=together)
     return refitted(settings, model, small, plan, Workload(model, data, group=group, progress=progress))
 
 
@@ -119,17 +123,21 @@ class Refit:
         examples: how many are used.
         positions: of a layer's outputs, over all examples; by default four for each column and not less than 8192.
         damping: in units of the mean square of the layer's inputs.
+        together: so many examples go through the smaller model at a time; all of them by default, once, which needs
+            memory for what they are on the way. Fewer need less, and a forward for each layer, as far as that layer.
     """
 
     needs: ClassVar[Needs] = Needs(data=True, plan=True)
     examples: int = 1024
     positions: int | None = None
     damping: float = DAMPING
+    together: int | None = None
 
     def __post_init__(self) -> None:
         check_count("examples", self.examples)
         check_count("positions", self.positions, optional=True)
         check_nonnegative("damping", self.damping)
+        check_count("together", self.together, optional=True)
 
     def apply(self, original: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> Facts:
         """See :func:`refit`."""
@@ -144,18 +152,27 @@ def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, wo
     many = {name: settings.positions or max(8192, 4 * one.table().shape[-1]) for name, one in ones.items()}
     norms: dict[str, Any] = {name: m for name, m in small.named_modules() if has_statistics(m)}
     with torch.inference_mode(False), torch.no_grad():
-        examples = _read(work, settings.examples)
+        examples = _read(work, settings.examples, min(PART, settings.together or PART))
         originals = {name: m for name, m in model.named_modules() if name in norms}
         original = _Original(ones, originals, many, examples)
         work.together(lambda: original.watch(model))
         order, kept = original.order_of_all(work)
 
-        def step(name: str, x: Tensor | None) -> None:
+        def look(name: str, x: Tensor | None, some: _Examples) -> None:
+            if x is None:
+                return
             if name in pairs:
-                left.update(_fit(pairs[name], x, original, plan, settings.damping, work))
+                seen[name].add(pairs[name], x, some, original)
             else:
-                _follow(name, norms[name], x, original, plan, work)
+                seen[name].moments += [_moments(part) for part in x.split(PART)]
 
+        def step(name: str) -> None:
+            if name in pairs:
+                left.update(_fit(pairs[name], seen.pop(name, _Seen()), original, plan, settings.damping, work))
+            else:
+                _follow(name, norms[name], seen.pop(name, _Seen()), original, plan, work)
+
+        seen: dict[str, _Seen] = defaultdict(_Seen)
         fitted: dict[str, dict[str, nn.Module]] = defaultdict(dict)
         for path, pair in pairs.items():
             fitted[pair.one.name][path] = pair.layer.module
@@ -167,7 +184,7 @@ def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, wo
         before = [p.clone() for p in parameters]
         try:
             with preserved(small, fast_path=False):
-                _step_by_step(small, modules, step, examples, work)
+                _step_by_step(small, modules, look, step, examples.chunks(settings.together), work)
                 followed = [t.clone() for t in statistics]
         except BaseException:
             for p, was in zip(parameters, before, strict=True):
@@ -178,20 +195,61 @@ def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, wo
     return left | kept
 
 
+Look = Callable[[str, Tensor | None, "_Examples"], None]
+"""To be called with what a module gets, and of which examples."""
+
+
 def _step_by_step(
-    small: nn.Module, modules: Mapping[str, nn.Module], step: Callable[[str, Tensor | None], None],
-    examples: _Examples, work: Workload,
+    small: nn.Module, modules: Mapping[str, nn.Module], look: Look, step: Callable[[str], None],
+    chunks: list[_Examples], work: Workload,
 ) -> None:  # fmt: skip
-    """Run the smaller model once; before each module its step is taken, in one order on all processes."""
+    """Take the step of each module once the smaller model, fitted as far as that, has shown what the module gets.
+
+    The steps are in one order on all processes; so is the way, which is the longer one if any of them needs it.
+    """
     steps = work.tracked(modules, "refit", len(modules))
+    most = max(torch.cat(all_gather(torch.tensor([len(chunks)], device=work.device), work.group)).tolist())
+    if most > 1:
+        for name in steps:
+            work.together(lambda name=name: _up_to(small, name, modules[name], chunks, look))  # type: ignore[misc]
+            step(name)
+        return
     ahead = set(modules)
 
     def reached(name: str, x: Tensor | None) -> None:
         while name in ahead:  # what this process's examples do not reach is done without them
             now = next(steps)
             ahead.discard(now)
-            step(now, x if now == name else None)
+            if now == name:
+                look(name, x, chunks[0])
+            step(now)
 
+    with _watched(modules, reached), _ConvolutionsInParts():
+        for chunk in chunks:
+            _forward(small, chunk.take())
+    for name in steps:
+        step(name)
+
+
+def _up_to(small: nn.Module, name: str, module: nn.Module, chunks: list[_Examples], look: Look) -> None:
+    """Let all chunks go through the smaller model as far as a module."""
+    for chunk in chunks:
+
+        def reached(name: str, x: Tensor | None, chunk: _Examples = chunk) -> None:
+            look(name, x, chunk)
+            raise _FarEnough
+
+        with _watched({name: module}, reached), _ConvolutionsInParts(), suppress(_FarEnough):
+            _forward(small, chunk.joined())
+
+
+class _FarEnough(BaseException):
+    """A forward has shown what was wanted; it is no error, which a model might catch."""
+
+
+@contextmanager
+def _watched(modules: Mapping[str, nn.Module], reached: Callable[[str, Tensor | None], None]) -> Iterator[None]:
+    """Call with what each module gets, before it runs."""
     handles = [
         module.register_forward_pre_hook(
             lambda _, args, kwargs, name=name: reached(name, first_argument(args, kwargs)), with_kwargs=True
@@ -199,14 +257,10 @@ def _step_by_step(
         for name, module in modules.items()
     ]
     try:
-        if examples.parts:
-            with _ConvolutionsInParts():
-                _forward(small, examples.take())
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    for name in steps:
-        step(name, None)
 
 
 class _ConvolutionsInParts(TorchFunctionMode):
@@ -256,22 +310,37 @@ class _Pair:
         return y @ torch.linalg.pinv(self.last.weight.double().flatten(1)).mT
 
 
-def _fit(
-    pair: _Pair, given: Tensor | None, original: _Original, plan: Plan, damping: float, work: Workload
-) -> dict[str, str]:
+@dataclass(eq=False)
+class _Seen:
+    """What a layer or a norm of the smaller model gets.
+
+    Attributes:
+        samples: of a layer: of its inputs, [groups, samples, columns] by the number of the part.
+        other: of a layer: whether some examples got it at other positions than in the original.
+        moments: of a norm: see :func:`_moments`.
+    """
+
+    samples: dict[int, Tensor] = field(default_factory=dict)
+    other: bool = False
+    moments: list[Tensor] = field(default_factory=list)
+
+    def add(self, pair: _Pair, x: Tensor, examples: _Examples, original: _Original) -> None:
+        """What a layer gets from these examples."""
+        name, layer = pair.one.name, pair.layer
+        x = _by_example(layer, x, examples.own)
+        for part, some in examples.split(x):
+            choice = examples.choice(part, original.many[name])
+            self.samples[part.number] = input_samples_at(layer, wide(some), choice)
+        if not pair.of_bottleneck:  # whose parts have positions of their own
+            self.other |= _places(layer, x) != original.places_of(name, examples)
+
+
+def _fit(pair: _Pair, seen: _Seen, original: _Original, plan: Plan, damping: float, work: Workload) -> dict[str, str]:
     """Fit a layer to what the original's computes, by the inputs that it gets; if it stays as it is, why."""
     name, one, layer = pair.one.name, pair.one, pair.layer
-    samples, places, examples = list[Tensor](), torch.Size(), original.examples
-    if given is not None:
-        x = _by_example(layer, given, examples.own)
-        places = _places(layer, x)
-        for part, some in examples.split(x):
-            samples.append(input_samples_at(layer, wide(some), examples.choice(part, original.many[name])))
+    samples = [seen.samples[number] for number in sorted(seen.samples)]
     outputs = original.outputs.pop(name, []) if pair.last is None else original.outputs[name]
-    if pair.of_bottleneck:  # its parts have positions of their own
-        alike = [part.shape[1] for part in samples] == [part.shape[1] for part in outputs]
-    else:
-        alike = places == original.places_of(name)
+    alike = not seen.other and sum(x.shape[1] for x in samples) == sum(y.shape[1] for y in outputs)
     same = torch.tensor(int(alike), device=work.device)
     if int(all_reduce_(same, work.group)) < work.processes:
         return {layer.name: "the forward takes it to other positions than in the original"}
@@ -294,13 +363,13 @@ def _gathered(parts: list[Tensor], none: Tensor, work: Workload) -> Tensor:
 
 
 def _follow(
-    name: str, norm: Any, given: Tensor | None, original: _Original, plan: Plan, work: Workload
+    name: str, norm: Any, seen: _Seen, original: _Original, plan: Plan, work: Workload
 ) -> None:  # fmt: skip
     """Let the statistics of a batch norm follow what the examples show in both models."""
     missing = plan.slices.get(_of(name, "running_mean"), {}).get(0, [])
     channels = len(norm.running_mean)
     then = _without(_combined(original.moments.pop(name, []), channels + len(missing), work), missing)
-    now = _combined([] if given is None else [_moments(x) for x in given.split(PART)], channels, work)
+    now = _combined(seen.moments, channels, work)
     norm.running_mean += now[:, 1] - then[:, 1]
     norm.running_var *= (now[:, 2] / then[:, 2].clamp(min=1e-12)).clamp(max=1e6)
 
@@ -393,11 +462,11 @@ class _Original:
     strange: set[str] = field(default_factory=set)
     order: list[str] = field(default_factory=list)
 
-    def places_of(self, name: str) -> torch.Size | None:
-        """The shape for all parts together; None if they differ."""
-        found = list(self.places[name].values())
-        if not found:
-            return torch.Size()
+    def places_of(self, name: str, examples: _Examples) -> torch.Size | None:
+        """The shape for some examples together; None if that of their parts differs."""
+        found = [of for part in examples.parts if (of := self.places[name].get(part.number)) is not None]
+        if len(found) < len(examples.parts):
+            return None
         alike = all(shape[1:] == found[0][1:] for shape in found)
         return torch.Size([sum(shape[0] for shape in found), *found[0][1:]]) if alike else None
 
@@ -500,14 +569,30 @@ class _Examples:
     own: int
     total: int
 
+    def chunks(self, together: int | None) -> list[_Examples]:
+        """Those whose inputs are of the same shapes, so many at a time."""
+        alike: dict[Any, list[_Part]] = {}
+        for part in self.parts:
+            alike.setdefault(_shapes(part), []).append(part)
+        found: list[_Examples] = []
+        for parts in alike.values():
+            some: list[_Part] = []
+            for part in parts:
+                if some and together is not None and sum(p.count for p in some) + part.count > together:
+                    found.append(_Examples(some, sum(p.count for p in some), self.total))
+                    some = []
+                some = [*some, part]
+            found.append(_Examples(some, sum(p.count for p in some), self.total))
+        return found
+
     def take(self) -> _Part:
-        """All parts as one, which have no inputs from then on.
+        """All parts as one, which have no inputs from then on."""
+        joined = self.joined()
+        self.parts = [replace(part, inputs=None) for part in self.parts]
+        return joined
 
-        Inputs whose first dim is not that of the examples are taken from the first part.
-
-        Raises:
-            BadBatch: they are of different shapes.
-        """
+    def joined(self) -> _Part:
+        """All parts as one. Inputs whose first dim is not that of the examples are taken from the first part."""
         counts = [part.count for part in self.parts]
 
         def join(*tensors: Any) -> Any:
@@ -516,14 +601,7 @@ class _Examples:
                 return torch.cat(tensors)
             return tensors[0].clone() if isinstance(tensors[0], Tensor) else tensors[0]
 
-        try:
-            inputs = tree_map(join, *(part.inputs for part in self.parts))
-        except (RuntimeError, ValueError) as error:
-            raise BadBatch(
-                f"refit: the batches cannot be joined to one ({error}); give batches of one shape, or one batch"
-            ) from error
-        self.parts = [replace(part, inputs=None) for part in self.parts]
-        return replace(self.parts[0], count=self.own, inputs=inputs)
+        return replace(self.parts[0], count=self.own, inputs=tree_map(join, *(part.inputs for part in self.parts)))
 
     def split(self, x: Tensor) -> Iterator[tuple[_Part, Tensor]]:
         """Each part's share of what a layer of the joined parts gets; it is as long as a multiple of the examples."""
@@ -544,14 +622,26 @@ class _Examples:
         return chosen
 
 
-def _read(work: Workload, examples: int) -> _Examples:
+def _shapes(part: _Part) -> Any:
+    """What the inputs of parts that are joined have in common: their structure, and all dims but the examples'."""
+    leaves, structure = tree_flatten(part.inputs)
+    shapes = [
+        (leaf.shape[1:] if leaf.ndim and len(leaf) == part.count else leaf.shape, leaf.dtype)
+        if isinstance(leaf, Tensor)
+        else None
+        for leaf in leaves
+    ]
+    return str(structure), tuple(shapes)
+
+
+def _read(work: Workload, examples: int, most: int = PART) -> _Examples:
     """This process's share of so many examples."""
     wanted = examples // work.processes + (rank(work.group) < examples % work.processes)
 
     def read() -> list[tuple[int, Inputs, int]]:
         found: list[tuple[int, Inputs, int]] = []
         for batch in work.batches(None, "refit, examples"):
-            found += _split(batch, wanted - sum(count for *_, count in found))
+            found += _split(batch, wanted - sum(count for *_, count in found), most)
             if sum(count for *_, count in found) >= wanted:
                 break
         return found
@@ -570,11 +660,11 @@ def _read(work: Workload, examples: int) -> _Examples:
     return _Examples(parts, sum(counts), sum(of_all))
 
 
-def _split(batch: Batch, most: int) -> Iterator[tuple[int, Inputs, int]]:
+def _split(batch: Batch, most: int, part: int) -> Iterator[tuple[int, Inputs, int]]:
     """The first examples of a batch, in parts: its number, inputs, their count; one part where first dims differ."""
     count = batch.examples
     alike = all(len(t) == count for t in tensors_in(batch.inputs) if t.ndim)
-    step = PART if alike else max(count, 1)
+    step = part if alike else max(count, 1)
     for begin in range(0, min(count, most), step):
         end = min(begin + step, count, most)
 

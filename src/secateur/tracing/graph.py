@@ -92,6 +92,12 @@ class ChannelGroup:
         )
 
     @property
+    def positions(self) -> int:
+        """How many positions of an axis each channel is, at least: more than one where channels are heads."""
+        sizes = [int(np.isin(axis.channels, self.channels).sum()) for axis in self.axes]
+        return max(1, min((size // len(self) for size in sizes if size), default=1))
+
+    @property
     def axes(self) -> tuple[Axis, ...]:
         """All axes, each once."""
         seen: dict[tuple[str, int], Axis] = {}

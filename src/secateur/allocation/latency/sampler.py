@@ -19,7 +19,7 @@ from secateur._internal.errors import CannotCut, SecateurError
 from secateur._internal.files import file_at
 from secateur._internal.progress import progress_bar
 from secateur._internal.state import device_of
-from secateur.allocation.budget import Budget
+from secateur.allocation.budget import Budget, check_round_to
 from secateur.allocation.latency.model import LatencyModel, Sample
 from secateur.measure.latency import in_turn, latency, threads_set
 from secateur.plan import Plan, make_plan
@@ -57,7 +57,7 @@ class LatencySettings:
 
     samples: int = 32
     threads: int | None = None
-    round_to: int = 1
+    round_to: int | str = 1
     approximate: bool = False
     seed: int = 0
     checkpoint: str | Path | None = None
@@ -65,7 +65,7 @@ class LatencySettings:
     def __post_init__(self) -> None:
         check_count("samples", self.samples, 4)
         check_count("threads", self.threads, optional=True)
-        check_count("round_to", self.round_to)
+        check_round_to("LatencySettings", self.round_to)
         check_flag("approximate", self.approximate)
         check_seed(self.seed)
         file_at(self.checkpoint)
@@ -170,8 +170,9 @@ def random_widths(graph: ChannelGraph, settings: LatencySettings, rng: np.random
         SecateurError: no group can be narrowed.
     """
     full, count, round_to = graph.widths, settings.samples, settings.round_to
+    budget = Budget(latency_ms=1.0, round_to=round_to)
     movable = np.array([group.exact or settings.approximate for group in graph.groups])
-    least = np.where(movable, Budget(latency_ms=1.0, round_to=round_to).floors(graph), full)
+    least = np.where(movable, budget.floors(graph), full)
     if (least == full).all():
         why = f"all have {round_to} channels or fewer, which round_to= keeps" if movable.any() else "none is exact"
         more = "" if movable.all() else " (approximate=True may allow more)"
@@ -182,5 +183,6 @@ def random_widths(graph: ChannelGraph, settings: LatencySettings, rng: np.random
         + rng.uniform(-WIDTH_SPREAD, WIDTH_SPREAD, (count, len(full))) * (parts * (1 - parts) * 4)[:, None]
     )
     wanted = least + (full - least) * np.clip(own, 0, 1)
-    rounded = round_to * np.round(wanted / round_to).astype(np.int64)
+    steps = budget.steps(graph)
+    rounded = steps * np.round(wanted / steps).astype(np.int64)
     return np.where(wanted == full, full, np.clip(rounded, least, full))
