@@ -27,9 +27,9 @@ from secateur.scoring.api import scored
 
 CHANNEL = ("random", "magnitude", "taylor", "obd", "obs", "kron_obd", "kron_obs")
 ROTATED = {
-    "eigendamage": {"ekfac": False, "rule": "lagrangian"},
-    "eigendamage_ekfac": {"ekfac": True, "rule": "lagrangian"},
-    "eigendamage_threshold": {"ekfac": False, "rule": "threshold"},
+    "eigendamage": {"ekfac": False, "rule": "lagrangian", "repair": "none"},
+    "eigendamage_ekfac": {"ekfac": True, "rule": "lagrangian", "repair": "none"},
+    "eigendamage_threshold": {"ekfac": False, "rule": "threshold", "repair": "none"},
     "eigendamage_refit": {"ekfac": False, "rule": "lagrangian", "repair": "refit"},
 }
 MANY = {"params": (0.8, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05), "macs": (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)}

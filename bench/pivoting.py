@@ -87,7 +87,9 @@ def one(name: str, method: str, keep: float, seed: int) -> dict[str, Any]:
         handle = Weights(model, list(patterns), keep)
     elif method == "channels":
         graph = sc.trace(model, inputs)
-        plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(macs=macs, round_to=1), strategy="uniform")
+        plan = sc.allocate(
+            graph, sc.score(model, graph, "magnitude"), sc.Budget(macs=macs, round_to=1), strategy="uniform"
+        )
         model = sc.cut(model, plan)
     elif method == "gradual":
         updates = max(1, setting["epochs"] * len(batches) // 20)

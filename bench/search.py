@@ -135,7 +135,9 @@ def one(name: str, method: str, macs: float, seed: int) -> dict[str, Any]:
     }  # fmt: skip
     work, start = Workload(model, batches, "cross_entropy"), time.perf_counter()
     with timed_evaluations() as seconds:
-        plan = sc.allocate(graph, scores, sc.Budget(macs=macs, round_to=1), strategy=looks.get(method, method), work=work)
+        plan = sc.allocate(
+            graph, scores, sc.Budget(macs=macs, round_to=1), strategy=looks.get(method, method), work=work
+        )
     row: dict[str, Any] = {"network": name, "method": method, "macs": macs, "seed": seed, **setting}
     row["seconds"] = time.perf_counter() - start
     if "search" in work.facts:

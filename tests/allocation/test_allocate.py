@@ -41,7 +41,7 @@ def by_scores_alone():
 @pytest.mark.parametrize("limits", BUDGETS, ids=str)
 def test_a_budget_is_met_and_used(traced, strategy, limits):
     _, graph, scores = traced
-    budget = sc.Budget(**limits)
+    budget = sc.Budget(**{"round_to": 1} | limits)
     plan = sc.allocate(graph, scores, budget, strategy=strategy)
     assert within(graph, plan, budget)
     step = budget.round_to
@@ -117,7 +117,7 @@ class Given:
 
 def test_a_strategy_of_ones_own(traced):
     _, graph, scores = traced
-    budget = sc.Budget(macs=0.6)
+    budget = sc.Budget(macs=0.6, round_to=1)
     assert within(graph, sc.allocate(graph, scores, budget, strategy=Given()), budget)
     widths = np.array([10, 20, 30])
     some = sc.allocate(graph, scores, budget, strategy=Given(widths))

@@ -7,6 +7,7 @@ import inspect
 import math
 import pickle
 from dataclasses import FrozenInstanceError, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.allocation.budget import in_round
+from secateur.allocation.budget import auto_step, in_round
 from secateur.allocation.rank_allocation import Choice, Room, Shape, lagrangian, threshold
 
 BAD = [
@@ -72,9 +73,49 @@ def test_a_budget_is_shown_as_it_was_given(budget, shown):
 def test_what_at_least_means():
     graph = sc.trace(nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 2)), X)
     for at_least, floors in ((1, [1, 1]), (3, [3, 3]), (0.5, [5, 4]), ("all", [10, 7]), ({"0": "all"}, [10, 1])):
-        assert sc.Budget(macs=0.5, at_least=at_least).floors(graph).tolist() == floors
+        assert sc.Budget(macs=0.5, at_least=at_least, round_to=1).floors(graph).tolist() == floors
     with pytest.raises(sc.SecateurError, match="unknown group 'conv'"):
         sc.Budget(macs=0.5, at_least={"conv": 2}).floors(graph)
+
+
+def test_widths_are_made_for_kernels_unless_a_group_is_too_narrow():
+    sizes = (256, 32, 31, 16, 12, 8, 5, 4, 3)
+    layers = [nn.Linear(a, b) for a, b in pairwise((4, *sizes))]
+    graph = sc.trace(nn.Sequential(*layers, nn.Linear(3, 2)), X)
+    budget = sc.Budget(macs=0.5)
+    assert budget.steps(graph).tolist() == [8, 8, 4, 4, 2, 2, 1, 1, 1]
+    stops = [own.tolist() for own in budget.stops(graph)]
+    assert stops[0] == [*range(248, 0, -8), 4, 2, 1]
+    assert stops[1:5] == [[24, 16, 8, 4, 2, 1], [28, 24, 20, 16, 12, 8, 4, 2, 1], [12, 8, 4, 2, 1], [10, 8, 6, 4, 2, 1]]
+    assert stops[5:] == [[6, 4, 2, 1], [4, 3, 2, 1], [3, 2, 1], [2, 1]]
+    assert budget.floors(graph).tolist() == sc.Budget(macs=0.5, round_to=1).floors(graph).tolist()
+    floors = sc.Budget(macs=0.5, at_least=5).floors(graph).tolist()
+    assert floors == [8, 8, 8, 8, 6, 6, 5, 4, 3]
+
+
+@pytest.mark.parametrize("strategy", ["global", "uniform", "threshold"])
+def test_the_widths_that_are_chosen_are_those(strategy):
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 2))
+    graph, budget = sc.trace(model, X), sc.Budget(macs=0.4)
+    plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), budget, strategy=strategy)
+    assert graph.macs(plan) <= 0.4 * graph.macs()
+    for own, width, group in zip(budget.stops(graph), graph.kept(plan), graph.groups, strict=True):
+        assert width in (len(group), *own)
+    result = sc.prune(model, X, budget, strategy=strategy)
+    assert result.facts["round_to"] == {graph.groups[0].name: 8, graph.groups[1].name: 4}
+
+
+def test_a_head_is_as_wide_as_it_is():
+    """Heads of 8 are multiples of 8 already; of heads of 2, four make one."""
+    assert [auto_step(12, positions) for positions in (1, 2, 4, 8, 64, 3)] == [2, 1, 1, 1, 1, 2]
+    assert [auto_step(64, positions) for positions in (1, 2, 4, 8, 64, 3)] == [8, 4, 2, 1, 1, 8]
+
+
+def test_a_layer_of_one_channel_is_told():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    found = sc.prune(model, X, sc.Budget(macs=0.2)).facts["remarks"]
+    assert any("one channel is left of 0" in remark for remark in found)
+    assert not sc.prune(model, X, sc.Budget(macs=0.5)).facts["remarks"]
 
 
 X = torch.zeros(1, 4)

@@ -36,7 +36,7 @@ def problem_of(limits, widths):
     layers = [layer for ins, outs in itertools.pairwise(sizes) for layer in (nn.Linear(ins, outs), nn.ReLU())]
     model, caught = nn.Sequential(*layers, nn.Linear(sizes[-1], 3)), Catch()
     graph = sc.trace(model, torch.zeros(1, 5))
-    sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(**limits), strategy=caught)
+    sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(**{"round_to": 1} | limits), strategy=caught)
     return caught.problem
 
 

@@ -21,7 +21,7 @@ def by(strategy):
     def call(model, graph, data, shown):
         scores = sc.score(model, graph)
         given = {"model": model, "data": data, "loss": "cross_entropy", "progress": shown}
-        sc.allocate(graph, scores, sc.Budget(macs=0.5), strategy=strategy, **given)
+        sc.allocate(graph, scores, sc.Budget(macs=0.5, round_to=1), strategy=strategy, **given)
 
     return call
 

@@ -75,7 +75,7 @@ def test_the_strategy_takes_what_a_loss_rises_by():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
     data = [(torch.randn(16, 8), torch.randint(0, 4, (16,))) for _ in range(6)]
-    graph, budget = sc.trace(model, data[0][0]), sc.Budget(macs=0.5)
+    graph, budget = sc.trace(model, data[0][0]), sc.Budget(macs=0.5, round_to=1)
     scores, caught = sc.score(model, graph, "magnitude"), Catch()
     sc.allocate(graph, scores, budget, strategy=caught)
     problem = caught.problem
@@ -105,7 +105,7 @@ def test_the_layers_behind_make_up_for_what_goes(monkeypatch):
     x = torch.randn(64, 10, dtype=torch.float64)
     graph = sc.trace(model, x)
     caught = Catch()
-    sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(macs=0.5), strategy=caught)
+    sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(macs=0.5, round_to=1), strategy=caught)
     problem = caught.problem
     work = sc.Workload(model, [(x, torch.randint(0, 3, (64,)))], "cross_entropy")
     evaluate = Evaluator(work, problem, repair=True)
@@ -148,5 +148,7 @@ def test_what_is_tried_without_repair_is_told():
     data = [(torch.randn(16, 2, 2, 2), torch.randint(0, 3, (16,))) for _ in range(3)]
     graph = sc.trace(model, data[0][0])
     work = sc.Workload(model, data, "cross_entropy")
-    sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(macs=0.6), strategy="sensitivity", work=work)
+    sc.allocate(
+        graph, sc.score(model, graph, "magnitude"), sc.Budget(macs=0.6, round_to=1), strategy="sensitivity", work=work
+    )
     assert work.facts["sensitivity"] == {"tried without repair": {"2": "it is grouped"}}

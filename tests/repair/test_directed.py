@@ -43,7 +43,7 @@ def case(basis):
     graph = sc.trace(model, X[:2])
     flat = sc.null_space_projector(model, [(X, Y)], "cross_entropy", basis=basis, **BASES[basis])
     scores = by_group(graph, Directions(model, graph, flat).strength())
-    plan = sc.allocate(graph, scores, sc.Budget(channels=0.87), strategy="threshold")
+    plan = sc.allocate(graph, scores, sc.Budget(channels=0.87, round_to=1), strategy="threshold")
     return model, graph, flat, scores, plan
 
 
@@ -102,7 +102,7 @@ def test_in_a_singular_quadratic_the_valley_is_kept_and_radial_leaves_it():
     flat = sc.null_space_projector(model, [(x, y)], "mse", basis="exact", share=1 - 1e-9)
     assert flat.facts["steep"] == 2
     scores = by_group(graph, Directions(model, graph, flat).strength())
-    plan = sc.allocate(graph, scores, sc.Budget(channels=0.5), strategy="threshold")
+    plan = sc.allocate(graph, scores, sc.Budget(channels=0.5, round_to=1), strategy="threshold")
 
     def rise(mode, **options):
         return error(directed(model, plan, flat, mode=mode, **options))
@@ -139,7 +139,7 @@ def test_what_goes_stays_as_it_was_until_it_goes():
 def test_the_repair_writes_these_weights_into_the_smaller_model(basis):
     model, graph, flat, _, plan = case(basis)
     scores = sc.score(model, graph, sc.Directional(basis=basis, **BASES[basis]), data=[(X, Y)], loss="cross_entropy")
-    assert sc.allocate(graph, scores, sc.Budget(channels=0.87), strategy="threshold") == plan
+    assert sc.allocate(graph, scores, sc.Budget(channels=0.87, round_to=1), strategy="threshold") == plan
     small = sc.cut(model, plan)
     facts = sc.apply_repair(
         model, small, plan, Directed(basis=basis, **BASES[basis]), data=[(X, Y)], loss="cross_entropy"

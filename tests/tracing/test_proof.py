@@ -100,7 +100,7 @@ def test_allocate_does_without_the_guilty_groups_and_of_a_copy_cut_tells():
     scores = {"0.a": torch.zeros(8), "2": torch.ones(7)}
 
     def allocated(graph):
-        return sc.allocate(graph, scores, sc.Budget(channels=18 / 21), strategy="threshold")
+        return sc.allocate(graph, scores, sc.Budget(channels=18 / 21, round_to=1), strategy="threshold")
 
     other = copy.deepcopy(graph)
     plan = allocated(other)

@@ -101,7 +101,7 @@ class EigenDamage:
         separable: make convolutional bottlenecks depthwise-separable at the end: ``"cp"`` or ``"svd"``, see
             :func:`secateur.separate`.
         repair: how what stays makes up for what goes, see :func:`secateur.apply_repair`; ``"refit"`` fits cores and
-            rotations to what the original computes.
+            rotations to what the original computes, which the published method does not (``"none"``).
         fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``, see :class:`secateur.curvature.fisher.Fisher`.
         samples: draws of targets for each example.
         batches: use at most so many.
@@ -117,7 +117,7 @@ class EigenDamage:
     exclude: Exclude = ()
     train_rotations: bool = True
     separable: str | None = None
-    repair: Any = "none"
+    repair: Any = "refit"
     fisher: str = "sampled"
     samples: int = 1
     batches: int | None = None
@@ -193,7 +193,8 @@ class EigenDamage:
             else:
                 facts["remarks"] = ["separable: the budget made no convolution a bottleneck, so none is"]
         _share_weights(small, work)
-        repaired_facts = repaired(repairs_of(self.repair), model, small, Plan({}, {}, fingerprint(model)), work)
+        repairs = repairs_of(self.repair) if kept else []  # what is whole needs none
+        repaired_facts = repaired(repairs, model, small, Plan({}, {}, fingerprint(model)), work)
         facts[LEFT_WHOLE] |= repaired_facts.pop(LEFT_WHOLE, {})
         facts |= repaired_facts
         facts |= {"forwards": work.forwards, "notices": list(work.notices)}

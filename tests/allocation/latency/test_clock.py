@@ -67,7 +67,7 @@ def test_the_clock_decides_and_most_of_the_budget_is_used(strategy, wrong, base,
     _, graph, scores = case()
     clock = Made(graph, wrong, base)
     allowed = float(part * clock.true(graph.widths))
-    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=allowed), strategy=strategy, latency=clock)
+    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=allowed, round_to=1), strategy=strategy, latency=clock)
     took = float(clock.true(graph.kept(plan)))
     assert took <= allowed
     one_wider = min(float(clock.true(graph.kept(plan) + unit)) for unit in np.eye(len(graph.groups), dtype=int))
@@ -89,16 +89,16 @@ class Asked:
 def test_a_clock_that_is_right_changes_nothing_of_a_strategys_answer():
     _, graph, scores = case()
     clock, asked = Made(graph), Asked(sc.Threshold())
-    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=6.0), strategy=asked, latency=clock)
+    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=6.0, round_to=1), strategy=asked, latency=clock)
     assert asked.limits == [pytest.approx(6.0)]
-    as_well = sc.allocate(graph, scores, sc.Budget(latency_ms=6.0), strategy="threshold", latency=clock)
+    as_well = sc.allocate(graph, scores, sc.Budget(latency_ms=6.0, round_to=1), strategy="threshold", latency=clock)
     assert plan == as_well
 
 
 def test_a_strategy_is_asked_for_what_the_fit_says_of_the_limit():
     _, graph, scores = case()
     clock, asked = Made(graph, 0.7), Asked(sc.Global())
-    sc.allocate(graph, scores, sc.Budget(latency_ms=6.0), strategy=asked, latency=clock)
+    sc.allocate(graph, scores, sc.Budget(latency_ms=6.0, round_to=1), strategy=asked, latency=clock)
     assert asked.limits == [pytest.approx(0.7 * 6.0)]
 
 
@@ -112,7 +112,7 @@ def test_a_clock_that_is_not_steady_was_seen_to_show_no_more_than_the_budget(see
     _, graph, scores = case()
     clock = Made(graph, 1.2, noise=0.03, seed=seed)
     allowed = float(0.5 * clock.true(graph.widths))
-    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=allowed), strategy="global", latency=clock)
+    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=allowed, round_to=1), strategy="global", latency=clock)
     assert float(clock.true(graph.kept(plan))) <= 1.1 * allowed
     assert min(clock.asked) <= allowed
 
@@ -133,7 +133,7 @@ def test_what_is_narrowest_is_tried_before_a_budget_is_said_to_be_impossible():
     _, graph, scores = case()
     clock = Made(graph, base=0.01)  # the base is a hundred times what is fitted
     least = float(clock.true(np.ones(len(graph.groups), dtype=int)))
-    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=1.001 * least), strategy="global", latency=clock)
+    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=1.001 * least, round_to=1), strategy="global", latency=clock)
     assert clock.true(graph.kept(plan)) <= 1.001 * least
 
 
@@ -150,8 +150,12 @@ def test_what_was_seen_to_meet_a_budget_is_the_answer_if_the_clock_shows_more_la
 
     clock.measured = later_slower
     with pytest.warns(sc.SecateurWarning, match="it is not steady, and the answer is uniform widths"):
-        plan = sc.allocate(graph, scores, sc.Budget(latency_ms=allowed), strategy="global", latency=clock, work=work)
-    assert plan == sc.allocate(graph, scores, sc.Budget(latency_ms=allowed), strategy="uniform", latency=Made(graph))
+        plan = sc.allocate(
+            graph, scores, sc.Budget(latency_ms=allowed, round_to=1), strategy="global", latency=clock, work=work
+        )
+    assert plan == sc.allocate(
+        graph, scores, sc.Budget(latency_ms=allowed, round_to=1), strategy="uniform", latency=Made(graph)
+    )
     assert max(seen[1:]) > allowed
     assert len(work.notices) == 1  # which the result tells as well
 
@@ -177,7 +181,9 @@ def test_a_budget_that_cannot_be_met_is_told():
     assert (
         Made(graph, 1.7).fitted.ms(np.ones(len(graph.groups), dtype=int)) > 1.05 * low
     )  # what the fit says decides nothing
-    plan = sc.allocate(graph, scores, sc.Budget(latency_ms=1.05 * low), strategy="global", latency=Made(graph, 1.7))
+    plan = sc.allocate(
+        graph, scores, sc.Budget(latency_ms=1.05 * low, round_to=1), strategy="global", latency=Made(graph, 1.7)
+    )
     assert float(clock.true(graph.kept(plan))) <= 1.05 * low
     scored = []
     for criterion in (sc.Magnitude(), Never(scored)):

@@ -132,7 +132,7 @@ def test_a_group_that_nothing_needs_becomes_narrow():
         labels = model(x).argmax(1)
     graph = sc.trace(model, x)
     scores = {group.name: torch.ones(len(group)) for group in graph.groups}  # which know nothing
-    budget = sc.Budget(macs=0.6)
+    budget = sc.Budget(macs=0.6, round_to=1)
     plan, found = search(model, graph, scores, [(x, labels)], budget, evaluations=400, start="uniform")
     kept = dict(zip([g.name for g in graph.groups], graph.kept(plan), strict=True))
     assert kept["used"] > 2 * kept["idle"]
@@ -430,7 +430,7 @@ def test_a_search_with_groups_that_cannot_be_cut_after_all_goes_on_where_it_was(
         model.heads[3].weight.mul_(30)
         data = [(x, model(x).argmax(1)) for x in torch.randn(3, 16, 8)]  # what goes of the wide ones is missed
     graph = sc.trace(model, inputs)
-    scores, budget = sc.score(model, graph, "magnitude"), sc.Budget(params=0.7)
+    scores, budget = sc.score(model, graph, "magnitude"), sc.Budget(params=0.7, round_to=1)
     monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_SAVES", 0.0)
     calls = interrupted(Evaluator, "_rise", 10**6)
     given = {"evaluations": 60}
