@@ -1,7 +1,7 @@
 """What each part of the default adds: criteria, widths and repairs, by name, on networks that were trained before.
 
-A configuration is three names, ``criterion/strategy/repair``; ``auto`` is :func:`secateur.prune` with nothing but data
-and a loss. All see the same 3,200 training images, without augmentation, and nothing is trained but where ``distill``
+A configuration is three names, ``criterion/strategy/repair``, channel by channel (``round_to=1``); ``auto`` is
+:func:`secateur.prune` with nothing but data and a loss, which also rounds widths; EigenDamage rotates instead. All see the same 3,200 training images, without augmentation, and nothing is trained but where ``distill``
 is named (200 steps of 128 of the same images; ``distill_more``: of others). Settings were chosen on held-out training
 images; this is on the test set. Rows that are there are not run again, so the bench can be stopped at any time::
 
@@ -11,6 +11,7 @@ images; this is on the test set. Rows that are there are not run again, so the b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -27,7 +28,7 @@ CONFIGURATIONS = (
     "magnitude/global/refit", "magnitude/uniform/refit", "taylor/global/refit", "taylor/uniform/refit",
     "obs/global/refit", "schur/uniform/refit", "schur/global/refit", "schur/threshold/refit", "schur/sensitivity/refit",
     "taylor/sensitivity/refit", "schur/global/refit+distill", "schur/global/refit+distill_more",
-    "magnitude/uniform/distill",
+    "magnitude/uniform/distill", "eigendamage/none", "eigendamage/refit",
 )  # fmt: skip
 STEPS = 200
 SETTINGS = {
@@ -49,7 +50,12 @@ def makers(
 
         def make(budget: sc.Budget, name: str = name) -> nn.Module:
             given: dict[str, Any] = {}
-            if name != "auto":
+            if name == "auto":
+                budget = replace(budget, round_to="auto")
+            elif name.startswith("eigendamage"):
+                given = {"fisher": "exact", "repair": name.split("/")[1]}
+                return sc.eigendamage(model, inputs, budget, data=fixed, loss="cross_entropy", **given).model
+            else:
                 criterion, strategy, after = name.split("/")
                 some = [one for one in after.split("+") if one != "distill_more"]
                 given = {
