@@ -1,9 +1,10 @@
 """What each part of the default adds: criteria, widths and repairs, by name, on networks that were trained before.
 
 A configuration is three names, ``criterion/strategy/repair``, channel by channel (``round_to=1``); ``auto`` is
-:func:`secateur.prune` with nothing but data and a loss, which also rounds widths; EigenDamage rotates instead. All see the same 3,200 training images, without augmentation, and nothing is trained but where ``distill``
-is named (200 steps of 128 of the same images; ``distill_more``: of others). Settings were chosen on held-out training
-images; this is on the test set. Rows that are there are not run again, so the bench can be stopped at any time::
+:func:`secateur.prune` with nothing but data and a loss, which also rounds widths; EigenDamage rotates instead. All see
+the same 3,200 training images, without augmentation, and nothing is trained but where ``distill`` is named (200 steps
+of 128 of the same images; ``distill_more``: of others). Settings were chosen on held-out training images; this is on
+the test set. Rows that are there are not run again, so the bench can be stopped at any time::
 
     python bench/ablation.py resnet20 lenet5 lenet_300_100 --seeds 0 1 2
 """

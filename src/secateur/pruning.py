@@ -118,8 +118,8 @@ def prune(
     facts["round_to"] = {g.name: int(n) for g, n in zip(graph.groups, budget.steps(graph), strict=True) if n > 1}
     if alone_left := [g.name for g, n in zip(graph.groups, graph.kept(plan), strict=True) if n == 1 < len(g)]:
         work.remarks.append(
-            f"one channel is left of {listed(alone_left, LONGEST)}: everything behind it sees a single number; at_least= "
-            "keeps more"
+            f"one channel is left of {listed(alone_left, LONGEST)}: everything behind it sees a single number; "
+            "at_least= keeps more"
         )
     facts["chosen"] = {"criterion": _settings(one), "strategy": _settings(two), "repair": [_settings(r) for r in three]}
     facts |= {"forwards": work.forwards, "notices": list(work.notices), "remarks": list(work.remarks)}

@@ -48,8 +48,8 @@ class Result:
         scores: group name to one score a channel; empty where nothing was scored.
         facts: what else is to be known, as what JSON can hold: ``"chosen"`` (which criterion, strategy and repair),
             ``"forwards"`` (batches that were run through the model), ``"round_to"`` (group -> what its width is a
-            multiple of, where that is more than 1), ``"notices"`` (what was substituted), ``"left whole"`` (layer -> why
-            it stays as it was), and what the seats add.
+            multiple of, where that is more than 1), ``"notices"`` (what was substituted), ``"left whole"`` (layer ->
+            why it stays as it was), and what the seats add.
     """
 
     model: nn.Module
