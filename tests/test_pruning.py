@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur._internal.errors import SecateurError, SecateurWarning
 from secateur.lab.data.registry import load
 from secateur.lab.models.registry import build
 from secateur.repair.directed import directed_weights
@@ -325,3 +326,23 @@ def test_approximate_cuts_are_told_with_their_difference() -> None:
         result = sc.prune(encoder, x, sc.Budget(macs=0.6), approximate=True)
     assert result.facts["approximate"]["difference"] > 1e-4
     assert not any(groups[name] for name in result.facts["approximate"]["groups"])
+
+
+def test_what_takes_long_is_told_before_it_begins(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    data = [(torch.randn(8, 6), torch.randint(0, 3, (8,))) for _ in range(4)]
+    given = {"data": data, "loss": "cross_entropy"}
+    assert not sc.prune(model, data[0][0], sc.Budget(macs=0.5), **given).facts["notices"]
+    seen = []
+
+    def scored(*_):
+        raise SecateurError("it has begun")
+
+    monkeypatch.setattr("secateur.auto.LONG", 0.0)
+    monkeypatch.setattr("secateur.auto.first_that_reaches", scored)
+    model.register_forward_hook(lambda *_: seen.append(model.training))
+    told = pytest.warns(SecateurWarning, match="minutes, by a forward of the first of 4 batches: fewer batches=")
+    with told, pytest.raises(SecateurError, match="it has begun"):
+        sc.prune(model, data[0][0], sc.Budget(macs=0.5), **given)
+    assert model.training and not seen[-1]

@@ -6,13 +6,22 @@ less, what needs less.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from secateur._internal.batches import call_model, copied
+from secateur._internal.distributed import rank
 from secateur._internal.errors import CannotMeasure, InfeasibleBudget
+from secateur._internal.losses import outputs_of
+from secateur._internal.progress import length_of
+from secateur._internal.state import preserved
 from secateur._internal.workload import Workload
 from secateur.allocation.contract import STRATEGIES, Strategy
 from secateur.curvature.fisher import quiet_kind
@@ -35,6 +44,30 @@ def criteria(given: str | Criterion, work: Workload) -> list[Criterion]:
     if not (work.has_data and work.has_loss):
         return [CRITERIA.make("magnitude")]
     return [CRITERIA.make("schur", {"fisher": quiet_kind(work.loss)}), CRITERIA.make("taylor")]
+
+
+WEIGHT = 5.0
+"""What the default takes for each batch, in forwards of it (ResNet-20 5.0, LeNet-5 5.1)."""
+LONG = 60.0
+"""What takes more seconds is told before it begins."""
+
+
+def tell_cost(work: Workload) -> None:
+    """Tell about how long the default will take, if that is long: by one forward of the first batch."""
+    number = length_of(work.data, work.most)
+    if rank(work.group) or not number or not (work.has_data and work.has_loss):
+        return
+    with preserved(work.model), torch.no_grad():
+        start = time.perf_counter()
+        outputs_of(partial(call_model, work.model), replace(work.first, inputs=copied(work.first.inputs)))
+        if work.device.type == "cuda":
+            torch.cuda.synchronize(work.device)
+        seconds = WEIGHT * number * (time.perf_counter() - start)
+    if seconds > LONG:
+        work.note(
+            f"this will take about {seconds / 60:.0f} minutes, by a forward of the first of {number} batches: fewer "
+            "batches= take less; criterion='magnitude', strategy='uniform', repair='recalibrate' takes seconds"
+        )
 
 
 def strategy(given: str | Strategy, scores: Mapping[str, Tensor]) -> Strategy:

@@ -101,6 +101,9 @@ def prune(
     clock = _clock(graph, budget, latency, work, approximate=approximate, alone=alone)
     check_feasible(graph, budget, approximate=approximate, latency=clock, without=alone)
 
+    if auto.is_auto(criterion):
+        auto.tell_cost(work)
+
     def reachable(missing: Mapping[str, str]) -> None:
         check_feasible(graph, budget, approximate=approximate, latency=clock, without={**alone, **missing})
 
