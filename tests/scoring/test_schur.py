@@ -10,7 +10,7 @@ from torch import nn
 import secateur as sc
 from secateur._internal.workload import Workload
 from secateur.curvature.kronecker import kronecker_factors
-from secateur.curvature.readers import readers_of
+from secateur.curvature.readers import readers
 from secateur.scoring.schur import Reader, Schur, eliminated, grown
 
 DOUBLE = torch.float64
@@ -50,7 +50,31 @@ class Flat(nn.Module):
         return self.one(self.stem(x).relu().flatten(1))
 
 
-CASES = {"two readers": (Two, (5,)), "a convolution": (Map, (2, 7, 7)), "flattened": (Flat, (2, 4, 4))}
+class Up(nn.Module):
+    """A transposed convolution reads a group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(2, 5, 3), nn.ConvTranspose2d(5, 3, 3, stride=2, padding=1, output_padding=1)
+
+    def forward(self, x):
+        return self.one(self.stem(x).relu())
+
+
+def of_unit_weights(layer, a):
+    """What each weight of a transposed convolution adds to an output, [1, samples, inputs * taps]."""
+    taps = layer.weight[0, 0].numel()
+    units = torch.eye(layer.weight.shape[0] * taps, dtype=DOUBLE).reshape(-1, layer.weight.shape[0], 1, 3, 3)
+    ways = [nn.functional.conv_transpose2d(a, u, None, layer.stride, layer.padding, 1) for u in units]
+    return torch.stack([way.flatten() for way in ways], 1)[None]
+
+
+CASES = {
+    "two readers": (Two, (5,)),
+    "a convolution": (Map, (2, 7, 7)),
+    "flattened": (Flat, (2, 4, 4)),
+    "transposed": (Up, (2, 5, 5)),
+}
 
 
 def case(name):
@@ -75,7 +99,10 @@ def fitted(model, group, gone, x):
     total = 0.0
     for layer in layers:
         a, y = inside[layer]
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.ConvTranspose2d):
+            columns, wanted, n = of_unit_weights(layer, a), y.transpose(0, 1).flatten(1).mT[None], len(a)
+            block, units = 9, len(group)
+        elif isinstance(layer, nn.Conv2d):
             columns = torch.nn.functional.unfold(a, 3, padding=1, stride=2)  # [n, channels * 9, places]
             n, _, places = columns.shape
             columns = columns.unflatten(1, (2, -1)).permute(1, 0, 3, 2).reshape(2, n * places, -1)
@@ -95,8 +122,8 @@ def fitted(model, group, gone, x):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_predicted_rise_is_the_measured_one_for_every_width(name):
-    model, _, group, x = case(name)
-    reading = readers_of(group, {"one", "two"})
+    model, graph, group, x = case(name)
+    reading = readers(model, graph)[0][group.name]
     factors = kronecker_factors(model, [x], "mse", form="full", fisher="exact", layers=list(reading))
     order, found = eliminated([Reader(factors[p], columns, 0.0) for p, columns in reading.items()], len(group))
     assert sorted(order) == list(range(len(group)))
@@ -113,7 +140,7 @@ def test_the_predicted_rise_is_the_measured_one_for_every_width(name):
 def test_channels_are_sorted_as_they_went(name):
     model, graph, group, x = case(name)
     scores = Schur(fisher="exact", damping=0.0, positions=None).scores(graph, Workload(model, [x], "mse"))[group.name]
-    reading = readers_of(group, {"one", "two"})
+    reading = readers(model, graph)[0][group.name]
     factors = kronecker_factors(model, [x], "mse", form="full", fisher="exact", layers=list(reading))
     order, found = eliminated([Reader(factors[p], columns, 0.0) for p, columns in reading.items()], len(group))
     assert scores.argsort().tolist() == order

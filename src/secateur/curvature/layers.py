@@ -3,6 +3,9 @@
 A weight is a table ``W[group, row, tap, column]``. In *channel* form a tap is a position of the kernel and a column an
 input channel; in *full* form there is one tap, and a column is an input channel at a position of the kernel. A linear
 has one tap in both. A bias is one more column: its input is the constant 1, spread evenly over the taps.
+
+A transposed convolution is a convolution of its input with zeros between, by the kernel turned round; in full form it
+is seen as that.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from secateur._internal.errors import SecateurError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 MEASURED = (nn.Linear, *CONVOLUTIONS)
 FORMS = ("channel", "full")
 COMPUTED = "its weight is computed from other parameters"
@@ -44,12 +48,17 @@ class Layer:
     @property
     def kernel(self) -> tuple[int, ...]:
         """Sizes of the kernel; none for a linear."""
-        return tuple(self.module.kernel_size) if isinstance(self.module, CONVOLUTIONS) else ()
+        return () if isinstance(self.module, nn.Linear) else tuple(self.module.kernel_size)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution, whose weight has its inputs first."""
+        return isinstance(self.module, TRANSPOSED)
 
     @property
     def groups(self) -> int:
         """Independent blocks of the weight (a grouped convolution has several)."""
-        return self.module.groups if isinstance(self.module, CONVOLUTIONS) else 1
+        return 1 if isinstance(self.module, nn.Linear) else int(self.module.groups)
 
     @property
     def taps(self) -> int:
@@ -68,6 +77,8 @@ class Layer:
     def table_of(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Any tensors in the shapes of the module's weight and bias as a table [groups, rows, taps, columns]."""
         table = weight.reshape(self.groups, weight.shape[0] // self.groups, weight.shape[1], -1)
+        if self.transposed:
+            table = table.transpose(1, 2)
         table = table.transpose(2, 3) if self.form == "channel" else table.flatten(2).unsqueeze(2)
         if self.bias:
             assert bias is not None
@@ -80,6 +91,8 @@ class Layer:
         table = table[..., :-1] if self.bias else table
         if self.form == "channel":
             table = table.transpose(2, 3)
+        if self.transposed:
+            table = table.unflatten(3, (-1, math.prod(self.kernel))).squeeze(2).transpose(1, 2)
         return table.reshape(self.module.weight.shape), bias
 
 
@@ -164,9 +177,29 @@ def _padding(layer: Layer) -> list[int]:
 def _windows(layer: Layer, x: Tensor) -> Tensor:
     """What the kernel sees of the padded input, a view: [groups, batch, *positions, channels, *kernel]."""
     module, x, space = layer.module, _batched(layer, x), len(layer.kernel)
+    if layer.transposed:
+        return _transposed_windows(layer, x)
     x = F.pad(x, _padding(layer), mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
     for d, (size, stride, dilation) in enumerate(zip(layer.kernel, module.stride, module.dilation, strict=True)):
         x = x.unfold(2 + d, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    return x.unflatten(1, (layer.groups, -1)).movedim(1, 0).movedim(2, 2 + space)
+
+
+def _transposed_windows(layer: Layer, x: Tensor) -> Tensor:
+    """What the kernel, in the order of the weight, sees of the input with zeros between, in the same dims."""
+    module, space = layer.module, len(layer.kernel)
+    sizes = [(n - 1) * stride + 1 for n, stride in zip(x.shape[2:], module.stride, strict=True)]
+    apart = x.new_zeros(*x.shape[:2], *sizes)
+    every = [slice(None), slice(None), *(slice(None, None, stride) for stride in module.stride)]
+    apart[tuple(every)] = x
+    padding: list[int] = []
+    for d in reversed(range(space)):
+        reach = (layer.kernel[d] - 1) * module.dilation[d]
+        padding += [reach - module.padding[d], reach - module.padding[d] + module.output_padding[d]]
+    x = F.pad(apart, padding)
+    for d in range(space):
+        x = x.unfold(2 + d, (layer.kernel[d] - 1) * module.dilation[d] + 1, 1)[..., :: module.dilation[d]]
+    x = x.flip(list(range(2 + space, 2 + 2 * space)))
     return x.unflatten(1, (layer.groups, -1)).movedim(1, 0).movedim(2, 2 + space)
 
 
@@ -273,19 +306,44 @@ def measurable(module: nn.Module) -> bool:
     return isinstance(module, MEASURED) and module._parameters.get("weight") is not None
 
 
-def layers_of(model: nn.Module, form: str, names: Sequence[str] | None = None, *, biased: bool = True) -> list[Layer]:
+def reads_by(module: nn.Module) -> int | None:
+    """The dim of the weight that is a layer's inputs, if full form can see the layer.
+
+    A transposed convolution in groups has all inputs of a group at one place, and outputs at another: it is left out.
+    """
+    if isinstance(module, TRANSPOSED):
+        return 0 if module.groups == 1 and module._parameters.get("weight") is not None else None
+    return 1 if measurable(module) else None
+
+
+def layers_of(
+    model: nn.Module, form: str, names: Sequence[str] | None = None, *, biased: bool = True, transposed: bool = False
+) -> list[Layer]:
     """All linears and convolutions of a model; or the named ones, followed by others that hold the weight of one.
+
+    Args:
+        model: the model.
+        form: ``"channel"`` or ``"full"``.
+        names: the paths of those that are wanted.
+        biased: whether biases are columns.
+        transposed: all transposed convolutions too; named ones are there in any case, in full form.
 
     Raises:
         SecateurError: an unknown form, a name that is no linear or convolution, none at all.
     """
     if form not in FORMS:
         raise SecateurError(f"form={form!r}: 'channel' or 'full' is expected")
-    known = {name: module for name, module in model.named_modules() if measurable(module)}
+    known = {
+        name: module
+        for name, module in model.named_modules()
+        if (measurable(module) if form == "channel" else reads_by(module) is not None)
+    }
     for name in names or ():
         if name not in known:
             raise SecateurError(f"{name!r} is no linear or convolution of this model; there are {', '.join(known)}")
-    chosen = known if names is None else {name: known[name] for name in names}
+    chosen = {name: known[name] for name in known if transposed or not isinstance(known[name], TRANSPOSED)}
+    if names is not None:
+        chosen = {name: known[name] for name in names}
     if not chosen:
         raise SecateurError(f"{type(model).__name__} has no linear or convolution to measure the curvature of")
     return with_sharers(model, [Layer(name, module, form, biased) for name, module in chosen.items()])

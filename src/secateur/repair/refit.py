@@ -50,6 +50,7 @@ from secateur._internal.workload import Needs, Workload
 from secateur.curvature.layers import (
     COMPUTED,
     MEASURED,
+    TRANSPOSED,
     Choice,
     Layer,
     computes_its_weight,
@@ -283,7 +284,9 @@ class _ConvolutionsInParts(TorchFunctionMode):
         return whole
 
 
-_CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_CONVOLUTIONS = {
+    F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,7 +347,8 @@ def _fit(pair: _Pair, seen: _Seen, original: _Original, plan: Plan, damping: flo
     same = torch.tensor(int(alike), device=work.device)
     if int(all_reduce_(same, work.group)) < work.processes:
         return {layer.name: "the forward takes it to other positions than in the original"}
-    table, missing = layer.table().double().squeeze(2), plan.slices.get(_of(name, "weight"), {}).get(0, [])
+    table = layer.table().double().squeeze(2)
+    missing = plan.slices.get(_of(name, "weight"), {}).get(int(layer.transposed), [])
     x = _gathered(samples, wide(layer.table()[:, :0, 0]), work)
     y = _gathered(outputs, wide(one.table()[:, :, 0, :0].mT), work)
     y = _without(y.transpose(1, 2).flatten(0, 1), missing).unflatten(0, (layer.groups, -1)).transpose(1, 2)
@@ -690,13 +694,15 @@ def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, _P
             raise SecateurError(f"refit({what}={given!r}): a module is expected")
     if {id(p) for p in model.parameters()} & {id(p) for p in small.parameters()}:
         raise SecateurError("refit: both models share parameters, and the original must stay as it is; cut a copy")
-    ones = {layer.name: layer for layer in layers_of(model, "full")}
-    others = {name: m for name, m in small.named_modules() if isinstance(m, (*MEASURED, Bottleneck))}
+    ones = {layer.name: layer for layer in layers_of(model, "full", transposed=True)}
+    others = {name: m for name, m in small.named_modules() if isinstance(m, (*MEASURED, *TRANSPOSED, Bottleneck))}
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     left = {
-        name: COMPUTED if isinstance(module, MEASURED) else "it is transposed"
+        name: "it is transposed, in groups"
+        if getattr(module, "groups", 1) > 1 and isinstance(module, TRANSPOSED)
+        else COMPUTED
         for name, module in model.named_modules()
-        if isinstance(module, (*MEASURED, nn.modules.conv._ConvTransposeNd)) and name not in ones
+        if isinstance(module, (*MEASURED, *TRANSPOSED)) and name not in ones
     }
     pairs: dict[str, _Pair] = {}
     parts = {

@@ -29,7 +29,7 @@ from secateur._internal.errors import CannotMeasure
 from secateur._internal.workload import Workload
 from secateur.curvature.damped_inverse import inverse
 from secateur.curvature.kronecker import Curvature, Factors, factors_of
-from secateur.curvature.layers import why_not
+from secateur.curvature.layers import reads_by, why_not
 from secateur.curvature.readers import POSITIONS, layer_of, readers
 from secateur.scoring.contract import CRITERIA, Scores
 from secateur.scoring.hessian import DAMPING, SecondOrder
@@ -86,7 +86,7 @@ class Schur(SecondOrder):
         """Why nothing is known of a group, if that is so; what reads it and is not measured would seem to be free."""
         for axis in group.consumers:
             path = layer_of(axis)
-            if axis.dim != 1 or path not in factors:
+            if path not in factors or axis.dim != reads_by(model.get_submodule(path)):
                 return ": ".join(why_not(model, axis.name, factors.skipped))
             if reading[path].shape != (len(group), reading[path].size // len(group)):
                 return f"{path}: it reads some of its channels at more places than others"
