@@ -42,7 +42,11 @@ NETWORK, DATA, IMAGES = "resnet20", "cifar10", 3200
 MACS = (0.7, 0.5, 0.3)
 CRITERIA = ("magnitude", "taylor", "bn_scale", "hessian")
 THEIRS = tuple(f"torch-pruning/{c}/{scope}" for c in CRITERIA for scope in ("global", "layer"))
-OURS = {"secateur": "auto", "secateur, round_to=1": 1}
+OURS: dict[str, dict[str, Any]] = {
+    "secateur": {},
+    "secateur, by the loss": {"criterion": "schur"},
+    "secateur, by the loss, round_to=1": {"criterion": "schur", "round_to": 1},
+}
 LR, WEIGHT_DECAY, BATCH = 0.02, 5e-4, 128
 
 
@@ -115,9 +119,14 @@ def networks(
 ) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Each method, with what makes its network."""
     macs = int(fraction * counted(model, inputs)["macs"])
-    for name, round_to in OURS.items():
-        budget = sc.Budget(macs=fraction, round_to=round_to)
-        yield name, lambda b=budget: sc.prune(model, inputs, b, data=images.batches, loss="cross_entropy").model
+    for name, given in OURS.items():
+        budget = sc.Budget(macs=fraction, round_to=given.get("round_to", "auto"))
+        criterion = given.get("criterion", "auto")
+
+        def ours(budget: sc.Budget = budget, criterion: str = criterion) -> nn.Module:
+            return sc.prune(model, inputs, budget, data=images.batches, loss="cross_entropy", criterion=criterion).model
+
+        yield name, ours
     for name in THEIRS:
         criterion, scope = name.split("/")[1:]
         yield name, lambda c=criterion, s=scope: torch_pruning(c, s, model, inputs, images, macs)

@@ -56,21 +56,55 @@ def test_auto_is_what_the_facts_say(model: nn.Module) -> None:
     chosen = result.facts["chosen"]
     assert [chosen["criterion"]["name"], chosen["strategy"]["name"]] == ["schur", "global"]
     assert [repair["name"] for repair in chosen["repair"]] == ["refit"]
-    again = sc.prune(model, IMAGE, sc.Budget(macs=0.5), **given, criterion="schur", strategy="global", repair="refit")
+    again = sc.prune(
+        model, IMAGE, sc.Budget(macs=0.5), **given, criterion={"name": "schur", "fisher": "outputs"},
+        strategy="global", repair="refit",
+    )  # fmt: skip
     assert again.plan == result.plan
     for one, two in zip(again.model.parameters(), result.model.parameters(), strict=True):
         assert torch.equal(one, two)
-    data_alone = sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=batches()[:2]).facts["chosen"]
-    assert [data_alone["criterion"]["name"], data_alone["repair"][0]["name"]] == ["magnitude", "refit"]
+    nothing = sc.prune(model, IMAGE, sc.Budget(macs=0.5)).facts["chosen"]
+    assert [nothing["criterion"]["name"], nothing["repair"][0]["name"]] == ["magnitude", "none"]
 
 
-def test_the_default_needs_no_labels_where_the_loss_can_draw_them(model: nn.Module) -> None:
+def test_the_default_needs_neither_labels_nor_a_loss(model: nn.Module) -> None:
     bare = [x for x, _ in batches()]
-    given = {"loss": nn.functional.cross_entropy}
-    with_labels = sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=batches(), **given)
-    assert sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=bare, **given).plan == with_labels.plan
+    alone = sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=bare)
+    both = sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=batches(), loss="cross_entropy")
+    assert alone.plan == both.plan and alone.facts["chosen"] == both.facts["chosen"]
     with pytest.raises(sc.SecateurError, match="a tensor of targets is expected"):
-        sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=bare, criterion="taylor", **given)
+        sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=bare, criterion="taylor", loss="cross_entropy")
+    with pytest.raises(sc.SecateurError, match="loss"):
+        sc.prune(model, IMAGE, sc.Budget(macs=0.5), data=bare, loss="cross_entrpy")
+
+
+class Several(nn.Module):
+    """A forward that returns a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Two outputs."""
+        found = self.leave(self.enter(x).relu())
+        return {"scores": found, "doubled": 2 * found}
+
+
+def test_where_no_single_tensor_comes_out_the_loss_counts_or_the_weights() -> None:
+    torch.manual_seed(0)
+    model, data = Several().eval(), [(torch.randn(16, 6), torch.randint(0, 3, (16,))) for _ in range(3)]
+
+    def loss(outputs: dict[str, torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs["scores"], y)
+
+    chosen = sc.prune(model, data[0][0], sc.Budget(macs=0.5), data=data, loss=loss).facts["chosen"]
+    assert [chosen["criterion"]["name"], chosen["criterion"]["fisher"]] == ["schur", "empirical"]
+    with pytest.warns(sc.SecateurWarning, match="'magnitude' is taken and not 'schur': the forward returns a dict"):
+        chosen = sc.prune(model, data[0][0], sc.Budget(macs=0.5), data=data).facts["chosen"]
+    assert chosen["criterion"]["name"] == "magnitude"
+    with pytest.raises(sc.SecateurError, match="fisher='outputs': the forward returns a dict"):
+        sc.prune(model, data[0][0], sc.Budget(macs=0.5), data=data, criterion={"name": "schur", "fisher": "outputs"})
 
 
 class Embedded(nn.Module):

@@ -1,7 +1,9 @@
 """What ``"auto"`` means in :func:`secateur.prune`: the best that was measured with what was given (bench/ablation.py).
 
-With data and a loss, the criterion that knows of the repair, the widths of least predicted rise, and that repair. With
-less, what needs less.
+With data, the criterion that knows of the repair, the widths of least predicted rise, and that repair. What rises is
+how far the outputs move, where the forward returns one tensor; it was never clearly worse than the Fisher of a loss,
+which a trained model makes small and noisy, and with little left it was better. Otherwise it is the loss. Without data,
+what needs none.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from secateur._internal.progress import length_of
 from secateur._internal.state import preserved
 from secateur._internal.workload import Workload
 from secateur.allocation.contract import STRATEGIES, Strategy
-from secateur.curvature.fisher import quiet_kind
+from secateur.curvature.fisher import one_tensor, quiet_kind
 from secateur.scoring.api import scored
 from secateur.scoring.contract import CRITERIA, Criterion, Scores
 from secateur.tracing.graph import ChannelGraph
@@ -38,12 +40,22 @@ def is_auto(given: Any) -> bool:
 
 
 def criteria(given: str | Criterion, work: Workload) -> list[Criterion]:
-    """The criteria that come into question, the best first."""
+    """The criteria that come into question, the best first. About how long the best takes is told, if that is long."""
     if not is_auto(given):
         return [CRITERIA.make(given)]
-    if not (work.has_data and work.has_loss):
-        return [CRITERIA.make("magnitude")]
-    return [CRITERIA.make("schur", {"fisher": quiet_kind(work.loss)}), CRITERIA.make("taylor")]
+    plain = CRITERIA.make("taylor" if work.has_data and work.has_loss else "magnitude")
+    if not work.has_data:
+        return [plain]
+    outputs = _first_outputs(work)
+    if one_tensor(outputs):
+        return [CRITERIA.make("schur", {"fisher": "outputs"}), plain]
+    if not work.has_loss:
+        work.note(
+            f"criterion='auto': {plain.name!r} is taken and not 'schur': the forward returns a "  # type: ignore[attr-defined]
+            f"{type(outputs).__name__} and no single tensor, and there is no loss; give loss="
+        )
+        return [plain]
+    return [CRITERIA.make("schur", {"fisher": quiet_kind(work.loss)}), plain]
 
 
 WEIGHT = 5.0
@@ -52,18 +64,23 @@ LONG = 60.0
 """What takes more seconds is told before it begins."""
 
 
-def tell_cost(work: Workload) -> None:
-    """Tell about how long the default will take, if that is long: by one forward of the first batch."""
-    number = length_of(work.data, work.most)
-    if rank(work.group) or not number or not (work.has_data and work.has_loss):
-        return
+def _first_outputs(work: Workload) -> Any:
+    """What the forward of the first batch returns."""
     with preserved(work.model), torch.no_grad():
         start = time.perf_counter()
-        outputs_of(partial(call_model, work.model), replace(work.first, inputs=copied(work.first.inputs)))
+        batch = replace(work.first, inputs=copied(work.first.inputs))
+        outputs = outputs_of(partial(call_model, work.model), batch)
         if work.device.type == "cuda":
             torch.cuda.synchronize(work.device)
-        seconds = WEIGHT * number * (time.perf_counter() - start)
-    if seconds > LONG:
+        _tell_cost(time.perf_counter() - start, work)
+    return outputs
+
+
+def _tell_cost(forward: float, work: Workload) -> None:
+    """Tell about how long the default will take, if that is long."""
+    number = length_of(work.data, work.most)
+    seconds = WEIGHT * (number or 0) * forward
+    if seconds > LONG and rank(work.group) == 0:
         work.note(
             f"this will take about {seconds / 60:.0f} minutes, by a forward of the first of {number} batches: fewer "
             "batches= take less; criterion='magnitude', strategy='uniform', repair='recalibrate' takes seconds"

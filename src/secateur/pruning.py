@@ -59,12 +59,15 @@ def prune(
         model: the model; it is left untouched.
         example_inputs: as for :func:`secateur.trace`; counts refer to their shapes.
         budget: what may remain.
-        data: batches (:mod:`secateur._internal.batches`), for what needs them. Where ``torch.distributed`` runs, every
-            process gives its shard; sums are added up, rank 0 decides, and all get the same network.
-        loss: the loss (:mod:`secateur._internal.losses`); not needed where batches have labels for the model's own.
+        data: batches (:mod:`secateur._internal.batches`); inputs alone will do for all that is ``"auto"``. Where
+            ``torch.distributed`` runs, every process gives its shard; sums are added up, rank 0 decides, and all get
+            the same network.
+        loss: the loss (:mod:`secateur._internal.losses`), for what needs it, with labels; not needed where batches
+            have labels for the model's own.
         criterion: which channels matter least: a name or settings, see :func:`secateur.score`; ``"auto"`` is
-            ``"schur"`` with data and a loss (``"taylor"`` where that cannot judge enough channels for the budget, which
-            is told), ``"magnitude"`` without.
+            ``"schur"`` with data: by how far the outputs move where the forward returns one tensor, else by the loss.
+            Where it cannot judge enough channels for the budget, or there is neither, ``"taylor"`` or ``"magnitude"``
+            is taken, which is told. Without data it is ``"magnitude"``.
         strategy: how many every group keeps, see :func:`secateur.allocate`; ``"auto"`` is ``"global"`` where the
             criterion predicts by how much the loss rises with every width, as ``"schur"`` does, else ``"uniform"``.
         repair: how what stays makes up for what goes, see :func:`secateur.apply_repair`; one or several; ``"auto"`` is
@@ -91,6 +94,8 @@ def prune(
         raise SecateurError(f"prune(budget={budget!r}): a Budget is expected, for instance Budget(macs=0.5)")
     first = example_inputs[0] if isinstance(example_inputs, list) and example_inputs else example_inputs
     work = Workload(model, data, loss, inputs=first, batches=batches, group=group, progress=progress)
+    if loss is not None:
+        _ = work.loss  # what is none is told, whether or not it is needed
     ones = auto.criteria(criterion, work)
     three = repairs_of(auto.repair(repair, work))
     for seat in (*ones, auto.strategy(strategy, {}), *three):
@@ -100,9 +105,6 @@ def prune(
     alone = excluded(model, graph, exclude)
     clock = _clock(graph, budget, latency, work, approximate=approximate, alone=alone)
     check_feasible(graph, budget, approximate=approximate, latency=clock, without=alone)
-
-    if auto.is_auto(criterion):
-        auto.tell_cost(work)
 
     def reachable(missing: Mapping[str, str]) -> None:
         check_feasible(graph, budget, approximate=approximate, latency=clock, without={**alone, **missing})

@@ -18,6 +18,7 @@ from secateur.curvature.layers import (
 )
 from secateur.curvature.layers import input_samples_at as inputs_at
 from secateur.curvature.layers import output_samples_at as outputs_at
+from secateur.scoring.schur import Schur
 
 KINDS = {
     "1d": (nn.ConvTranspose1d, {"kernel_size": 4, "stride": 3}, (3, 7)),
@@ -100,7 +101,7 @@ def test_the_default_judges_what_it_reads_and_is_not_fooled():
         model.down.weight[5], model.down.bias[5] = model.down.weight[1], model.down.bias[1]
     data = [(torch.randn(16, 2, 8, 8, dtype=torch.float64), torch.randn(16, 2, 8, 8, dtype=torch.float64))] * 2
     graph = sc.trace(model, data[0][0][:2])
-    scores = sc.score(model, graph, sc.scoring.schur.Schur(damping=1e-9), data=data, loss="mse")
+    scores = sc.score(model, graph, Schur(damping=1e-9), data=data, loss="mse")
     assert not scores.skipped
     rises = scores.rises["down"]
     assert int(scores["down"].argmin()) in (1, 5) and rises[1] < 1e-6 * rises[-1]

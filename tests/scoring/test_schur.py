@@ -151,3 +151,13 @@ def test_scores_are_as_large_as_the_largest_before():
     scores = grown([2, 0, 1], [1.0, 0.5, 2.0])
     assert scores[2] < scores[0] < scores[1]
     assert scores.tolist() == pytest.approx([1.0, 2.0, 1.0])
+
+
+def test_the_distance_of_the_outputs_is_that_of_the_squared_error_and_needs_no_loss():
+    model, graph, group, x = case("two readers")
+    drawn = Schur(fisher="outputs", samples=200, damping=0.0, positions=None, seed=1)
+    assert not drawn.needs.loss and Schur().needs.loss and Schur.needs.loss
+    found = drawn.scores(graph, Workload(model, [x])).rises[group.name]
+    exact = Schur(fisher="exact", damping=0.0, positions=None).scores(graph, Workload(model, [x], "mse"))
+    ratio = found[1:] / exact.rises[group.name][1:]
+    torch.testing.assert_close(ratio / ratio[-1], torch.ones(len(group), dtype=DOUBLE), rtol=0.15, atol=0)

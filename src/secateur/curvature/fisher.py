@@ -11,11 +11,11 @@ from torch import Tensor
 
 from secateur._internal.batches import Batch, tensors_in
 from secateur._internal.checks import check_count, check_seed
-from secateur._internal.errors import BadBatch, SecateurError
+from secateur._internal.errors import BadBatch, CannotMeasure, SecateurError
 from secateur._internal.losses import LOSSES, Loss
 from secateur._internal.workload import Workload
 
-FISHERS = ("sampled", "exact", "empirical")
+FISHERS = ("sampled", "exact", "empirical", "outputs")
 
 
 def quiet_kind(loss: Loss) -> str:
@@ -30,7 +30,8 @@ class Fisher:
     Attributes:
         kind: ``"sampled"``: targets are drawn from the model's own distribution (the true Fisher); ``"exact"``: the
             mean over all that could be drawn, a backward pass a class (cross-entropy) or output (mse);
-            ``"empirical"``: the data's.
+            ``"empirical"``: the data's; ``"outputs"``: no loss and no targets, but half the squared distance by which
+            the outputs move, of which random projections of the outputs are differentiated.
         samples: how many targets are drawn for each example.
         batches: use at most so many batches.
         seed: for the drawn targets.
@@ -47,11 +48,11 @@ class Fisher:
     def __post_init__(self) -> None:
         if self.kind not in FISHERS:
             raise SecateurError(
-                f"fisher={self.kind!r}: 'sampled' (the model draws targets), 'exact' (the mean over all draws) or "
-                "'empirical' (the data's targets)"
+                f"fisher={self.kind!r}: 'sampled' (the model draws targets), 'exact' (the mean over all draws), "
+                "'empirical' (the data's targets) or 'outputs' (how far the outputs move)"
             )
         check_count("samples", self.samples)
-        if self.kind != "sampled" and self.samples != 1:
+        if self.kind not in ("sampled", "outputs") and self.samples != 1:
             raise SecateurError(f"samples={self.samples}: fisher={self.kind!r} draws nothing; leave samples at 1")
         check_count("batches", self.batches, optional=True)
         check_seed(self.seed)
@@ -68,19 +69,49 @@ class Fisher:
         return Fisher("empirical", 1, self.batches, self.seed)
 
 
-def draws(loss: Loss, outputs: Any, batch: Batch, generator: torch.Generator, how: Fisher) -> Iterator[Tensor]:
-    """The losses of one batch whose squared gradients add up to ``how.samples`` times the Fisher."""
+def one_tensor(outputs: Any) -> bool:
+    """Whether a forward returned a single tensor of real numbers, of which it can be said how far it moves."""
+    return isinstance(outputs, Tensor) and outputs.is_floating_point()
+
+
+def projected(outputs: Any, generator: torch.Generator) -> Tensor:
+    """A random projection of the outputs: the mean of its squared gradients is ``J^T J``.
+
+    Raises:
+        CannotMeasure: the forward returns something else than a single tensor.
+    """
+    if not one_tensor(outputs):
+        raise CannotMeasure(
+            f"fisher='outputs': the forward returns a {type(outputs).__name__}, and a tensor of real numbers is "
+            "expected, to say how far it moves; give a loss, and another fisher="
+        )
+    drawn = torch.randn(outputs.shape, generator=generator, device=outputs.device)
+    return (outputs * drawn.to(outputs.dtype)).sum()
+
+
+def _check_outputs(outputs: Any, batch: Batch) -> None:
+    if any(t.isnan().any() for t in tensors_in(outputs)):
+        raise BadBatch(f"the outputs of batch {batch.number} are nan: check the data and the model's weights")
+
+
+def draws(loss: Loss | None, outputs: Any, batch: Batch, generator: torch.Generator, how: Fisher) -> Iterator[Tensor]:
+    """The losses of one batch whose squared gradients add up to ``how.samples`` times the Fisher.
+
+    ``"outputs"`` needs no loss.
+    """
+    if how.kind == "outputs":
+        _check_outputs(outputs, batch)
+        for _ in range(how.samples):
+            yield projected(outputs, generator)
+        return
+    assert loss is not None
     if how.kind == "empirical":
         if batch.targets is None and not loss.of_model:
             raise SecateurError(f"fisher='empirical' needs targets, and batch {batch.number} has none: give pairs")
         yield loss.total(outputs, batch.targets, batch.examples)
     elif how.kind == "sampled":
         assert loss.draw is not None
-        if any(t.isnan().any() for t in tensors_in(outputs)):
-            raise BadBatch(
-                f"the outputs of batch {batch.number} are nan, so no targets can be drawn from them: check the data "
-                "and the model's weights"
-            )
+        _check_outputs(outputs, batch)
         for _ in range(how.samples):
             drawn = loss.draw(outputs, batch.targets, generator)
             yield loss.total(outputs, drawn, batch.examples)

@@ -123,7 +123,7 @@ def kronecker_factors(
         form: ``"channel"``: the taps of a kernel share a factor of the input channels; ``"full"``: one factor for all
             pairs of channel and tap.
         layers: paths of modules, all if not given.
-        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``, see :class:`secateur.curvature.fisher.Fisher`.
+        fisher: one of :data:`secateur.curvature.fisher.FISHERS`, see :class:`secateur.curvature.fisher.Fisher`.
         samples: how many targets are drawn for each example.
         batches: use at most so many batches.
         positions: in full form, use so many positions of each batch, spread over all of it.

@@ -56,6 +56,11 @@ class Layer:
         return isinstance(self.module, TRANSPOSED)
 
     @property
+    def inputs(self) -> int:
+        """How many input channels each block of the weight has."""
+        return int(self.module.weight.shape[0]) // self.groups if self.transposed else int(self.module.weight.shape[1])
+
+    @property
     def groups(self) -> int:
         """Independent blocks of the weight (a grouped convolution has several)."""
         return 1 if isinstance(self.module, nn.Linear) else int(self.module.groups)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from secateur._internal.batches import Batch, call_model, first_argument
 from secateur._internal.distributed import all_reduce_, rank
 from secateur._internal.errors import BadBatch
-from secateur._internal.losses import checked_loss, needs_gradient, outputs_of
+from secateur._internal.losses import Loss, checked_loss, needs_gradient, outputs_of
 from secateur._internal.state import check_differentiable, preserved
 from secateur._internal.workload import Workload, generator_on
 from secateur.curvature.fisher import Fisher, draws
@@ -92,6 +92,7 @@ def watch(
         BadBatch: no data, batches that do not fit, a loss that is not finite or has no gradient.
     """
     model, how = work.model, how.of(work)
+    loss = None if how.kind == "outputs" else work.loss
     check_differentiable(model)
     seen = Seen(how=how, strange=dict.fromkeys(_half_tied(layers), HALF_TIED))
     generator = generator_on(work.device, how.seed + rank(work.group))  # no two processes draw alike
@@ -103,8 +104,8 @@ def watch(
             stack.callback(_hooked(layers, anchor, on_input, on_gradient, seen))
             for batch in work.batches(how.batches, what):
                 with uses, torch.enable_grad():
-                    outputs = outputs_of(lambda inputs: call_model(model, inputs), batch, work.loss)
-                _back_and_forth(work, outputs, batch, generator, how, on_draw)
+                    outputs = outputs_of(lambda inputs: call_model(model, inputs), batch, loss)
+                _back_and_forth(loss, outputs, batch, generator, how, on_draw)
                 del outputs  # its activations are gone before those of the next batch come
                 seen.examples += batch.examples
 
@@ -146,11 +147,16 @@ def _half_tied(layers: Sequence[Layer]) -> list[str]:
 
 
 def _back_and_forth(
-    work: Workload, outputs: Any, batch: Batch, generator: torch.Generator, how: Fisher, on_draw: Callable[[], None]
+    loss: Loss | None,
+    outputs: Any,
+    batch: Batch,
+    generator: torch.Generator,
+    how: Fisher,
+    on_draw: Callable[[], None],
 ) -> None:
     """Every draw of one batch, each once back through the model."""
     with torch.enable_grad():
-        drawn = _sound(draws(work.loss, outputs, batch, generator, how), batch.number)
+        drawn = _sound(draws(loss, outputs, batch, generator, how), batch.number)
         value = next(drawn)
         for following in drawn:  # the next loss is there before this one goes back, for the last one to be known
             _back(value, batch.number, retain=True)

@@ -102,7 +102,7 @@ class EigenDamage:
             :func:`secateur.separate`.
         repair: how what stays makes up for what goes, see :func:`secateur.apply_repair`; ``"refit"`` fits cores and
             rotations to what the original computes, which the published method does not (``"none"``).
-        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``, see :class:`secateur.curvature.fisher.Fisher`.
+        fisher: one of :data:`secateur.curvature.fisher.FISHERS`, see :class:`secateur.curvature.fisher.Fisher`.
         samples: draws of targets for each example.
         batches: use at most so many.
         seed: for the drawn targets.

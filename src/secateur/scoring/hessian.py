@@ -47,6 +47,8 @@ class SecondOrder:
 
     def __post_init__(self) -> None:
         self.targets()
+        if self.fisher == "outputs":
+            object.__setattr__(self, "needs", Needs(data=True))
 
     def targets(self) -> Fisher:
         """Where the targets come from."""
@@ -59,7 +61,7 @@ class OBD(SecondOrder):
     """C-OBD: the diagonal of the Fisher.
 
     Attributes:
-        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``.
+        fisher: ``"sampled"``, ``"exact"``, ``"empirical"`` or ``"outputs"``.
         samples: how many targets are drawn for each example.
         batches: use at most so many batches.
         seed: of the drawn targets.

@@ -45,7 +45,8 @@ class Schur(SecondOrder):
     """The rise of the loss that is left after the readers of a channel have been fitted again.
 
     Attributes:
-        fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``.
+        fisher: ``"sampled"``, ``"exact"``, ``"empirical"``, or ``"outputs"``: what rises is then half the squared
+            distance of the outputs, which needs neither loss nor labels.
         samples: how many targets are drawn for each example.
         batches: use at most so many batches.
         seed: of the drawn targets.

@@ -71,7 +71,7 @@ class LocalRepair:
         """
         found: dict[str, Tensor] = {}
         for path, (factors, places) in self._layers.items():
-            given = torch.zeros(factors.layer.module.weight.shape[1], dtype=torch.bool)
+            given = torch.zeros(factors.layer.inputs, dtype=torch.bool)
             for group, positions in places:
                 given[positions[: gone[group]].flatten()] = True
             if given.any():
