@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--macs", type=float, nargs="+", default=list(MACS))
     parser.add_argument("--epochs", type=int, default=0, help="of training afterwards")
     parser.add_argument("--device", default="cpu", help="where that training happens")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods alone")
     parser.add_argument("--part", default="0/1", help="which of how many processes this is")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "peers.json")
     given = parser.parse_args()
@@ -161,6 +162,8 @@ def main() -> None:
         for fraction in given.macs:
             for method, make in networks(model, inputs, images, fraction):
                 number += 1
+                if given.only and method not in given.only:
+                    continue
                 key = {"seed": seed, "method": method, "fraction": fraction, "epochs": given.epochs}
                 if number % parts != part or rows.has(key):
                     continue
