@@ -380,3 +380,26 @@ def test_what_takes_long_is_told_before_it_begins(monkeypatch):
     with told, pytest.raises(SecateurError, match="it has begun"):
         sc.prune(model, data[0][0], sc.Budget(macs=0.5), **given)
     assert model.training and not seen[-1]
+
+
+class Labelled(nn.Module):
+    """A forward that cannot do without labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss and the scores."""
+        scores = self.leave(self.enter(x).relu())
+        return {"loss": nn.functional.cross_entropy(scores, labels), "scores": scores}
+
+
+def test_the_first_forward_has_labels_where_the_model_computes_its_loss() -> None:
+    torch.manual_seed(0)
+    model = Labelled().eval()
+    data = [{"x": torch.randn(16, 6), "labels": torch.randint(0, 3, (16,))} for _ in range(3)]
+    result = sc.prune(
+        model, data[0], sc.Budget(macs=0.5), data=data, outputs=lambda found: found["scores"], repair="none"
+    )
+    assert result.facts["chosen"]["criterion"]["name"] == "schur"

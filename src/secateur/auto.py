@@ -69,7 +69,7 @@ def _first_outputs(work: Workload) -> Any:
     with preserved(work.model), torch.no_grad():
         start = time.perf_counter()
         batch = replace(work.first, inputs=copied(work.first.inputs))
-        outputs = outputs_of(partial(call_model, work.model), batch)
+        outputs = outputs_of(partial(call_model, work.model), batch, work.loss if work.has_loss else None)
         if work.device.type == "cuda":
             torch.cuda.synchronize(work.device)
         _tell_cost(time.perf_counter() - start, work)
