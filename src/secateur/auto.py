@@ -46,7 +46,7 @@ def criteria(given: str | Criterion, work: Workload) -> list[Criterion]:
     plain = CRITERIA.make("taylor" if work.has_data and work.has_loss else "magnitude")
     if not work.has_data:
         return [plain]
-    outputs = _first_outputs(work)
+    outputs = work.together(lambda: _first_outputs(work))  # what fails on one process is an error of all
     if one_tensor(outputs):
         return [CRITERIA.make("schur", {"fisher": "outputs"}), plain]
     if not work.has_loss:

@@ -31,6 +31,8 @@ from secateur.tracing.display import LONGEST, listed
 from secateur.tracing.graph import ChannelGraph
 from secateur.tracing.selection import Exclude, excluded
 
+USED_ENOUGH = 0.95
+"""Rounded widths that use a smaller part of the budget are told."""
 BATCHES = 100
 """No step uses more batches than this, unless another number is given."""
 
@@ -121,6 +123,16 @@ def prune(
         facts["latency_ms"] = {"allowed": budget.latency_ms, **clock.facts(plan)}
     facts |= work.facts
     facts["round_to"] = {g.name: int(n) for g, n in zip(graph.groups, budget.steps(graph), strict=True) if n > 1}
+    after = counts_of(graph, plan)
+    used = max(
+        (getattr(after, unit) / max(part * getattr(counts_of(graph), unit), 1) for unit, part in budget.limits.items()),
+        default=1.0,
+    )
+    if facts["round_to"] and used < USED_ENOUGH:
+        work.remarks.append(
+            f"widths that are multiples of {max(facts['round_to'].values())} use {used:.0%} of what the budget allows: "
+            "Budget(round_to=1) would use more of it"
+        )
     if alone_left := [g.name for g, n in zip(graph.groups, graph.kept(plan), strict=True) if n == 1 < len(g)]:
         work.remarks.append(
             f"one channel is left of {listed(alone_left, LONGEST)}: everything behind it sees a single number; "
@@ -128,7 +140,7 @@ def prune(
         )
     facts["chosen"] = {"criterion": _settings(one), "strategy": _settings(two), "repair": [_settings(r) for r in three]}
     facts |= {"forwards": work.forwards, "notices": list(work.notices), "remarks": list(work.remarks)}
-    return Result(small, counts_of(graph), counts_of(graph, plan), plan, graph, scores, facts)
+    return Result(small, counts_of(graph), after, plan, graph, scores, facts)
 
 
 def check_feasible(

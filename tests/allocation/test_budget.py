@@ -118,6 +118,14 @@ def test_a_layer_of_one_channel_is_told():
     assert not sc.prune(model, X, sc.Budget(macs=0.5)).facts["remarks"]
 
 
+def test_a_budget_that_rounded_widths_leave_unused_is_told():
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    coarse, fine = (sc.prune(model, X, sc.Budget(macs=0.7, round_to=n)) for n in ("auto", 1))
+    assert coarse.after.macs == 48 and fine.after.macs == 66
+    assert any("multiples of 4 use 71% of what the budget allows" in remark for remark in coarse.facts["remarks"])
+    assert not fine.facts["remarks"]
+
+
 X = torch.zeros(1, 4)
 
 
