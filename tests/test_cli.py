@@ -372,7 +372,8 @@ def test_where_there_is_no_terminal_there_are_no_bars_but_a_line_an_epoch(recipe
     assert [
         re.match(r"epoch (\d)/3: loss [\d.]+, validation accuracy [\d.]+, [\d.]+ s$", line)[1] for line in epochs
     ] == [*"123"]
-    assert lines == ["seed-0: baseline", *epochs, "seed-0: pruned", "seed-0: measured"]
+    told = "widths that are multiples of 4 use 86% of what the budget allows: Budget(round_to=1) would use more of it"
+    assert lines == ["seed-0: baseline", *epochs, "seed-0: pruned", told, "seed-0: measured"]
     quiet = program("run", recipe, "train.epochs=3", "--out", "again", "--quiet", folder=tmp_path)
     assert quiet.returncode == 0 and quiet.stderr == "" and "\x1b" not in quiet.stdout + done.stderr
 
