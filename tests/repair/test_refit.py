@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import secateur as sc
 from secateur._internal.batches import read_batch
 from secateur._internal.errors import SecateurError
+from secateur.curvature.eigenbasis import eigenbasis_of
 from secateur.curvature.layers import spread
 from secateur.lab.models.registry import build
 from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import accuracy
 from secateur.plan import Plan
 from secateur.repair.refit import _Examples, _Part, _split, least_squares
+from secateur.surgery.low_rank.bottleneck import bottlenecked, three
 from secateur.tracing.graph import fingerprint
 
 CPU = torch.device("cpu")
@@ -590,28 +592,33 @@ def test_bottlenecks_are_fitted_to_what_the_original_computes():
     assert after < 0.9 * before
 
 
-def test_the_parts_of_a_bottleneck_are_the_least_squares():
+@pytest.mark.parametrize("kept", [(8, 7), (8, 10), (12, 7)], ids=["both", "rotation out", "rotation in"])
+def test_the_parts_of_a_bottleneck_are_the_least_squares(kept):
     """A linear network: the core is the best for its last rotation, and that and the bias the best for the core."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 4)).double().eval()
     x = torch.randn(512, 10, dtype=torch.float64)
-    result, _ = rotated(model, x, 0.75, layers=["0"])
-    small, bottle = result.model, result.model[0]
+    bases = {"0": eigenbasis_of(sc.kronecker_factors(model, [x], "mse", bias=False)["0"])}
+    small = bottlenecked(model, bases, {"0": (torch.arange(kept[0]), torch.arange(kept[1]))})
+    first, core, last = three(small[0])
     with torch.no_grad():  # in the eigenbasis of these inputs all would be the least squares already
-        for part in bottle:
+        for part in small[0]:
             part.weight.add_(0.3 * torch.randn_like(part.weight))
-    leave, target = bottle[2].weight.detach().clone(), model[0](x).detach()
-    seen = bottle[0](x).detach()
-    before = [part.weight.detach().clone() for part in bottle]
-    bias = bottle[2].bias.detach().clone()
+    target = model[0](x).detach()
+    seen = (x if first is core else first(x)).detach()
+    before = [part.weight.detach().clone() for part in (first, core, last)]
+    bias = last.bias.detach().clone()
+    ones = torch.ones(512, 1, dtype=torch.float64)
     sc.refit(model, small, Plan({}, {}, fingerprint(model)), [x], examples=512, damping=1e-9, positions=512)
-    wanted = (target - model[0].bias.detach()) @ torch.linalg.pinv(leave).mT
-    core = before[1] + least_squares(seen[None], wanted[None], before[1][None], 1e-9)[0]
-    torch.testing.assert_close(bottle[1].weight.detach(), core, rtol=1e-6, atol=1e-8)
-    inner = torch.cat([bottle[1](seen), torch.ones(512, 1, dtype=torch.float64)], 1).detach()
-    table = torch.cat([before[2], bias[:, None]], 1)
-    last = table + least_squares(inner[None], target[None], table[None], 1e-9)[0]
-    torch.testing.assert_close(bottle[2].weight.detach(), last[:, :-1], rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(bottle[2].bias.detach(), last[:, -1], rtol=1e-6, atol=1e-8)
-    assert torch.equal(bottle[0].weight, before[0])
-    assert not torch.allclose(bottle[1].weight, before[1], rtol=1e-3)
+    if last is core:
+        inner, table = torch.cat([seen, ones], 1), torch.cat([before[1], bias[:, None]], 1)
+    else:
+        wanted = (target - model[0].bias.detach()) @ torch.linalg.pinv(before[2]).mT
+        fitted = before[1] + least_squares(seen[None], wanted[None], before[1][None], 1e-9)[0]
+        torch.testing.assert_close(core.weight.detach(), fitted, rtol=1e-6, atol=1e-8)
+        inner, table = torch.cat([core(seen), ones], 1).detach(), torch.cat([before[2], bias[:, None]], 1)
+    wanted = table + least_squares(inner[None], target[None], table[None], 1e-9)[0]
+    torch.testing.assert_close(last.weight.detach(), wanted[:, :-1], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(last.bias.detach(), wanted[:, -1], rtol=1e-6, atol=1e-8)
+    assert first is core or torch.equal(first.weight, before[0])
+    assert not torch.allclose(core.weight, before[1], rtol=1e-3)

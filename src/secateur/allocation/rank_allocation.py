@@ -2,10 +2,13 @@ r"""How many rotated rows and columns each layer keeps, so that a budget is met 
 
 A layer whose rows and columns are sorted by damage keeps a *box*: its first ``r`` rows and ``c`` columns. What it loses
 is exact under the model of the curvature, a look-up in a double cumulative sum; what it costs is linear in ``r``, ``c``
-and ``r c`` (a rotation in, a core, a rotation out). Leaving the layer alone is one more choice, without loss.
+and ``r c`` (a rotation in, a core, a rotation out), where a rotation that keeps all costs nothing: the core takes it
+up. Leaving the layer alone is one more choice, without loss.
 
 Ours: for a price per unit of cost every layer takes the box with the least loss plus price times cost; the price is
-found by bisection, and what room the budget leaves is filled up. Published (arXiv 1905.05934): one threshold on the
+found by bisection, and what room the budget leaves is filled up. Layers then take a box of the hull of what they could
+take; with one limit dynamic programming over all boxes, their costs in so many steps of the budget, is tried as well,
+and the better one counts. Published (arXiv 1905.05934): one threshold on the
 damages of all rows and columns; a layer that would not become smaller is left alone.
 """
 
@@ -21,6 +24,8 @@ import numpy as np
 from secateur._internal.errors import InfeasibleBudget, SecateurError
 from secateur.allocation.budget import AUTO, Budget, asked, auto_step, floor_of, multiples
 
+STEPS, STEPS_A_LAYER = 4096, 64
+"""Of a budget, in dynamic programming."""
 Box = tuple[int, int] | None
 """Rows and columns kept, or None for a layer that is left alone."""
 
@@ -34,16 +39,19 @@ class Shape:
         row: each row kept (of the rotation out).
         column: each column kept (of the rotation in).
         both: each pair of a kept row and column (of the core).
+        wide: so many rows and so many columns need no rotation.
     """
 
     whole: int
     row: int
     column: int
     both: int
+    wide: tuple[int, int] = (0, 0)
 
     def of(self, rows: np.ndarray | int, columns: np.ndarray | int) -> np.ndarray | int:
         """The cost of boxes."""
-        return self.row * rows + self.column * columns + self.both * rows * columns
+        out, into = self.row * rows * (rows != self.wide[0]), self.column * columns * (columns != self.wide[1])
+        return out + into + self.both * rows * columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +118,10 @@ class Room:
         pairs = list(zip(self.choices, boxes, strict=True))
         return {u: fixed + sum(c.costs(u, box) for c, box in pairs) for u, fixed in self.fixed.items()}
 
+    def lost(self, boxes: Sequence[Box]) -> float:
+        """What is lost with these boxes."""
+        return float(sum(c.loss[b] if b else 0.0 for c, b in zip(self.choices, boxes, strict=True)))
+
     def met(self, boxes: Sequence[Box]) -> bool:
         """Whether the budget allows them."""
         return all(used <= self.allowed[u] for u, used in self.used(boxes).items())
@@ -131,9 +143,13 @@ class Room:
 
     def _cheapest(self, choice: Choice, share: Mapping[str, float]) -> Box:
         rows, columns = self.sides(choice)
-        box = int(rows[0]), int(columns[0])
-        less = sum(s * (choice.cost[u].of(*box) - choice.cost[u].whole) / self.totals[u] for u, s in share.items())
-        return box if less < 0 else None
+        of = [
+            (s / self.totals[u], choice.cost[u].of(rows[:, None], columns[None]) - choice.cost[u].whole)
+            for u, s in share.items()
+        ]
+        less = np.asarray(sum(weight * extra for weight, extra in of))
+        row, column = divmod(int(less.argmin()), len(columns))
+        return (int(rows[row]), int(columns[column])) if less.min() < 0 else None
 
     def check(self) -> None:
         """Raise if not even the smallest boxes are within the budget."""
@@ -157,15 +173,45 @@ def lagrangian(room: Room) -> list[Box]:
     With two limits the price is split between them in several ways, and the best outcome is taken.
     """
     room.check()
-    best: tuple[float, list[Box]] | None = None
-    for share in room.shares(9):
-        boxes = _bisected(room, share)
-        if boxes is not None:
-            boxes = fill(room, boxes)
-            lost = sum(c.loss[b] if b else 0.0 for c, b in zip(room.choices, boxes, strict=True))
-            if best is None or lost < best[0]:
-                best = float(lost), boxes
-    return best[1] if best is not None else fill(room, room.smallest())
+    found = [boxes for share in room.shares(9) if (boxes := _bisected(room, share)) is not None]
+    found += [programmed(room)] if len(room.allowed) == 1 else []
+    best = min((fill(room, boxes) for boxes in found or [room.smallest()]), key=room.lost)
+    return [None if box == c.damage.shape else box for c, box in zip(room.choices, best, strict=True)]
+
+
+def programmed(room: Room) -> list[Box]:
+    """The boxes of least loss by dynamic programming, costs rounded up to steps of the one budget."""
+    (unit, allowed), fixed = next(iter(room.allowed.items())), next(iter(room.fixed.values()))
+    step = max(1, -(-(allowed - fixed) // (STEPS + STEPS_A_LAYER * len(room.choices))))
+    most = (allowed - fixed) // step
+    best, ways = np.zeros(most + 1), []
+    for choice in room.choices:
+        rows, columns = room.sides(choice)
+        costs = np.append(choice.cost[unit].of(rows[:, None], columns[None]), choice.cost[unit].whole)
+        losses = np.append(choice.loss[np.ix_(rows, columns)], 0.0)
+        steps = -(-costs // step)
+        order = np.lexsort((losses, steps))
+        order = order[steps[order] <= most]
+        lower = np.r_[True, losses[order][1:] < np.minimum.accumulate(losses[order])[:-1]]
+        order = order[lower[: len(order)]]  # the others lose no less and cost no less
+        new, way = np.full(most + 1, np.inf), np.full(most + 1, -1)
+        for option in order:
+            cost = int(steps[option])
+            value = best[: most + 1 - cost] + losses[option]
+            better = value < new[cost:]
+            new[cost:][better], way[cost:][better] = value[better], option
+        best = new
+        ways.append((way, steps, rows, columns))
+    if not np.isfinite(best[-1]):  # met, but not in whole steps
+        return room.smallest()
+    boxes: list[Box] = []
+    left = most
+    for way, steps, rows, columns in reversed(ways):
+        option = int(way[left])
+        left -= int(steps[option])
+        row, column = divmod(option, len(columns))
+        boxes.append(None if option == len(steps) - 1 else (int(rows[row]), int(columns[column])))
+    return boxes[::-1]
 
 
 def _bisected(room: Room, share: Mapping[str, float]) -> list[Box] | None:

@@ -31,8 +31,8 @@ from secateur.plan import Plan
 from secateur.repair.api import repaired, repairs_of
 from secateur.repair.contract import LEFT_WHOLE
 from secateur.result import Counts, Result
-from secateur.surgery.low_rank.bottleneck import Bottleneck, bottlenecked, three
-from secateur.surgery.low_rank.replaceable import Candidate, Probed, probe, width
+from secateur.surgery.low_rank.bottleneck import bottlenecked, three, width
+from secateur.surgery.low_rank.replaceable import Candidate, Probed, probe
 from secateur.surgery.low_rank.separable import check_how, separable, separate
 from secateur.tracing.graph import fingerprint
 from secateur.tracing.selection import Exclude
@@ -271,11 +271,8 @@ def _choice(part: Candidate, basis: Eigenbasis | None) -> Choice:
     taps = core.weight[0, 0].numel()
     shapes = {}
     for unit, inward, outward in (("params", 1, 1), ("macs", before, after)):
-        row, column, both = wide_out * outward, wide_in * inward, taps * outward
-        whole = rows * columns * both
-        if isinstance(module, Bottleneck):
-            whole += rows * row + columns * column
-        shapes[unit] = Shape(whole, row, column, both)
+        of = Shape(0, wide_out * outward, wide_in * inward, taps * outward, (wide_out, wide_in))
+        shapes[unit] = replace(of, whole=int(of.of(rows, columns)))
     if basis is None:
         return Choice(part.name, torch.zeros(rows, columns).numpy(), shapes)
     return Choice(part.name, basis.energy()[0].sum(1).double().cpu().numpy() / 2, shapes)

@@ -709,7 +709,7 @@ def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, _P
         f"{path}.{number}": (path, number)
         for path, m in model.named_modules()
         if isinstance(m, Bottleneck)
-        for number in range(3)
+        for number in map(int, m._modules)
     }
     for name, layer in ones.items():
         module, bias = layer.module, layer.module._parameters.get("bias")
@@ -726,13 +726,15 @@ def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, _P
         if name in parts:  # of a bottleneck of the original, whose last rotation gives what it stands for
             path, number = parts[name]
             other = others.get(path)
-            if isinstance(other, Bottleneck) and number < 2:
+            if isinstance(other, Bottleneck) and three(other)[2] is not other._modules[str(number)]:
                 continue
         if isinstance(other, Bottleneck):
             _, core, last = three(other)
             if measurable(core) and measurable(last) and Layer("", core, "full").groups == 1 == layer.groups:
-                pairs[f"{path}.1"] = _Pair(layer, Layer(f"{path}.1", core, "full"), last, of_bottleneck=True)
-                pairs[f"{path}.2"] = _Pair(layer, Layer(f"{path}.2", last, "full"), of_bottleneck=True)
+                behind = None if last is core else last
+                pairs[f"{path}.1"] = _Pair(layer, Layer(f"{path}.1", core, "full"), behind, of_bottleneck=True)
+                if last is not core:
+                    pairs[f"{path}.2"] = _Pair(layer, Layer(f"{path}.2", last, "full"), of_bottleneck=True)
             else:
                 left[path] = "the core of its bottleneck is no plain layer"
             continue

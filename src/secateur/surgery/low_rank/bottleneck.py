@@ -7,14 +7,19 @@ With orthonormal ``Qa`` and ``Qg``, and a convolution seen tap by tap::
 Keeping some columns of ``Qa`` and ``Qg`` makes the inner layer, the core, small. The two rotations are 1x1 convolutions
 (linears for a linear); they commute with any padding, and the bias stays outside, so that with all columns the three
 layers compute what the one did, at borders too. What the layer's neighbours see keeps its width.
+
+A rotation that keeps all columns is none of its own, but is multiplied into the core, which computes the same for less:
+then two layers are left. The published method keeps three.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -32,14 +37,14 @@ Kept = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Bottleneck(nn.Sequential):
-    """Rotation in, core, rotation out."""
+    """Rotation in ``"0"``, core ``"1"``, rotation out ``"2"``; a rotation that would keep all is not there."""
 
     __jit_unused_properties__: ClassVar[list[str]] = ["core", "weight", "bias"]  # for those who still script models
 
     @property
     def core(self) -> Any:
         """The layer in the middle."""
-        return self[1]
+        return self._modules["1"]
 
     @property
     def weight(self) -> Tensor:
@@ -61,42 +66,73 @@ class Bottleneck(nn.Sequential):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What was done to a model, as data: the layers that became bottlenecks, with the rows and columns they kept."""
+    """What was done to a model, as data: the layers that became bottlenecks, with the rows and columns they kept.
+
+    Attributes:
+        fingerprint: of the model.
+        layers: path -> rows and columns.
+        rotations: whether rotations that keep all are there nevertheless.
+    """
 
     fingerprint: str
     layers: Mapping[str, tuple[int, int]]
+    rotations: bool = True
 
     def to_json(self) -> str:
         """As JSON text."""
-        return json.dumps({"fingerprint": self.fingerprint, "layers": {n: list(k) for n, k in self.layers.items()}})
+        layers = {name: list(kept) for name, kept in self.layers.items()}
+        return json.dumps({"fingerprint": self.fingerprint, "layers": layers, "rotations": self.rotations})
 
 
 def three(layer: Any) -> tuple[Any, Any, Any]:
-    """Rotation in, core and rotation out of a bottleneck; of any other layer three times itself."""
-    return tuple(layer) if isinstance(layer, Bottleneck) else (layer, layer, layer)  # type: ignore[return-value]
+    """Rotation in, core and rotation out of a bottleneck, the core in the place of what is not there.
+
+    Of any other layer three times itself.
+    """
+    if not isinstance(layer, Bottleneck):
+        return layer, layer, layer
+    core = layer.core
+    return layer._modules.get("0", core), core, layer._modules.get("2", core)
 
 
-def hollow(layer: Any, rows: int, columns: int, groups: int = 1) -> Bottleneck:
-    """A bottleneck of these sizes in the place of a layer (or of a bottleneck), its weights not set, nothing drawn."""
+def width(layer: Any, *, inward: bool) -> int:
+    """Features or channels of a linear's or a convolution's input or output."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features if inward else layer.out_features
+    return layer.in_channels if inward else layer.out_channels
+
+
+def hollow(
+    layer: Any, rows: int, columns: int, groups: int = 1, *, rotations: tuple[bool, bool] = (False, False)
+) -> Bottleneck:  # fmt: skip
+    """A bottleneck of these sizes in the place of a layer (or of a bottleneck), its weights not set, nothing drawn.
+
+    Args:
+        layer: whose inputs and outputs it takes.
+        rows: of the core.
+        columns: of the core.
+        groups: of the core; if there are several, both rotations are there.
+        rotations: which of the two are there in any case, also where they keep all.
+    """
     first, core, last = three(layer)
-    weight = core.weight
-    plain: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    inward, outward = width(first, inward=True), width(last, inward=False)
+    entered = groups > 1 or rotations[0] or columns < inward
+    left = groups > 1 or rotations[1] or rows < outward
+    plain: dict[str, Any] = {"device": core.weight.device, "dtype": core.weight.dtype}
     bias = last.bias is not None
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
     if isinstance(core, nn.Linear):
-        made = Bottleneck(
-            skip_init(nn.Linear, first.in_features, columns, bias=False, **plain),
-            skip_init(nn.Linear, columns, rows, bias=False, **plain),
-            skip_init(nn.Linear, rows, last.out_features, bias=bias, **plain),
-        )
+        kind, one, geometry = nn.Linear, {}, {}
     else:
-        kind = next(k for k in CONVOLUTIONS if isinstance(core, k))
-        geometry = {k: getattr(core, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-        made = Bottleneck(
-            skip_init(kind, first.in_channels, columns, 1, bias=False, **plain),
-            skip_init(kind, columns, rows, bias=False, groups=groups, **geometry, **plain),
-            skip_init(kind, rows, last.out_channels, 1, bias=bias, **plain),
-        )
-    return made.train(layer.training)
+        kind, one = next(k for k in CONVOLUTIONS if isinstance(core, k)), {"kernel_size": 1}  # type: ignore[assignment]
+        own = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        geometry = {"groups": groups, **{name: getattr(core, name) for name in own}}
+    if entered:
+        parts["0"] = skip_init(kind, inward, columns, bias=False, **one, **plain)
+    parts["1"] = skip_init(kind, columns, rows, bias=bias and not left, **geometry, **plain)
+    if left:
+        parts["2"] = skip_init(kind, rows, outward, bias=bias, **one, **plain)
+    return Bottleneck(parts).train(layer.training)
 
 
 def split(layer: Any, basis: Eigenbasis, rows: Tensor, columns: Tensor) -> Bottleneck:
@@ -108,21 +144,34 @@ def split(layer: Any, basis: Eigenbasis, rows: Tensor, columns: Tensor) -> Bottl
         rows: indices of the rows to keep (of ``Qg``'s columns).
         columns: indices of the columns to keep (of ``Qa``'s columns).
     """
-    made: Any = hollow(layer, len(rows), len(columns))
+    made = hollow(layer, len(rows), len(columns))
     qa, qg = basis.qa[0].double()[:, columns], basis.qg[0].double()[:, rows]
-    core = basis.rotate(basis.layer.table().to(basis.qa))[0][rows][:, :, columns]  # [rows, taps, columns]
+    kept = basis.rotate(basis.layer.table().to(basis.qa))[0][rows][:, :, columns].double()  # [rows, taps, columns]
     enter, leave = qa.mT, qg
-    first, _, last = three(layer)
-    if isinstance(layer, Bottleneck):
+    first, core, last = three(layer)
+    if first is not core:
         enter = enter @ first.weight.detach().double().flatten(1)
+    if last is not core:
         leave = last.weight.detach().double().flatten(1) @ leave
-    with torch.no_grad():
-        made[0].weight.copy_(enter.reshape(made[0].weight.shape))
-        made[1].weight.copy_(core.mT.reshape(made[1].weight.shape))
-        made[2].weight.copy_(leave.reshape(made[2].weight.shape))
-        if last.bias is not None:
-            made[2].bias.copy_(last.bias)
+    _fill(made, enter, kept, leave, last.bias)
     return made
+
+
+@torch.no_grad()
+def _fill(made: Bottleneck, enter: Tensor, core: Tensor, leave: Tensor, bias: Tensor | None) -> None:
+    """Set the weights of a hollow one, whose core [rows, taps, columns] takes up the rotations that are not there."""
+    first, middle, last = three(made)
+    if first is middle:
+        core = core @ enter
+    else:
+        first.weight.copy_(enter.reshape(first.weight.shape))
+    if last is middle:
+        core = torch.einsum("or,rkc->okc", leave, core)
+    else:
+        last.weight.copy_(leave.reshape(last.weight.shape))
+    middle.weight.copy_(core.mT.reshape(middle.weight.shape))
+    if bias is not None:
+        last.bias.copy_(bias)
 
 
 def bottlenecked(
@@ -139,18 +188,19 @@ def bottlenecked(
     copied = copy.deepcopy(model)
     for name, (rows, columns) in kept.items():
         made: Any = split(copied.get_submodule(name), bases[name], rows, columns)
-        for rotation in (made[0], made[2]):
-            rotation.weight.requires_grad_(train_rotations)
+        first, core, last = three(made)
+        for rotation in (first, last):
+            rotation.weight.requires_grad_(train_rotations or rotation is core)
         bias = three(model.get_submodule(name))[2].bias
         if bias is not None:
-            made[2].bias.requires_grad_(bias.requires_grad)
+            last.bias.requires_grad_(bias.requires_grad)
         copied = put(copied, name, made)
     sizes = {name: (len(rows), len(columns)) for name, (rows, columns) in kept.items()}
-    return add_to_record(copied, model, {"eigendamage": Rewrite(fingerprint(model), sizes)})
+    return add_to_record(copied, model, {"eigendamage": Rewrite(fingerprint(model), sizes, rotations=False)})
 
 
-def sizes_of(model: nn.Module, text: str) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The fingerprint and the layers' sizes of a rewrite that was made for this model.
+def read(model: nn.Module, text: str) -> Rewrite:
+    """A rewrite that was made for this model.
 
     Raises:
         SecateurError: damaged data, or another model's.
@@ -159,11 +209,12 @@ def sizes_of(model: nn.Module, text: str) -> tuple[str, dict[str, tuple[int, int
         data = json.loads(text)
         layers = {str(name): (int(rows), int(columns)) for name, (rows, columns) in data["layers"].items()}
         own, given = fingerprint(model), str(data["fingerprint"])
+        rotations = bool(data.get("rotations", True))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"the rewrite is damaged ({type(error).__name__}: {error})") from error
     if own != given:
         raise SecateurError(f"the rewrite was made for another model (fingerprint {given}, this one has {own})")
-    return given, layers
+    return Rewrite(given, layers, rotations)
 
 
 def replay(model: nn.Module, text: str) -> nn.Module:
@@ -172,17 +223,17 @@ def replay(model: nn.Module, text: str) -> nn.Module:
     Raises:
         SecateurError: damaged data, or another model's.
     """
-    given, layers = sizes_of(model, text)
+    done = read(model, text)
     copied = copy.deepcopy(model)
-    for name, (rows, columns) in layers.items():
+    for name, (rows, columns) in done.layers.items():
         try:
             layer = copied.get_submodule(name)
         except AttributeError as error:
             raise SecateurError(f"the rewrite is damaged: the model has no layer {name!r}") from error
         if not isinstance(layer, (nn.Linear, *CONVOLUTIONS, Bottleneck)) or min(rows, columns) < 1:
             raise SecateurError(f"the rewrite is damaged: {name!r} cannot keep {rows} rows and {columns} columns")
-        copied = put(copied, name, hollow(layer, rows, columns))
-    return add_to_record(copied, model, {"eigendamage": Rewrite(given, layers)})
+        copied = put(copied, name, hollow(layer, rows, columns, rotations=(done.rotations, done.rotations)))
+    return add_to_record(copied, model, {"eigendamage": done})
 
 
 def merge_bases(model: nn.Module) -> nn.Module:
@@ -193,30 +244,30 @@ def merge_bases(model: nn.Module) -> nn.Module:
         inner: Any = outer.core
         if not isinstance(inner, Bottleneck):
             continue
-        core = inner.core
-        made: Any = hollow(
-            Bottleneck(outer[0], core, outer[2]), _rows(core), _columns(core), getattr(core, "groups", 1)
-        )
-        first, nested, last = three(outer)
-        enter, _, leave = three(nested)
+        rotations = [[m._modules[side] for m in (outer, inner) if side in m._modules] for side in ("0", "2")]
+        into, out_of = rotations  # the outer one first
+        parts = {**({"0": into[0]} if into else {}), "1": inner.core, **({"2": out_of[0]} if out_of else {})}
+        core, last = inner.core, three(outer)[2]
+        made = hollow(
+            Bottleneck(OrderedDict(parts)), int(core.weight.shape[0]), width(core, inward=True),
+            getattr(core, "groups", 1), rotations=(bool(into), bool(out_of)),
+        )  # fmt: skip
+        first, _, leave = three(made)
         with torch.no_grad():
-            entering = enter.weight.double().flatten(1) @ first.weight.double().flatten(1)
-            leaving = last.weight.double().flatten(1) @ leave.weight.double().flatten(1)
-            made[0].weight.copy_(entering.reshape(made[0].weight.shape))
-            made[1].weight.copy_(core.weight)
-            made[2].weight.copy_(leaving.reshape(made[2].weight.shape))
+            if into:
+                first.weight.copy_(_product(into[::-1]).reshape(first.weight.shape))
+            if out_of:
+                leave.weight.copy_(_product(out_of).reshape(leave.weight.shape))
+            made.core.weight.copy_(core.weight)
             if last.bias is not None:
-                made[2].bias.copy_(last.bias)
+                leave.bias.copy_(last.bias)
         merged = put(merged, name, made)
     return add_to_record(merged, model, {"merge_bases": Rewrite(fingerprint(model), {})})
 
 
-def _rows(core: Any) -> int:
-    return int(core.weight.shape[0])
-
-
-def _columns(core: Any) -> int:
-    return int(core.weight.shape[1]) * getattr(core, "groups", 1)
+def _product(rotations: Sequence[Any]) -> Tensor:
+    """Of their weights, float64."""
+    return reduce(torch.matmul, [rotation.weight.double().flatten(1) for rotation in rotations])
 
 
 def put(model: nn.Module, name: str, part: nn.Module) -> nn.Module:

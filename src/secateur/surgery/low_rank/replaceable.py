@@ -24,7 +24,7 @@ from secateur._internal.errors import NothingToPrune, SecateurError
 from secateur._internal.state import preserved, without_fast_path
 from secateur.curvature.layers import Layer, computes_its_weight, measurable
 from secateur.curvature.passes import NOT_RUN, STRANGE, USED_ELSEWHERE
-from secateur.surgery.low_rank.bottleneck import Bottleneck, put, three
+from secateur.surgery.low_rank.bottleneck import Bottleneck, put, three, width
 from secateur.tracing.skeleton import copyable
 
 LAST = "the last layer stays as it is, unless layers= names it"
@@ -246,13 +246,6 @@ class _Watch(TorchFunctionMode):
 
 def _device_type(output: Any) -> str:
     return output.device.type if isinstance(output, Tensor) else "cpu"
-
-
-def width(layer: Any, *, inward: bool) -> int:
-    """Features or channels of a linear's or a convolution's input or output."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features if inward else layer.out_features
-    return layer.in_channels if inward else layer.out_channels
 
 
 # ------------------------------------------------------------------------------------------------------------ stand-ins

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from secateur._internal.checks import check_choice, check_count
 from secateur._internal.errors import SecateurError
 from secateur.curvature.layers import CONVOLUTIONS
-from secateur.surgery.low_rank.bottleneck import Bottleneck, Rewrite, hollow, put, sizes_of
+from secateur.surgery.low_rank.bottleneck import Bottleneck, Rewrite, hollow, put, read, three
 from secateur.surgery.records import add_to_record
 from secateur.tracing.graph import fingerprint
 
@@ -61,13 +61,15 @@ def separate(model: nn.Module, how: str = "cp", *, sweeps: int = 100) -> nn.Modu
         u, s, v = _balanced(u, s, v)
         made: Any = hollow(layer, u.shape[1], u.shape[1], groups=u.shape[1])
         with torch.no_grad():
-            first, last = (rotation.weight.double().flatten(1) for rotation in (layer[0], layer[2]))
-            for new, weight in zip(made, (v.mT @ first, s.mT, last @ u), strict=True):
+            first, middle, last = three(layer)
+            enter, leave = (None if m is middle else m.weight.double().flatten(1) for m in (first, last))
+            into, out_of = v.mT if enter is None else v.mT @ enter, u if leave is None else leave @ u
+            for new, weight in zip(made, (into, s.mT, out_of), strict=True):
                 new.weight.copy_(weight.reshape(new.weight.shape))
             if made[2].bias is not None:
-                made[2].bias.copy_(layer[2].bias)
-                made[2].bias.requires_grad_(layer[2].bias.requires_grad)
-        for new, old in zip(made, layer, strict=True):
+                made[2].bias.copy_(last.bias)
+                made[2].bias.requires_grad_(last.bias.requires_grad)
+        for new, old in zip(made, three(layer), strict=True):
             new.weight.requires_grad_(old.weight.requires_grad)
         copied, ranks[name] = put(copied, name, made), (u.shape[1], u.shape[1])
     if not ranks:
@@ -89,13 +91,13 @@ def replay(model: nn.Module, text: str) -> nn.Module:
         SecateurError: damaged data, or another model's.
     """
     copied = copy.deepcopy(model)
-    given, ranks = sizes_of(model, text)
-    for name, (rank, _) in ranks.items():
+    done = read(model, text)
+    for name, (rank, _) in done.layers.items():
         layer: Any = dict(copied.named_modules()).get(name)
         if not _separable(layer) or rank != min(layer.core.weight.shape[:2]):
             raise SecateurError(f"the rewrite is damaged: {name!r} cannot become separable of rank {rank}")
         copied = put(copied, name, hollow(layer, rank, rank, groups=rank))
-    return add_to_record(copied, model, {SEPARATE: Rewrite(given, ranks)})
+    return add_to_record(copied, model, {SEPARATE: done})
 
 
 def separable(model: nn.Module) -> list[str]:
