@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from secateur.methods.contract import METHODS, TRAINING_METHODS
     from secateur.methods.eigendamage import eigendamage
     from secateur.methods.greg import GReg
+    from secateur.methods.hybrid import hybrid
     from secateur.methods.increg import IncReg
     from secateur.methods.pivoting import Pivoting, pivot
     from secateur.methods.sdprun import SDPrun
@@ -122,6 +123,7 @@ __all__ = [
     "directional_scores",
     "distill",
     "eigendamage",
+    "hybrid",
     "kronecker_factors",
     "load",
     "make_plan",
@@ -167,6 +169,7 @@ _ROOMS = {
     "curvature.null_space": ("null_space_projector",),
     "methods.contract": ("METHODS", "TRAINING_METHODS"),
     "methods.eigendamage": ("eigendamage",),
+    "methods.hybrid": ("hybrid",),
     "methods.greg": ("GReg",),
     "methods.increg": ("IncReg",),
     "methods.pivoting": ("Pivoting", "pivot"),

@@ -46,16 +46,27 @@ def criteria(given: str | Criterion, work: Workload) -> list[Criterion]:
     plain = CRITERIA.make("taylor" if work.has_data and work.has_loss else "magnitude")
     if not work.has_data:
         return [plain]
+    try:
+        return [CRITERIA.make("schur", {"fisher": fisher(work)}), plain]
+    except CannotMeasure as error:
+        work.note(f"criterion='auto': {plain.name!r} is taken and not 'schur': {error}")  # type: ignore[attr-defined]
+        return [plain]
+
+
+def fisher(work: Workload) -> str:
+    """Of what the Fisher is: of the outputs where the forward returns one tensor, else of the loss.
+
+    Raises:
+        CannotMeasure: there is neither.
+    """
     outputs = work.together(lambda: _first_outputs(work))  # what fails on one process is an error of all
     if one_tensor(outputs):
-        return [CRITERIA.make("schur", {"fisher": "outputs"}), plain]
+        return "outputs"
     if not work.has_loss:
-        work.note(
-            f"criterion='auto': {plain.name!r} is taken and not 'schur': the forward returns a "  # type: ignore[attr-defined]
-            f"{type(outputs).__name__} and no single tensor, and there is no loss; give loss="
+        raise CannotMeasure(
+            f"the forward returns a {type(outputs).__name__} and no single tensor, and there is no loss; give loss="
         )
-        return [plain]
-    return [CRITERIA.make("schur", {"fisher": quiet_kind(work.loss)}), plain]
+    return quiet_kind(work.loss)
 
 
 WEIGHT = 5.0

@@ -16,13 +16,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from secateur._internal.errors import InfeasibleBudget, SecateurError
+from secateur._internal.workload import Workload
 from secateur.allocation.budget import AUTO, Budget, asked, auto_step, floor_of, multiples
+from secateur.curvature.eigenbasis import Eigenbasis
+from secateur.result import Counts
+from secateur.surgery.low_rank.bottleneck import three, width
+from secateur.surgery.low_rank.replaceable import Candidate
 
 STEPS, STEPS_A_LAYER = 4096, 64
 """Of a budget, in dynamic programming."""
@@ -151,6 +157,15 @@ class Room:
         row, column = divmod(int(less.argmin()), len(columns))
         return (int(rows[row]), int(columns[column])) if less.min() < 0 else None
 
+    def check_real(self, real: Mapping[str, int], who: str) -> None:
+        """Raise if what was counted in the end is above the budget, whatever was planned."""
+        over = [unit for unit, allowed in self.allowed.items() if real[unit] > allowed]
+        if over:
+            raise SecateurError(
+                f"{who}: the result has {real[over[0]]:,} {over[0]} where {self.allowed[over[0]]:,} are allowed: "
+                "a layer is used in a way that was not seen; name the layers that may become bottlenecks (layers=)"
+            )
+
     def check(self) -> None:
         """Raise if not even the smallest boxes are within the budget."""
         boxes = self.smallest()
@@ -165,6 +180,33 @@ class Room:
         raise InfeasibleBudget(
             f"the budget cannot be met: {'; '.join(parts)}: raise it, or lower at_least= or round_to="
         )
+
+
+def choice_of(part: Candidate, basis: Eigenbasis | None) -> Choice:
+    """The layer's costs; with a basis also its damages."""
+    module, (before, after) = part.module, part.positions
+    first, core, last = three(module)
+    wide_in, wide_out = width(first, inward=True), width(last, inward=False)
+    rows, columns = core.weight.shape[:2]
+    taps = core.weight[0, 0].numel()
+    shapes = {}
+    for unit, inward, outward in (("params", 1, 1), ("macs", before, after)):
+        of = Shape(0, wide_out * outward, wide_in * inward, taps * outward, (wide_out, wide_in))
+        shapes[unit] = replace(of, whole=int(of.of(rows, columns)))
+    if basis is None:
+        return Choice(part.name, torch.zeros(rows, columns).numpy(), shapes)
+    return Choice(part.name, basis.energy()[0].sum(1).double().cpu().numpy() / 2, shapes)
+
+
+def totals(counts: Counts) -> dict[str, int]:
+    """What a network costs, by unit."""
+    return {"macs": counts.macs, "params": counts.params}
+
+
+def agreed(boxes: Sequence[Box], work: Workload) -> list[Box]:
+    """The boxes that rank 0 has chosen."""
+    found = work.agree([None if box is None else [int(side) for side in box] for box in boxes])
+    return [None if box is None else (box[0], box[1]) for box in found]
 
 
 def lagrangian(room: Room) -> list[Box]:

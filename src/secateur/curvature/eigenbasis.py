@@ -82,6 +82,17 @@ def eigenbasis_of(factors: Factors) -> Eigenbasis:
     return Eigenbasis(factors.layer, qa, a, qg, g)
 
 
+def sorted_by_damage(basis: Eigenbasis) -> Eigenbasis:
+    """The basis with rows and columns by what their removal costs, the dearest first."""
+    damage = basis.energy()[0].sum(1)
+    rows, columns = damage.sum(1).argsort(descending=True), damage.sum(0).argsort(descending=True)
+    moments = None if basis.moments is None else basis.moments[:, rows][..., columns]
+    return replace(
+        basis, qa=basis.qa[..., columns], a=basis.a[:, columns], qg=basis.qg[..., rows], g=basis.g[:, rows],
+        moments=moments,
+    )  # fmt: skip
+
+
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(matrix.double())
     values = torch.where(values > NULL * values[:, -1:].clamp_min(0), values, torch.zeros_like(values))

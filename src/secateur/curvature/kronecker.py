@@ -61,6 +61,19 @@ class Factors:
             raise SecateurError(f"the factors of {self.layer.name!r} are those of another model")
         return replace(self, layer=replace(self.layer, module=module))
 
+    def channel_form(self) -> Factors:
+        """The factors without the bias in which the taps of a kernel share a factor, from those in full form."""
+        layer = self.layer
+        columns, taps = layer.inputs, layer.module.weight[0, 0].numel()
+        own = self.a[:, : columns * taps, : columns * taps]
+        of_taps = own.unflatten(2, (columns, taps)).unflatten(1, (columns, taps)).diagonal(dim1=2, dim2=4)
+        return Factors(replace(layer, form="channel", biased=False), of_taps.mean(-1), self.g)
+
+    def restricted(self, layer: Layer, rows: Tensor, columns: Tensor) -> Factors:
+        """The factors, in channel form, of a layer that has only some of the rows and columns."""
+        rows, columns = rows.to(self.g.device), columns.to(self.a.device)
+        return Factors(layer, self.a[:, columns][..., columns], self.g[:, rows][..., rows])
+
 
 @dataclass(frozen=True, eq=False)
 class Curvature(Mapping[str, Factors]):
@@ -149,8 +162,15 @@ def factors_of(
 ) -> Curvature:  # fmt: skip
     """:func:`kronecker_factors` at a table that is laid; what was measured there before is not measured again."""
     check_count("positions", positions, optional=True)
+    measured: list[Curvature] = work.once(("kronecker", how, form, positions, bias), list)
+    for known in measured:
+        if layers is not None and set(layers) <= known.layers.keys():
+            return replace(known, layers={name: known.layers[name] for name in layers}, skipped={})
     key = ("kronecker", how, form, None if layers is None else tuple(layers), positions, bias)
-    return work.once(key, lambda: _factors(work, how, form, layers, positions, bias))
+    found = work.once(key, lambda: _factors(work, how, form, layers, positions, bias))
+    if not any(known is found for known in measured):
+        measured.append(found)
+    return found
 
 
 def _factors(

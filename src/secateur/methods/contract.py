@@ -40,11 +40,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs
+from secateur._internal.distributed import broadcast_
 from secateur._internal.errors import SecateurError, unknown
 from secateur._internal.registry import Registry, options_of
 from secateur._internal.workload import Needs, Workload
@@ -154,6 +156,14 @@ def measured_counts(model: nn.Module, inputs: Inputs) -> Counts:
     """What a model costs that has no channel graph, counted in one forward of the example inputs."""
     own = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)  # a forward may write into them
     return Counts(**counted(model, own))
+
+
+@torch.no_grad()
+def share_weights(model: nn.Module, work: Workload) -> None:
+    """Let all processes have rank 0's weights: eigenvectors are found anew in each, and may differ in their signs."""
+    if work.processes > 1:
+        for p in model.parameters():
+            p.copy_(broadcast_(p.detach().contiguous(), work.group))
 
 
 def described(method: Any) -> dict[str, Any]:

@@ -16,22 +16,22 @@ from torch import nn
 
 from secateur._internal.batches import Inputs
 from secateur._internal.checks import check_choice, check_flag, check_names, check_open_fraction
-from secateur._internal.distributed import Group, broadcast_
+from secateur._internal.distributed import Group
 from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.budget import AUTO, Budget
-from secateur.allocation.rank_allocation import Box, Choice, Room, Shape, lagrangian, threshold
-from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, second_moments
+from secateur.allocation.rank_allocation import Room, agreed, choice_of, lagrangian, threshold, totals
+from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, second_moments, sorted_by_damage
 from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import factors_of
 from secateur.curvature.layers import CONVOLUTIONS
-from secateur.methods.contract import METHODS, described, measured_counts, settings_from
+from secateur.methods.contract import METHODS, described, measured_counts, settings_from, share_weights
 from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
 from secateur.plan import Plan
 from secateur.repair.api import repaired, repairs_of
 from secateur.repair.contract import LEFT_WHOLE
 from secateur.result import Counts, Result
-from secateur.surgery.low_rank.bottleneck import bottlenecked, three, width
+from secateur.surgery.low_rank.bottleneck import bottlenecked, three
 from secateur.surgery.low_rank.replaceable import Candidate, Probed, probe
 from secateur.surgery.low_rank.separable import check_how, separable, separate
 from secateur.tracing.graph import fingerprint
@@ -167,10 +167,10 @@ class EigenDamage:
         bases, unmeasured = work.once(self._key(parts), lambda: self._bases(work, parts))
         left |= unmeasured
         parts = [part for part in parts if part.name in bases]
-        sorted_bases = {part.name: _sorted(bases[part.name]) for part in parts}
-        choices = [_choice(part, sorted_bases[part.name]) for part in parts]
-        room = _room(choices, before, allowed)
-        boxes = _agreed(lagrangian(room) if self.rule == "lagrangian" else threshold(room, self.limit), work)
+        sorted_bases = {part.name: sorted_by_damage(bases[part.name]) for part in parts}
+        choices = [choice_of(part, sorted_bases[part.name]) for part in parts]
+        room = Room(choices, totals(before), allowed)
+        boxes = agreed(lagrangian(room) if self.rule == "lagrangian" else threshold(room, self.limit), work)
 
         kept = {
             choice.name: (torch.arange(box[0]), torch.arange(box[1]))
@@ -179,7 +179,7 @@ class EigenDamage:
         }
         small = bottlenecked(model, sorted_bases, kept, train_rotations=self.train_rotations)
         after = measured_counts(small, inputs)
-        _check_met(room, after)
+        room.check_real({"macs": after.macs, "params": after.params}, "eigendamage")
         facts: dict[str, Any] = {
             "chosen": {"method": described(self)},
             "bottlenecks": {name: [len(rows), len(columns)] for name, (rows, columns) in kept.items()},
@@ -192,7 +192,7 @@ class EigenDamage:
                 after = measured_counts(small, inputs)
             else:
                 facts["remarks"] = ["separable: the budget made no convolution a bottleneck, so none is"]
-        _share_weights(small, work)
+        share_weights(small, work)
         repairs = repairs_of(self.repair) if kept else []  # what is whole needs none
         repaired_facts = repaired(repairs, model, small, Plan({}, {}, fingerprint(model)), work)
         facts[LEFT_WHOLE] |= repaired_facts.pop(LEFT_WHOLE, {})
@@ -212,7 +212,7 @@ class EigenDamage:
             )
         probed = probe(model, inputs, self.layers, {**excluded_layers(model, self.exclude), **frozen_layers(model)})
         before = measured_counts(model, inputs)
-        _room([_choice(part, None) for part in probed.candidates], before, budget).check()
+        Room([choice_of(part, None) for part in probed.candidates], totals(before), budget).check()
         return probed, before, budget
 
     def _key(self, parts: Sequence[Candidate]) -> tuple[Any, ...]:
@@ -230,60 +230,3 @@ class EigenDamage:
             bases, skipped = dict(moments.bases), {**skipped, **moments.skipped}
         found = {part.name: bases[part.core] for part in parts if part.core in bases}
         return found, {part.name: skipped[part.core] for part in parts if part.core not in bases}
-
-
-def _room(choices: Sequence[Choice], before: Counts, budget: Budget) -> Room:
-    """What the budget allows."""
-    return Room(choices, {"macs": before.macs, "params": before.params}, budget)
-
-
-def _agreed(boxes: Sequence[Box], work: Workload) -> list[Box]:
-    """The boxes that rank 0 has chosen."""
-    found = work.agree([None if box is None else [int(side) for side in box] for box in boxes])
-    return [None if box is None else (box[0], box[1]) for box in found]
-
-
-@torch.no_grad()
-def _share_weights(model: nn.Module, work: Workload) -> None:
-    """Let all processes have rank 0's weights: eigenvectors are found anew in each, and may differ in their signs."""
-    if work.processes > 1:
-        for p in model.parameters():
-            p.copy_(broadcast_(p.detach().contiguous(), work.group))
-
-
-def _check_met(room: Room, after: Counts) -> None:
-    """Raise if the real counts are above the budget, whatever was planned."""
-    real = {"macs": after.macs, "params": after.params}
-    over = [unit for unit, allowed in room.allowed.items() if real[unit] > allowed]
-    if over:
-        raise SecateurError(
-            f"eigendamage: the result has {real[over[0]]:,} {over[0]} where {room.allowed[over[0]]:,} are allowed: "
-            "a layer is used in a way that was not seen; name the layers that may become bottlenecks (layers=)"
-        )
-
-
-def _choice(part: Candidate, basis: Eigenbasis | None) -> Choice:
-    """The layer's costs; with a basis also its damages."""
-    module, (before, after) = part.module, part.positions
-    first, core, last = three(module)
-    wide_in, wide_out = width(first, inward=True), width(last, inward=False)
-    rows, columns = core.weight.shape[:2]
-    taps = core.weight[0, 0].numel()
-    shapes = {}
-    for unit, inward, outward in (("params", 1, 1), ("macs", before, after)):
-        of = Shape(0, wide_out * outward, wide_in * inward, taps * outward, (wide_out, wide_in))
-        shapes[unit] = replace(of, whole=int(of.of(rows, columns)))
-    if basis is None:
-        return Choice(part.name, torch.zeros(rows, columns).numpy(), shapes)
-    return Choice(part.name, basis.energy()[0].sum(1).double().cpu().numpy() / 2, shapes)
-
-
-def _sorted(basis: Eigenbasis) -> Eigenbasis:
-    """The basis with rows and columns by their damage, the largest first."""
-    damage = basis.energy()[0].sum(1)
-    rows, columns = damage.sum(1).argsort(descending=True), damage.sum(0).argsort(descending=True)
-    moments = None if basis.moments is None else basis.moments[:, rows][..., columns]
-    return replace(
-        basis, qa=basis.qa[..., columns], a=basis.a[:, columns], qg=basis.qg[..., rows], g=basis.g[:, rows],
-        moments=moments,
-    )  # fmt: skip

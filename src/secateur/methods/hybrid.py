@@ -1,0 +1,401 @@
+r"""Both moves under one budget: channels go and layers become bottlenecks, so that the loss rises least.
+
+The two moves have prices in the same unit, to second order and after repair: channels what
+:mod:`secateur.scoring.schur` predicts for every width, bottlenecks what :mod:`secateur.methods.eigendamage` does for
+every box of rotated rows and columns (in the eigenbasis of the inputs what goes is no linear function of what stays, so
+nothing can make up for it). For a part ``s`` of the network::
+
+    J(s) = min rise of channels, so that s remains  +  min rise of bottlenecks of what remains, within the budget
+
+The least ``J`` is where both moves pay the same price. Its ends are channels alone and bottlenecks alone, so what is
+chosen is never predicted to be worse than either. One pass over the data measures what both need: the factors of a
+narrower layer are those of the layer, in the rows and columns that are left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur import auto
+from secateur._internal.batches import Inputs
+from secateur._internal.checks import check_count, check_flag, check_nonnegative
+from secateur._internal.distributed import Group
+from secateur._internal.errors import CannotCut, CannotMeasure, InfeasibleBudget, NothingToPrune, SecateurError
+from secateur._internal.workload import Needs, Workload
+from secateur.allocation.api import allocated
+from secateur.allocation.budget import Budget
+from secateur.allocation.contract import STRATEGIES
+from secateur.allocation.rank_allocation import Box, Room, agreed, choice_of, lagrangian, totals
+from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, sorted_by_damage
+from secateur.curvature.fisher import FISHERS, Fisher
+from secateur.curvature.kronecker import Curvature, factors_of
+from secateur.curvature.layers import Layer
+from secateur.curvature.readers import POSITIONS, readers
+from secateur.methods.contract import METHODS, described, measured_counts, settings_from, share_weights
+from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
+from secateur.plan import Plan, make_plan
+from secateur.repair.api import repaired, repairs_of
+from secateur.repair.compensate import compensated_weights
+from secateur.repair.contract import LEFT_WHOLE, copy_remaining
+from secateur.result import Counts, Result
+from secateur.scoring.api import scored
+from secateur.scoring.contract import CRITERIA, Scores
+from secateur.surgery.channels import cut
+from secateur.surgery.low_rank.bottleneck import Bottleneck, bottlenecked
+from secateur.surgery.low_rank.replaceable import Candidate, probe
+from secateur.tracing.api import trace
+from secateur.tracing.graph import ChannelGraph
+from secateur.tracing.selection import Exclude, excluded
+
+FIRST = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Parts of what may be removed that channels leave to bottlenecks, tried first."""
+CLOSER = 2
+"""So often the two halves around the best are tried."""
+
+
+def hybrid(
+    model: nn.Module,
+    example_inputs: Inputs,
+    budget: Budget,
+    *,
+    data: Iterable[Any],
+    loss: Any = None,
+    settings: Hybrid | None = None,
+    group: Group = None,
+    progress: bool = False,
+    **options: Any,
+) -> Result:
+    """Make a model smaller by both moves: channels go, and layers become bottlenecks.
+
+    Args:
+        model: the model; it is left untouched.
+        example_inputs: as for :func:`secateur.trace`; MACs refer to their shapes.
+        budget: what may remain, in MACs, parameters or both.
+        data: batches (:mod:`secateur._internal.batches`); inputs alone will do where the forward returns one tensor.
+        loss: the loss (:mod:`secateur._internal.losses`), where it does not.
+        settings: of the method; or their fields as keyword arguments.
+        group: the processes that work along; ``None`` for all there are.
+        progress: show how far it is.
+        **options: fields of :class:`Hybrid`.
+
+    Returns:
+        A result whose ``model`` remembers what was done. ``facts["widths"]`` says how many channels every group had and
+        has, ``"bottlenecks"`` how many rows and columns each bottleneck keeps, ``"tried"`` what was predicted for which
+        share between the two, ``"left whole"`` which layers did not become bottlenecks, and why.
+
+    Raises:
+        InfeasibleBudget: a budget that both moves together cannot meet, before any pass over the data.
+        NothingToPrune: no channel can go, and no layer can become a bottleneck.
+        SecateurError: unknown options, bad values, what the factors refuse.
+    """
+    method = settings_from(Hybrid, settings, options, "hybrid", ("budget", "data", "loss", "group"))
+    work = Workload(model, data, loss, inputs=example_inputs, group=group, progress=progress)
+    return method.apply(model, example_inputs, budget, work)
+
+
+@METHODS.register("hybrid")
+@dataclass(frozen=True)
+class Hybrid:
+    """Channels go and layers become bottlenecks, within one budget.
+
+    Attributes:
+        fisher: one of :data:`secateur.curvature.fisher.FISHERS`; ``"auto"``: by how far the outputs move where the
+            forward returns one tensor, else by the loss.
+        samples: draws of targets for each example.
+        batches: use at most so many.
+        seed: for the drawn targets.
+        damping: of the channels' scores, see :class:`secateur.Schur`.
+        exclude: what keeps its channels and stays whole: patterns of module paths, modules, or types of modules. Layers
+            that do not require gradients stay whole too.
+        train_rotations: whether the rotations of bottlenecks are trained afterwards.
+        repair: how what stays makes up for what goes, see :func:`secateur.apply_repair`.
+    """
+
+    needs: ClassVar[Needs] = Needs(data=True)
+    plans: ClassVar[bool] = False
+    fisher: str = "auto"
+    samples: int = 1
+    batches: int | None = None
+    seed: int = 0
+    damping: float = 1e-3
+    exclude: Exclude = ()
+    train_rotations: bool = True
+    repair: Any = "refit"
+
+    def __post_init__(self) -> None:
+        if self.fisher != auto.AUTO:
+            Fisher(self.fisher)
+        check_count("samples", self.samples)
+        check_nonnegative("damping", self.damping)
+        check_exclude(self.exclude)
+        check_flag("train_rotations", self.train_rotations)
+        repairs_of(self.repair)
+        self.how(FISHERS[0])
+
+    def how(self, kind: str) -> Fisher:
+        """The Fisher of the one pass over the data."""
+        return Fisher(kind, self.samples, self.batches, self.seed)
+
+    def check(self, model: nn.Module, inputs: Inputs, budget: Budget | None) -> None:
+        """Raise if both moves together cannot meet the budget; no data is needed for that."""
+        self._house(model, inputs, budget)
+
+    def apply(self, model: nn.Module, inputs: Inputs, budget: Budget | None, work: Workload) -> Result:
+        """See :func:`hybrid`."""
+        work.require(self.needs, "hybrid")
+        house = self._house(model, inputs, budget)
+        kind = auto.fisher(work) if self.fisher == auto.AUTO else self.fisher
+        factors, scores = self._measured(house, kind, work)
+        if scores is None:
+            house = replace(house, graph=None)
+        best = _least(house, factors, scores, work)
+
+        small = best.small
+        if best.boxes:
+            small = bottlenecked(small, best.bases, best.boxes, train_rotations=self.train_rotations)
+        after = measured_counts(small, inputs)
+        Room([], totals(house.before), house.budget).check_real(totals(after), "hybrid")
+        facts: dict[str, Any] = {
+            "chosen": {"method": {**described(self), "fisher": kind}},
+            "widths": best.widths(house.graph),
+            "bottlenecks": {name: [len(rows), len(columns)] for name, (rows, columns) in best.boxes.items()},
+            "tried": best.tried,
+            LEFT_WHOLE: dict(house.left),
+        }
+        share_weights(small, work)
+        repairs = repairs_of(self.repair) if best.plan.slices or best.boxes else []
+        more = repaired(repairs, model, small, best.plan, work)
+        facts[LEFT_WHOLE] |= more.pop(LEFT_WHOLE, {})
+        facts |= more | {"forwards": work.forwards, "notices": list(work.notices)}
+        return Result(small, house.before, after, facts=facts)
+
+    def _house(self, model: nn.Module, inputs: Inputs, budget: Budget | None) -> _House:
+        """What both moves can do, and what the budget allows."""
+        if not isinstance(budget, Budget):
+            raise SecateurError(f"hybrid(budget={budget!r}): a Budget is expected, for instance Budget(params=0.3)")
+        without = {**excluded_layers(model, self.exclude), **frozen_layers(model)}
+        graph: ChannelGraph | None = None
+        why: list[str] = []
+        try:
+            graph = trace(model, inputs)
+        except NothingToPrune as error:
+            why.append(str(error))
+        try:
+            probed = probe(model, inputs, None, without)
+            parts, left = probed.candidates, dict(probed.left)
+        except NothingToPrune as error:
+            why.append(str(error))
+            parts, left = [], {}
+        if graph is None and not parts:
+            raise NothingToPrune("; ".join(why))
+        alone = {} if graph is None else excluded(model, graph, self.exclude)
+        parts = [part for part in parts if not isinstance(part.module, Bottleneck)]
+        house = _House(model, inputs, budget, graph, alone, parts, left, measured_counts(model, inputs))
+        house.check()
+        return house
+
+    def _measured(self, house: _House, kind: str, work: Workload) -> tuple[Curvature, Scores | None]:
+        """From one pass: the factors of all layers that count, and the rises of all groups; none if none is known."""
+        graph = house.graph
+        names = {part.name for part in house.parts}
+        if graph is not None:
+            names |= set(readers(work.model, graph)[1])
+        order = {name: number for number, (name, _) in enumerate(work.model.named_modules())}
+        factors = factors_of(
+            work, self.how(kind), form="full", layers=sorted(names, key=order.__getitem__), positions=POSITIONS
+        )
+        if graph is None:
+            return factors, None
+        own = {"fisher": kind, "samples": self.samples, "batches": self.batches, "seed": self.seed}
+        try:
+            return factors, scored(CRITERIA.make("schur", own | {"damping": self.damping}), graph, work)
+        except CannotMeasure as error:
+            work.note(f"hybrid: bottlenecks alone, since no channel can be judged: {error}")
+            return factors, None
+
+
+@dataclass(frozen=True, eq=False)
+class _House:
+    """What both moves can do.
+
+    Attributes:
+        model: the model.
+        inputs: example inputs.
+        budget: what may remain.
+        graph: its channels; None if none can go.
+        alone: groups that keep their channels -> why.
+        parts: the layers that can become bottlenecks.
+        left: those that cannot -> why.
+        before: what the model costs.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    budget: Budget
+    graph: ChannelGraph | None
+    alone: Mapping[str, str]
+    parts: Sequence[Candidate]
+    left: Mapping[str, str]
+    before: Counts
+
+    @cached_property
+    def narrowest(self) -> Plan:
+        """All channels gone that may go."""
+        if self.graph is None:
+            return Plan({}, {}, "")
+        movable = np.array([g.exact and g.name not in self.alone for g in self.graph.groups], dtype=bool)
+        gone = np.where(movable, self.graph.widths - self.budget.floors(self.graph), 0)
+        return make_plan(self.graph, {g.name: range(n) for g, n in zip(self.graph.groups, gone.tolist(), strict=True)})
+
+    def left_by_channels(self, part: float) -> Budget:
+        """What channels leave: between everything and the budget, or the least that they can."""
+        least, limits = totals(self.counts(self.narrowest)), {}
+        for unit, limit in self.budget.limits.items():
+            low = min(1.0, max(limit, least[unit] / max(totals(self.before)[unit], 1)))
+            limits[unit] = low + part * (1 - low)
+        return with_limits(self.budget, limits)
+
+    def check(self) -> None:
+        """Raise if both moves together cannot meet the budget."""
+        plan, small = self.narrowest, self.model
+        if plan.slices:
+            try:
+                small = cut(self.model, plan)
+            except CannotCut:  # some combination, which allocation will find: what is feasible is seen then
+                return
+        parts = [replace(part, module=small.get_submodule(part.name)) for part in self.parts]
+        self.room_of([choice_of(part, None) for part in parts], self.before, self.counts(plan)).check()
+
+    def counts(self, plan: Plan) -> Counts:
+        """What the network costs after a plan."""
+        if self.graph is None or not plan.slices:
+            return self.before
+        return Counts(self.graph.macs(plan), self.graph.params(plan))
+
+    def room_of(self, choices: Sequence[Any], before: Counts, now: Counts) -> Room:
+        """What the budget allows a network that costs so much now."""
+        room = Room(choices, totals(before), self.budget)
+        parts = {unit: min(1.0, room.allowed[unit] / max(totals(now)[unit], 1)) for unit in room.allowed}
+        return Room(choices, totals(now), with_limits(self.budget, parts))
+
+
+def with_limits(budget: Budget, limits: Mapping[str, float]) -> Budget:
+    """The budget with other parts of what it limits."""
+    some: dict[str, Any] = dict(limits)
+    return replace(budget, **some)
+
+
+@dataclass(eq=False)
+class _Split:
+    """What both moves do if channels leave so much.
+
+    Attributes:
+        part: of what may be removed, what channels leave to bottlenecks.
+        plan: of the channels.
+        small: the network without them, in which what stays makes up for them.
+        rise: predicted, of both moves.
+        bases: of the layers that become bottlenecks.
+        boxes: the rows and columns that these keep.
+        tried: of the best: all that was tried.
+    """
+
+    part: float
+    plan: Plan
+    small: nn.Module
+    rise: tuple[float, float]
+    bases: Mapping[str, Eigenbasis]
+    boxes: Mapping[str, tuple[Tensor, Tensor]]
+    tried: list[dict[str, float]] = field(default_factory=list)
+
+    def widths(self, graph: ChannelGraph | None) -> dict[str, list[int]]:
+        """Of every group, before and after."""
+        if graph is None:
+            return {}
+        kept = graph.kept(self.plan)
+        return {g.name: [len(g), int(n)] for g, n in zip(graph.groups, kept, strict=True)}
+
+
+def _least(house: _House, factors: Curvature, scores: Scores | None, work: Workload) -> _Split:
+    """The split of least predicted rise: on a grid first, then closer around its best."""
+    found: dict[float, float] = {}
+    tried: list[dict[str, float]] = []
+    best: list[_Split] = []  # one; of the others nothing is kept
+
+    def look(part: float) -> None:
+        if part in found:
+            return
+        found[part] = np.inf
+        try:
+            split = _split(house, factors, scores, part, work)
+        except InfeasibleBudget as error:
+            why.append(error)
+            return
+        found[part] = sum(split.rise)
+        left = house.counts(split.plan)
+        shares = {unit: totals(left)[unit] / max(totals(house.before)[unit], 1) for unit in house.budget.limits}
+        tried.append({**shares, "channels": split.rise[0], "bottlenecks": split.rise[1]})
+        if not best or found[part] < sum(best[0].rise):
+            best[:] = [split]
+
+    why: list[InfeasibleBudget] = []
+    parts = FIRST if house.graph is not None and house.parts else ((1.0,) if house.graph is None else (0.0,))
+    for part in work.tracked(parts, "hybrid, splits", len(parts)):
+        look(part)
+    for _ in range(CLOSER if len(parts) > 1 and best else 0):
+        known, at = sorted(found), best[0].part
+        place = known.index(at)
+        for other in known[max(0, place - 1) : place + 2]:
+            if other != at:
+                look((at + other) / 2)
+    if not best:
+        raise why[0]
+    best[0].tried = sorted(tried, key=lambda row: next(iter(row.values())))
+    return best[0]
+
+
+def _split(house: _House, factors: Curvature, scores: Scores | None, part: float, work: Workload) -> _Split:
+    """What both moves do if channels leave this part of what may be removed."""
+    plan, small, rise = Plan({}, {}, ""), house.model, 0.0
+    if house.graph is not None and scores is not None and part < 1:
+        plan = allocated(
+            house.graph, scores, house.left_by_channels(part), STRATEGIES.make("global"), work, without=house.alone
+        )
+        small = cut(house.model, plan)
+        copy_remaining(compensated_weights(house.model, plan, factors, at="consumers"), small, plan)
+        rise = sum(float(scores.rises[name][len(gone)]) for name, gone in plan.removed.items())
+    bases: dict[str, Eigenbasis] = {}
+    parts: list[Candidate] = []
+    for candidate in house.parts:
+        if candidate.name in factors:
+            own = replace(candidate, module=small.get_submodule(candidate.name))
+            bases[candidate.name] = _basis(factors, own, plan)
+            parts.append(own)
+    room = house.room_of([choice_of(own, bases[own.name]) for own in parts], house.before, house.counts(plan))
+    boxes: list[Box] = [None] * len(parts)
+    if not room.met(boxes):
+        boxes = agreed(lagrangian(room), work)
+    kept = {
+        own.name: (torch.arange(box[0]), torch.arange(box[1]))
+        for own, box in zip(parts, boxes, strict=True)
+        if box is not None
+    }
+    return _Split(part, plan, small, (rise, room.lost(boxes)), bases, kept)
+
+
+def _basis(factors: Curvature, own: Candidate, plan: Plan) -> Eigenbasis:
+    """The eigenbasis of a layer that has lost rows and columns, by the damage."""
+    whole = factors[own.name].channel_form()
+    gone = plan.slices.get(f"{own.name}.weight" if own.name else "weight", {})
+    rows, columns = (
+        torch.tensor(np.delete(np.arange(size), list(gone.get(dim, ()))))
+        for dim, size in enumerate(whole.layer.module.weight.shape[:2])
+    )
+    layer = Layer(own.name, own.module, "channel", biased=False)
+    return sorted_by_damage(eigenbasis_of(whole.restricted(layer, rows, columns)))
