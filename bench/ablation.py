@@ -2,7 +2,8 @@
 
 A configuration is three names, ``criterion/strategy/repair``, channel by channel (``round_to=1``); ``outputs`` is
 ``schur`` by how far the outputs move and not by the loss; ``auto`` is :func:`secateur.prune` with nothing but data,
-which is that, with rounded widths; EigenDamage rotates instead. All see
+which is that, with rounded widths; EigenDamage rotates instead, ``hybrid`` does both (``hybrid/auto`` with rounded
+widths). All see
 the same 3,200 training images, without augmentation, and nothing is trained but where ``distill`` is named (200 steps
 of 128 of the same images; ``distill_more``: of others). Settings were chosen on held-out training images; this is on
 the test set. Rows that are there are not run again, so the bench can be stopped at any time::
@@ -30,7 +31,8 @@ CONFIGURATIONS = (
     "magnitude/global/refit", "magnitude/uniform/refit", "taylor/global/refit", "taylor/uniform/refit",
     "obs/global/refit", "schur/uniform/refit", "schur/global/refit", "schur/threshold/refit", "schur/sensitivity/refit",
     "taylor/sensitivity/refit", "outputs/global/refit+distill", "outputs/global/refit+distill_more",
-    "magnitude/uniform/distill", "eigendamage/none", "eigendamage/refit",
+    "magnitude/uniform/distill", "eigendamage/none", "eigendamage/refit", "hybrid/auto", "hybrid/refit",
+    "hybrid/refit+distill", "hybrid/refit+distill_more",
 )  # fmt: skip
 STEPS = 200
 SETTINGS = {
@@ -57,6 +59,15 @@ def makers(
             elif name.startswith("eigendamage"):
                 given = {"fisher": "exact", "repair": name.split("/")[1]}
                 return sc.eigendamage(model, inputs, budget, data=fixed, loss="cross_entropy", **given).model
+            elif name.startswith("hybrid"):
+                rounded, after = name == "hybrid/auto", name.split("/")[1].replace("auto", "refit")
+                some = [repairs.get(one, one) for one in after.split("+") if one != "distill_more"]
+                budget = replace(budget, round_to="auto") if rounded else budget
+                small = sc.hybrid(model, inputs, budget, data=fixed, repair=some).model
+                if name.endswith("distill_more"):
+                    nothing = sc.make_plan(sc.trace(model, inputs), {})
+                    sc.distill(model, small, nothing, islice(images, STEPS), steps=STEPS, seed=seed)
+                return small
             else:
                 criterion, strategy, after = name.split("/")
                 some = [one for one in after.split("+") if one != "distill_more"]

@@ -117,7 +117,7 @@ class Room:
         auto = self.budget.round_to == AUTO
         step = auto_step(size) if auto else int(self.budget.round_to)
         allowed = multiples(size, least, step, halves=auto)[::-1]
-        return allowed if len(allowed) else np.array([size])
+        return np.union1d(allowed, [size])
 
     def used(self, boxes: Sequence[Box]) -> dict[str, int]:
         """What the network costs with these boxes."""
