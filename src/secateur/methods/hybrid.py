@@ -51,7 +51,7 @@ from secateur.surgery.channels import cut
 from secateur.surgery.low_rank.bottleneck import Bottleneck, bottlenecked
 from secateur.surgery.low_rank.replaceable import Candidate, probe
 from secateur.tracing.api import trace
-from secateur.tracing.graph import ChannelGraph
+from secateur.tracing.graph import ChannelGraph, fingerprint
 from secateur.tracing.selection import Exclude, excluded
 
 FIRST = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -246,10 +246,15 @@ class _House:
     before: Counts
 
     @cached_property
+    def nothing(self) -> Plan:
+        """No channel goes."""
+        return Plan({}, {}, fingerprint(self.model))
+
+    @cached_property
     def narrowest(self) -> Plan:
         """All channels gone that may go."""
         if self.graph is None:
-            return Plan({}, {}, "")
+            return self.nothing
         movable = np.array([g.exact and g.name not in self.alone for g in self.graph.groups], dtype=bool)
         gone = np.where(movable, self.graph.widths - self.budget.floors(self.graph), 0)
         return make_plan(self.graph, {g.name: range(n) for g, n in zip(self.graph.groups, gone.tolist(), strict=True)})
@@ -362,7 +367,7 @@ def _least(house: _House, factors: Curvature, scores: Scores | None, work: Workl
 
 def _split(house: _House, factors: Curvature, scores: Scores | None, part: float, work: Workload) -> _Split:
     """What both moves do if channels leave this part of what may be removed."""
-    plan, small, rise = Plan({}, {}, ""), house.model, 0.0
+    plan, small, rise = house.nothing, house.model, 0.0
     if house.graph is not None and scores is not None and part < 1:
         plan = allocated(
             house.graph, scores, house.left_by_channels(part), STRATEGIES.make("global"), work, without=house.alone
