@@ -94,7 +94,7 @@ def _tell_cost(forward: float, work: Workload) -> None:
     if seconds > LONG and rank(work.group) == 0:
         work.note(
             f"this will take about {seconds / 60:.0f} minutes, by a forward of the first of {number} batches: fewer "
-            "batches= take less; criterion='magnitude', strategy='uniform', repair='recalibrate' takes seconds"
+            "batches= take less; prune(criterion='magnitude', strategy='uniform', repair='recalibrate') takes seconds"
         )
 
 

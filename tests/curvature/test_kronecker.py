@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import secateur as sc
+from secateur._internal.workload import Workload
 from secateur.curvature import layers
-from secateur.curvature.kronecker import kronecker_factors
+from secateur.curvature.fisher import Fisher
+from secateur.curvature.kronecker import factors_of, kronecker_factors
 from secateur.curvature.layers import FORMS, Layer, input_products, input_samples, output_products, output_samples
 
 # name -> (layer, shape of its input)
@@ -348,3 +350,30 @@ def test_a_graph_that_is_gone_is_told():
     model[1].register_forward_hook(remember)
     with pytest.raises(sc.SecateurError, match="no gradient of batch 1 can be found"):
         kronecker_factors(model, [(torch.randn(3, 4), torch.arange(3) % 2) for _ in range(3)], "cross_entropy")
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("linear without a batch", "without a batch")])
+def test_full_form_holds_the_channel_form(name):
+    torch.manual_seed(0)
+    module, shape = LAYERS[name]
+    model, x = nn.Sequential(copy.deepcopy(module)).double(), torch.randn(shape, dtype=torch.float64)
+    full = kronecker_factors(model, [x], "mse", form="full")["0"].channel_form()
+    own = kronecker_factors(model, [x], "mse", form="channel", bias=False)["0"]
+    torch.testing.assert_close(full.a, own.a, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(full.g, own.g, rtol=1e-9, atol=1e-12)
+    assert full.layer.table().shape == own.layer.table().shape
+
+
+def test_what_was_measured_of_more_layers_is_not_measured_again():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    work = Workload(model, [torch.randn(8, 5)], "mse")
+    every = factors_of(work, Fisher(), form="full", layers=["0", "2", "4"])
+    before = work.forwards
+    some = factors_of(work, Fisher(), form="full", layers=["2"])
+    assert work.forwards == before and some.examples == every.examples
+    assert list(some) == ["2"] and some["2"] is every["2"]
+    factors_of(work, Fisher(seed=1), form="full", layers=["2"])
+    factors_of(work, Fisher(), form="channel", layers=["2"])
+    assert work.forwards == before + 2

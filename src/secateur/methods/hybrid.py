@@ -54,6 +54,8 @@ from secateur.tracing.api import trace
 from secateur.tracing.graph import ChannelGraph, fingerprint
 from secateur.tracing.selection import Exclude, excluded
 
+BATCHES = 100
+"""Of the data, unless another number is given."""
 FIRST = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Parts of what may be removed that channels leave to bottlenecks, tried first."""
 CLOSER = 2
@@ -96,7 +98,7 @@ def hybrid(
         SecateurError: unknown options, bad values, what the factors refuse.
     """
     method = settings_from(Hybrid, settings, options, "hybrid", ("budget", "data", "loss", "group"))
-    work = Workload(model, data, loss, inputs=example_inputs, group=group, progress=progress)
+    work = Workload(model, data, loss, inputs=example_inputs, batches=method.batches, group=group, progress=progress)
     return method.apply(model, example_inputs, budget, work)
 
 
@@ -109,7 +111,7 @@ class Hybrid:
         fisher: one of :data:`secateur.curvature.fisher.FISHERS`; ``"auto"``: by how far the outputs move where the
             forward returns one tensor, else by the loss.
         samples: draws of targets for each example.
-        batches: use at most so many.
+        batches: use at most so many; ``None`` for all of them.
         seed: for the drawn targets.
         damping: of the channels' scores, see :class:`secateur.Schur`.
         exclude: what keeps its channels and stays whole: patterns of module paths, modules, or types of modules. Layers
@@ -122,7 +124,7 @@ class Hybrid:
     plans: ClassVar[bool] = False
     fisher: str = "auto"
     samples: int = 1
-    batches: int | None = None
+    batches: int | None = BATCHES
     seed: int = 0
     damping: float = 1e-3
     exclude: Exclude = ()
@@ -192,7 +194,7 @@ class Hybrid:
             parts, left = probed.candidates, dict(probed.left)
         except NothingToPrune as error:
             why.append(str(error))
-            parts, left = [], {}
+            parts, left = [], {"all layers": str(error)}
         if graph is None and not parts:
             raise NothingToPrune("; ".join(why))
         alone = {} if graph is None else excluded(model, graph, self.exclude)
@@ -342,10 +344,12 @@ def _least(house: _House, factors: Curvature, scores: Scores | None, work: Workl
         except InfeasibleBudget as error:
             why.append(error)
             return
+        split.rise = tuple(work.agree(list(split.rise)))  # type: ignore[assignment]
         found[part] = sum(split.rise)
         left = house.counts(split.plan)
         shares = {unit: totals(left)[unit] / max(totals(house.before)[unit], 1) for unit in house.budget.limits}
-        tried.append({**shares, "channels": split.rise[0], "bottlenecks": split.rise[1]})
+        if all(shares.items() - row.items() for row in tried):  # other widths than any before
+            tried.append({**shares, "channels": split.rise[0], "bottlenecks": split.rise[1]})
         if not best or found[part] < sum(best[0].rise):
             best[:] = [split]
 
