@@ -29,6 +29,18 @@ def network(rank):
     return model, sc.trace(model, x[:1]), x, y
 
 
+class Tied(nn.Module):
+    """Only hidden channels can go: the others are those of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(*size) for size in ((20, 24), (24, 20), (20, 20), (20, 3)))
+
+    def forward(self, x):
+        x = x + self.b(self.a(x).relu())
+        return self.d(x + self.c(x))
+
+
 def steps(model, optimizer, handle, x, y, count):
     for _ in range(count):
         optimizer.zero_grad()
@@ -67,6 +79,11 @@ def decided(rank):
     for _ in steps(model, optimizer, handle, x, y, 12):
         pass
     found |= {f"pivot {n}": torch.from_numpy(p.mask()) for n, p in handle.patterns.items()}
+    torch.manual_seed(0)  # all have the network, and a shard of the data
+    model, x = Tied().double().eval(), torch.randn(2, 200, 20, dtype=torch.float64)[rank]
+    result = sc.hybrid(model, x[:1], sc.Budget(params=0.5, round_to=1), data=[x])
+    assert result.facts["bottlenecks"] and any(kept < n for n, kept in result.facts["widths"].values())
+    found |= {f"hybrid {n}": p.detach().contiguous() for n, p in result.model.named_parameters()}
     return found
 
 
@@ -74,7 +91,7 @@ def test_what_goes_is_what_the_first_process_says(in_two_processes):
     one, other = in_two_processes(__file__)
     assert one.keys() == other.keys()
     assert bool(one["sdprun"][-1, 0]), "the budget was never reached, so nothing was decided"
-    assert {name.split()[0] for name in one} == {*HANDLES, "sdprun", "pivot"}
+    assert {name.split()[0] for name in one} == {*HANDLES, "sdprun", "pivot", "hybrid"}
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
 
