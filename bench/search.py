@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from torch import nn
 
 import secateur as sc
 from rows import Rows
-from secateur._internal.workload import Workload
+from secateur._internal.workload import Needs, Workload
 from secateur.allocation.problem import Problem, fill
 from secateur.allocation.search.arms import ArmTable
 from secateur.allocation.search.bandit_strategy import RATIOS
@@ -56,16 +56,25 @@ METHODS = ("uniform", "global", "threshold", "random", "sensitivity", "bandit", 
 
 @dataclass(frozen=True)
 class Random:
-    """Combinations at random around the uniform start that meet the budget, each on one mini-batch; ten on all."""
+    """Combinations at random around a start that meet the budget, each on one mini-batch; ten on all.
+
+    The start is uniform widths, or those of sensitivity, which takes a third of the evaluations.
+    """
 
     evaluations: int
     seed: int
+    start: str = "uniform"
+    needs: ClassVar[Needs] = Needs(data=True, loss=True)
 
     def widths(self, problem: Problem, work: Workload) -> np.ndarray:
         """How many channels every group keeps."""
-        arms, evaluate = ArmTable(problem, uniform_items(problem), RATIOS), Evaluator(work, problem)
+        first, spent = uniform_items(problem), 0
+        if self.start == "sensitivity":
+            spent = self.evaluations // 3
+            first = problem.taken(sc.Sensitivity(evaluations=spent, seed=self.seed).widths(problem, work))
+        arms, evaluate = ArmTable(problem, first, RATIOS), Evaluator(work, problem)
         rng, found = np.random.default_rng(self.seed), []
-        while len(found) < self.evaluations - 10 * len(evaluate.batches):
+        while len(found) < self.evaluations - spent - 10 * len(evaluate.batches):
             taken = arms.taken(rng.integers(0, arms.sizes))
             if problem.meter.met(problem.widths(taken)):
                 batch = int(np.random.default_rng([self.seed, len(found)]).integers(len(evaluate.batches)))
