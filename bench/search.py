@@ -72,7 +72,8 @@ class Random:
         if self.start == "sensitivity":
             spent = self.evaluations // 3
             first = problem.taken(sc.Sensitivity(evaluations=spent, seed=self.seed).widths(problem, work))
-        arms, evaluate = ArmTable(problem, first, RATIOS), Evaluator(work, problem)
+        evaluate = Evaluator(work, problem, repair=self.start == "sensitivity")
+        arms = ArmTable(problem, first, RATIOS)
         rng, found = np.random.default_rng(self.seed), []
         while len(found) < self.evaluations - spent - 10 * len(evaluate.batches):
             taken = arms.taken(rng.integers(0, arms.sizes))
@@ -139,7 +140,7 @@ def one(name: str, method: str, macs: float, seed: int) -> dict[str, Any]:
     scores = sc.score(model, graph, "taylor", data=batches, loss="cross_entropy")
     given = {"evaluations": setting["evaluations"], "seed": seed}
     looks = {
-        "random": Random(**given), "sensitivity": sc.Sensitivity(**given), "bandit": sc.Bandit(**given),
+        "random": Random(**given), "sensitivity": sc.Sensitivity(repair=False, **given), "bandit": sc.Bandit(**given),
         "duels": sc.Bandit(dueling=True, **given),
     }  # fmt: skip
     work, start = Workload(model, batches, "cross_entropy"), time.perf_counter()

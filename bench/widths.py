@@ -3,7 +3,8 @@
 Channels within a group go by ``schur`` (by how far the outputs move), what stays is fitted again (``refit``); nothing
 is trained, widths are single channels. ``global`` looks at the predicted rises alone; ``sensitivity`` measures them;
 ``random``, ``bandit`` and ``duels`` begin from what sensitivity finds with a third of the forwards and try
-combinations with the rest. All see the same 25 batches of 128 training images; rows that are there are not run again::
+combinations with the rest. While widths are tried the layers that read what goes make up for it, but not where it
+says ``masked``. All see the same 25 batches of 128 training images; rows that are there are not run again::
 
 """
 
@@ -29,7 +30,7 @@ from secateur.measure.accuracy import accuracy
 RESULTS = HERE / "results" / "widths.json"
 DATA = {"lenet5": "mnist", "resnet20": "cifar10"}
 MACS = (0.5, 0.3)
-METHODS = ("global", "sensitivity", "random", "bandit", "duels")
+METHODS = ("global", "sensitivity", "random", "bandit", "duels", "bandit, masked")
 EVALUATIONS = 1000
 
 
@@ -42,7 +43,8 @@ def one(name: str, method: str, macs: float, seed: int) -> dict[str, Any]:
     given = {"evaluations": EVALUATIONS, "seed": seed}
     looks: dict[str, Any] = {
         "sensitivity": sc.Sensitivity(**given), "random": Random(**given, start="sensitivity"),
-        "bandit": sc.Bandit(**given), "duels": sc.Bandit(dueling=True, **given),
+        "bandit": sc.Bandit(repair=True, **given), "duels": sc.Bandit(repair=True, dueling=True, **given),
+        "bandit, masked": sc.Bandit(**given),
     }  # fmt: skip
     start = time.perf_counter()
     result = sc.prune(

@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import secateur as sc
 from secateur._internal.workload import Workload
+from secateur.allocation.rank_allocation import choice_of
+from secateur.curvature.eigenbasis import sorted_by_damage
 from secateur.lab.models.registry import build, example_input
-from secateur.methods.eigendamage import EigenDamage, _choice, _sorted
+from secateur.methods.eigendamage import EigenDamage
 
 
 class Attention(nn.Module):
@@ -74,7 +76,7 @@ def measured(name):
     method.apply(model, x[:1], sc.Budget(params=0.99), work)  # measured once for all budgets
     candidates = method._begin(model, x[:1], sc.Budget(params=0.99))[0].candidates
     bases, _ = work.once(method._key(candidates), lambda: pytest.fail("it is measured again"))
-    return model, x[:1], method, work, [_choice(c, _sorted(bases[c.name])) for c in candidates if c.name in bases]
+    return model, x[:1], method, work, [choice_of(c, sorted_by_damage(bases[c.name])) for c in candidates if c.name in bases]
 
 
 @pytest.mark.parametrize("limits", [{"params": 0.4}, {"macs": 0.5}, {"params": 0.5, "macs": 0.6}], ids=str)
