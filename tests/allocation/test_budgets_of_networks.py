@@ -76,7 +76,8 @@ def measured(name):
     method.apply(model, x[:1], sc.Budget(params=0.99), work)  # measured once for all budgets
     candidates = method._begin(model, x[:1], sc.Budget(params=0.99))[0].candidates
     bases, _ = work.once(method._key(candidates), lambda: pytest.fail("it is measured again"))
-    return model, x[:1], method, work, [choice_of(c, sorted_by_damage(bases[c.name])) for c in candidates if c.name in bases]
+    choices = [choice_of(c, sorted_by_damage(bases[c.name])) for c in candidates if c.name in bases]
+    return model, x[:1], method, work, choices
 
 
 @pytest.mark.parametrize("limits", [{"params": 0.4}, {"macs": 0.5}, {"params": 0.5, "macs": 0.6}], ids=str)
