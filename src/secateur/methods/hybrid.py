@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from secateur import auto
 from secateur._internal.batches import Inputs
-from secateur._internal.checks import check_count, check_flag, check_nonnegative
+from secateur._internal.checks import check_choice, check_count, check_flag, check_nonnegative
 from secateur._internal.distributed import Group
 from secateur._internal.errors import CannotCut, CannotMeasure, InfeasibleBudget, NothingToPrune, SecateurError
 from secateur._internal.workload import Needs, Workload
@@ -132,8 +132,7 @@ class Hybrid:
     repair: Any = "refit"
 
     def __post_init__(self) -> None:
-        if self.fisher != auto.AUTO:
-            Fisher(self.fisher)
+        check_choice("fisher", self.fisher, (auto.AUTO, *FISHERS))
         check_count("samples", self.samples)
         check_nonnegative("damping", self.damping)
         check_exclude(self.exclude)
