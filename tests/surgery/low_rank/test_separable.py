@@ -11,7 +11,9 @@ from test_bottleneck import DATA, LOSS, X, network
 from torch import nn
 
 import secateur as sc
-from secateur.surgery.low_rank.bottleneck import Bottleneck
+from secateur.curvature.eigenbasis import eigenbasis_of
+from secateur.curvature.kronecker import kronecker_factors
+from secateur.surgery.low_rank.bottleneck import Bottleneck, split
 from secateur.surgery.low_rank.separable import alternating, from_mean_tap, product, stirred
 
 
@@ -162,3 +164,19 @@ def test_bad_input_is_told():
         sc.separate(network(), "cpd")
     with pytest.raises(sc.SecateurError, match="a whole number from 0"):
         sc.separate(network(), sweeps=1.5)
+
+
+def test_a_core_of_one_product_has_its_rotations():
+    """A single channel goes in, so that the bottleneck needed no rotation there."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(1, 6, 3, padding=1, bias=False).double()
+    basis = eigenbasis_of(kronecker_factors(nn.Sequential(layer), [X[:, :1]], "mse", bias=False)["0"])
+    model = nn.Sequential(split(layer, basis, torch.arange(3), torch.arange(1)))
+    assert list(model[0]._modules) == ["1", "2"]
+    made = sc.separate(model)
+    assert [tuple(part.weight.shape) for part in made[0]] == [(1, 1, 1, 1), (1, 1, 3, 3), (6, 1, 1, 1)]
+    whole = model[0].core.weight.detach().flatten(2).mT
+    wanted = product(alternating(whole, from_mean_tap(whole), 100))
+    core = torch.einsum("or,rki->oki", model[0][1].weight.detach().flatten(1), wanted)
+    by_hand = nn.functional.conv2d(X[:, :1], core.mT.reshape(6, 1, 3, 3), padding=1)
+    torch.testing.assert_close(made(X[:, :1]), by_hand, rtol=1e-4, atol=1e-6)

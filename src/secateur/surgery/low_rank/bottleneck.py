@@ -111,13 +111,12 @@ def hollow(
         layer: whose inputs and outputs it takes.
         rows: of the core.
         columns: of the core.
-        groups: of the core; if there are several, both rotations are there.
+        groups: of the core.
         rotations: which of the two are there in any case, also where they keep all.
     """
     first, core, last = three(layer)
     inward, outward = width(first, inward=True), width(last, inward=False)
-    entered = groups > 1 or rotations[0] or columns < inward
-    left = groups > 1 or rotations[1] or rows < outward
+    entered, left = rotations[0] or columns < inward, rotations[1] or rows < outward
     plain: dict[str, Any] = {"device": core.weight.device, "dtype": core.weight.dtype}
     bias = last.bias is not None
     parts: OrderedDict[str, nn.Module] = OrderedDict()

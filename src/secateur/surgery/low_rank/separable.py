@@ -59,7 +59,7 @@ def separate(model: nn.Module, how: str = "cp", *, sweeps: int = 100) -> nn.Modu
         if how == "cp":
             u, s, v = alternating(core, stirred((u, s, v)), sweeps)
         u, s, v = _balanced(u, s, v)
-        made: Any = hollow(layer, u.shape[1], u.shape[1], groups=u.shape[1])
+        made: Any = hollow(layer, u.shape[1], u.shape[1], groups=u.shape[1], rotations=(True, True))
         with torch.no_grad():
             first, middle, last = three(layer)
             enter, leave = (None if m is middle else m.weight.double().flatten(1) for m in (first, last))
@@ -96,7 +96,7 @@ def replay(model: nn.Module, text: str) -> nn.Module:
         layer: Any = dict(copied.named_modules()).get(name)
         if not _separable(layer) or rank != min(layer.core.weight.shape[:2]):
             raise SecateurError(f"the rewrite is damaged: {name!r} cannot become separable of rank {rank}")
-        copied = put(copied, name, hollow(layer, rank, rank, groups=rank))
+        copied = put(copied, name, hollow(layer, rank, rank, groups=rank, rotations=(True, True)))
     return add_to_record(copied, model, {SEPARATE: done})
 
 
