@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -14,9 +16,12 @@ from torch import nn
 import secateur as sc
 from odd_layers import Standardised
 from secateur._internal.workload import Workload
+from secateur.curvature.eigenbasis import eigenbasis_of
 from secateur.methods.contract import METHODS
 from secateur.methods.eigendamage import EigenDamage
-from secateur.surgery.low_rank.bottleneck import Bottleneck
+from secateur.plan import Plan
+from secateur.surgery.low_rank.bottleneck import Bottleneck, bottlenecked
+from secateur.tracing.graph import fingerprint
 
 BIG = sc.Budget(params=0.95)
 
@@ -308,3 +313,76 @@ def test_it_is_a_registered_method_with_facts_that_json_can_hold():
     assert "separated" not in first.facts
     with pytest.raises(sc.SecateurError, match="no layer that can become a bottleneck is a convolution"):
         EigenDamage(separable="svd", layers=("8",)).check(model, x[:2], sc.Budget(params=0.999))
+
+
+# ------------------------------------------------------------- bottlenecks that came from elsewhere, of any three sizes
+
+
+def made_by_hand(inward, columns, rows, outward):
+    torch.manual_seed(0)
+    parts = {"0": nn.Linear(inward, columns, bias=False), "1": nn.Linear(columns, rows, bias=False)}
+    bottle = Bottleneck(OrderedDict(parts | {"2": nn.Linear(rows, outward)}))
+    model = nn.Sequential(nn.Linear(12, inward), nn.ReLU(), bottle, nn.ReLU(), nn.Linear(outward, 4)).eval()
+    x = torch.randn(48, 12)
+    return model, x, [(x, torch.arange(48) % 4)]
+
+
+@pytest.mark.parametrize("fraction", [0.95, 0.9, 0.7, 0.5])
+@pytest.mark.parametrize(
+    "sizes", [(32, 20, 20, 8), (8, 20, 20, 32), (32, 32, 32, 32), (32, 24, 32, 32), (32, 24, 20, 32)]
+)
+def test_a_bottleneck_of_any_sizes_becomes_smaller(sizes, fraction):
+    model, x, data = made_by_hand(*sizes)
+    budget = sc.Budget(params=fraction, round_to=1)
+    result = sc.eigendamage(model, x[:2], budget, data=data, loss="cross_entropy", layers=["2"])
+    before = sum(p.numel() for p in model.parameters())
+    after = sum(p.numel() for p in result.model.parameters())
+    assert after <= fraction * before and after == result.after.params
+    assert (
+        after > (0.4 if max(sizes[1:3]) == 32 else 0.85) * fraction * before
+    )  # a rotation that keeps all goes at once
+    assert result.model[2](torch.randn(3, sizes[0])).shape == (3, sizes[3])
+
+
+def test_two_layers_that_become_three_are_fitted():
+    torch.manual_seed(0)
+    two = Bottleneck(OrderedDict({"0": nn.Linear(32, 24, bias=False), "1": nn.Linear(24, 32)}))
+    with torch.no_grad():  # of low rank, nearly
+        u, s, v = torch.linalg.svd(two[1].weight, full_matrices=False)
+        s[4:] *= 0.05
+        two[1].weight.copy_(u * s @ v)
+    model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), two, nn.ReLU(), nn.Linear(32, 4)).eval()
+    x = torch.randn(200, 12)
+    basis = eigenbasis_of(sc.kronecker_factors(model, [x], "mse", bias=False)["2.1"])
+    plain = bottlenecked(model, {"2": basis}, {"2": (torch.arange(24, 32), torch.arange(4, 24))})
+    with torch.no_grad():  # in the eigenbasis of these inputs the core would be the least squares already
+        plain[2].core.weight.add_(0.1 * torch.randn(8, 20))
+    fitted = copy.deepcopy(plain)
+    left = sc.refit(model, fitted, Plan({}, {}, fingerprint(model)), [x])
+    assert not left and len(fitted[2]) == 3 and not torch.equal(plain[2][1].weight, fitted[2][1].weight)
+    with torch.no_grad():
+        wanted = model(x)
+        far = [float((m(x) - wanted).square().mean()) for m in (plain, fitted)]
+    assert far[1] < 0.8 * far[0]
+
+
+def test_the_published_rule_leaves_alone_what_would_not_become_smaller():
+    torch.manual_seed(1)
+    layers = [
+        nn.Linear(12, 32),
+        nn.ReLU(),
+        nn.Linear(32, 32),
+        nn.ReLU(),
+        nn.Linear(32, 32),
+        nn.ReLU(),
+        nn.Linear(32, 4),
+    ]
+    model, x = nn.Sequential(*layers), torch.randn(48, 12)
+    with torch.no_grad():
+        model[4].weight.mul_(0.01)
+        model[2].weight.mul_(10)
+    result = sc.eigendamage(
+        model, x[:2], sc.Budget(params=0.95), data=[(x, torch.arange(48) % 4)], loss="cross_entropy", rule="threshold",
+        repair="none", layers=["2", "4"],
+    )  # fmt: skip
+    assert type(result.model[2]) is nn.Linear and set(result.facts["bottlenecks"]) == {"4"}

@@ -227,3 +227,74 @@ def test_digits_keep_more_of_what_they_are_than_with_either_move_alone():
         wanted = model(x[1200:])
         far = [float((m(x[1200:]) - wanted).square().mean()) for m in (both, channels, rotated)]
     assert far[0] < 0.95 * min(far[1:]), far
+
+
+class Mixer(nn.Module):
+    """A linear over places, whose positions are channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.mix = nn.Conv1d(3, 64, 1), nn.Linear(48, 48, bias=False)
+        self.b, self.c = nn.Conv1d(64, 16, 1), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.mix(self.a(x).relu()).relu()
+        return self.c(self.b(x).relu().mean(-1))
+
+
+@pytest.mark.parametrize(("macs", "least"), [(0.1, 2), (0.2, 16), (0.05, 1)])
+def test_positions_of_a_layer_may_be_channels_of_another(macs, least):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 48)
+    model = Mixer().eval()
+    try:
+        result = sc.hybrid(model, x, sc.Budget(macs=macs, at_least=least), data=[x], repair="none")
+    except sc.InfeasibleBudget:
+        assert least == 16  # told before any work, not found out at the end
+        return
+    assert counted(result.model, x)["macs"] <= macs * counted(model, x)["macs"]
+
+
+def test_a_budget_of_all_gives_a_copy():
+    model = Residual().eval()
+    result = sc.hybrid(model, torch.randn(2, 20), sc.Budget(params=1.0), data=[torch.randn(9, 20)])
+    assert result.model is not model and not result.facts["bottlenecks"]
+    assert {id(p) for p in result.model.parameters()}.isdisjoint({id(p) for p in model.parameters()})
+
+
+def test_what_is_feasible_is_told_in_parts_of_the_whole():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    x = torch.randn(16, 12)
+    for limit in (0.01, 1e-6):
+        with pytest.raises(
+            sc.InfeasibleBudget, match=rf"params={limit} asks for at most \d+ of 1,604 params; feasible"
+        ):
+            sc.hybrid(model, x, sc.Budget(params=limit), data=Unread())
+    with pytest.raises(sc.NothingToPrune, match="excluded"):
+        sc.hybrid(model, x, sc.Budget(params=0.8), data=Unread(), exclude=(nn.Linear,))
+
+
+def test_again_on_its_own_result():
+    """Bottlenecks become smaller."""
+    model, x = Residual().eval(), torch.randn(64, 20, generator=torch.Generator().manual_seed(0))
+    one = sc.hybrid(model, x[:2], sc.Budget(params=0.7, round_to=1), data=[x]).model
+    two = sc.hybrid(one, x[:2], sc.Budget(params=0.6, round_to=1), data=[x])
+    assert isinstance(one.a, Bottleneck) and isinstance(two.model.a, Bottleneck) and len(two.model.a) <= 3
+    assert two.after.params <= 0.6 * counted(one, x[:2])["params"]
+
+
+def test_tied_layers_are_measured_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+            self.c.weight = self.b.weight
+
+        def forward(self, x):
+            return self.d(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+    torch.manual_seed(0)
+    x = torch.randn(40, 12)
+    result = sc.hybrid(Tied().eval(), x[:2], sc.Budget(params=0.9, round_to=1), data=[x], repair="none")
+    assert result.facts["forwards"] == 1 and result.after.params <= 0.9 * result.before.params

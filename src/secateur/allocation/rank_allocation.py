@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -93,20 +93,24 @@ class Room:
         choices: the layers that may become boxes.
         totals: unit -> what the whole network costs.
         budget: what may remain, in MACs or parameters.
+        of: unit -> what the budget is a part of, where that is no longer the whole network.
     """
 
-    def __init__(self, choices: Sequence[Choice], totals: Mapping[str, int], budget: Budget) -> None:
+    def __init__(
+        self, choices: Sequence[Choice], totals: Mapping[str, int], budget: Budget, of: Mapping[str, int] | None = None
+    ) -> None:
         if "channels" in budget.limits:
             raise SecateurError("Budget(channels=...): rotated channels are no channels; limit macs= or params=")
         budget.refuse_latency("rotated layers")
         if isinstance(budget.at_least, Mapping):
             raise SecateurError("Budget(at_least={...}): one floor for all layers is expected here")
         self.choices, self.totals, self.budget = list(choices), dict(totals), budget
+        self.of = dict(of or totals)
         for unit in budget.limits:
             if not totals[unit]:
                 raise SecateurError(f"Budget({unit}=...): the model has no {unit} to count; limit something else")
         self.fixed = {u: totals[u] - sum(c.cost[u].whole for c in choices) for u in budget.limits}
-        self.allowed = {u: math.floor(f * totals[u] + 1e-9) for u, f in budget.limits.items()}
+        self.allowed = {u: math.floor(f * self.of[u] + 1e-9) for u, f in budget.limits.items()}
 
     def sides(self, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of rows and of columns that a layer may keep."""
@@ -173,7 +177,7 @@ class Room:
             return
         used = self.used(boxes)
         parts = [
-            asked(u, self.budget.limits[u], limit, used[u], self.totals[u])
+            asked(u, self.budget.limits[u], limit, used[u], self.of[u])
             for u, limit in self.allowed.items()
             if used[u] > limit
         ]
@@ -191,8 +195,9 @@ def choice_of(part: Candidate, basis: Eigenbasis | None) -> Choice:
     taps = core.weight[0, 0].numel()
     shapes = {}
     for unit, inward, outward in (("params", 1, 1), ("macs", before, after)):
-        of = Shape(0, wide_out * outward, wide_in * inward, taps * outward, (wide_out, wide_in))
-        shapes[unit] = replace(of, whole=int(of.of(rows, columns)))
+        row, column, both = wide_out * outward, wide_in * inward, taps * outward
+        whole = both * rows * columns + row * rows * (last is not core) + column * columns * (first is not core)
+        shapes[unit] = Shape(whole, row, column, both, (wide_out, wide_in))
     if basis is None:
         return Choice(part.name, torch.zeros(rows, columns).numpy(), shapes)
     return Choice(part.name, basis.energy()[0].sum(1).double().cpu().numpy() / 2, shapes)
@@ -218,7 +223,12 @@ def lagrangian(room: Room) -> list[Box]:
     found = [boxes for share in room.shares(9) if (boxes := _bisected(room, share)) is not None]
     found += [programmed(room)] if len(room.allowed) == 1 else []
     best = min((fill(room, boxes) for boxes in found or [room.smallest()]), key=room.lost)
-    return [None if box == c.damage.shape else box for c, box in zip(room.choices, best, strict=True)]
+    return [None if _is_whole(c, box) else box for c, box in zip(room.choices, best, strict=True)]
+
+
+def _is_whole(choice: Choice, box: Box) -> bool:
+    """Whether a box is the layer as it is."""
+    return box == choice.damage.shape and all(choice.costs(unit, box) == of.whole for unit, of in choice.cost.items())
 
 
 def programmed(room: Room) -> list[Box]:
@@ -346,5 +356,5 @@ def threshold(room: Room, limit: float = 0.95) -> list[Box]:
 
 def _kept(choice: Choice, scores: tuple[np.ndarray, np.ndarray], bound: float, limit: float) -> Box:
     kept = tuple(max(int((side > bound).sum()), len(side) - int(limit * len(side)), 1) for side in scores)
-    smaller = choice.cost["params"].of(*kept) <= choice.cost["params"].whole
+    smaller = choice.cost["params"].of(*kept) < choice.cost["params"].whole
     return (kept[0], kept[1]) if smaller else None

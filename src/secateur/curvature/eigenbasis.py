@@ -77,8 +77,8 @@ def _both(table: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def eigenbasis_of(factors: Factors) -> Eigenbasis:
     """The eigenbasis of a layer's factors, computed in float64 and kept in the factors' precision."""
-    qa, a = _eigen(factors.a)
-    qg, g = _eigen(factors.g)
+    qa, a = eigen(factors.a)
+    qg, g = eigen(factors.g)
     return Eigenbasis(factors.layer, qa, a, qg, g)
 
 
@@ -93,7 +93,8 @@ def sorted_by_damage(basis: Eigenbasis) -> Eigenbasis:
     )  # fmt: skip
 
 
-def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and ascending eigenvalues of a factor, computed in float64, in its own precision."""
     values, vectors = torch.linalg.eigh(matrix.double())
     values = torch.where(values > NULL * values[:, -1:].clamp_min(0), values, torch.zeros_like(values))
     return vectors.to(matrix), values.to(matrix)

@@ -164,13 +164,24 @@ def factors_of(
     check_count("positions", positions, optional=True)
     measured: list[Curvature] = work.once(("kronecker", how, form, positions, bias), list)
     for known in measured:
-        if layers is not None and set(layers) <= known.layers.keys():
-            return replace(known, layers={name: known.layers[name] for name in layers}, skipped={})
+        if layers is not None and _covers(known, layers, work.model):
+            some = {name: known.layers[name] for name in layers if name in known.layers}
+            return replace(known, layers=some, skipped={n: known.skipped[n] for n in layers if n not in some})
     key = ("kronecker", how, form, None if layers is None else tuple(layers), positions, bias)
     found = work.once(key, lambda: _factors(work, how, form, layers, positions, bias))
     if not any(known is found for known in measured):
         measured.append(found)
     return found
+
+
+def _covers(known: Curvature, layers: Sequence[str], model: nn.Module) -> bool:
+    """Whether these layers were measured, and without the uses of their weights by others."""
+    names = {*known.layers, *known.skipped}
+    if not set(layers) <= names or not any(name in known.layers for name in layers):
+        return False
+    weights = {name: id(model.get_submodule(name)._parameters.get("weight")) for name in names}
+    own = {weights[name] for name in layers if name in known.layers}
+    return not own & {weights[name] for name in names - set(layers)}
 
 
 def _factors(

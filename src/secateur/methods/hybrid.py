@@ -14,6 +14,7 @@ narrower layer are those of the layer, in the rows and columns that are left.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,8 +33,8 @@ from secateur._internal.workload import Needs, Workload
 from secateur.allocation.api import allocated
 from secateur.allocation.budget import Budget
 from secateur.allocation.contract import STRATEGIES
-from secateur.allocation.rank_allocation import Box, Room, agreed, choice_of, lagrangian, totals
-from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, sorted_by_damage
+from secateur.allocation.rank_allocation import Box, Choice, Room, agreed, choice_of, lagrangian, totals
+from secateur.curvature.eigenbasis import Eigenbasis, eigen, sorted_by_damage
 from secateur.curvature.fisher import FISHERS, Fisher
 from secateur.curvature.kronecker import Curvature, factors_of
 from secateur.curvature.layers import Layer
@@ -48,10 +49,10 @@ from secateur.result import Counts, Result
 from secateur.scoring.api import scored
 from secateur.scoring.contract import CRITERIA, Scores
 from secateur.surgery.channels import cut
-from secateur.surgery.low_rank.bottleneck import Bottleneck, bottlenecked
-from secateur.surgery.low_rank.replaceable import Candidate, probe
+from secateur.surgery.low_rank.bottleneck import bottlenecked, three
+from secateur.surgery.low_rank.replaceable import Candidate, positions_of, probe
 from secateur.tracing.api import trace
-from secateur.tracing.graph import ChannelGraph, fingerprint
+from secateur.tracing.graph import ChannelGraph, ChannelGroup, fingerprint
 from secateur.tracing.selection import Exclude, excluded
 
 BATCHES = 100
@@ -159,6 +160,8 @@ class Hybrid:
         best = _least(house, factors, scores, work)
 
         small = best.small
+        if small is model and not best.boxes:
+            small = copy.deepcopy(model)
         if best.boxes:
             small = bottlenecked(small, best.bases, best.boxes, train_rotations=self.train_rotations)
         after = measured_counts(small, inputs)
@@ -186,7 +189,7 @@ class Hybrid:
         why: list[str] = []
         try:
             graph = trace(model, inputs)
-        except NothingToPrune as error:
+        except SecateurError as error:  # bottlenecks need no graph
             why.append(str(error))
         try:
             probed = probe(model, inputs, None, without)
@@ -194,18 +197,18 @@ class Hybrid:
         except NothingToPrune as error:
             why.append(str(error))
             parts, left = [], {"all layers": str(error)}
-        if graph is None and not parts:
-            raise NothingToPrune("; ".join(why))
+        left |= {} if graph is not None else {"all channels": why[0]}
         alone = {} if graph is None else excluded(model, graph, self.exclude)
-        parts = [part for part in parts if not isinstance(part.module, Bottleneck)]
         house = _House(model, inputs, budget, graph, alone, parts, left, measured_counts(model, inputs))
+        if not house.movable and not parts:
+            raise NothingToPrune("; ".join(why) or "hybrid: every channel and every layer is excluded or left alone")
         house.check()
         return house
 
     def _measured(self, house: _House, kind: str, work: Workload) -> tuple[Curvature, Scores | None]:
         """From one pass: the factors of all layers that count, and the rises of all groups; none if none is known."""
         graph = house.graph
-        names = {part.name for part in house.parts}
+        names = {part.core for part in house.parts}
         if graph is not None:
             names |= set(readers(work.model, graph)[1])
         order = {name: number for number, (name, _) in enumerate(work.model.named_modules())}
@@ -251,33 +254,47 @@ class _House:
         """No channel goes."""
         return Plan({}, {}, fingerprint(self.model))
 
+    @property
+    def movable(self) -> list[ChannelGroup]:
+        """The groups that may lose channels."""
+        groups = [] if self.graph is None else self.graph.groups
+        return [group for group in groups if group.exact and group.name not in self.alone]
+
     @cached_property
     def narrowest(self) -> Plan:
         """All channels gone that may go."""
         if self.graph is None:
             return self.nothing
-        movable = np.array([g.exact and g.name not in self.alone for g in self.graph.groups], dtype=bool)
-        gone = np.where(movable, self.graph.widths - self.budget.floors(self.graph), 0)
-        return make_plan(self.graph, {g.name: range(n) for g, n in zip(self.graph.groups, gone.tolist(), strict=True)})
+        floors = dict(zip((g.name for g in self.graph.groups), self.budget.floors(self.graph).tolist(), strict=True))
+        return make_plan(self.graph, {g.name: range(len(g) - floors[g.name]) for g in self.movable})
 
     def left_by_channels(self, part: float) -> Budget:
         """What channels leave: between everything and the budget, or the least that they can."""
         least, limits = totals(self.counts(self.narrowest)), {}
         for unit, limit in self.budget.limits.items():
-            low = min(1.0, max(limit, least[unit] / max(totals(self.before)[unit], 1)))
+            low = min(1.0, max(limit, (least[unit] + 0.5) / max(totals(self.before)[unit], 1)))
             limits[unit] = low + part * (1 - low)
-        return with_limits(self.budget, limits)
+        some: dict[str, Any] = dict(limits)
+        return replace(self.budget, **some)
 
     def check(self) -> None:
         """Raise if both moves together cannot meet the budget."""
+        self.room_of([], self.before)  # a budget of other units
         plan, small = self.narrowest, self.model
         if plan.slices:
             try:
                 small = cut(self.model, plan)
             except CannotCut:  # some combination, which allocation will find: what is feasible is seen then
                 return
-        parts = [replace(part, module=small.get_submodule(part.name)) for part in self.parts]
-        self.room_of([choice_of(part, None) for part in parts], self.before, self.counts(plan)).check()
+        parts = self.parts_of(small, plan)
+        self.room_of([choice_of(part, None) for part in parts], self.counts(plan)).check()
+
+    def parts_of(self, small: nn.Module, plan: Plan) -> list[Candidate]:
+        """The layers that can become bottlenecks, in the network that a plan leaves."""
+        if not plan.slices or not self.parts:
+            return list(self.parts)
+        positions = positions_of(small, self.inputs, [part.name for part in self.parts])
+        return [replace(p, module=small.get_submodule(p.name), positions=positions[p.name]) for p in self.parts]
 
     def counts(self, plan: Plan) -> Counts:
         """What the network costs after a plan."""
@@ -285,17 +302,9 @@ class _House:
             return self.before
         return Counts(self.graph.macs(plan), self.graph.params(plan))
 
-    def room_of(self, choices: Sequence[Any], before: Counts, now: Counts) -> Room:
+    def room_of(self, choices: Sequence[Choice], now: Counts) -> Room:
         """What the budget allows a network that costs so much now."""
-        room = Room(choices, totals(before), self.budget)
-        parts = {unit: min(1.0, room.allowed[unit] / max(totals(now)[unit], 1)) for unit in room.allowed}
-        return Room(choices, totals(now), with_limits(self.budget, parts))
-
-
-def with_limits(budget: Budget, limits: Mapping[str, float]) -> Budget:
-    """The budget with other parts of what it limits."""
-    some: dict[str, Any] = dict(limits)
-    return replace(budget, **some)
+        return Room(choices, totals(now), self.budget, totals(self.before))
 
 
 @dataclass(eq=False)
@@ -328,18 +337,23 @@ class _Split:
         return {g.name: [len(g), int(n)] for g, n in zip(graph.groups, kept, strict=True)}
 
 
+Known = dict[tuple[str, str, bytes], tuple[Tensor, Tensor]]
+"""Eigenvectors and eigenvalues by layer, side and what stays."""
+
+
 def _least(house: _House, factors: Curvature, scores: Scores | None, work: Workload) -> _Split:
     """The split of least predicted rise: on a grid first, then closer around its best."""
     found: dict[float, float] = {}
     tried: list[dict[str, float]] = []
     best: list[_Split] = []  # one; of the others nothing is kept
+    eigenpairs: Known = {}
 
     def look(part: float) -> None:
         if part in found:
             return
         found[part] = np.inf
         try:
-            split = _split(house, factors, scores, part, work)
+            split = _split(house, factors, scores, part, work, eigenpairs)
         except InfeasibleBudget as error:
             why.append(error)
             return
@@ -363,12 +377,14 @@ def _least(house: _House, factors: Curvature, scores: Scores | None, work: Workl
             if other != at:
                 look((at + other) / 2)
     if not best:
-        raise why[0]
+        raise why[-1]
     best[0].tried = sorted(tried, key=lambda row: next(iter(row.values())))
     return best[0]
 
 
-def _split(house: _House, factors: Curvature, scores: Scores | None, part: float, work: Workload) -> _Split:
+def _split(
+    house: _House, factors: Curvature, scores: Scores | None, part: float, work: Workload, known: Known
+) -> _Split:  # fmt: skip
     """What both moves do if channels leave this part of what may be removed."""
     plan, small, rise = house.nothing, house.model, 0.0
     if house.graph is not None and scores is not None and part < 1:
@@ -378,14 +394,9 @@ def _split(house: _House, factors: Curvature, scores: Scores | None, part: float
         small = cut(house.model, plan)
         copy_remaining(compensated_weights(house.model, plan, factors, at="consumers"), small, plan)
         rise = sum(float(scores.rises[name][len(gone)]) for name, gone in plan.removed.items())
-    bases: dict[str, Eigenbasis] = {}
-    parts: list[Candidate] = []
-    for candidate in house.parts:
-        if candidate.name in factors:
-            own = replace(candidate, module=small.get_submodule(candidate.name))
-            bases[candidate.name] = _basis(factors, own, plan)
-            parts.append(own)
-    room = house.room_of([choice_of(own, bases[own.name]) for own in parts], house.before, house.counts(plan))
+    parts = [own for own in house.parts_of(small, plan) if own.core in factors]
+    bases = {own.name: _basis(factors, own, plan, known) for own in parts}
+    room = house.room_of([choice_of(own, bases[own.name]) for own in parts], house.counts(plan))
     boxes: list[Box] = [None] * len(parts)
     if not room.met(boxes):
         boxes = agreed(lagrangian(room), work)
@@ -397,13 +408,20 @@ def _split(house: _House, factors: Curvature, scores: Scores | None, part: float
     return _Split(part, plan, small, (rise, room.lost(boxes)), bases, kept)
 
 
-def _basis(factors: Curvature, own: Candidate, plan: Plan) -> Eigenbasis:
-    """The eigenbasis of a layer that has lost rows and columns, by the damage."""
-    whole = factors[own.name].channel_form()
-    gone = plan.slices.get(f"{own.name}.weight" if own.name else "weight", {})
+def _basis(factors: Curvature, own: Candidate, plan: Plan, known: Known) -> Eigenbasis:
+    """The eigenbasis of a layer (of the core of a bottleneck) that has lost rows and columns, by the damage."""
+    whole = factors[own.core].channel_form()
+    gone = plan.slices.get(f"{own.core}.weight" if own.core else "weight", {})
     rows, columns = (
         torch.tensor(np.delete(np.arange(size), list(gone.get(dim, ()))))
         for dim, size in enumerate(whole.layer.module.weight.shape[:2])
     )
-    layer = Layer(own.name, own.module, "channel", biased=False)
-    return sorted_by_damage(eigenbasis_of(whole.restricted(layer, rows, columns)))
+    layer = Layer(own.core, three(own.module)[1], "channel", biased=False)
+    given = whole.restricted(layer, rows, columns)
+    of = []
+    for side, matrix, stay in (("a", given.a, columns), ("g", given.g, rows)):
+        key = own.core, side, stay.numpy().tobytes()
+        if key not in known:
+            known[key] = eigen(matrix)
+        of.append(known[key])
+    return sorted_by_damage(Eigenbasis(layer, *of[0], *of[1]))

@@ -706,10 +706,10 @@ def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, _P
     }
     pairs: dict[str, _Pair] = {}
     parts = {
-        f"{path}.{number}": (path, number)
+        f"{path}.{number}": path
         for path, m in model.named_modules()
         if isinstance(m, Bottleneck)
-        for number in map(int, m._modules)
+        for number in m._modules
     }
     for name, layer in ones.items():
         module, bias = layer.module, layer.module._parameters.get("bias")
@@ -724,9 +724,9 @@ def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, _P
             shape[dim] -= len(positions)
         other, path = others.get(name), name
         if name in parts:  # of a bottleneck of the original, whose last rotation gives what it stands for
-            path, number = parts[name]
+            path = parts[name]
             other = others.get(path)
-            if isinstance(other, Bottleneck) and three(other)[2] is not other._modules[str(number)]:
+            if isinstance(other, Bottleneck) and three(model.get_submodule(path))[2] is not module:
                 continue
         if isinstance(other, Bottleneck):
             _, core, last = three(other)

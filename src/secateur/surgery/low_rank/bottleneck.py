@@ -116,7 +116,7 @@ def hollow(
     """
     first, core, last = three(layer)
     inward, outward = width(first, inward=True), width(last, inward=False)
-    entered, left = rotations[0] or columns < inward, rotations[1] or rows < outward
+    entered, left = rotations[0] or columns != inward, rotations[1] or rows != outward
     plain: dict[str, Any] = {"device": core.weight.device, "dtype": core.weight.dtype}
     bias = last.bias is not None
     parts: OrderedDict[str, nn.Module] = OrderedDict()

@@ -99,6 +99,34 @@ def probe(model: nn.Module, inputs: Inputs, layers: Sequence[str] | None, withou
     return Probed(chosen, left)
 
 
+def positions_of(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """How many positions inputs and outputs of layers have in a forward of the example inputs, over all calls."""
+    found = dict.fromkeys(names, (0, 0))
+
+    def count(name: str, module: nn.Module, given: Any, output: Any) -> None:
+        first, _, last = three(module)
+        if isinstance(given, Tensor) and isinstance(output, Tensor):
+            into, out_of = found[name]
+            found[name] = (
+                into + given.numel() // width(first, inward=True),
+                out_of + output.numel() // width(last, inward=False),
+            )
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, kwargs, y, name=name: count(name, module, first_argument(args, kwargs), y),
+            with_kwargs=True,
+        )
+        for name in names
+    ]
+    try:
+        _outputs(model, inputs, training=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def _chosen(model: nn.Module, names: Sequence[str] | None) -> tuple[list[Candidate], dict[str, str]]:
     """The named layers, or all but the last, and the latter as one that is left."""
     inside: set[str] = set()
