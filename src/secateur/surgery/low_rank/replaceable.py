@@ -101,30 +101,29 @@ def probe(model: nn.Module, inputs: Inputs, layers: Sequence[str] | None, withou
 
 def positions_of(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[str, tuple[int, int]]:
     """How many positions inputs and outputs of layers have in a forward of the example inputs, over all calls."""
-    found = dict.fromkeys(names, (0, 0))
-
-    def count(name: str, module: nn.Module, given: Any, output: Any) -> None:
-        first, _, last = three(module)
-        if isinstance(given, Tensor) and isinstance(output, Tensor):
-            into, out_of = found[name]
-            found[name] = (
-                into + given.numel() // width(first, inward=True),
-                out_of + output.numel() // width(last, inward=False),
-            )
-
+    into, out_of = Counter[str](), Counter[str]()
     handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda module, args, kwargs, y, name=name: count(name, module, first_argument(args, kwargs), y),
-            with_kwargs=True,
-        )
-        for name in names
+        model.get_submodule(name).register_forward_hook(_count(name, into, out_of), with_kwargs=True) for name in names
     ]
     try:
         _outputs(model, inputs, training=False)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return {name: (into[name], out_of[name]) for name in names}
+
+
+def _count(name: str, into: Counter[str], out_of: Counter[str]) -> Any:
+    """A hook that adds the positions of a layer's input and output to those that were counted."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        first, _, last = three(module)
+        given = first_argument(args, kwargs)
+        if isinstance(given, Tensor) and isinstance(output, Tensor):
+            into[name] += given.numel() // width(first, inward=True)
+            out_of[name] += output.numel() // width(last, inward=False)
+
+    return hook
 
 
 def _chosen(model: nn.Module, names: Sequence[str] | None) -> tuple[list[Candidate], dict[str, str]]:
@@ -225,7 +224,8 @@ class _Watch(TorchFunctionMode):
         handles = []
         for name, layer in self.layers.items():
             handles.append(layer.module.register_forward_hook(self._check(name), with_kwargs=True))
-            handles.append(self.modules[name].register_forward_hook(self._count(name), with_kwargs=True))
+            counted = _count(name, self.into, self.out_of)
+            handles.append(self.modules[name].register_forward_hook(counted, with_kwargs=True))
         try:
             yield
         finally:
@@ -240,16 +240,6 @@ class _Watch(TorchFunctionMode):
                 if not computes_its_weight(self.layers[name], first_argument(args, kwargs), output):
                     self.strange[name] = STRANGE
             self.looking = False
-
-        return hook
-
-    def _count(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-            first, _, last = three(module)
-            given = first_argument(args, kwargs)
-            if isinstance(given, Tensor) and isinstance(output, Tensor):
-                self.into[name] += given.numel() // width(first, inward=True)
-                self.out_of[name] += output.numel() // width(last, inward=False)
 
         return hook
 
