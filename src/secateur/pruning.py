@@ -16,7 +16,7 @@ from secateur._internal.distributed import Group
 from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.api import allocated
-from secateur.allocation.budget import Budget, Meter
+from secateur.allocation.budget import Budget, Meter, unused
 from secateur.allocation.contract import Strategy
 from secateur.allocation.latency.api import LatencyClock, measure_latency
 from secateur.allocation.latency.clock import check_clock, check_reachable
@@ -31,8 +31,6 @@ from secateur.tracing.display import LONGEST, listed
 from secateur.tracing.graph import ChannelGraph
 from secateur.tracing.selection import Exclude, excluded
 
-USED_ENOUGH = 0.95
-"""Rounded widths that use a smaller part of the budget are told."""
 BATCHES = 100
 """No step uses more batches than this, unless another number is given."""
 
@@ -124,15 +122,9 @@ def prune(
     facts |= work.facts
     facts["round_to"] = {g.name: int(n) for g, n in zip(graph.groups, budget.steps(graph), strict=True) if n > 1}
     after = counts_of(graph, plan)
-    used = max(
-        (getattr(after, unit) / max(part * getattr(counts_of(graph), unit), 1) for unit, part in budget.limits.items()),
-        default=1.0,
-    )
-    if facts["round_to"] and used < USED_ENOUGH:
-        work.remarks.append(
-            f"widths that are multiples of {max(facts['round_to'].values())} use {used:.0%} of what the budget allows: "
-            "Budget(round_to=1) would use more of it"
-        )
+    if facts["round_to"]:
+        what = f"widths that are multiples of {max(facts['round_to'].values())}"
+        work.remarks += unused(budget, asdict(counts_of(graph)), asdict(after), what)
     if alone_left := [g.name for g, n in zip(graph.groups, graph.kept(plan), strict=True) if n == 1 < len(g)]:
         work.remarks.append(
             f"one channel is left of {listed(alone_left, LONGEST)}: everything behind it sees a single number; "

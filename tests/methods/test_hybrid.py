@@ -298,3 +298,42 @@ def test_tied_layers_are_measured_once():
     x = torch.randn(40, 12)
     result = sc.hybrid(Tied().eval(), x[:2], sc.Budget(params=0.9, round_to=1), data=[x], repair="none")
     assert result.facts["forwards"] == 1 and result.after.params <= 0.9 * result.before.params
+
+
+def test_what_keeps_its_channels_is_told():
+    class Odd(nn.Module):
+        """Channels of ``a`` are read by no layer that can be judged."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.scale = nn.Linear(12, 16), nn.Parameter(torch.randn(16, 5))
+            self.b, self.c = nn.Linear(5, 24), nn.Linear(24, 3)
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x).relu() @ self.scale).relu())
+
+    torch.manual_seed(0)
+    x = torch.randn(40, 12)
+    result = sc.hybrid(Odd().eval(), x[:2], sc.Budget(params=0.8, round_to=1), data=[x])
+    assert "has no scores" in result.facts["skipped"]["a"]
+    assert result.facts["widths"]["a"] == [16, 16]
+
+
+def test_a_model_that_cannot_be_traced_has_bottlenecks_alone_and_that_is_told(monkeypatch):
+    def refuse(*_, **__):
+        raise sc.SecateurError("its forward asks for the time")
+
+    monkeypatch.setattr("secateur.methods.hybrid.trace", refuse)
+    with pytest.warns(
+        sc.SecateurWarning, match="bottlenecks alone, since the model cannot be traced: its forward asks"
+    ):
+        result = sc.hybrid(network(), X[:2], sc.Budget(params=0.7, round_to=1), data=DATA)
+    assert result.facts["bottlenecks"] and not result.facts["widths"]
+
+
+def test_much_of_a_budget_that_rounding_leaves_is_told():
+    told = [
+        sc.hybrid(network(), X[:2], sc.Budget(params=0.7, round_to=n), data=DATA, repair="none").facts["remarks"]
+        for n in (8, 1)
+    ]
+    assert "of what the budget allows: Budget(round_to=1) would use more" in told[0][0] and not told[1]

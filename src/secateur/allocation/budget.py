@@ -134,6 +134,25 @@ class Budget(_KnownKeywords):
         )
 
 
+USED_ENOUGH = 0.95
+"""Rounded sizes that use a smaller part of a budget are told."""
+
+
+def unused(budget: Budget, before: Mapping[str, int], after: Mapping[str, int], what: str) -> list[str]:
+    """What is to be told where rounded sizes leave much of a budget: a remark, or none.
+
+    Args:
+        budget: what was allowed.
+        before: unit -> what the whole network costs.
+        after: unit -> what is left.
+        what: the sizes, in words.
+    """
+    used = max((after[u] / max(part * before[u], 1) for u, part in budget.limits.items()), default=1.0)
+    if budget.round_to == 1 or used >= USED_ENOUGH:
+        return []
+    return [f"{what} use {used:.0%} of what the budget allows: Budget(round_to=1) would use more of it"]
+
+
 def check_round_to(who: str, value: object) -> None:
     """Raise if it is no width to round to."""
     if value == AUTO or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):

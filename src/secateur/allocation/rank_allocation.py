@@ -8,8 +8,8 @@ up. Leaving the layer alone is one more choice, without loss.
 Ours: for a price per unit of cost every layer takes the box with the least loss plus price times cost; the price is
 found by bisection, and what room the budget leaves is filled up. Layers then take a box of the hull of what they could
 take; with one limit dynamic programming over all boxes, their costs in so many steps of the budget, is tried as well,
-and the better one counts. Published (arXiv 1905.05934): one threshold on the
-damages of all rows and columns; a layer that would not become smaller is left alone.
+and the better one counts. Published (arXiv 1905.05934): one threshold on the damages of all rows and columns; a layer
+that would not become smaller is left alone.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Room:
         if over:
             raise SecateurError(
                 f"{who}: the result has {real[over[0]]:,} {over[0]} where {self.allowed[over[0]]:,} are allowed: "
-                "a layer is used in a way that was not seen; name the layers that may become bottlenecks (layers=)"
+                "a layer is used in a way that was not seen; leave it whole (exclude=)"
             )
 
     def check(self) -> None:

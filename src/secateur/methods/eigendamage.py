@@ -19,7 +19,7 @@ from secateur._internal.checks import check_choice, check_flag, check_names, che
 from secateur._internal.distributed import Group
 from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Needs, Workload
-from secateur.allocation.budget import AUTO, Budget
+from secateur.allocation.budget import AUTO, Budget, unused
 from secateur.allocation.rank_allocation import Room, agreed, choice_of, lagrangian, threshold, totals
 from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, second_moments, sorted_by_damage
 from secateur.curvature.fisher import Fisher
@@ -185,13 +185,16 @@ class EigenDamage:
             "bottlenecks": {name: [len(rows), len(columns)] for name, (rows, columns) in kept.items()},
             LEFT_WHOLE: left,
         }
+        if self.rule == "lagrangian":
+            work.remarks += unused(room.budget, totals(before), totals(after), "rounded sizes")
+        facts["remarks"] = list(work.remarks)
         if self.separable is not None:
             facts["separated"] = separable(small)
             if facts["separated"]:
                 small = separate(small, self.separable)
                 after = measured_counts(small, inputs)
             else:
-                facts["remarks"] = ["separable: the budget made no convolution a bottleneck, so none is"]
+                facts["remarks"] += ["separable: the budget made no convolution a bottleneck, so none is"]
         share_weights(small, work)
         repairs = repairs_of(self.repair) if kept else []  # what is whole needs none
         repaired_facts = repaired(repairs, model, small, Plan({}, {}, fingerprint(model)), work)

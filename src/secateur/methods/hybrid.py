@@ -31,13 +31,14 @@ from secateur._internal.distributed import Group
 from secateur._internal.errors import CannotCut, CannotMeasure, InfeasibleBudget, NothingToPrune, SecateurError
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.api import allocated
-from secateur.allocation.budget import Budget
+from secateur.allocation.budget import Budget, unused
 from secateur.allocation.contract import STRATEGIES
 from secateur.allocation.rank_allocation import Box, Choice, Room, agreed, choice_of, lagrangian, totals
 from secateur.curvature.eigenbasis import Eigenbasis, eigen, sorted_by_damage
 from secateur.curvature.fisher import FISHERS, Fisher
 from secateur.curvature.kronecker import Curvature, factors_of
 from secateur.curvature.layers import Layer
+from secateur.curvature.passes import NOT_REACHED
 from secateur.curvature.readers import POSITIONS, readers
 from secateur.methods.contract import METHODS, described, measured_counts, settings_from, share_weights
 from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
@@ -91,7 +92,8 @@ def hybrid(
     Returns:
         A result whose ``model`` remembers what was done. ``facts["widths"]`` says how many channels every group had and
         has, ``"bottlenecks"`` how many rows and columns each bottleneck keeps, ``"tried"`` what was predicted for which
-        share between the two, ``"left whole"`` which layers did not become bottlenecks, and why.
+        share between the two, ``"skipped"`` which groups kept all channels, and ``"left whole"`` which layers could not
+        become bottlenecks, and why.
 
     Raises:
         InfeasibleBudget: a budget that both moves together cannot meet, before any pass over the data.
@@ -155,6 +157,9 @@ class Hybrid:
         house = self._house(model, inputs, budget)
         kind = auto.fisher(work) if self.fisher == auto.AUTO else self.fisher
         factors, scores = self._measured(house, kind, work)
+        if house.untraced:
+            work.note(f"hybrid: bottlenecks alone, since the model cannot be traced: {house.untraced}")
+        alone = house.left_alone(scores)
         if scores is None:
             house = replace(house, graph=None)
         best = _least(house, factors, scores, work)
@@ -165,19 +170,22 @@ class Hybrid:
         if best.boxes:
             small = bottlenecked(small, best.bases, best.boxes, train_rotations=self.train_rotations)
         after = measured_counts(small, inputs)
+        unmeasured = [part for part in house.parts if part.core not in factors]
         Room([], totals(house.before), house.budget).check_real(totals(after), "hybrid")
         facts: dict[str, Any] = {
             "chosen": {"method": {**described(self), "fisher": kind}},
             "widths": best.widths(house.graph),
             "bottlenecks": {name: [len(rows), len(columns)] for name, (rows, columns) in best.boxes.items()},
             "tried": best.tried,
-            LEFT_WHOLE: dict(house.left),
+            "skipped": alone,
+            LEFT_WHOLE: {**house.left, **{p.name: factors.skipped.get(p.core, NOT_REACHED) for p in unmeasured}},
         }
+        work.remarks += unused(house.budget, totals(house.before), totals(after), "rounded sizes")
         share_weights(small, work)
         repairs = repairs_of(self.repair) if best.plan.slices or best.boxes else []
         more = repaired(repairs, model, small, best.plan, work)
         facts[LEFT_WHOLE] |= more.pop(LEFT_WHOLE, {})
-        facts |= more | {"forwards": work.forwards, "notices": list(work.notices)}
+        facts |= more | {"forwards": work.forwards, "notices": list(work.notices), "remarks": list(work.remarks)}
         return Result(small, house.before, after, facts=facts)
 
     def _house(self, model: nn.Module, inputs: Inputs, budget: Budget | None) -> _House:
@@ -187,10 +195,12 @@ class Hybrid:
         without = {**excluded_layers(model, self.exclude), **frozen_layers(model)}
         graph: ChannelGraph | None = None
         why: list[str] = []
+        untraced = ""
         try:
             graph = trace(model, inputs)
         except SecateurError as error:  # bottlenecks need no graph
             why.append(str(error))
+            untraced = "" if isinstance(error, NothingToPrune) else str(error)
         try:
             probed = probe(model, inputs, None, without)
             parts, left = probed.candidates, dict(probed.left)
@@ -199,7 +209,7 @@ class Hybrid:
             parts, left = [], {"all layers": str(error)}
         left |= {} if graph is not None else {"all channels": why[0]}
         alone = {} if graph is None else excluded(model, graph, self.exclude)
-        house = _House(model, inputs, budget, graph, alone, parts, left, measured_counts(model, inputs))
+        house = _House(model, inputs, budget, graph, alone, parts, left, measured_counts(model, inputs), untraced)
         if not house.movable and not parts:
             raise NothingToPrune("; ".join(why) or "hybrid: every channel and every layer is excluded or left alone")
         house.check()
@@ -238,6 +248,7 @@ class _House:
         parts: the layers that can become bottlenecks.
         left: those that cannot -> why.
         before: what the model costs.
+        untraced: why there is no graph, if the model cannot be traced.
     """
 
     model: nn.Module
@@ -248,6 +259,14 @@ class _House:
     parts: Sequence[Candidate]
     left: Mapping[str, str]
     before: Counts
+    untraced: str = ""
+
+    def left_alone(self, scores: Scores | None) -> dict[str, str]:
+        """The groups that keep their channels -> why."""
+        groups = [] if self.graph is None else self.graph.groups
+        found = {g.name: f"not exact: {g.reason}" for g in groups if not g.exact} | dict(self.alone)
+        unknown = {g.name: "no channel can be judged" for g in groups} if scores is None else scores.skipped
+        return found | {name: f"has no scores: {why}" for name, why in unknown.items() if name not in found}
 
     @cached_property
     def nothing(self) -> Plan:
