@@ -15,7 +15,7 @@ from secateur._internal.batches import Inputs
 from secateur._internal.distributed import Group
 from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Needs, Workload
-from secateur.allocation.api import allocated
+from secateur.allocation.api import allocated, tries_widths
 from secateur.allocation.budget import Budget, Meter, unused
 from secateur.allocation.contract import Strategy
 from secateur.allocation.latency.api import LatencyClock, measure_latency
@@ -120,11 +120,13 @@ def prune(
     if clock is not None:
         facts["latency_ms"] = {"allowed": budget.latency_ms, **clock.facts(plan)}
     facts |= work.facts
-    facts["round_to"] = {g.name: int(n) for g, n in zip(graph.groups, budget.steps(graph), strict=True) if n > 1}
+    multiple = np.gcd(budget.steps(graph), graph.kept(plan))
+    facts["round_to"] = {g.name: int(n) for g, n in zip(graph.groups, multiple, strict=True) if n > 1}
     after = counts_of(graph, plan)
     if facts["round_to"]:
         what = f"widths that are multiples of {max(facts['round_to'].values())}"
-        work.remarks += unused(budget, asdict(counts_of(graph)), asdict(after), what)
+        filled = not tries_widths(two)
+        work.remarks += unused(budget, asdict(counts_of(graph)), asdict(after), what, filled=filled)
     if alone_left := [g.name for g, n in zip(graph.groups, graph.kept(plan), strict=True) if n == 1 < len(g)]:
         work.remarks.append(
             f"one channel is left of {listed(alone_left, LONGEST)}: everything behind it sees a single number; "

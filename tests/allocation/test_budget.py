@@ -12,10 +12,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import secateur as sc
-from secateur.allocation.budget import auto_step, in_round
+from secateur.allocation.budget import Meter, auto_step, in_round
 from secateur.allocation.rank_allocation import Choice, Room, Shape, lagrangian, threshold
 
 BAD = [
@@ -95,14 +97,19 @@ def test_widths_are_made_for_kernels_unless_a_group_is_too_narrow():
 
 @pytest.mark.parametrize("strategy", ["global", "uniform", "threshold"])
 def test_the_widths_that_are_chosen_are_those(strategy):
-    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 2))
+    sizes = pairwise([4, 240, 200, 20, 2])
+    model = nn.Sequential(*(m for a, b in sizes for m in (nn.Linear(a, b), nn.ReLU())))[:-1]
     graph, budget = sc.trace(model, X), sc.Budget(macs=0.4)
     plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), budget, strategy=strategy)
     assert graph.macs(plan) <= 0.4 * graph.macs()
     for own, width, group in zip(budget.stops(graph), graph.kept(plan), graph.groups, strict=True):
         assert width in (len(group), *own)
     result = sc.prune(model, X, budget, strategy=strategy)
-    assert result.facts["round_to"] == {graph.groups[0].name: 8, graph.groups[1].name: 4}
+    assert all(n % step == 0 for n, step in zip(graph.kept(plan), budget.steps(graph), strict=True))
+    kept = dict(zip((g.name for g in graph.groups), graph.kept(result.plan), strict=True))
+    assert result.facts["round_to"] == {
+        name: math.gcd(int(n), step) for (name, n), step in zip(kept.items(), (8, 8, 4), strict=True)
+    }
 
 
 def test_a_head_is_as_wide_as_it_is():
@@ -120,10 +127,42 @@ def test_a_layer_of_one_channel_is_told():
 
 def test_a_budget_that_rounded_widths_leave_unused_is_told():
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
-    coarse, fine = (sc.prune(model, X, sc.Budget(macs=0.7, round_to=n)) for n in ("auto", 1))
-    assert coarse.after.macs == 48 and fine.after.macs == 66
+    coarse, auto, fine = (sc.prune(model, X, sc.Budget(macs=0.7, round_to=n)) for n in (4, "auto", 1))
+    assert coarse.after.macs == 48 and auto.after.macs == fine.after.macs == 66
     assert any("multiples of 4 use 71% of what the budget allows" in remark for remark in coarse.facts["remarks"])
-    assert not fine.facts["remarks"]
+    assert not auto.facts["remarks"] and not fine.facts["remarks"]
+
+
+@pytest.mark.parametrize("strategy", ["global", "uniform", "threshold"])
+@settings(max_examples=30, deadline=None)
+@given(
+    widths=st.lists(st.integers(2, 90), min_size=1, max_size=4),
+    unit=st.sampled_from(["macs", "params", "channels"]),
+    fraction=st.floats(0.3, 0.95),
+    seed=st.integers(0, 99),
+)
+def test_auto_leaves_no_more_unused_than_a_twentieth_or_a_channel(strategy, widths, unit, fraction, seed):
+    """And what it fills with is what its own steps leave: no group is narrower than with them."""
+    sizes = [3, *widths, 2]
+    layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    graph = sc.trace(nn.Sequential(*layers[:-1]), torch.zeros(1, 3))
+    generator = torch.Generator().manual_seed(seed)
+    scores = {g.name: torch.rand(len(g), generator=generator) for g in graph.groups}
+    budget = sc.Budget(**{unit: fraction})
+    meter = Meter(graph, budget)
+    try:
+        plan = sc.allocate(graph, scores, budget, strategy=strategy)
+    except sc.InfeasibleBudget:
+        assert not meter.met(budget.floors(graph))
+        return
+    kept = np.array(list(graph.kept(plan)))
+    assert meter.met(kept)
+    wider = kept + np.eye(len(kept), dtype=np.int64)
+    assert meter.used(kept) >= 0.95 or not any(meter.met(w) for w in wider[kept < graph.widths])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sc.Budget, "finer", ())
+        steps = sc.allocate(graph, scores, budget, strategy=strategy)
+    assert (kept >= np.array(list(graph.kept(steps)))).all()
 
 
 X = torch.zeros(1, 4)

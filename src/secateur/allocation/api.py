@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur._internal.distributed import Group
 from secateur._internal.errors import CannotCut, SecateurError, unknown
 from secateur._internal.workload import Needs, Workload
-from secateur.allocation.budget import LATENCY, Budget, Meter
+from secateur.allocation.budget import LATENCY, USED_ENOUGH, Budget, Meter
 from secateur.allocation.contract import STRATEGIES, Strategy
 from secateur.allocation.latency.clock import Clock, by_the_clock, check_clock, checked
 from secateur.allocation.problem import Problem, fill
@@ -166,7 +166,14 @@ def allocated(
     try:
         if latency is not None and LATENCY in meter.allowed:
             return plan_of(by_the_clock(problem, choose, latency, plan_of, work.note))
-        return plan_of(fill(problem, choose(problem)))
+        taken = fill(problem, choose(problem))
+        for largest in () if tries_widths(strategy) else budget.finer:
+            widths = problem.widths(taken)
+            if meter.used(widths) >= USED_ENOUGH:
+                break
+            problem, _ = _problem(graph, meter, ranked, rises, budget.stops(graph, largest))
+            taken = fill(problem, problem.taken(widths))
+        return plan_of(taken)
     except CannotCut:  # what tracing did not meet: do without the groups that it takes
         groups = [graph.group(name) for name in plain]
         guilty = unbearable(groups, lambda some: fault_of(None, graph, Chosen(plain).of(some)))
@@ -174,6 +181,12 @@ def allocated(
             raise
         why = {**without, **{g.name: f"this combination cannot be cut: {reason}" for g, reason in guilty}}
         return allocated(graph, scores, budget, strategy, work, approximate=approximate, latency=latency, without=why)
+
+
+def tries_widths(strategy: Strategy) -> bool:
+    """Whether a strategy has tried its answer on data, so that nothing is to be added to it."""
+    needs: Needs = getattr(strategy, "needs", Needs())
+    return needs.data
 
 
 def matching_groups(graph: ChannelGraph, patterns: Sequence[str]) -> list[str]:

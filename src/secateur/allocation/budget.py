@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from itertools import count, takewhile
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -67,7 +68,9 @@ class Budget(_KnownKeywords):
         latency_ms: milliseconds of one forward, no fraction, as :func:`secateur.measure_latency` measures them.
         round_to: every layer that is cut ends with a multiple of this many channels. ``"auto"`` is 8, which kernels are
             made for; of groups of fewer than 32 channels it is 4, 2 or 1, so that they have four widths to choose from
-            still. Below that a group may have 4, 2 or 1 channels, so that every budget can be met that ``1`` can meet.
+            still. Below that a group may have 4, 2 or 1 channels, so that every budget can be met that ``1`` can meet;
+            and where such widths would leave more than a twentieth of the budget unused, some groups get multiples of
+            4, 2 or 1 (but no strategy's that tries widths on data).
         at_least: no group ends with fewer: a whole number of channels, a fraction of its width in (0, 1), ``"all"``, or
             any of these by group name. 1 is one channel; 1.0, which could mean all as well, is refused.
     """
@@ -110,17 +113,23 @@ class Budget(_KnownKeywords):
                 "macs=, params= or channels= here"
             )
 
-    def steps(self, graph: ChannelGraph) -> np.ndarray:
-        """What the width of every group is to be a multiple of, int64."""
+    @property
+    def finer(self) -> tuple[int, ...]:
+        """The largest steps to go on with, where those of ``"auto"`` leave much of the budget unused."""
+        halved = takewhile(bool, (MULTIPLE >> times for times in count(1)))
+        return tuple(halved) if self.round_to == AUTO else ()
+
+    def steps(self, graph: ChannelGraph, largest: int = MULTIPLE) -> np.ndarray:
+        """What the width of every group is to be a multiple of, int64; of ``"auto"`` no more than the largest."""
         if self.round_to != AUTO:
             return np.full(len(graph.groups), self.round_to, dtype=np.int64)
-        return np.array([auto_step(len(group), group.positions) for group in graph.groups], dtype=np.int64)
+        return np.array([auto_step(len(group), group.positions, largest) for group in graph.groups], dtype=np.int64)
 
-    def stops(self, graph: ChannelGraph) -> list[np.ndarray]:
+    def stops(self, graph: ChannelGraph, largest: int = MULTIPLE) -> list[np.ndarray]:
         """The widths that every group may be given, but all its channels: the largest first, int64 [stops]."""
         named = graph.by_name(self.at_least) if isinstance(self.at_least, Mapping) else {}
         found = []
-        for group, step in zip(graph.groups, self.steps(graph), strict=True):
+        for group, step in zip(graph.groups, self.steps(graph, largest), strict=True):
             wanted = named.get(group.name, 1) if isinstance(self.at_least, Mapping) else self.at_least
             least = max(group.least, floor_of(wanted, len(group)))
             found.append(multiples(len(group) - 1, least, int(step), halves=self.round_to == AUTO))
@@ -135,10 +144,17 @@ class Budget(_KnownKeywords):
 
 
 USED_ENOUGH = 0.95
-"""Rounded sizes that use a smaller part of a budget are told."""
+"""Rounded sizes that use a smaller part of a budget make room for finer ones, or are told."""
 
 
-def unused(budget: Budget, before: Mapping[str, int], after: Mapping[str, int], what: str) -> list[str]:
+def used_of(allowed: Mapping[str, float], now: Mapping[str, float]) -> float:
+    """The part that is used of the limit that is used most; 1 if nothing is limited."""
+    return max((now[unit] / max(limit, 1) for unit, limit in allowed.items()), default=1.0)
+
+
+def unused(
+    budget: Budget, before: Mapping[str, int], after: Mapping[str, int], what: str, *, filled: bool = True
+) -> list[str]:
     """What is to be told where rounded sizes leave much of a budget: a remark, or none.
 
     Args:
@@ -146,9 +162,10 @@ def unused(budget: Budget, before: Mapping[str, int], after: Mapping[str, int], 
         before: unit -> what the whole network costs.
         after: unit -> what is left.
         what: the sizes, in words.
+        filled: whether what those of ``"auto"`` left has been filled by finer ones.
     """
-    used = max((after[u] / max(part * before[u], 1) for u, part in budget.limits.items()), default=1.0)
-    if budget.round_to == 1 or used >= USED_ENOUGH:
+    used = used_of({unit: part * before[unit] for unit, part in budget.limits.items()}, after)
+    if budget.round_to == 1 or (filled and budget.finer) or used >= USED_ENOUGH:
         return []
     return [f"{what} use {used:.0%} of what the budget allows: Budget(round_to=1) would use more of it"]
 
@@ -160,14 +177,15 @@ def check_round_to(who: str, value: object) -> None:
     raise SecateurError(f"{who}(round_to={value!r}): a whole number from 1 on, or 'auto', is expected")
 
 
-def auto_step(width: int, positions: int = 1) -> int:
+def auto_step(width: int, positions: int = 1, largest: int = MULTIPLE) -> int:
     """What ``round_to="auto"`` makes the width of a group a multiple of.
 
     Args:
         width: of the whole group.
         positions: how many positions of an axis each of its channels is, such as the size of a head.
+        largest: no step is larger.
     """
-    step = MULTIPLE
+    step = largest
     while step > 1 and step * LEVELS > width:
         step //= 2
     return step // math.gcd(step, positions)
@@ -308,6 +326,10 @@ class Meter:
     def met(self, widths: np.ndarray) -> bool:
         """Whether these widths are within the budget."""
         return bool(self.which_met(widths))
+
+    def used(self, widths: np.ndarray) -> float:
+        """The part that these widths use of the limit that they use most."""
+        return used_of(self.allowed, {unit: self._count(unit, widths) for unit in self.allowed})
 
     def which_met(self, widths: np.ndarray) -> np.ndarray:
         """Which widths [..., groups] are within the budget, bool [...]."""

@@ -24,7 +24,17 @@ import torch
 
 from secateur._internal.errors import InfeasibleBudget, SecateurError
 from secateur._internal.workload import Workload
-from secateur.allocation.budget import AUTO, Budget, asked, auto_step, floor_of, multiples
+from secateur.allocation.budget import (
+    AUTO,
+    MULTIPLE,
+    USED_ENOUGH,
+    Budget,
+    asked,
+    auto_step,
+    floor_of,
+    multiples,
+    used_of,
+)
 from secateur.curvature.eigenbasis import Eigenbasis
 from secateur.result import Counts
 from secateur.surgery.low_rank.bottleneck import three, width
@@ -94,18 +104,20 @@ class Room:
         totals: unit -> what the whole network costs.
         budget: what may remain, in MACs or parameters.
         of: unit -> what the budget is a part of, where that is no longer the whole network.
+        largest: of sizes by ``round_to="auto"``, the largest step.
     """
 
     def __init__(
-        self, choices: Sequence[Choice], totals: Mapping[str, int], budget: Budget, of: Mapping[str, int] | None = None
-    ) -> None:
+        self, choices: Sequence[Choice], totals: Mapping[str, int], budget: Budget, of: Mapping[str, int] | None = None,
+        largest: int = MULTIPLE,
+    ) -> None:  # fmt: skip
         if "channels" in budget.limits:
             raise SecateurError("Budget(channels=...): rotated channels are no channels; limit macs= or params=")
         budget.refuse_latency("rotated layers")
         if isinstance(budget.at_least, Mapping):
             raise SecateurError("Budget(at_least={...}): one floor for all layers is expected here")
         self.choices, self.totals, self.budget = list(choices), dict(totals), budget
-        self.of = dict(of or totals)
+        self.of, self.largest = dict(of or totals), largest
         for unit in budget.limits:
             if not totals[unit]:
                 raise SecateurError(f"Budget({unit}=...): the model has no {unit} to count; limit something else")
@@ -119,7 +131,7 @@ class Room:
     def _side(self, size: int) -> np.ndarray:
         least = floor_of(self.budget.at_least, size)  # type: ignore[arg-type]
         auto = self.budget.round_to == AUTO
-        step = auto_step(size) if auto else int(self.budget.round_to)
+        step = auto_step(size, 1, self.largest) if auto else int(self.budget.round_to)
         allowed = multiples(size, least, step, halves=auto)[::-1]
         return np.union1d(allowed, [size])
 
@@ -127,6 +139,10 @@ class Room:
         """What the network costs with these boxes."""
         pairs = list(zip(self.choices, boxes, strict=True))
         return {u: fixed + sum(c.costs(u, box) for c, box in pairs) for u, fixed in self.fixed.items()}
+
+    def finer(self, largest: int) -> Room:
+        """The same with smaller steps of sizes."""
+        return Room(self.choices, self.totals, self.budget, self.of, largest)
 
     def lost(self, boxes: Sequence[Box]) -> float:
         """What is lost with these boxes."""
@@ -223,6 +239,10 @@ def lagrangian(room: Room) -> list[Box]:
     found = [boxes for share in room.shares(9) if (boxes := _bisected(room, share)) is not None]
     found += [programmed(room)] if len(room.allowed) == 1 else []
     best = min((fill(room, boxes) for boxes in found or [room.smallest()]), key=room.lost)
+    for largest in room.budget.finer:
+        if used_of(room.allowed, room.used(best)) >= USED_ENOUGH:
+            break
+        best = fill(room.finer(largest), best)
     return [None if _is_whole(c, box) else box for c, box in zip(room.choices, best, strict=True)]
 
 

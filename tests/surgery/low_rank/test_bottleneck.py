@@ -190,6 +190,19 @@ def test_fill_never_goes_over():
     assert room.met(fill(room, room.smallest()))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_what_rounded_sizes_leave_of_a_budget_is_filled_by_finer_ones(seed, monkeypatch):
+    room = room_of(seed, params=0.5, round_to="auto")
+    boxes = lagrangian(room)
+    assert room.met(boxes)
+    monkeypatch.setattr(sc.Budget, "finer", ())
+    coarse = lagrangian(room)
+    assert room.lost(boxes) <= room.lost(coarse)
+    used, before = (room.used(some)["params"] / room.allowed["params"] for some in (boxes, coarse))
+    assert used >= 0.95 or room.used(boxes) == room.used(fill(room.finer(1), boxes))
+    assert used == before if before >= 0.95 else used >= before
+
+
 def test_what_cannot_be_met_is_told():
     with pytest.raises(sc.SecateurError, match=r"cannot be met.*feasible"):
         lagrangian(room_of(0, params=0.01))
