@@ -14,7 +14,7 @@ from secateur.measure.accuracy import accuracy
 FOLDER = Path(__file__).parents[3] / "bench" / "checkpoints"
 INDEX = json.loads((FOLDER / "index.json").read_text())
 FILES = [(network, run) for network in INDEX for run in network["seeds"]]
-LEAST = {"lenet_300_100": 0.98, "lenet5": 0.99, "resnet20": 0.84, "resnet8": 0.79}
+LEAST = {"lenet_300_100": 0.98, "lenet5": 0.99, "resnet20": 0.84, "resnet8": 0.79, "small_vit": 0.97}
 
 
 @pytest.mark.parametrize(("network", "run"), FILES, ids=[run["file"] for _, run in FILES])

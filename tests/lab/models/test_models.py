@@ -23,6 +23,7 @@ COUNTS = [
     ("lenet_300_100", {}, 784 * 300 + 300 + 300 * 100 + 100 + 1000 + 10),
     ("lenet5", {}, 431_080),  # Caffe's
     ("digits_cnn", {}, 9 * 32 + 64 + 9 * 32 * 64 + 128 + 9 * 64 * 64 + 128 + 650),
+    ("small_vit", {}, 17 * 64 + 49 * 64 + 3 * (12 * 64 * 64 + 13 * 64) + 2 * 64 + 650),
     ("vgg16_bn", {}, 14_724_042),  # 13 convolutions without bias, batch norms, 512-10
     ("vgg19_bn", {}, 20_035_018),
     ("resnet8", {}, residual(1, (16, 32, 64))),
@@ -56,7 +57,7 @@ def test_output_shape_on_the_example_input(name):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["lenet_300_100", "lenet5", "digits_cnn", "vgg16_bn", "resnet8"])
+@pytest.mark.parametrize("name", ["lenet_300_100", "lenet5", "digits_cnn", "small_vit", "vgg16_bn", "resnet8"])
 def test_input_channels_are_an_option(name):
     shape = example_input(name, in_channels=2)
     assert shape[1] == 2

@@ -13,7 +13,7 @@ from torch import nn
 from secateur._internal import built_in
 from secateur._internal import importing as factory
 from secateur._internal.errors import SecateurError, unknown
-from secateur.lab.models import resnet, small, vgg
+from secateur.lab.models import resnet, small, transformer, vgg
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ MODELS: dict[str, Entry] = {
     "lenet_300_100": Entry(small.lenet_300_100, (1, 28, 28)),
     "lenet5": Entry(small.lenet5, (1, 28, 28)),
     "digits_cnn": Entry(small.digits_cnn, (1, 8, 8)),
+    "small_vit": Entry(transformer.small_vit, (1, 28, 28)),
     "vgg16_bn": Entry(vgg.vgg16_bn, (3, 32, 32)),
     "vgg19_bn": Entry(vgg.vgg19_bn, (3, 32, 32)),
     "resnet8": Entry(resnet.resnet8, (3, 32, 32)),
