@@ -127,7 +127,8 @@ def prune(
         what = f"widths that are multiples of {max(facts['round_to'].values())}"
         filled = not tries_widths(two)
         work.remarks += unused(budget, asdict(counts_of(graph)), asdict(after), what, filled=filled)
-    if alone_left := [g.name for g, n in zip(graph.groups, graph.kept(plan), strict=True) if n == 1 < len(g)]:
+    left = zip(graph.groups, graph.kept(plan), strict=True)
+    if alone_left := [g.name for g, n in left if n == 1 < len(g) and g.positions == 1]:  # a head is no single number
         work.remarks.append(
             f"one channel is left of {listed(alone_left, LONGEST)}: everything behind it sees a single number; "
             "at_least= keeps more"

@@ -125,6 +125,13 @@ def test_a_layer_of_one_channel_is_told():
     assert not sc.prune(model, X, sc.Budget(macs=0.5)).facts["remarks"]
 
 
+def test_a_head_that_is_left_is_no_single_channel():
+    model = nn.TransformerEncoderLayer(8, 2, 4, batch_first=True, dropout=0.0)
+    result = sc.prune(model, torch.zeros(2, 3, 8), sc.Budget(channels=0.84), exclude=["linear1"])
+    assert 1 in result.graph.kept(result.plan)
+    assert not result.facts["remarks"]
+
+
 def test_a_budget_that_rounded_widths_leave_unused_is_told():
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
     coarse, auto, fine = (sc.prune(model, X, sc.Budget(macs=0.7, round_to=n)) for n in (4, "auto", 1))
