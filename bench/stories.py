@@ -4,8 +4,8 @@ A Llama of 260,032 parameters, five layers, heads in groups, tied embeddings, in
 with sequences that it wrote itself (512 of 128 tokens, drawn at temperature 1), and judged by the mean negative
 log-likelihood of 128 others of its own, in nats a token: of the whole model that is the entropy of what it writes. The
 seed draws the sequences. Configurations are criterion, strategy and repair, as in ``bench/ablation.py``; ``auto`` is
-``schur/global/refit`` here. Rows that are there are not run
-again. ``FOLDER`` holds ``stories260k.safetensors`` and ``stories260k.json`` (the config)::
+``schur/global/refit`` here. Rows that are there are not run again. ``FOLDER`` holds ``stories260k.safetensors`` and
+``stories260k.json`` (the config)::
 
     python bench/stories.py FOLDER --seeds 0 1 2
 """
