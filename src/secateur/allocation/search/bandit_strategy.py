@@ -37,9 +37,8 @@ class Bandit:
 
     A combination of widths is tried by one forward of the whole network on one mini-batch, with zeros where channels
     go; nothing is cut and the model is not changed. Groups that are not exact (``approximate=True``) are tried in the
-    same way, which is not quite what is cut. With ``repair`` the layers that read what goes make up for it
-    (:mod:`secateur.allocation.search.local_repair`). :mod:`secateur.allocation.search.loop` says how the forwards are
-    spent, and :class:`secateur.allocation.search.found.Found` what is known afterwards.
+    same way, which is not quite what is cut. :mod:`secateur.allocation.search.loop` says how the forwards are spent,
+    and :class:`secateur.allocation.search.found.Found` what is known afterwards.
 
     The method assumes that a group's best width is best whatever the other groups do (uniform identifiability).
     ``Found.doubts`` tells where what was seen speaks against it.
@@ -49,7 +48,7 @@ class Bandit:
 
     Attributes:
         evaluations: forwards of a mini-batch, at most, 32 or more (a duel takes two). Those of the whole network, one a
-            batch, and the pass for the repair are not counted.
+            batch, are not counted.
         minutes: stop after so long, if the evaluations are not spent before; the forwards of the whole network are
             among it. A third is for the start, a quarter for the last comparison. The clock of rank 0 counts.
         start: which widths within the budget others are looked for around: ``"sensitivity"``, which narrows each group
@@ -60,8 +59,6 @@ class Bandit:
         dueling: play two combinations against each other on the same mini-batch.
         norms: ``"batch"``: batch norms use the mini-batch's statistics, as after :func:`secateur.recalibrate`;
             ``"running"``: their running ones, of the whole network.
-        repair: the layers that read what goes make up for it while combinations are tried, nearly as the repair
-            ``"refit"`` will.
         seed: of the bandit and of the choice of batches.
         checkpoint: a file; an interrupted search goes on from it, and ends with the same answer. It may hold the
             searches of several budgets; one of another model, data or loss is refused.
@@ -75,7 +72,6 @@ class Bandit:
     radius: float = 0.1
     dueling: bool = False
     norms: str = "batch"
-    repair: bool = False
     seed: int = 0
     checkpoint: str | Path | None = None
 
@@ -87,7 +83,6 @@ class Bandit:
         check_positive("radius", self.radius)
         check_flag("dueling", self.dueling)
         check_choice("norms", self.norms, NORMS)
-        check_flag("repair", self.repair)
         check_seed(self.seed)
         file_at(self.checkpoint)
 
@@ -95,15 +90,13 @@ class Bandit:
         """See the class. What was learned is ``work.facts["search"]``."""
         late = self._timer(work)
         _check_alike(self, work)
-        evaluate = Evaluator(work, problem, self.norms, repair=self.repair)
+        evaluate = Evaluator(work, problem, self.norms)
         file = SearchFile(self, problem, evaluate)
         history = file.read()
         with progress_bar("search of widths", self.evaluations, work.progress and rank(work.group) == 0) as shown:
             taken, found = Loop(self, problem, evaluate, history, file, late, shown).run()
         work.forwards += found.forwards
         work.facts["search"] = found.to_dict()
-        if evaluate.repair is not None and evaluate.repair.left:
-            work.facts["search"]["tried without repair"] = evaluate.repair.left
         work.remarks += found.remarks()
         if found.started != found.start:
             work.note(
