@@ -15,13 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import secateur as sc
 from secateur._internal.batches import read_batch
 from secateur._internal.errors import SecateurError
+from secateur._internal.memory import available
+from secateur._internal.workload import Workload
 from secateur.curvature.eigenbasis import eigenbasis_of
 from secateur.curvature.layers import spread
 from secateur.lab.models.registry import build
 from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import accuracy
 from secateur.plan import Plan
-from secateur.repair.refit import _Examples, _Part, _split, least_squares
+from secateur.repair.refit import _Examples, _Part, _split, least_squares, refitted
 from secateur.surgery.low_rank.bottleneck import bottlenecked, three
 from secateur.tracing.graph import fingerprint
 
@@ -510,6 +512,42 @@ def test_with_little_memory_no_forward_sees_many_examples_and_the_result_is_the_
     assert max(seen) <= together
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(value, small.state_dict()[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:refit. 50 examples at a time")
+def test_examples_that_would_not_fit_go_in_parts_and_it_is_told(monkeypatch):
+    """An example is 12 x 6 x 6 numbers of eight bytes into and out of its largest layer, twice held: 6,912 bytes."""
+    torch.manual_seed(1)
+    model, x = Residual().double().eval(), torch.randn(50, 2, 6, 6, dtype=torch.float64)
+    plan = removing(model, x[:2], "first", [0])
+    found, notices, seen = [], [], []
+    for free in (None, 10**9, 4 * 20 * 6912):
+        small = sc.cut(model, plan)
+        small.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        work = Workload(model, x.split(10))
+        monkeypatch.setattr("secateur.repair.refit.available", lambda device, free=free: free)
+        refitted(sc.Refit(positions=300), model, small, plan, work)
+        found.append(small.state_dict())
+        notices.append(work.notices)
+        assert max(seen) == (20 if work.notices else 50)
+        seen.clear()
+    assert not notices[0] and not notices[1]
+    assert "50 examples at a time would need about 0.000322 GiB" in notices[2][0] and "they go 20 at a" in notices[2][0]
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[2][name], rtol=1e-9, atol=1e-11)
+
+
+def test_what_is_free_is_the_machines_or_the_containers(monkeypatch, tmp_path):
+    monkeypatch.setattr("secateur._internal.memory.GROUP", tmp_path)
+    monkeypatch.setattr("secateur._internal.memory.MEMORY", tmp_path / "meminfo")
+    cpu = torch.device("cpu")
+    assert available(cpu) is None and available(torch.device("meta")) is None
+    (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemAvailable:  8 kB\n")
+    assert available(cpu) == 8192
+    (tmp_path / "memory.current").write_text("100\n")
+    for limit, expected in (("max\n", 8192), ("1000\n", 900), ("50\n", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert available(cpu) == expected
 
 
 def test_examples_of_several_shapes_are_fitted_together():

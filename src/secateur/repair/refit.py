@@ -20,8 +20,8 @@ fitted first, to what the last rotation ``R`` takes nearest to ``y``, which is `
 the bias are, to ``y``.
 
 Examples go once through each model: in small parts through the original, all together through the smaller one, where a
-layer is fitted while the forward stands before it. Where memory is short, or where they are of several shapes, they go
-through the smaller one in parts too: for every layer again, up to that layer.
+layer is fitted while the forward stands before it. Where memory is short (what is free is looked at), or where they
+are of several shapes, they go through the smaller one in parts too: for every layer again, up to that layer.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from secateur._internal.checks import check_count, check_nonnegative
 from secateur._internal.distributed import Group, all_gather, all_reduce_, rank
 from secateur._internal.errors import BadBatch, SecateurError
 from secateur._internal.losses import outputs_of
+from secateur._internal.memory import available
 from secateur._internal.state import fork_rng_of, preserved
 from secateur._internal.workload import Needs, Workload
 from secateur.curvature.layers import (
@@ -73,6 +74,8 @@ HELD_OUT = 8
 """One in so many samples, the last ones, is held out to find the length of the step; of few samples 16, or half."""
 PART = 128
 """So many examples go through a model at a time, at most."""
+ON_THE_WAY, FREE = 2, 1 / 4
+"""So much of the largest inputs and outputs of a layer is held at a time (there is a shortcut); of the free memory."""
 
 
 def refit(
@@ -124,8 +127,9 @@ class Refit:
         examples: how many are used.
         positions: of a layer's outputs, over all examples; by default four for each column and not less than 8192.
         damping: in units of the mean square of the layer's inputs.
-        together: so many examples go through the smaller model at a time; all of them by default, once, which needs
-            memory for what they are on the way. Fewer need less, and a forward for each layer, as far as that layer.
+        together: so many examples go through the smaller model at a time. By default all of them, once, which needs
+            memory for what they are on the way; where that is more than a quarter of what is free, as many as need no
+            more, which is told. Fewer than all need a forward for each layer, as far as that layer.
     """
 
     needs: ClassVar[Needs] = Needs(data=True, plan=True)
@@ -158,6 +162,7 @@ def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, wo
         original = _Original(ones, originals, many, examples)
         work.together(lambda: original.watch(model))
         order, kept = original.order_of_all(work)
+        together = settings.together or _at_a_time(original, work)
 
         def look(name: str, x: Tensor | None, some: _Examples) -> None:
             if x is None:
@@ -185,7 +190,7 @@ def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, wo
         before = [p.clone() for p in parameters]
         try:
             with preserved(small, fast_path=False):
-                _step_by_step(small, modules, look, step, examples.chunks(settings.together), work)
+                _step_by_step(small, modules, look, step, examples.chunks(together), work)
                 followed = [t.clone() for t in statistics]
         except BaseException:
             for p, was in zip(parameters, before, strict=True):
@@ -194,6 +199,21 @@ def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, wo
         for t, found in zip(statistics, followed, strict=True):  # only now: until here all buffers come back
             t.copy_(found)
     return left | kept
+
+
+def _at_a_time(original: _Original, work: Workload) -> int | None:
+    """How many examples go through the smaller model at a time, so that they fit; None for all of them."""
+    free = available(work.device)
+    if free is None or ON_THE_WAY * original.largest * original.examples.own <= FREE * free:
+        return None
+    at_a_time = max(1, int(FREE * free / (ON_THE_WAY * original.largest)))
+    needed = ON_THE_WAY * original.largest * original.examples.own / 2**30
+    work.note(
+        f"refit: {original.examples.own} examples at a time would need about {needed:.3g} GiB on their way, more than "
+        f"a quarter of what is free; they go {at_a_time} at a time, once for each layer, which takes longer: "
+        "Refit(examples=...) takes fewer, Refit(together=...) decides"
+    )
+    return at_a_time
 
 
 Look = Callable[[str, Tensor | None, "_Examples"], None]
@@ -453,6 +473,7 @@ class _Original:
         calls: how often a layer or norm runs in a forward, at most.
         strange: layers that do not compute their weight times their input.
         order: layers and norms in the order in which they run.
+        largest: bytes of the inputs and outputs of a layer for an example, at most.
     """
 
     layers: Mapping[str, Layer]
@@ -465,6 +486,7 @@ class _Original:
     calls: Counter[str] = field(default_factory=Counter)
     strange: set[str] = field(default_factory=set)
     order: list[str] = field(default_factory=list)
+    largest: float = 0.0
 
     def places_of(self, name: str, examples: _Examples) -> torch.Size | None:
         """The shape for some examples together; None if that of their parts differs."""
@@ -500,6 +522,7 @@ class _Original:
                 self.strange.add(name)
                 return
             x, y = _by_example(layer, x, part.count), _by_example(layer, y, part.count)
+            self.largest = max(self.largest, (x.nbytes + y.nbytes) / part.count)
             self.places[name][part.number] = _places(layer, x)
             self.outputs[name].append(output_samples_at(layer, wide(y), self.examples.choice(part, self.many[name])))
 
