@@ -68,8 +68,7 @@ def makers(
                 budget = replace(budget, round_to="auto") if rounded else budget
                 small = sc.hybrid(model, inputs, budget, data=fixed, repair=some).model
                 if name.endswith("distill_more"):
-                    nothing = sc.make_plan(sc.trace(model, inputs), {})
-                    sc.distill(model, small, nothing, islice(images, STEPS), steps=STEPS, seed=seed)
+                    sc.distill(model, small, None, islice(images, STEPS), steps=STEPS, seed=seed)
                 return small
             else:
                 criterion, strategy, after = name.split("/")

@@ -25,7 +25,7 @@ def case(seed=0):
     data = [torch.randn(16, 1, 8, 8) for _ in range(6)]
     sc.recalibrate(model, data)
     graph = sc.trace(model, data[0][:2])
-    plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(macs=0.5))
+    plan = sc.allocate(graph, sc.score(model, graph, "magnitude"), sc.Budget(macs=0.5, round_to=2))
     return model, sc.cut(model, plan), plan, data
 
 
@@ -45,6 +45,16 @@ def test_it_comes_nearer_to_the_original_without_labels(settings):
     assert apart(model, small, data) < 0.4 * before
     assert told["after"] < 0.5 * told["before"] and told["steps"] == 80
     assert json.loads(json.dumps(told)) == told
+
+
+def test_what_hybrid_leaves_needs_no_plan():
+    model, _, plan, data = case()
+    result = sc.hybrid(model, data[0][:2], sc.Budget(macs=0.5), data=data, repair="none")
+    before = apart(model, result.model, data)
+    sc.distill(model, result.model, result.plan, data, steps=60, lr=0.003)
+    assert result.plan is None and apart(model, result.model, data) < 0.5 * before
+    with pytest.raises(sc.SecateurError, match="made for another model"):
+        sc.distill(result.model, copy.deepcopy(result.model), plan, data, steps=1)
 
 
 def test_its_steps_are_those_that_are_written():

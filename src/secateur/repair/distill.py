@@ -48,7 +48,7 @@ SECONDS_BETWEEN_SAVES = 30.0
 def distill(
     model: nn.Module,
     small: nn.Module,
-    plan: Plan,
+    plan: Plan | None,
     data: Iterable[Any],
     *,
     steps: int = 200,
@@ -60,8 +60,9 @@ def distill(
 
     Args:
         model: the original; it is left untouched.
-        small: what :func:`secateur.cut` made of it by ``plan``; if this fails, it is as before.
-        plan: what was removed.
+        small: the smaller one; if this fails, it is as before.
+        plan: what was removed; ``None`` for what did not come from a plan alone, as a result of
+            :func:`secateur.hybrid` (its ``result.plan`` is none).
         data: batches; targets are not looked at. They are gone through again until all steps are done.
         steps: how many; each takes one batch.
         group: the processes, each with its shard of the data; gradients are averaged.
@@ -72,9 +73,10 @@ def distill(
         ``"distill"``: the objective before the first step and after the last one, on the batches of the first and last
         tenth of the steps.
     """
-    check_plan(model, plan)
+    if plan is not None:
+        check_plan(model, plan)
     work = Workload(model, data, group=group, progress=progress)
-    return Distill(steps=steps, **settings).apply(model, small, plan, work)
+    return Distill(steps=steps, **settings).run(model, small, work)
 
 
 @REPAIRS.register("distill")
@@ -118,6 +120,10 @@ class Distill:
 
     def apply(self, original: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> Facts:
         """See :func:`distill`."""
+        return self.run(original, small, work)
+
+    def run(self, original: nn.Module, small: nn.Module, work: Workload) -> Facts:
+        """:meth:`apply`, which needs no plan."""
         return {"distill": _Training(self, original, small, work).run()}
 
     def difference(self, outputs: Any, targets: Any) -> Tensor:
