@@ -47,13 +47,18 @@ class Setting:
     round_to: int | str = 1
 
 
+def checkpoint(name: str, setting: Setting, seed: int) -> Path:
+    """The weights that a network begins with."""
+    return HERE / "checkpoints" / f"{name}_{setting.data}_seed{seed}.safetensors"
+
+
 def one(
     name: str, seed: int, setting: Setting, methods: Sequence[str], makers: Makers, done: set[tuple[Any, ...]]
 ) -> Iterator[Row]:
     """The rows of one network that are missing."""
     data = load(setting.data, validation=0.1)  # as the networks were trained
     model, inputs = build(name), torch.zeros(example_input(name))
-    model.load_state_dict(load_file(HERE / "checkpoints" / f"{name}_{setting.data}_seed{seed}.safetensors"))
+    model.load_state_dict(load_file(checkpoint(name, setting, seed)))
     model.eval()
     full = counted(model, inputs)
     images = data.loader("train", BATCH, shuffle=True, seed=seed)
@@ -102,6 +107,9 @@ def run(
     kept = Rows(given.out, settings=of, **facts, note="CIFAR-10 is stored as JPEG")
     for name in given.networks:
         for seed in given.seeds:
+            if not checkpoint(name, settings[name], seed).exists():
+                print(f"{name}, seed {seed}: was not trained", flush=True)
+                continue
             done = {(r["network"], r["seed"], r["method"], r["unit"], r["fraction"]) for r in kept.rows}
             for row in one(name, seed, settings[name], given.methods, makers, done):
                 kept.add(row)

@@ -125,7 +125,7 @@ def prune(
     after = counts_of(graph, plan)
     if facts["round_to"]:
         what = f"widths that are multiples of {max(facts['round_to'].values())}"
-        filled = not tries_widths(two)
+        filled = clock is None and not tries_widths(two)
         work.remarks += unused(budget, asdict(counts_of(graph)), asdict(after), what, filled=filled)
     left = zip(graph.groups, graph.kept(plan), strict=True)
     if alone_left := [g.name for g, n in left if n == 1 < len(g) and g.positions == 1]:  # a head is no single number

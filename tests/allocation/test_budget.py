@@ -172,6 +172,30 @@ def test_auto_leaves_no_more_unused_than_a_twentieth_or_a_channel(strategy, widt
     assert (kept >= np.array(list(graph.kept(steps)))).all()
 
 
+def test_a_budget_in_milliseconds_is_not_filled_by_finer_widths_and_that_is_told():
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    result = sc.prune(model, X, sc.Budget(macs=0.7, latency_ms=1000.0))
+    assert result.after.macs == 48
+    assert any("multiples of 4 use 71% of what the budget allows" in remark for remark in result.facts["remarks"])
+
+
+class Picky(nn.Module):
+    """Takes another path at widths that only finer steps reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last(x.flip(-1) if x.shape[-1] in (9, 10, 11) else x)
+
+
+def test_finer_widths_that_the_forward_does_not_bear_are_left():
+    result = sc.prune(Picky(), X, sc.Budget(macs=0.7))
+    assert result.after.macs == 48 and not result.plan.skipped
+
+
 X = torch.zeros(1, 4)
 
 

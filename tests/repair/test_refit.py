@@ -521,17 +521,18 @@ def test_examples_that_would_not_fit_go_in_parts_and_it_is_told(monkeypatch):
     model, x = Residual().double().eval(), torch.randn(50, 2, 6, 6, dtype=torch.float64)
     plan = removing(model, x[:2], "first", [0])
     found, notices, seen = [], [], []
-    for free in (None, 10**9, 4 * 20 * 6912):
+    for free, size in ((None, 10), (10**9, 10), (4 * 20 * 6912, 10), (4 * 20 * 6912, 25), (0, 50)):
         small = sc.cut(model, plan)
         small.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-        work = Workload(model, x.split(10))
-        monkeypatch.setattr("secateur.repair.refit.available", lambda device, free=free: free)
+        work = Workload(model, x.split(size))
+        monkeypatch.setattr("secateur.repair.refit.available", lambda _, free=free: free)
         refitted(sc.Refit(positions=300), model, small, plan, work)
         found.append(small.state_dict())
         notices.append(work.notices)
-        assert max(seen) == (20 if work.notices else 50)
+        assert max(seen) == (max(20, size) if work.notices else 50)
         seen.clear()
-    assert not notices[0] and not notices[1]
+    assert [len(some) for some in notices] == [0, 0, 1, 1, 0]  # a single batch is as it was in the original
+    assert "they go 25 at a" in notices[3][0]
     assert "50 examples at a time would need about 0.000322 GiB" in notices[2][0] and "they go 20 at a" in notices[2][0]
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[2][name], rtol=1e-9, atol=1e-11)
@@ -545,9 +546,12 @@ def test_what_is_free_is_the_machines_or_the_containers(monkeypatch, tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemAvailable:  8 kB\n")
     assert available(cpu) == 8192
     (tmp_path / "memory.current").write_text("100\n")
+    (tmp_path / "memory.stat").write_text("anon 5\n")
     for limit, expected in (("max\n", 8192), ("1000\n", 900), ("50\n", 0)):
         (tmp_path / "memory.max").write_text(limit)
         assert available(cpu) == expected
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 60\n")
+    assert available(cpu) == 10
 
 
 def test_examples_of_several_shapes_are_fitted_together():

@@ -15,10 +15,11 @@ def available(device: torch.device) -> int | None:
     """Bytes that can be had on a device; None where it is not known.
 
     Args:
-        device: a GPU, or what uses the machine's memory: there the limit of a container counts too.
+        device: a GPU, or what uses the machine's memory: there the limit of a container counts too (cgroup, version 2).
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, and not in use
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     if device.type != "cpu":
         return None
     found = []
@@ -27,5 +28,7 @@ def available(device: torch.device) -> int | None:
         found.append(1024 * int(lines["MemAvailable"].split()[0]))
     with suppress(OSError, ValueError):  # "max" is no number: there is no limit
         limit, used = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        used -= int(stat.get("inactive_file", 0))  # what was read from files is let go of when memory is wanted
         found.append(max(limit - used, 0))
     return min(found, default=None)

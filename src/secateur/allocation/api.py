@@ -167,12 +167,19 @@ def allocated(
         if latency is not None and LATENCY in meter.allowed:
             return plan_of(by_the_clock(problem, choose, latency, plan_of, work.note))
         taken = fill(problem, choose(problem))
+        coarse = problem, taken
         for largest in () if tries_widths(strategy) else budget.finer:
             widths = problem.widths(taken)
             if meter.used(widths) >= USED_ENOUGH:
                 break
             problem, _ = _problem(graph, meter, ranked, rises, budget.stops(graph, largest))
             taken = fill(problem, problem.taken(widths))
+        try:
+            return plan_of(taken)
+        except CannotCut:
+            if problem is coarse[0]:
+                raise
+        problem, taken = coarse  # the forward does not bear the finer widths
         return plan_of(taken)
     except CannotCut:  # what tracing did not meet: do without the groups that it takes
         groups = [graph.group(name) for name in plain]

@@ -70,7 +70,7 @@ class Budget(_KnownKeywords):
             made for; of groups of fewer than 32 channels it is 4, 2 or 1, so that they have four widths to choose from
             still. Below that a group may have 4, 2 or 1 channels, so that every budget can be met that ``1`` can meet;
             and where such widths would leave more than a twentieth of the budget unused, some groups get multiples of
-            4, 2 or 1 (but no strategy's that tries widths on data).
+            4, 2 or 1 (but not from a strategy that tries widths on data, nor within ``latency_ms``).
         at_least: no group ends with fewer: a whole number of channels, a fraction of its width in (0, 1), ``"all"``, or
             any of these by group name. 1 is one channel; 1.0, which could mean all as well, is refused.
     """

@@ -233,17 +233,28 @@ def agreed(boxes: Sequence[Box], work: Workload) -> list[Box]:
 def lagrangian(room: Room) -> list[Box]:
     """The boxes of least loss within a budget, by a price on cost; then filled up.
 
-    With two limits the price is split between them in several ways, and the best outcome is taken.
+    With two limits the price is split between them in several ways, and the best outcome is taken. What steps by
+    ``round_to="auto"`` leave of the budget is filled with finer ones; where that leaves much too, single ones decide.
     """
     room.check()
+
+    def much_left(boxes: list[Box]) -> bool:
+        return used_of(room.allowed, room.used(boxes)) < USED_ENOUGH
+
+    best = _solved(room)
+    for largest in room.budget.finer:
+        if much_left(best):
+            best = fill(room.finer(largest), best)
+    if room.budget.finer and much_left(best):
+        best = min(best, _solved(room.finer(1)), key=room.lost)
+    return [None if _is_whole(c, box) else box for c, box in zip(room.choices, best, strict=True)]
+
+
+def _solved(room: Room) -> list[Box]:
+    """The best that was found with the sizes of a room."""
     found = [boxes for share in room.shares(9) if (boxes := _bisected(room, share)) is not None]
     found += [programmed(room)] if len(room.allowed) == 1 else []
-    best = min((fill(room, boxes) for boxes in found or [room.smallest()]), key=room.lost)
-    for largest in room.budget.finer:
-        if used_of(room.allowed, room.used(best)) >= USED_ENOUGH:
-            break
-        best = fill(room.finer(largest), best)
-    return [None if _is_whole(c, box) else box for c, box in zip(room.choices, best, strict=True)]
+    return min((fill(room, boxes) for boxes in found or [room.smallest()]), key=room.lost)
 
 
 def _is_whole(choice: Choice, box: Box) -> bool:

@@ -203,14 +203,19 @@ def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, wo
 
 def _at_a_time(original: _Original, work: Workload) -> int | None:
     """How many examples go through the smaller model at a time, so that they fit; None for all of them."""
-    free = available(work.device)
-    if free is None or ON_THE_WAY * original.largest * original.examples.own <= FREE * free:
+    examples, free = original.examples, available(work.device)
+    if free is None or not examples.parts:
         return None
-    at_a_time = max(1, int(FREE * free / (ON_THE_WAY * original.largest)))
-    needed = ON_THE_WAY * original.largest * original.examples.own / 2**30
+    allowed = FREE * free / (work.processes if work.device.type == "cpu" else 1)
+    needed = ON_THE_WAY * original.largest * examples.own
+    if needed <= allowed:
+        return None
+    at_a_time = max(int(allowed / needed * examples.own), *(part.count for part in examples.parts))
+    if len(examples.chunks(at_a_time)) == len(examples.chunks(None)):
+        return None
     work.note(
-        f"refit: {original.examples.own} examples at a time would need about {needed:.3g} GiB on their way, more than "
-        f"a quarter of what is free; they go {at_a_time} at a time, once for each layer, which takes longer: "
+        f"refit: {examples.own} examples at a time would need about {needed / 2**30:.3g} GiB on their way, more than a "
+        f"quarter of what is free; they go {at_a_time} at a time, once for each layer, which takes longer: "
         "Refit(examples=...) takes fewer, Refit(together=...) decides"
     )
     return at_a_time
@@ -522,7 +527,7 @@ class _Original:
                 self.strange.add(name)
                 return
             x, y = _by_example(layer, x, part.count), _by_example(layer, y, part.count)
-            self.largest = max(self.largest, (x.nbytes + y.nbytes) / part.count)
+            self.largest = max(self.largest, (x.nbytes + y.nbytes) / max(p.count for p in self.examples.parts))
             self.places[name][part.number] = _places(layer, x)
             self.outputs[name].append(output_samples_at(layer, wide(y), self.examples.choice(part, self.many[name])))
 
