@@ -44,6 +44,7 @@ CRITERIA = ("magnitude", "taylor", "bn_scale", "hessian")
 THEIRS = tuple(f"torch-pruning/{c}/{scope}" for c in CRITERIA for scope in ("global", "layer"))
 OURS: dict[str, dict[str, Any]] = {
     "secateur": {},
+    "secateur.hybrid": {"hybrid": True},
     "secateur, by the loss": {"criterion": "schur"},
     "secateur, by the loss, round_to=1": {"criterion": "schur", "round_to": 1},
 }
@@ -123,7 +124,9 @@ def networks(
         budget = sc.Budget(macs=fraction, round_to=given.get("round_to", "auto"))
         criterion = given.get("criterion", "auto")
 
-        def ours(budget: sc.Budget = budget, criterion: str = criterion) -> nn.Module:
+        def ours(budget: sc.Budget = budget, criterion: str = criterion, both: bool = "hybrid" in given) -> nn.Module:
+            if both:
+                return sc.hybrid(model, inputs, budget, data=images.batches).model
             return sc.prune(model, inputs, budget, data=images.batches, loss="cross_entropy", criterion=criterion).model
 
         yield name, ours
