@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
-from itertools import count, takewhile
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -116,8 +115,7 @@ class Budget(_KnownKeywords):
     @property
     def finer(self) -> tuple[int, ...]:
         """The largest steps to go on with, where those of ``"auto"`` leave much of the budget unused."""
-        halved = takewhile(bool, (MULTIPLE >> times for times in count(1)))
-        return tuple(halved) if self.round_to == AUTO else ()
+        return tuple(MULTIPLE >> n for n in range(1, MULTIPLE.bit_length())) if self.round_to == AUTO else ()
 
     def steps(self, graph: ChannelGraph, largest: int = MULTIPLE) -> np.ndarray:
         """What the width of every group is to be a multiple of, int64; of ``"auto"`` no more than the largest."""

@@ -76,7 +76,7 @@ def distill(
     if plan is not None:
         check_plan(model, plan)
     work = Workload(model, data, group=group, progress=progress)
-    return Distill(steps=steps, **settings).run(model, small, work)
+    return Distill(steps=steps, **settings).apply(model, small, plan, work)
 
 
 @REPAIRS.register("distill")
@@ -118,12 +118,8 @@ class Distill:
                 "functools.partial(torch.optim.SGD, lr=0.01)"
             )
 
-    def apply(self, original: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> Facts:
-        """See :func:`distill`."""
-        return self.run(original, small, work)
-
-    def run(self, original: nn.Module, small: nn.Module, work: Workload) -> Facts:
-        """:meth:`apply`, which needs no plan."""
+    def apply(self, original: nn.Module, small: nn.Module, plan: Plan | None, work: Workload) -> Facts:
+        """See :func:`distill`; the plan is not looked at."""
         return {"distill": _Training(self, original, small, work).run()}
 
     def difference(self, outputs: Any, targets: Any) -> Tensor:
