@@ -167,6 +167,12 @@ def call_without_cache(model: nn.Module, inputs: Inputs) -> Any:
     return model(*args, **kwargs)
 
 
+def demands_labels(model: nn.Module, batch: Batch) -> bool:
+    """Whether a forward cannot be called without the labels that a batch has."""
+    known = inspect.signature(model.forward).parameters if batch.labelled else {}
+    return LABELS in known and known[LABELS].default is inspect.Parameter.empty
+
+
 def copied(inputs: Inputs) -> Inputs:
     """A copy, which a forward may write into."""
     return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)

@@ -7,13 +7,13 @@ them on the model's device; what two seats both want is computed once.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from secateur._internal.batches import Batch, Inputs, read_batches
+from secateur._internal.batches import Batch, Inputs, demands_labels, read_batches
 from secateur._internal.checks import check_count
 from secateur._internal.distributed import Group, broadcast_json, rank, together, world_size
 from secateur._internal.errors import BadBatch, SecateurError, notice
@@ -92,7 +92,7 @@ class Workload:
         if self._first is None:
             back = rng_state()  # a loader may draw the order of its batches
             try:
-                self._first = next(iter(read_batches(self._given(), self.device, 1)))
+                self._first = next(iter(self._read_batches(1)))
             finally:
                 back()
         return self._first
@@ -120,9 +120,14 @@ class Workload:
             what: what they are for, to be shown.
         """
         limit = min((n for n in (most, self.most) if n is not None), default=None)
-        for batch in self.tracked(read_batches(self._given(), self.device, limit), what, length_of(self.data, limit)):
+        for batch in self.tracked(self._read_batches(limit), what, length_of(self.data, limit)):
             self.forwards += 1
             yield batch
+
+    def _read_batches(self, limit: int | None) -> Iterator[Batch]:
+        """Batches as the forward takes them: with their labels if it does not run without."""
+        for batch in read_batches(self._given(), self.device, limit):
+            yield replace(batch, inputs=batch.with_labels()) if demands_labels(self.model, batch) else batch
 
     def tracked(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
         """The items of a long loop, with a bar where progress was asked for; on rank 0 alone."""

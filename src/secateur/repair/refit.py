@@ -27,53 +27,42 @@ are of several shapes, they go through the smaller one in parts too: for every l
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from secateur._internal.batches import Batch, Inputs, call_model, copied, first_argument, tensors_in
+from secateur._internal.batches import copied, first_argument
 from secateur._internal.checks import check_count, check_nonnegative
-from secateur._internal.distributed import Group, all_gather, all_reduce_, rank
-from secateur._internal.errors import BadBatch, SecateurError
-from secateur._internal.losses import outputs_of
+from secateur._internal.distributed import Group, all_gather, all_reduce_
+from secateur._internal.errors import SecateurError
 from secateur._internal.memory import available
-from secateur._internal.state import fork_rng_of, preserved
+from secateur._internal.state import preserved
 from secateur._internal.workload import Needs, Workload
 from secateur.curvature.layers import (
-    COMPUTED,
-    MEASURED,
-    TRANSPOSED,
-    Choice,
     Layer,
     computes_its_weight,
     input_samples_at,
-    layers_of,
-    measurable,
     output_samples_at,
-    spread,
     wide,
 )
 from secateur.curvature.passes import STRANGE
 from secateur.plan import Plan
 from secateur.repair.contract import LEFT_WHOLE, REPAIRS, Facts
+from secateur.repair.examples import PART, Examples, Part, forward_part, read_examples
+from secateur.repair.pairs import Pair, pairs_of, tensor_of
 from secateur.repair.recalibrate import has_statistics
 from secateur.surgery.channels import check_plan
-from secateur.surgery.low_rank.bottleneck import Bottleneck, three
 
 DAMPING = 1e-3
 HELD_OUT = 8
 """One in so many samples, the last ones, is held out to find the length of the step; of few samples 16, or half."""
-PART = 128
-"""So many examples go through a model at a time, at most."""
 ON_THE_WAY, FREE = 2, 1 / 4
 """So much of the largest inputs and outputs of a layer is held at a time (there is a shortcut); of the free memory."""
 
@@ -152,45 +141,34 @@ class Refit:
 def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> dict[str, str]:
     """:func:`refit` at a table that is laid."""
     check_plan(model, plan)
-    pairs, left = _pairs(model, small, plan)
-    ones = {pair.one.name: pair.one for pair in pairs.values()}
-    many = {name: settings.positions or max(8192, 4 * one.table().shape[-1]) for name, one in ones.items()}
+    pairs, left = pairs_of(model, small, plan)
+    places = {pair.name: pair.ones for pair in pairs}
+    many = {
+        pair.name: settings.positions or max(8192, 4 * (pair.one.table().shape[-1] + len(pair.biases)))
+        for pair in pairs
+    }
     norms: dict[str, Any] = {name: m for name, m in small.named_modules() if has_statistics(m)}
     with torch.inference_mode(False), torch.no_grad():
-        examples = _read(work, settings.examples, min(PART, settings.together or PART))
+        examples = read_examples(work, settings.examples, min(PART, settings.together or PART))
         originals = {name: m for name, m in model.named_modules() if name in norms}
-        original = _Original(ones, originals, many, examples)
+        original = _Original(places, originals, many, examples)
         work.together(lambda: original.watch(model))
-        order, kept = original.order_of_all(work)
+        order, several, kept = original.order_of_all(work)
         together = settings.together or _at_a_time(original, work)
-
-        def look(name: str, x: Tensor | None, some: _Examples) -> None:
-            if x is None:
-                return
-            if name in pairs:
-                seen[name].add(pairs[name], x, some, original)
-            else:
-                seen[name].moments += [_moments(part) for part in x.split(PART)]
-
-        def step(name: str) -> None:
-            if name in pairs:
-                left.update(_fit(pairs[name], seen.pop(name, _Seen()), original, plan, settings.damping, work))
-            else:
-                _follow(name, norms[name], seen.pop(name, _Seen()), original, plan, work)
-
-        seen: dict[str, _Seen] = defaultdict(_Seen)
-        fitted: dict[str, dict[str, nn.Module]] = defaultdict(dict)
-        for path, pair in pairs.items():
-            fitted[pair.one.name][path] = pair.layer.module
-        modules: dict[str, nn.Module] = {}
-        for name in order:  # of the original
-            modules |= fitted[name] if name in ones else {name: norms[name]}
+        jobs: dict[str, list[_Job]] = defaultdict(list)
+        for pair in pairs:
+            fit = _Fit(pair, original, plan, settings.damping, work)
+            modules = [layer.module for layer in pair.layers]
+            jobs[pair.name].append(_Job(pair.layer.name, modules, fit, pair.name in several))
+        for name, norm in norms.items():
+            jobs[name].append(_Job(name, [norm], _Follow(name, norm, original, plan, work), name in several))
         statistics = [t for norm in norms.values() for t in (norm.running_mean, norm.running_var)]
         parameters = list(small.parameters())
         before = [p.clone() for p in parameters]
         try:
             with preserved(small, fast_path=False):
-                _step_by_step(small, modules, look, step, examples.chunks(together), work)
+                in_order = [job for name in order for job in jobs[name]]
+                left |= _one_after_another(small, in_order, examples.chunks(together), work)
                 followed = [t.clone() for t in statistics]
         except BaseException:
             for p, was in zip(parameters, before, strict=True):
@@ -221,66 +199,128 @@ def _at_a_time(original: _Original, work: Workload) -> int | None:
     return at_a_time
 
 
-Look = Callable[[str, Tensor | None, "_Examples"], None]
-"""To be called with what a module gets, and of which examples."""
+# ------------------------------------------------------------------------------------ the way through the smaller model
 
 
-def _step_by_step(
-    small: nn.Module, modules: Mapping[str, nn.Module], look: Look, step: Callable[[str], None],
-    chunks: list[_Examples], work: Workload,
-) -> None:  # fmt: skip
-    """Take the step of each module once the smaller model, fitted as far as that, has shown what the module gets.
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What is done with a layer, or a norm, of the smaller model when its turn comes.
 
-    The steps are in one order on all processes; so is the way, which is the longer one if any of them needs it.
+    Attributes:
+        name: its path.
+        modules: what runs wherever it is used: one module, or all that share its weight.
+        task: what is done.
+        several: whether it runs several times in a forward.
     """
-    steps = work.tracked(modules, "refit", len(modules))
+
+    name: str
+    modules: Sequence[nn.Module]
+    task: _Fit | _Follow
+    several: bool
+
+
+def _one_after_another(
+    small: nn.Module, jobs: Sequence[_Job], chunks: list[Examples], work: Workload
+) -> dict[str, str]:
+    """Do each job once the smaller model, fitted as far as that, has shown what its modules get; what stays, why.
+
+    The jobs are in one order on all processes. As many as can be are done on one way through the model; what runs
+    several times is seen on a way of its own, and everything is if any process has several chunks.
+    """
+    left: dict[str, str] = {}
     most = max(torch.cat(all_gather(torch.tensor([len(chunks)], device=work.device), work.group)).tolist())
-    if most > 1:
-        for name in steps:
-            work.together(lambda name=name: _up_to(small, name, modules[name], chunks, look))  # type: ignore[misc]
-            step(name)
-        return
-    ahead = set(modules)
+    progress = iter(work.tracked(jobs, "refit", len(jobs)))
 
-    def reached(name: str, x: Tensor | None) -> None:
-        while name in ahead:  # what this process's examples do not reach is done without them
-            now = next(steps)
-            ahead.discard(now)
-            if now == name:
-                look(name, x, chunks[0])
-            step(now)
+    def do(job: _Job) -> None:
+        next(progress)
+        why = _done_if_nearer(small, job, chunks, work) if job.several else job.task.take()
+        if why is not None:
+            left[job.name] = why
+        job.task.forget()
 
-    with _watched(modules, reached), _ConvolutionsInParts():
-        for chunk in chunks:
-            _forward(small, chunk.take())
-    for name in steps:
-        step(name)
+    at = 0
+    while at < len(jobs):
+        if jobs[at].several or most > 1:
+            work.together(lambda job=jobs[at]: _ways_to(small, job, chunks))  # type: ignore[misc]
+            do(jobs[at])
+            at += 1
+        else:
+            until = next((n for n, job in enumerate(jobs) if n > at and job.several), len(jobs))
+            _one_way(small, jobs[at:until], jobs[until:], chunks, do)
+            at = until
+    next(progress, None)
+    return left
 
 
-def _up_to(small: nn.Module, name: str, module: nn.Module, chunks: list[_Examples], look: Look) -> None:
-    """Let all chunks go through the smaller model as far as a module."""
-    for chunk in chunks:
+def _one_way(
+    small: nn.Module, jobs: Sequence[_Job], later: Sequence[_Job], chunks: list[Examples], do: Callable[[_Job], None]
+) -> None:
+    """Do jobs while a forward stands before their modules, as far as the first of those that come later."""
+    ahead = list(jobs)
 
-        def reached(name: str, x: Tensor | None, chunk: _Examples = chunk) -> None:
-            look(name, x, chunk)
+    def reached(job: _Job, use: int, x: Tensor | None) -> None:
+        while job in ahead:  # what this process's examples do not reach is done without them
+            now = ahead.pop(0)
+            if now is job and x is not None:
+                now.task.look(use, x, chunks[0])
+            do(now)
+        if job in later:
             raise _FarEnough
 
-        with _watched({name: module}, reached), _ConvolutionsInParts(), suppress(_FarEnough):
-            _forward(small, chunk.joined())
+    with _watched([*jobs, *later[:1]], reached), _ConvolutionsInParts(), suppress(_FarEnough):
+        for chunk in chunks:
+            forward_part(small, chunk.joined() if later else chunk.take())
+    for job in ahead:
+        do(job)
+
+
+def _ways_to(small: nn.Module, job: _Job, chunks: list[Examples]) -> None:
+    """Let all chunks go through the smaller model as far as a module, or to the end where it runs several times."""
+    for chunk in chunks:
+
+        def reached(job: _Job, use: int, x: Tensor | None, chunk: Examples = chunk) -> None:
+            if x is not None:
+                job.task.look(use, x, chunk)
+            if not job.several:
+                raise _FarEnough
+
+        with _watched([job], reached), _ConvolutionsInParts(), suppress(_FarEnough):
+            forward_part(small, chunk.joined())
+
+
+def _done_if_nearer(small: nn.Module, job: _Job, chunks: list[Examples], work: Workload) -> str | None:
+    """Do a job; undo it if it takes what runs several times further away, whose inputs may depend on what it gave."""
+    parameters = [p for module in job.modules for p in module.parameters()]
+    before, distance = [p.clone() for p in parameters], job.task.distance()
+    why = job.task.take()
+    if why is not None or distance is None:
+        return why
+    work.together(lambda: _ways_to(small, job, chunks))
+    now = job.task.distance()
+    if now is not None and now <= max(distance, ROUNDING):
+        return None
+    for p, was in zip(parameters, before, strict=True):
+        p.copy_(was)
+    return "it gets its own outputs, and fitted to what it got it comes no closer"
 
 
 class _FarEnough(BaseException):
     """A forward has shown what was wanted; it is no error, which a model might catch."""
 
 
+ROUNDING = 1e-6
+"""Where no more of a layer's outputs is missing, nothing is."""
+
+
 @contextmanager
-def _watched(modules: Mapping[str, nn.Module], reached: Callable[[str, Tensor | None], None]) -> Iterator[None]:
-    """Call with what each module gets, before it runs."""
+def _watched(jobs: Sequence[_Job], reached: Callable[[_Job, int, Tensor | None], None]) -> Iterator[None]:
+    """Call with what each module gets, and of which use it is, before it runs."""
     handles = [
         module.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: reached(name, first_argument(args, kwargs)), with_kwargs=True
+            lambda _, args, kwargs, job=job, use=use: reached(job, use, first_argument(args, kwargs)), with_kwargs=True
         )
-        for name, module in modules.items()
+        for job in jobs
+        for use, module in enumerate(job.modules)
     ]
     try:
         yield
@@ -314,75 +354,87 @@ _CONVOLUTIONS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class _Pair:
-    """A layer of the smaller model, and the layer of the original whose outputs it is fitted to.
+# ------------------------------------------------------------------------------------------------- a layer and a norm
 
-    Attributes:
-        one: of the original.
-        layer: of the smaller model.
-        last: of a core: the rotation behind it.
-        of_bottleneck: whether it is a part of a bottleneck.
-    """
 
-    one: Layer
-    layer: Layer
-    last: Any = None
-    of_bottleneck: bool = False
-
-    def targets(self, y: Tensor) -> Tensor:
-        """What it should give where the original gives ``y`` [groups, samples, rows]."""
-        if self.last is None:
-            return y
-        y = y.double() if self.last.bias is None else y.double() - self.last.bias.double()
-        return y @ torch.linalg.pinv(self.last.weight.double().flatten(1)).mT
+Run = tuple[int, int, int]
+"""One run of a layer: of which part, at which of its uses, and how many times it ran there before."""
 
 
 @dataclass(eq=False)
-class _Seen:
-    """What a layer or a norm of the smaller model gets.
+class _Fit:
+    """A layer of the smaller model fitted to what the original's computes, by the inputs that it gets.
 
     Attributes:
-        samples: of a layer: of its inputs, [groups, samples, columns] by the number of the part.
-        other: of a layer: whether some examples got it at other positions than in the original.
-        moments: of a norm: see :func:`_moments`.
+        pair: the layer, and the original's.
+        original: what that computes.
+        plan: what was removed.
+        damping: see :class:`Refit`.
+        work: the processes.
+        samples: of its inputs, [groups, samples, columns].
+        elsewhere: whether some examples came to it at other positions than in the original.
     """
 
-    samples: dict[int, Tensor] = field(default_factory=dict)
-    other: bool = False
-    moments: list[Tensor] = field(default_factory=list)
+    pair: Pair
+    original: _Original
+    plan: Plan
+    damping: float
+    work: Workload
+    samples: dict[Run, Tensor] = field(default_factory=dict)
+    elsewhere: bool = False
 
-    def add(self, pair: _Pair, x: Tensor, examples: _Examples, original: _Original) -> None:
-        """What a layer gets from these examples."""
-        name, layer = pair.one.name, pair.layer
+    def look(self, use: int, x: Tensor, examples: Examples) -> None:
+        """Take what it gets from these examples."""
+        name, layer = self.pair.name, self.pair.layers[use]
         x = _by_example(layer, x, examples.own)
+        before = sum((part, of) == (examples.parts[0].number, use) for part, of, _ in self.samples)
         for part, some in examples.split(x):
-            choice = examples.choice(part, original.many[name])
-            self.samples[part.number] = input_samples_at(layer, wide(some), choice)
-        if not pair.of_bottleneck:  # whose parts have positions of their own
-            self.other |= _places(layer, x) != original.places_of(name, examples)
+            choice = examples.choice(part, self.original.many[name])
+            samples = input_samples_at(layer, wide(some), choice)
+            self.samples[part.number, use, before] = self.pair.inputs(use, samples)
+        if not self.pair.of_bottleneck:  # whose parts have positions of their own
+            self.elsewhere |= _places(layer, x) != self.original.places_of(name, examples, use, before)
 
+    def take(self) -> str | None:
+        """Fit it; if it stays as it is, why."""
+        found = self._inputs_and_targets()
+        self.samples, self.elsewhere = {}, False
+        if found is None:
+            return "the forward takes it to other positions than in the original"
+        (x, y), table = found, self.pair.table()
+        self.pair.write(table + least_squares(x, y, table, self.damping, self.pair.layer.name))
+        return None
 
-def _fit(pair: _Pair, seen: _Seen, original: _Original, plan: Plan, damping: float, work: Workload) -> dict[str, str]:
-    """Fit a layer to what the original's computes, by the inputs that it gets; if it stays as it is, why."""
-    name, one, layer = pair.one.name, pair.one, pair.layer
-    samples = [seen.samples[number] for number in sorted(seen.samples)]
-    outputs = original.outputs.pop(name, []) if pair.last is None else original.outputs[name]
-    alike = not seen.other and sum(x.shape[1] for x in samples) == sum(y.shape[1] for y in outputs)
-    same = torch.tensor(int(alike), device=work.device)
-    if int(all_reduce_(same, work.group)) < work.processes:
-        return {layer.name: "the forward takes it to other positions than in the original"}
-    table = layer.table().double().squeeze(2)
-    missing = plan.slices.get(_of(name, "weight"), {}).get(int(layer.transposed), [])
-    x = _gathered(samples, wide(layer.table()[:, :0, 0]), work)
-    y = _gathered(outputs, wide(one.table()[:, :, 0, :0].mT), work)
-    y = _without(y.transpose(1, 2).flatten(0, 1), missing).unflatten(0, (layer.groups, -1)).transpose(1, 2)
-    step = least_squares(x, pair.targets(y), table, damping, layer.name)
-    new, bias = layer.weights((table + step).unsqueeze(2))
-    layer.module.weight.copy_(new)
-    if bias is not None:
-        layer.module.bias.copy_(bias)
-    return {}
+    def distance(self) -> float | None:
+        """How far it is from what it should compute, in units of that; what it got is kept until it is fitted."""
+        found = self._inputs_and_targets()
+        if found is None:
+            return None
+        x, y = found[0].double(), found[1].double()
+        return float((y - x @ self.pair.table().mT).norm() / y.norm().clamp(min=1e-300))
+
+    def forget(self) -> None:
+        """It is done, so what the original computes is needed no longer."""
+        self.samples = {}
+        if self.pair.last is None:
+            self.original.outputs.pop(self.pair.name, None)
+
+    def _inputs_and_targets(self) -> tuple[Tensor, Tensor] | None:
+        """Samples of all processes, of which it makes nothing if any process's do not belong together."""
+        pair, work = self.pair, self.work
+        outputs = self.original.outputs.get(pair.name, {})
+        runs = sorted(self.samples)
+        alike = not self.elsewhere and runs == sorted(outputs)
+        alike = alike and all(self.samples[run].shape[1] == outputs[run].shape[1] for run in runs)
+        same = torch.tensor(int(alike), device=work.device)
+        if int(all_reduce_(same, work.group)) < work.processes:
+            return None
+        missing = self.plan.slices.get(tensor_of(pair.name, "weight"), {}).get(int(pair.layer.transposed), [])
+        none = F.pad(wide(pair.layer.table()[:, :0, 0]), (0, len(pair.biases)))
+        x = _gathered([self.samples[run] for run in runs], none, work)
+        y = _gathered([outputs[run] for run in runs], wide(pair.one.table()[:, :, 0, :0].mT), work)
+        y = _without(y.transpose(1, 2).flatten(0, 1), missing).unflatten(0, (pair.layer.groups, -1)).transpose(1, 2)
+        return x, pair.targets(y)
 
 
 def _gathered(parts: list[Tensor], none: Tensor, work: Workload) -> Tensor:
@@ -391,16 +443,48 @@ def _gathered(parts: list[Tensor], none: Tensor, work: Workload) -> Tensor:
     return torch.cat([t.transpose(0, 1) for t in all_gather(own.transpose(0, 1).contiguous(), work.group)], 1)
 
 
-def _follow(
-    name: str, norm: Any, seen: _Seen, original: _Original, plan: Plan, work: Workload
-) -> None:  # fmt: skip
-    """Let the statistics of a batch norm follow what the examples show in both models."""
-    missing = plan.slices.get(_of(name, "running_mean"), {}).get(0, [])
-    channels = len(norm.running_mean)
-    then = _without(_combined(original.moments.pop(name, []), channels + len(missing), work), missing)
-    now = _combined(seen.moments, channels, work)
-    norm.running_mean += now[:, 1] - then[:, 1]
-    norm.running_var *= (now[:, 2] / then[:, 2].clamp(min=1e-12)).clamp(max=1e6)
+@dataclass(eq=False)
+class _Follow:
+    """A batch norm whose statistics follow what the examples show in both models.
+
+    Attributes:
+        name: its path.
+        norm: of the smaller model.
+        original: what the original computes.
+        plan: what was removed.
+        work: the processes.
+        moments: of its inputs, see :func:`_moments`.
+    """
+
+    name: str
+    norm: Any
+    original: _Original
+    plan: Plan
+    work: Workload
+    moments: list[Tensor] = field(default_factory=list)
+
+    def look(self, use: int, x: Tensor, examples: Examples) -> None:
+        """Take what it gets."""
+        self.moments += [_moments(part) for part in x.split(PART)]
+
+    def take(self) -> None:
+        """Let its statistics follow."""
+        missing = self.plan.slices.get(tensor_of(self.name, "running_mean"), {}).get(0, [])
+        channels = len(self.norm.running_mean)
+        then = _without(
+            _combined(self.original.moments[self.name].values(), channels + len(missing), self.work), missing
+        )
+        now = _combined(self.moments, channels, self.work)
+        self.norm.running_mean += now[:, 1] - then[:, 1]
+        self.norm.running_var *= (now[:, 2] / then[:, 2].clamp(min=1e-12)).clamp(max=1e6)
+        self.moments = []
+
+    def distance(self) -> None:
+        """It is not fitted to what it should compute."""
+
+    def forget(self) -> None:
+        """It is done, so what the original shows is needed no longer."""
+        self.original.moments.pop(self.name, None)
 
 
 def _moments(x: Tensor) -> Tensor:
@@ -411,7 +495,7 @@ def _moments(x: Tensor) -> Tensor:
     return torch.stack([torch.full_like(variance, x.numel() / x.shape[1]), mean.flatten(), variance], 1).double()
 
 
-def _combined(parts: list[Tensor], channels: int, work: Workload) -> Tensor:
+def _combined(parts: Iterable[Tensor], channels: int, work: Workload) -> Tensor:
     """The moments [channels, 3] of several parts, of all processes, as one."""
     none = torch.zeros(0, channels, 3, dtype=torch.float64, device=work.device)
     own = torch.cat([none, *(part[None] for part in parts)])
@@ -468,34 +552,35 @@ class _Original:
     """What the original computes, from one forward of every part.
 
     Attributes:
-        layers: those that could be fitted.
+        layers: those that could be fitted, wherever their weight is used.
         norms: the batch norms.
-        many: how many positions are looked at, by layer.
+        many: how many positions are looked at, by layer, whenever it runs.
         examples: the examples.
-        outputs: samples of the outputs of layers, [groups, samples, rows] for each part.
-        places: the shape of a layer's inputs without their channels, by the number of the part.
-        moments: of the inputs of batch norms, for each part.
+        outputs: samples of the outputs of layers, [groups, samples, rows].
+        places: the shape of a layer's inputs without their channels.
+        moments: of the inputs of batch norms.
         calls: how often a layer or norm runs in a forward, at most.
         strange: layers that do not compute their weight times their input.
         order: layers and norms in the order in which they run.
         largest: bytes of the inputs and outputs of a layer for an example, at most.
     """
 
-    layers: Mapping[str, Layer]
+    layers: Mapping[str, Sequence[Layer]]
     norms: Mapping[str, nn.Module]
-    many: Mapping[str, int]
-    examples: _Examples
-    outputs: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    places: dict[str, dict[int, torch.Size]] = field(default_factory=lambda: defaultdict(dict))
-    moments: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    many: dict[str, int]
+    examples: Examples
+    outputs: dict[str, dict[Run, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    places: dict[str, dict[Run, torch.Size]] = field(default_factory=lambda: defaultdict(dict))
+    moments: dict[str, dict[Run, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     calls: Counter[str] = field(default_factory=Counter)
     strange: set[str] = field(default_factory=set)
     order: list[str] = field(default_factory=list)
     largest: float = 0.0
 
-    def places_of(self, name: str, examples: _Examples) -> torch.Size | None:
+    def places_of(self, name: str, examples: Examples, use: int, before: int) -> torch.Size | None:
         """The shape for some examples together; None if that of their parts differs."""
-        found = [of for part in examples.parts if (of := self.places[name].get(part.number)) is not None]
+        at = [self.places[name].get((part.number, use, before)) for part in examples.parts]
+        found = [of for of in at if of is not None]
         if len(found) < len(examples.parts):
             return None
         alike = all(shape[1:] == found[0][1:] for shape in found)
@@ -504,62 +589,77 @@ class _Original:
     def watch(self, model: nn.Module) -> None:
         """Run the model."""
         with preserved(model, fast_path=False):
-            for part in self.examples.parts:
-                calls: Counter[str] = Counter()
-                handles = self._attach(part, calls)
-                try:
-                    _forward(model, replace(part, inputs=copied(part.inputs)))
-                finally:
-                    for handle in handles:
-                        handle.remove()
-                self.calls |= calls
+            first, rest = self.examples.parts[:1], self.examples.parts[1:]
+            self._see(model, first)
+            several = [name for name, calls in self.calls.items() if calls > 1 and name in self.layers]
+            for name in several:  # so that all its runs together are looked at as often as one would be
+                self.many[name] = -(-self.many[name] // self.calls[name])
+            self._see(model, [*first, *rest] if several else rest)
 
-    def _attach(self, part: _Part, calls: Counter[str]) -> list[RemovableHandle]:
-        def runs(name: str) -> None:
-            calls[name] += 1
+    def _see(self, model: nn.Module, parts: Iterable[Part]) -> None:
+        for part in parts:
+            runs: Counter[tuple[str, int]] = Counter()
+            handles = self._attach(part, runs)
+            try:
+                forward_part(model, replace(part, inputs=copied(part.inputs)))
+            finally:
+                for handle in handles:
+                    handle.remove()
+            calls: Counter[str] = Counter()
+            for (name, _), number in runs.items():
+                calls[name] += number
+            self.calls |= calls
+
+    def _attach(self, part: Part, runs: Counter[tuple[str, int]]) -> list[RemovableHandle]:
+        def ran(name: str, use: int) -> int:
+            runs[name, use] += 1
             if name not in self.order:
                 self.order.append(name)
+            return runs[name, use] - 1
 
-        def layer_ran(name: str, x: Any, y: Any) -> None:
-            runs(name)
-            layer = self.layers[name]
+        def layer_ran(name: str, use: int, layer: Layer, x: Any, y: Any) -> None:
+            run = (part.number, use, ran(name, use))
             if name in self.strange or not computes_its_weight(layer, x, y):
                 self.strange.add(name)
                 return
             x, y = _by_example(layer, x, part.count), _by_example(layer, y, part.count)
             self.largest = max(self.largest, (x.nbytes + y.nbytes) / max(p.count for p in self.examples.parts))
-            self.places[name][part.number] = _places(layer, x)
-            self.outputs[name].append(output_samples_at(layer, wide(y), self.examples.choice(part, self.many[name])))
+            self.places[name][run] = _places(layer, x)
+            self.outputs[name][run] = output_samples_at(layer, wide(y), self.examples.choice(part, self.many[name]))
 
         def norm_runs(name: str, x: Tensor) -> None:
-            runs(name)
-            self.moments[name].append(_moments(x))
+            self.moments[name][part.number, 0, ran(name, 0)] = _moments(x)
 
         return [
             layer.module.register_forward_hook(
-                lambda _, a, k, y, name=name: layer_ran(name, first_argument(a, k), y), with_kwargs=True, prepend=True
+                lambda _, a, k, y, name=name, use=use, of=layer: layer_ran(name, use, of, first_argument(a, k), y),
+                with_kwargs=True, prepend=True,
             )
-            for name, layer in self.layers.items()
+            for name, layers in self.layers.items()
+            for use, layer in enumerate(layers)
         ] + [
             norm.register_forward_pre_hook(
                 lambda _, a, k, name=name: norm_runs(name, first_argument(a, k)), with_kwargs=True
             )
             for name, norm in self.norms.items()
-        ]
+        ]  # fmt: skip
 
-    def order_of_all(self, work: Workload) -> tuple[list[str], dict[str, str]]:
-        """What is to be done, in the order of the forward; and what stays as it is, why: the same on all processes."""
+    def order_of_all(self, work: Workload) -> tuple[list[str], set[str], dict[str, str]]:
+        """What is to be done, in the order of the forward; what runs several times; and what stays as it is, why.
+
+        It is the same on all processes.
+        """
         names = [*self.layers, *self.norms]
         own = torch.tensor([[self.calls[name], int(name in self.strange)] for name in names], device=work.device)
         most = torch.stack(all_gather(own, work.group)).amax(0).tolist() if names else []
-        left = {}
+        left: dict[str, str] = {}
+        several: set[str] = set()
         for name, (calls, strange) in zip(names, most, strict=True):
-            if not calls:
-                left[name] = "its own forward does not run"
+            if not calls or strange:
+                why = STRANGE if calls else "its own forward does not run"
+                left |= dict.fromkeys([layer.name for layer in self.layers.get(name, ())] or [name], why)
             elif calls > 1:
-                left[name] = f"it runs {calls} times in a forward"
-            elif strange:
-                left[name] = STRANGE
+                several.add(name)
         own = torch.tensor([names.index(name) for name in self.order], dtype=torch.int64, device=work.device)
         merged: list[int] = []
         for found in all_gather(own, work.group):
@@ -568,219 +668,7 @@ class _Original:
                 if number not in merged:  # what other processes did not reach, where this one did
                     merged.insert(at, number)
                 at = max(at, merged.index(number) + 1)
-        return [name for number in merged if (name := names[number]) not in left], left
-
-
-# ------------------------------------------------------------------------------------------------ examples, in parts
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Some examples that go through a model together.
-
-    Attributes:
-        number: its place among the parts of this process.
-        batch: the number of the batch that it is of.
-        first: the number of its first example, among those of all processes.
-        count: how many examples.
-        inputs: what the forward is called with.
-    """
-
-    number: int
-    batch: int
-    first: int
-    count: int
-    inputs: Inputs
-
-
-@dataclass(eq=False)
-class _Examples:
-    """The parts of this process, how many examples these are, and how many all processes have."""
-
-    parts: list[_Part]
-    own: int
-    total: int
-
-    def chunks(self, together: int | None) -> list[_Examples]:
-        """Those whose inputs are of the same shapes, so many at a time."""
-        alike: dict[Any, list[_Part]] = {}
-        for part in self.parts:
-            alike.setdefault(_shapes(part), []).append(part)
-        found: list[_Examples] = []
-        for parts in alike.values():
-            some: list[_Part] = []
-            for part in parts:
-                if some and together is not None and sum(p.count for p in some) + part.count > together:
-                    found.append(_Examples(some, sum(p.count for p in some), self.total))
-                    some = []
-                some = [*some, part]
-            found.append(_Examples(some, sum(p.count for p in some), self.total))
-        return found
-
-    def take(self) -> _Part:
-        """All parts as one, which have no inputs from then on."""
-        joined = self.joined()
-        self.parts = [replace(part, inputs=None) for part in self.parts]
-        return joined
-
-    def joined(self) -> _Part:
-        """All parts as one. Inputs whose first dim is not that of the examples are taken from the first part."""
-        counts = [part.count for part in self.parts]
-
-        def join(*tensors: Any) -> Any:
-            same = [isinstance(t, Tensor) and t.ndim > 0 and len(t) == n for t, n in zip(tensors, counts, strict=True)]
-            if all(same):
-                return torch.cat(tensors)
-            return tensors[0].clone() if isinstance(tensors[0], Tensor) else tensors[0]
-
-        return replace(self.parts[0], count=self.own, inputs=tree_map(join, *(part.inputs for part in self.parts)))
-
-    def split(self, x: Tensor) -> Iterator[tuple[_Part, Tensor]]:
-        """Each part's share of what a layer of the joined parts gets; it is as long as a multiple of the examples."""
-        each, rest = divmod(len(x), self.own)
-        if rest:
-            yield replace(self.parts[0], count=self.own), x
-        else:
-            yield from zip(self.parts, x.split([each * part.count for part in self.parts]), strict=True)
-
-    def choice(self, part: _Part, many: int) -> Choice:
-        """Which of a part's positions are looked at: spread over those of all examples."""
-
-        def chosen(positions: int) -> Tensor:
-            first = part.first * positions // part.count
-            of_all = spread(self.total * positions // part.count, many)
-            return of_all[(of_all >= first) & (of_all < first + positions)] - first
-
-        return chosen
-
-
-def _shapes(part: _Part) -> Any:
-    """What the inputs of parts that are joined have in common: their structure, and all dims but the examples'."""
-    leaves, structure = tree_flatten(part.inputs)
-    shapes = [
-        (leaf.shape[1:] if leaf.ndim and len(leaf) == part.count else leaf.shape, leaf.dtype)
-        if isinstance(leaf, Tensor)
-        else None
-        for leaf in leaves
-    ]
-    return str(structure), tuple(shapes)
-
-
-def _read(work: Workload, examples: int, most: int = PART) -> _Examples:
-    """This process's share of so many examples."""
-    wanted = examples // work.processes + (rank(work.group) < examples % work.processes)
-
-    def read() -> list[tuple[int, Inputs, int]]:
-        found: list[tuple[int, Inputs, int]] = []
-        for batch in work.batches(None, "refit, examples"):
-            found += _split(batch, wanted - sum(count for *_, count in found), most)
-            if sum(count for *_, count in found) >= wanted:
-                break
-        return found
-
-    with fork_rng_of(work.model.parameters()):  # a loader may draw the order of its batches
-        found = work.together(read)
-    counts = [count for *_, count in found]
-    of_all = torch.cat(all_gather(torch.tensor([sum(counts)], device=work.device), work.group)).tolist()
-    if not sum(of_all):
-        raise BadBatch("refit: the data holds no example; give batches of inputs")
-    before = sum(of_all[: rank(work.group)])
-    parts = [
-        _Part(number, batch, before + sum(counts[:number]), count, inputs)
-        for number, (batch, inputs, count) in enumerate(found)
-    ]
-    return _Examples(parts, sum(counts), sum(of_all))
-
-
-def _split(batch: Batch, most: int, part: int) -> Iterator[tuple[int, Inputs, int]]:
-    """The first examples of a batch, in parts: its number, inputs, their count; one part where first dims differ."""
-    count = batch.examples
-    alike = all(len(t) == count for t in tensors_in(batch.inputs) if t.ndim)
-    step = part if alike else max(count, 1)
-    for begin in range(0, min(count, most), step):
-        end = min(begin + step, count, most)
-
-        def some(value: Any, begin: int = begin, end: int = end) -> Any:
-            own = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
-            return value[begin:end] if own else value
-
-        yield batch.number, tree_map(some, batch.inputs), end - begin
-
-
-def _forward(model: nn.Module, part: _Part) -> None:
-    """Run one part."""
-    outputs_of(partial(call_model, model), Batch(part.batch, part.inputs))
-
-
-# --------------------------------------------------------------------------------------------------- models and inputs
-
-
-def _pairs(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[dict[str, _Pair], dict[str, str]]:
-    """The layers of the smaller model that can be fitted, by their paths; and why others cannot."""
-    for what, given in (("model", model), ("small", small)):
-        if not isinstance(given, nn.Module):
-            raise SecateurError(f"refit({what}={given!r}): a module is expected")
-    if {id(p) for p in model.parameters()} & {id(p) for p in small.parameters()}:
-        raise SecateurError("refit: both models share parameters, and the original must stay as it is; cut a copy")
-    ones = {layer.name: layer for layer in layers_of(model, "full", transposed=True)}
-    others = {name: m for name, m in small.named_modules() if isinstance(m, (*MEASURED, *TRANSPOSED, Bottleneck))}
-    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    left = {
-        name: "it is transposed, in groups"
-        if getattr(module, "groups", 1) > 1 and isinstance(module, TRANSPOSED)
-        else COMPUTED
-        for name, module in model.named_modules()
-        if isinstance(module, (*MEASURED, *TRANSPOSED)) and name not in ones
-    }
-    pairs: dict[str, _Pair] = {}
-    parts = {
-        f"{path}.{number}": path
-        for path, m in model.named_modules()
-        if isinstance(m, Bottleneck)
-        for number in m._modules
-    }
-    for name, layer in ones.items():
-        module, bias = layer.module, layer.module._parameters.get("bias")
-        if max(uses[id(p)] for p in (module.weight, bias) if p is not None) > 1:
-            left[name] = "its weight or bias is used at several places"
-            continue
-        if bias is None and module.bias is not None:
-            left[name] = "its bias is computed from other parameters"
-            continue
-        shape = list(module.weight.shape)
-        for dim, positions in plan.slices.get(_of(name, "weight"), {}).items():
-            shape[dim] -= len(positions)
-        other, path = others.get(name), name
-        if name in parts:  # of a bottleneck of the original, whose last rotation gives what it stands for
-            path = parts[name]
-            other = others.get(path)
-            if isinstance(other, Bottleneck) and three(model.get_submodule(path))[2] is not module:
-                continue
-        if isinstance(other, Bottleneck):
-            _, core, last = three(other)
-            if measurable(core) and measurable(last) and Layer("", core, "full").groups == 1 == layer.groups:
-                behind = None if last is core else last
-                pairs[f"{path}.1"] = _Pair(layer, Layer(f"{path}.1", core, "full"), behind, of_bottleneck=True)
-                if last is not core:
-                    pairs[f"{path}.2"] = _Pair(layer, Layer(f"{path}.2", last, "full"), of_bottleneck=True)
-            else:
-                left[path] = "the core of its bottleneck is no plain layer"
-            continue
-        if other is None or list(other.weight.shape) != shape:
-            found = "no such layer" if other is None else f"shape {list(other.weight.shape)}"
-            raise SecateurError(f"refit: the plan leaves {name!r} with shape {shape}, the smaller model has {found}")
-        for what in ("dtype", "device"):
-            if getattr(other.weight, what) != getattr(module.weight, what):
-                raise SecateurError(
-                    f"refit: {name!r} has {what} {getattr(module.weight, what)} in the original and "
-                    f"{getattr(other.weight, what)} in the smaller model; refit first, then change it"
-                )
-        pairs[name] = _Pair(layer, Layer(name, other, "full"))
-    return pairs, left
-
-
-def _of(name: str, tensor: str) -> str:
-    return f"{name}.{tensor}" if name else tensor
+        return [name for number in merged if (name := names[number]) not in left], several, left
 
 
 def _without(tensor: Tensor, positions: Iterable[int]) -> Tensor:

@@ -1,0 +1,161 @@
+"""Examples in parts: so many as go through a model together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from secateur._internal.batches import Batch, Inputs, call_model, tensors_in
+from secateur._internal.distributed import all_gather, rank
+from secateur._internal.errors import BadBatch
+from secateur._internal.losses import outputs_of
+from secateur._internal.state import fork_rng_of
+from secateur._internal.workload import Workload
+from secateur.curvature.layers import Choice, spread
+
+PART = 128
+"""So many examples go through a model at a time, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some examples that go through a model together.
+
+    Attributes:
+        number: its place among the parts of this process.
+        batch: the number of the batch that it is of.
+        first: the number of its first example, among those of all processes.
+        count: how many examples.
+        inputs: what the forward is called with.
+    """
+
+    number: int
+    batch: int
+    first: int
+    count: int
+    inputs: Inputs
+
+
+@dataclass(eq=False)
+class Examples:
+    """The parts of this process, how many examples these are, and how many all processes have."""
+
+    parts: list[Part]
+    own: int
+    total: int
+
+    def chunks(self, together: int | None) -> list[Examples]:
+        """Those whose inputs are of the same shapes, so many at a time."""
+        alike: dict[Any, list[Part]] = {}
+        for part in self.parts:
+            alike.setdefault(_shapes(part), []).append(part)
+        found: list[Examples] = []
+        for parts in alike.values():
+            some: list[Part] = []
+            for part in parts:
+                if some and together is not None and sum(p.count for p in some) + part.count > together:
+                    found.append(Examples(some, sum(p.count for p in some), self.total))
+                    some = []
+                some = [*some, part]
+            found.append(Examples(some, sum(p.count for p in some), self.total))
+        return found
+
+    def take(self) -> Part:
+        """All parts as one, which have no inputs from then on."""
+        joined = self.joined()
+        self.parts = [replace(part, inputs=None) for part in self.parts]
+        return joined
+
+    def joined(self) -> Part:
+        """All parts as one. Inputs whose first dim is not that of the examples are taken from the first part."""
+        counts = [part.count for part in self.parts]
+
+        def join(*tensors: Any) -> Any:
+            same = [isinstance(t, Tensor) and t.ndim > 0 and len(t) == n for t, n in zip(tensors, counts, strict=True)]
+            if all(same):
+                return torch.cat(tensors)
+            return tensors[0].clone() if isinstance(tensors[0], Tensor) else tensors[0]
+
+        return replace(self.parts[0], count=self.own, inputs=tree_map(join, *(part.inputs for part in self.parts)))
+
+    def split(self, x: Tensor) -> Iterator[tuple[Part, Tensor]]:
+        """Each part's share of what a layer of the joined parts gets; it is as long as a multiple of the examples."""
+        each, rest = divmod(len(x), self.own)
+        if rest:
+            yield replace(self.parts[0], count=self.own), x
+        else:
+            yield from zip(self.parts, x.split([each * part.count for part in self.parts]), strict=True)
+
+    def choice(self, part: Part, many: int) -> Choice:
+        """Which of a part's positions are looked at: spread over those of all examples."""
+
+        def chosen(positions: int) -> Tensor:
+            first = part.first * positions // part.count
+            of_all = spread(self.total * positions // part.count, many)
+            return of_all[(of_all >= first) & (of_all < first + positions)] - first
+
+        return chosen
+
+
+def _shapes(part: Part) -> Any:
+    """What the inputs of parts that are joined have in common: their structure, and all dims but the examples'."""
+    leaves, structure = tree_flatten(part.inputs)
+    shapes = [
+        (leaf.shape[1:] if leaf.ndim and len(leaf) == part.count else leaf.shape, leaf.dtype)
+        if isinstance(leaf, Tensor)
+        else None
+        for leaf in leaves
+    ]
+    return str(structure), tuple(shapes)
+
+
+def read_examples(work: Workload, examples: int, most: int = PART) -> Examples:
+    """This process's share of so many examples."""
+    wanted = examples // work.processes + (rank(work.group) < examples % work.processes)
+
+    def read() -> list[tuple[int, Inputs, int]]:
+        found: list[tuple[int, Inputs, int]] = []
+        for batch in work.batches(None, "refit, examples"):
+            found += _split(batch, wanted - sum(count for *_, count in found), most)
+            if sum(count for *_, count in found) >= wanted:
+                break
+        return found
+
+    with fork_rng_of(work.model.parameters()):  # a loader may draw the order of its batches
+        found = work.together(read)
+    counts = [count for *_, count in found]
+    of_all = torch.cat(all_gather(torch.tensor([sum(counts)], device=work.device), work.group)).tolist()
+    if not sum(of_all):
+        raise BadBatch("refit: the data holds no example; give batches of inputs")
+    before = sum(of_all[: rank(work.group)])
+    parts = [
+        Part(number, batch, before + sum(counts[:number]), count, inputs)
+        for number, (batch, inputs, count) in enumerate(found)
+    ]
+    return Examples(parts, sum(counts), sum(of_all))
+
+
+def _split(batch: Batch, most: int, part: int) -> Iterator[tuple[int, Inputs, int]]:
+    """The first examples of a batch, in parts: its number, inputs, their count; one part where first dims differ."""
+    count = batch.examples
+    alike = all(len(t) == count for t in tensors_in(batch.inputs) if t.ndim)
+    step = part if alike else max(count, 1)
+    for begin in range(0, min(count, most), step):
+        end = min(begin + step, count, most)
+
+        def some(value: Any, begin: int = begin, end: int = end) -> Any:
+            own = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+            return value[begin:end] if own else value
+
+        yield batch.number, tree_map(some, batch.inputs), end - begin
+
+
+def forward_part(model: nn.Module, part: Part) -> None:
+    """Run one part."""
+    outputs_of(partial(call_model, model), Batch(part.batch, part.inputs))

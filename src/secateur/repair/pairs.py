@@ -1,0 +1,186 @@
+"""Which layer of the smaller model stands for which of the original, and why others stay as they are."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur._internal.errors import SecateurError
+from secateur.curvature.layers import COMPUTED, MEASURED, TRANSPOSED, Layer, layers_of, measurable
+from secateur.plan import Plan
+from secateur.surgery.low_rank.bottleneck import Bottleneck, three
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A layer of the smaller model, and the layer of the original whose outputs it is fitted to.
+
+    Attributes:
+        ones: of the original, wherever its weight is used: one layer, or several that share it.
+        layers: of the smaller model, likewise. Biases are no columns of theirs.
+        last: of a core: the rotation behind it.
+        of_bottleneck: whether it is a part of a bottleneck.
+    """
+
+    ones: Sequence[Layer]
+    layers: Sequence[Layer]
+    last: Any = None
+    of_bottleneck: bool = False
+
+    @property
+    def one(self) -> Layer:
+        """The first of the original's."""
+        return self.ones[0]
+
+    @property
+    def layer(self) -> Layer:
+        """The first of the smaller model's."""
+        return self.layers[0]
+
+    @property
+    def name(self) -> str:
+        """The path of the original's."""
+        return self.one.name
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """Those of the smaller model, each once: layers that share a weight may have biases of their own."""
+        found = [layer.module.bias for layer in self.layers if layer.module.bias is not None]
+        return list({id(bias): bias for bias in found}.values())
+
+    def table(self) -> Tensor:
+        """The smaller model's weight and the biases behind it, float64 [groups, rows, columns + biases]."""
+        biases = [bias.detach().reshape(self.layer.groups, -1, 1) for bias in self.biases]
+        return torch.cat([self.layer.table().squeeze(2), *biases], 2).double()
+
+    def write(self, table: Tensor) -> None:
+        """Let the smaller model have these weights and biases."""
+        columns = table.shape[2] - len(self.biases)
+        self.layer.module.weight.copy_(self.layer.weights(table[..., :columns].unsqueeze(2))[0])
+        for number, bias in enumerate(self.biases):
+            bias.copy_(table[..., columns + number].flatten())
+
+    def inputs(self, use: int, samples: Tensor) -> Tensor:
+        """Samples [groups, samples, columns] of the inputs at a use, with a 1 in the column of its bias."""
+        of_use = self.layers[use].module.bias
+        ones = [samples.new_full((*samples.shape[:2], 1), float(bias is of_use)) for bias in self.biases]
+        return torch.cat([samples, *ones], 2)
+
+    def targets(self, y: Tensor) -> Tensor:
+        """What it should give where the original gives ``y`` [groups, samples, rows]."""
+        if self.last is None:
+            return y
+        y = y.double() if self.last.bias is None else y.double() - self.last.bias.double()
+        return y @ torch.linalg.pinv(self.last.weight.double().flatten(1)).mT
+
+
+def pairs_of(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Pair], dict[str, str]]:
+    """The layers of the smaller model that can be fitted; and why others cannot."""
+    _check_models(model, small)
+    ones = {layer.name: layer for layer in layers_of(model, "full", transposed=True)}
+    ones = {name: _layer(name, layer.module) for name, layer in ones.items()}
+    others: dict[str, Any] = {
+        name: m for name, m in small.named_modules() if isinstance(m, (*MEASURED, *TRANSPOSED, Bottleneck))
+    }
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    sharers: dict[int, list[Layer]] = defaultdict(list)
+    for layer in ones.values():
+        sharers[id(layer.module.weight)].append(layer)
+    left = {
+        name: "it is transposed, in groups"
+        if getattr(module, "groups", 1) > 1 and isinstance(module, TRANSPOSED)
+        else COMPUTED
+        for name, module in model.named_modules()
+        if isinstance(module, (*MEASURED, *TRANSPOSED)) and name not in ones
+    }
+    pairs: list[Pair] = []
+    parts = {
+        f"{path}.{number}": path
+        for path, m in model.named_modules()
+        if isinstance(m, Bottleneck)
+        for number in m._modules
+    }
+    for name, layer in ones.items():
+        module, alike = layer.module, sharers[id(layer.module.weight)]
+        if not _alone(alike, uses):
+            left[name] = "its weight or bias is used at several places"
+            continue
+        if layer is not alike[0]:
+            continue
+        if any(of.module._parameters.get("bias") is None and of.module.bias is not None for of in alike):
+            left |= dict.fromkeys([of.name for of in alike], "its bias is computed from other parameters")
+            continue
+        other, path = others.get(name), name
+        if name in parts:  # of a bottleneck of the original, whose last rotation gives what it stands for
+            path = parts[name]
+            other = others.get(path)
+            if isinstance(other, Bottleneck) and three(model.get_submodule(path))[2] is not module:
+                continue
+        if len(alike) > 1 and (name in parts or isinstance(other, Bottleneck)):
+            left |= dict.fromkeys([of.name for of in alike], "it shares its weight and is, or becomes, a bottleneck")
+            continue
+        if isinstance(other, Bottleneck):
+            _, core, last = three(other)
+            if measurable(core) and measurable(last) and _layer("", core).groups == 1 == layer.groups:
+                behind = None if last is core else last
+                pairs.append(Pair([layer], [_layer(f"{path}.1", core)], behind, of_bottleneck=True))
+                if last is not core:
+                    pairs.append(Pair([layer], [_layer(f"{path}.2", last)], of_bottleneck=True))
+            else:
+                left[path] = "the core of its bottleneck is no plain layer"
+            continue
+        _check_kept(name, module, other, plan)
+        weights = [getattr(others.get(of.name), "weight", None) for of in alike]
+        if any(weight is not weights[0] for weight in weights):
+            left |= dict.fromkeys([of.name for of in alike], "it shares its weight in the original alone")
+        else:
+            pairs.append(Pair(alike, [_layer(of.name, others[of.name]) for of in alike]))
+    return pairs, left
+
+
+def _check_models(model: nn.Module, small: nn.Module) -> None:
+    for what, given in (("model", model), ("small", small)):
+        if not isinstance(given, nn.Module):
+            raise SecateurError(f"refit({what}={given!r}): a module is expected")
+    if {id(p) for p in model.parameters()} & {id(p) for p in small.parameters()}:
+        raise SecateurError("refit: both models share parameters, and the original must stay as it is; cut a copy")
+
+
+def _check_kept(name: str, module: Any, other: Any, plan: Plan) -> None:
+    """Raise if a layer of the smaller model is not what the plan leaves."""
+    shape = list(module.weight.shape)
+    for dim, positions in plan.slices.get(tensor_of(name, "weight"), {}).items():
+        shape[dim] -= len(positions)
+    if other is None or list(other.weight.shape) != shape:
+        found = "no such layer" if other is None else f"shape {list(other.weight.shape)}"
+        raise SecateurError(f"refit: the plan leaves {name!r} with shape {shape}, the smaller model has {found}")
+    for what in ("dtype", "device"):
+        if getattr(other.weight, what) != getattr(module.weight, what):
+            raise SecateurError(
+                f"refit: {name!r} has {what} {getattr(module.weight, what)} in the original and "
+                f"{getattr(other.weight, what)} in the smaller model; refit first, then change it"
+            )
+
+
+def _layer(name: str, module: Any) -> Layer:
+    return Layer(name, module, "full", biased=False)
+
+
+def _alone(layers: Sequence[Layer], uses: Mapping[int, int]) -> bool:
+    """Whether nothing but these layers, which share a weight, holds it or a bias of theirs; all take it alike."""
+    biases = Counter(id(layer.module._parameters.get("bias")) for layer in layers)
+    return (
+        uses[id(layers[0].module.weight)] == len(layers)
+        and all(uses[bias] == number for bias, number in biases.items() if bias != id(None))
+        and len({(layer.groups, layer.transposed) for layer in layers}) == 1
+    )
+
+
+def tensor_of(name: str, tensor: str) -> str:
+    """The name of a tensor of a module."""
+    return f"{name}.{tensor}" if name else tensor
