@@ -179,9 +179,10 @@ def _covers(known: Curvature, layers: Sequence[str], model: nn.Module) -> bool:
     names = {*known.layers, *known.skipped}
     if not set(layers) <= names or not any(name in known.layers for name in layers):
         return False
-    weights = {name: id(model.get_submodule(name)._parameters.get("weight")) for name in names}
+    modules = dict(model.named_modules())
+    weights = {name: id(modules[name]._parameters.get("weight")) for name in names if name in modules}
     own = {weights[name] for name in layers if name in known.layers}
-    return not own & {weights[name] for name in names - set(layers)}
+    return not own & {weights[name] for name in weights.keys() - set(layers)}
 
 
 def _factors(

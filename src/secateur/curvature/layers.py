@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur._internal.errors import SecateurError
+from secateur.curvature.projections import InProjection
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -48,12 +49,12 @@ class Layer:
     @property
     def kernel(self) -> tuple[int, ...]:
         """Sizes of the kernel; none for a linear."""
-        return () if isinstance(self.module, nn.Linear) else tuple(self.module.kernel_size)
+        return tuple(self.module.kernel_size) if isinstance(self.module, (*CONVOLUTIONS, *TRANSPOSED)) else ()
 
     @property
     def transposed(self) -> bool:
-        """Whether it is a transposed convolution, whose weight has its inputs first."""
-        return isinstance(self.module, TRANSPOSED)
+        """Whether its weight has its inputs first: a transposed convolution's, or that of a linear like GPT-2's."""
+        return isinstance(self.module, TRANSPOSED) or turned(self.module)
 
     @property
     def inputs(self) -> int:
@@ -63,12 +64,17 @@ class Layer:
     @property
     def groups(self) -> int:
         """Independent blocks of the weight (a grouped convolution has several)."""
-        return 1 if isinstance(self.module, nn.Linear) else int(self.module.groups)
+        return int(self.module.groups) if self.kernel else 1
 
     @property
     def taps(self) -> int:
         """Positions of the kernel that share their columns."""
         return math.prod(self.kernel) if self.form == "channel" else 1
+
+    def parameter(self, tensor: str) -> str:
+        """The name by which the model knows its ``"weight"`` or ``"bias"``."""
+        between = "_" if isinstance(self.module, InProjection) else "." if self.name else ""
+        return f"{self.name}{between}{tensor}"
 
     @property
     def bias(self) -> bool:
@@ -97,7 +103,8 @@ class Layer:
         if self.form == "channel":
             table = table.transpose(2, 3)
         if self.transposed:
-            table = table.unflatten(3, (-1, math.prod(self.kernel))).squeeze(2).transpose(1, 2)
+            table = table if self.form == "channel" else table.squeeze(2).unflatten(2, (-1, math.prod(self.kernel)))
+            table = table.transpose(1, 2)
         return table.reshape(self.module.weight.shape), bias
 
 
@@ -311,11 +318,22 @@ def measurable(module: nn.Module) -> bool:
     return isinstance(module, MEASURED) and module._parameters.get("weight") is not None
 
 
+def turned(module: nn.Module) -> bool:
+    """Whether it looks like a linear whose weight has its inputs first, as GPT-2's; where it runs, that is checked."""
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    known = isinstance(module, (*MEASURED, *TRANSPOSED)) or set(module._parameters) != {"weight", "bias"}
+    if known or module._modules or weight is None or bias is None:
+        return False
+    return weight.ndim == 2 and bias.shape == weight.shape[1:]
+
+
 def reads_by(module: nn.Module) -> int | None:
     """The dim of the weight that is a layer's inputs, if full form can see the layer.
 
     A transposed convolution in groups has all inputs of a group at one place, and outputs at another: it is left out.
     """
+    if turned(module):
+        return 0
     if isinstance(module, TRANSPOSED):
         return 0 if module.groups == 1 and module._parameters.get("weight") is not None else None
     return 1 if measurable(module) else None

@@ -39,6 +39,7 @@ from secateur.curvature.fisher import FISHERS, Fisher
 from secateur.curvature.kronecker import Curvature, factors_of
 from secateur.curvature.layers import Layer
 from secateur.curvature.passes import NOT_REACHED
+from secateur.curvature.projections import projections
 from secateur.curvature.readers import POSITIONS, readers
 from secateur.methods.contract import METHODS, described, measured_counts, settings_from, share_weights
 from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
@@ -217,6 +218,10 @@ class Hybrid:
 
     def _measured(self, house: _House, kind: str, work: Workload) -> tuple[Curvature, Scores | None]:
         """From one pass: the factors of all layers that count, and the rises of all groups; none if none is known."""
+        with projections(work.model):
+            return self._of_one_pass(house, kind, work)
+
+    def _of_one_pass(self, house: _House, kind: str, work: Workload) -> tuple[Curvature, Scores | None]:
         graph = house.graph
         names = {part.core for part in house.parts}
         if graph is not None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur._internal.errors import SecateurError
-from secateur.curvature.layers import COMPUTED, MEASURED, TRANSPOSED, Layer, layers_of, measurable
+from secateur.curvature.layers import COMPUTED, MEASURED, TRANSPOSED, Layer, layers_of, measurable, turned
+from secateur.curvature.passes import STRANGE
+from secateur.curvature.projections import InProjection
 from secateur.plan import Plan
 from secateur.surgery.low_rank.bottleneck import Bottleneck, three
 
@@ -81,13 +83,13 @@ class Pair:
 
 def pairs_of(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Pair], dict[str, str]]:
     """The layers of the smaller model that can be fitted; and why others cannot."""
-    _check_models(model, small)
     ones = {layer.name: layer for layer in layers_of(model, "full", transposed=True)}
     ones = {name: _layer(name, layer.module) for name, layer in ones.items()}
     others: dict[str, Any] = {
-        name: m for name, m in small.named_modules() if isinstance(m, (*MEASURED, *TRANSPOSED, Bottleneck))
+        name: m for name, m in small.named_modules() if isinstance(m, (*MEASURED, *TRANSPOSED, Bottleneck)) or turned(m)
     }
-    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    holders = [m for m in model.modules() if not isinstance(m, InProjection)]  # what it holds is the attention's
+    uses = Counter(id(p) for m in holders for p in m._parameters.values() if p is not None)
     sharers: dict[int, list[Layer]] = defaultdict(list)
     for layer in ones.values():
         sharers[id(layer.module.weight)].append(layer)
@@ -134,6 +136,9 @@ def pairs_of(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Pair]
             else:
                 left[path] = "the core of its bottleneck is no plain layer"
             continue
+        if other is None and turned(module):  # cut, it does not look like that any more
+            left[name] = STRANGE
+            continue
         _check_kept(name, module, other, plan)
         weights = [getattr(others.get(of.name), "weight", None) for of in alike]
         if any(weight is not weights[0] for weight in weights):
@@ -143,7 +148,8 @@ def pairs_of(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Pair]
     return pairs, left
 
 
-def _check_models(model: nn.Module, small: nn.Module) -> None:
+def check_models(model: nn.Module, small: nn.Module) -> None:
+    """Raise if these are no two modules, or share parameters."""
     for what, given in (("model", model), ("small", small)):
         if not isinstance(given, nn.Module):
             raise SecateurError(f"refit({what}={given!r}): a module is expected")
@@ -154,7 +160,7 @@ def _check_models(model: nn.Module, small: nn.Module) -> None:
 def _check_kept(name: str, module: Any, other: Any, plan: Plan) -> None:
     """Raise if a layer of the smaller model is not what the plan leaves."""
     shape = list(module.weight.shape)
-    for dim, positions in plan.slices.get(tensor_of(name, "weight"), {}).items():
+    for dim, positions in plan.slices.get(_layer(name, module).parameter("weight"), {}).items():
         shape[dim] -= len(positions)
     if other is None or list(other.weight.shape) != shape:
         found = "no such layer" if other is None else f"shape {list(other.weight.shape)}"

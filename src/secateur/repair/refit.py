@@ -53,10 +53,11 @@ from secateur.curvature.layers import (
     wide,
 )
 from secateur.curvature.passes import STRANGE
+from secateur.curvature.projections import projections
 from secateur.plan import Plan
 from secateur.repair.contract import LEFT_WHOLE, REPAIRS, Facts
 from secateur.repair.examples import PART, Examples, Part, forward_part, read_examples
-from secateur.repair.pairs import Pair, pairs_of, tensor_of
+from secateur.repair.pairs import Pair, check_models, pairs_of, tensor_of
 from secateur.repair.recalibrate import has_statistics
 from secateur.surgery.channels import check_plan
 
@@ -141,6 +142,12 @@ class Refit:
 def refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> dict[str, str]:
     """:func:`refit` at a table that is laid."""
     check_plan(model, plan)
+    check_models(model, small)
+    with projections(model), projections(small):
+        return _refitted(settings, model, small, plan, work)
+
+
+def _refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, work: Workload) -> dict[str, str]:
     pairs, left = pairs_of(model, small, plan)
     places = {pair.name: pair.ones for pair in pairs}
     many = {
@@ -429,7 +436,7 @@ class _Fit:
         same = torch.tensor(int(alike), device=work.device)
         if int(all_reduce_(same, work.group)) < work.processes:
             return None
-        missing = self.plan.slices.get(tensor_of(pair.name, "weight"), {}).get(int(pair.layer.transposed), [])
+        missing = self.plan.slices.get(pair.one.parameter("weight"), {}).get(int(pair.layer.transposed), [])
         none = F.pad(wide(pair.layer.table()[:, :0, 0]), (0, len(pair.biases)))
         x = _gathered([self.samples[run] for run in runs], none, work)
         y = _gathered([outputs[run] for run in runs], wide(pair.one.table()[:, :, 0, :0].mT), work)

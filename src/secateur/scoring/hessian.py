@@ -27,10 +27,11 @@ from secateur.curvature.damped_inverse import inverse
 from secateur.curvature.eigenbasis import identity_basis, second_moments
 from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import Curvature, Factors, factors_of
-from secateur.curvature.layers import layers_of, measurable, why_not
+from secateur.curvature.layers import Layer, layers_of, measurable, turned, why_not
+from secateur.curvature.projections import projections
 from secateur.scoring.contract import CRITERIA, Scores
 from secateur.scoring.sums import by_group, channel_sums, producers
-from secateur.tracing.graph import ChannelGraph
+from secateur.tracing.graph import Axis, ChannelGraph
 
 DAMPING = 1e-3
 
@@ -69,11 +70,12 @@ class OBD(SecondOrder):
 
     def scores(self, graph: ChannelGraph, work: Workload) -> Scores:
         """One number a channel."""
-        names = producing_layers(work.model, graph)
-        bases = {layer.name: identity_basis(layer) for layer in layers_of(work.model, "full", names)}
-        found = second_moments(work, bases, self.targets())
-        rows = {name: (0.5 * b.energy().double()).sum((2, 3)) for name, b in found.bases.items()}
-        return _by_group(work.model, graph, rows, found.skipped)
+        with projections(work.model):
+            names = producing_layers(work.model, graph)
+            bases = {layer.name: identity_basis(layer) for layer in layers_of(work.model, "full", names)}
+            found = second_moments(work, bases, self.targets())
+            rows = {name: (0.5 * b.energy().double()).sum((2, 3)) for name, b in found.bases.items()}
+            return _by_group(work.model, graph, rows, found.skipped)
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,10 @@ class _Kronecker(SecondOrder, ABC):
 
     def scores(self, graph: ChannelGraph, work: Workload) -> Scores:
         """One number a channel."""
-        curvature = producing_factors(graph, work, self.targets(), self.positions)
-        rows = {name: self.rows(factors) for name, factors in curvature.items()}
-        return _by_group(work.model, graph, rows, curvature.skipped)
+        with projections(work.model):
+            curvature = producing_factors(graph, work, self.targets(), self.positions)
+            rows = {name: self.rows(factors) for name, factors in curvature.items()}
+            return _by_group(work.model, graph, rows, curvature.skipped)
 
     @abstractmethod
     def rows(self, factors: Factors) -> Tensor:
@@ -183,23 +186,37 @@ def producing_factors(graph: ChannelGraph, work: Workload, how: Fisher, position
 
 def producing_layers(model: nn.Module, graph: ChannelGraph) -> list[str]:
     """The linears and convolutions whose rows write channels."""
-    measured = [path for path, module in model.named_modules() if measurable(module)]
-    paths = {f"{path}.weight" if path else "weight": path for path in measured}
-    names = [paths[a.name] for a in producers(graph) if a.dim == 0 and a.name in paths]
+    measured = _measured(model)
+    names = [
+        measured[a.name].name for a in producers(graph) if a.name in measured and a.dim == measured[a.name].transposed
+    ]
     if not names:
         raise CannotMeasure("no channel is written by a linear or a convolution: use 'magnitude', for instance")
     return names
 
 
+def _measured(model: nn.Module) -> dict[str, Layer]:
+    """The linears and convolutions, by the names of their weights."""
+    layers = [
+        Layer(path, module, "full") for path, module in model.named_modules() if measurable(module) or turned(module)
+    ]
+    return {layer.parameter("weight"): layer for layer in layers}
+
+
 def _by_group(model: nn.Module, graph: ChannelGraph, rows: Mapping[str, Tensor], skipped: Mapping[str, str]) -> Scores:
     """Sums over producers; a group that anything else writes as well has no score, for it would be too low."""
-    known = {f"{name}.weight" if name else "weight": values.flatten() for name, values in rows.items()}
+    measured = _measured(model)
+    known = {weight: rows[layer.name].flatten() for weight, layer in measured.items() if layer.name in rows}
     dims = {name: p.ndim for name, p in model.named_parameters()}
-    total = channel_sums(graph, producers(graph), lambda a: known.get(a.name) if a.dim == 0 else None)
+
+    def of_rows(axis: Axis) -> Tensor | None:
+        return known.get(axis.name) if axis.name in known and axis.dim == measured[axis.name].transposed else None
+
+    total = channel_sums(graph, producers(graph), of_rows)
     sums, found = by_group(graph, total), Scores()
     for group in graph.groups:
         filters = [a for a in group.producers if dims[a.name] > 1]
-        missing = [a for a in filters if a.name not in known or a.dim]
+        missing = [a for a in filters if of_rows(a) is None]
         if filters and not missing:
             found[group.name] = sums[group.name]
         elif missing:

@@ -30,6 +30,7 @@ from secateur._internal.workload import Workload
 from secateur.curvature.damped_inverse import inverse
 from secateur.curvature.kronecker import Curvature, Factors, factors_of
 from secateur.curvature.layers import reads_by, why_not
+from secateur.curvature.projections import projections
 from secateur.curvature.readers import POSITIONS, layer_of, readers
 from secateur.scoring.contract import CRITERIA, Scores
 from secateur.scoring.hessian import DAMPING, SecondOrder
@@ -65,6 +66,10 @@ class Schur(SecondOrder):
 
     def scores(self, graph: ChannelGraph, work: Workload) -> Scores:
         """One number a channel."""
+        with projections(work.model):
+            return self._scores(graph, work)
+
+    def _scores(self, graph: ChannelGraph, work: Workload) -> Scores:
         reading, names = readers(work.model, graph)
         if not names:
             raise CannotMeasure("no channel is read by a linear or a convolution: use 'magnitude', for instance")
@@ -87,6 +92,8 @@ class Schur(SecondOrder):
         """Why nothing is known of a group, if that is so; what reads it and is not measured would seem to be free."""
         for axis in group.consumers:
             path = layer_of(axis)
+            if path in factors.skipped:
+                return f"{path}: {factors.skipped[path]}"
             if path not in factors or axis.dim != reads_by(model.get_submodule(path)):
                 return ": ".join(why_not(model, axis.name, factors.skipped))
             if reading[path].shape != (len(group), reading[path].size // len(group)):

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+IN_PROJECTION = "in_proj"
+"""The part that computes queries, keys and values of one input, where somebody wants to look at it."""
+
 
 class HeadAttention(nn.MultiheadAttention):
     """Multi-head attention with heads of a fixed size, as many as its weights have; :func:`free_heads` makes it.
@@ -81,7 +84,9 @@ class HeadAttention(nn.MultiheadAttention):
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Queries, keys and values, [examples, length, heads * size]."""
         if self._qkv_same_embed_dim and query is key and key is value:
-            return list(F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
+            seen = self._modules.get(IN_PROJECTION)
+            whole = F.linear(query, self.in_proj_weight, self.in_proj_bias) if seen is None else seen(query)
+            return list(whole.chunk(3, -1))
         if self._qkv_same_embed_dim:
             weights: Iterable[Any] = self.in_proj_weight.chunk(3)
         else:

@@ -20,6 +20,7 @@ from secateur.allocation.problem import Problem
 from secateur.curvature.fisher import Fisher, quiet_kind
 from secateur.curvature.kronecker import Factors, factors_of
 from secateur.curvature.obs_update import obs_update_columns
+from secateur.curvature.projections import projections
 from secateur.curvature.readers import POSITIONS, layer_of, readers
 
 DAMPING = 1e-3
@@ -40,9 +41,10 @@ class LocalRepair:
 
     def __init__(self, work: Workload, problem: Problem) -> None:
         graph = problem.meter.graph
-        reading, names = readers(work.model, graph)
         how = Fisher(quiet_kind(work.loss))  # of its outputs, which do not matter here; a criterion may have both
-        factors, skipped = _measured(work, how, names)
+        with projections(work.model):
+            reading, names = readers(work.model, graph)
+            factors, skipped = _measured(work, how, names)
         self.left: dict[str, str] = {}
         self._layers: dict[str, tuple[Factors, list[tuple[int, Tensor]]]] = {}
         self._known: dict[str, OrderedDict[bytes, dict[str, Tensor]]] = {}
@@ -86,10 +88,10 @@ class LocalRepair:
         table = factors.layer.table().double()
         moved = table + obs_update_columns(factors, -table, given, DAMPING)
         weight, bias = factors.layer.weights(moved)
-        module, before = factors.layer.module, f"{path}." if path else ""
-        found = {f"{before}weight": weight.to(module.weight)}
+        layer, module = factors.layer, factors.layer.module
+        found = {layer.parameter("weight"): weight.to(module.weight)}
         if bias is not None:
-            found[f"{before}bias"] = bias.to(module.bias)
+            found[layer.parameter("bias")] = bias.to(module.bias)
         known[key] = found
         if len(known) > KEPT:
             known.popitem(last=False)
