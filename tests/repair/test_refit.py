@@ -78,6 +78,7 @@ NETWORKS = {
     ),
     "residual": (Residual, (2, 6, 6)),
     "sequence": (Sequence, (3, 12)),
+    "normed": (lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)), (5,)),
 }
 
 
@@ -259,6 +260,62 @@ def test_layers_that_run_twice_or_share_a_weight_are_fitted_to_all_they_compute(
     assert changed == {name for name in before if not name.startswith(("first", "never"))}
     assert small.tied.weight is small.last.weight
     assert (small(data[0][0]) - model(data[0][0])).norm() < 0.8 * error
+
+
+class Offset(nn.Module):
+    """A root-mean-square norm whose weight is learnt as a difference from 1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(0.1 * torch.randn(width)), 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+class Around(nn.Module):
+    """A layer norm over the channels of feature maps."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width)), 1e-6
+
+    def forward(self, x):
+        centred = x - x.mean(1, keepdim=True)
+        y = centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + self.eps)
+        return self.weight[:, None, None] * y + self.bias[:, None, None]
+
+
+@pytest.mark.parametrize("kind", ["layer norm", "root mean square", "difference", "around"])
+def test_the_scale_of_a_norm_over_channels_is_the_least_squares_of_each(kind):
+    torch.manual_seed(0)
+    make = {"layer norm": nn.LayerNorm, "root mean square": nn.RMSNorm, "difference": Offset, "around": Around}[kind]
+    if kind == "around":
+        model = nn.Sequential(nn.Conv2d(5, 8, 1), make(8), nn.Conv2d(8, 3, 1)).double()
+        x = torch.randn(80, 5, 2, 3, dtype=torch.float64)
+    else:
+        norm = make(8, eps=1e-6) if kind == "root mean square" else make(8)
+        model = nn.Sequential(nn.Linear(5, 8), norm, nn.Linear(8, 3)).double()
+        x = torch.randn(80, 6, 5, dtype=torch.float64)
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(8))
+    plan = removing(model, x[:2], "0", [1, 4])
+    small = sc.cut(model, plan)
+    cut = copy.deepcopy(small)
+    assert sc.refit(model, small, plan, [x], damping=0.0) == {}
+    with torch.no_grad():
+        y, found = (m[:2](x).movedim(1 if kind == "around" else -1, 0).flatten(1).unsqueeze(2) for m in (model, cut))
+        y, offset, bias = y[[0, 2, 3, 5, 6, 7]], float(kind == "difference"), getattr(cut[1], "bias", None)
+        start = cut[1].weight[:, None, None] + offset
+        columns = (found if bias is None else found - bias[:, None, None]) / start
+        if bias is not None:
+            columns, start = (
+                torch.cat([columns, torch.ones_like(columns)], 2), torch.cat([start, bias[:, None, None]], 2)
+            )  # fmt: skip
+        expected = (start + least_squares(columns, y, start, 0.0))[:, 0]
+        fitted = (small[1].weight + offset, *([] if bias is None else [small[1].bias]))
+        torch.testing.assert_close(torch.stack(fitted, 1), expected, rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(small[1].weight, cut[1].weight)
 
 
 class Siamese(nn.Module):

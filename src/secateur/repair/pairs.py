@@ -2,20 +2,109 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur._internal.errors import SecateurError
-from secateur.curvature.layers import COMPUTED, MEASURED, TRANSPOSED, Layer, layers_of, measurable, turned
+from secateur.curvature.layers import (
+    CHECKED,
+    COMPUTED,
+    MEASURED,
+    TRANSPOSED,
+    Choice,
+    Layer,
+    computes_its_weight,
+    input_samples_at,
+    layers_of,
+    measurable,
+    output_samples_at,
+    spread,
+    turned,
+    wide,
+)
 from secateur.curvature.passes import STRANGE
 from secateur.curvature.projections import InProjection
 from secateur.plan import Plan
 from secateur.surgery.low_rank.bottleneck import Bottleneck, three
+from secateur.tracing.norms import norms_of
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Layer):
+    """The weight of a norm over channels, and its bias: a linear of one input for each channel, what it normalises.
+
+    Attributes:
+        norm: which channels, and how the weight counts.
+    """
+
+    norm: Any = None
+
+    @property
+    def groups(self) -> int:
+        """Each channel is on its own."""
+        return len(self.module.weight)
+
+    @property
+    def transposed(self) -> bool:
+        """It has rows alone."""
+        return False
+
+    def table(self) -> Tensor:
+        """The weights as they count, [channels, 1, 1, 1]."""
+        return (self.module.weight.detach() + self.norm.offset).reshape(-1, 1, 1, 1)
+
+    def weights(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The module's weight, of a table [channels, 1, 1, 1]."""
+        return table.flatten() - self.norm.offset, None
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """What the weights are multiplied by."""
+        own = self.module._parameters
+        self.module._parameters = {n: None if p is None else torch.zeros_like(p) for n, p in own.items()}
+        self.module._parameters["weight"] += 1 - self.norm.offset
+        try:
+            found: Tensor = self.module.forward(x)  # its hooks are for what the model does with it
+        finally:
+            self.module._parameters = own
+        return found
+
+    def at(self, y: Tensor, choice: Choice) -> Tensor:
+        """Some positions of the norm's outputs, [channels, samples, 1]."""
+        y = y.movedim(self.norm.dim, -1)
+        at = choice(math.prod(y.shape[:-1])).to(y.device)
+        return wide(y[torch.unravel_index(at, y.shape[:-1])]).mT.unsqueeze(2)
+
+
+def inputs_at(layer: Layer, x: Tensor, choice: Choice) -> Tensor:
+    """What the columns of a layer see at some positions, [groups, samples, columns]."""
+    if isinstance(layer, Scale):
+        return layer.at(layer.normalised(x), choice)
+    return input_samples_at(layer, wide(x), choice)
+
+
+def outputs_at(layer: Layer, y: Tensor, choice: Choice) -> Tensor:
+    """What its rows give there, [groups, samples, rows]."""
+    return layer.at(y, choice) if isinstance(layer, Scale) else output_samples_at(layer, wide(y), choice)
+
+
+def computes(layer: Layer, x: Any, y: Any) -> bool:
+    """Whether a layer's output is its weight times what its columns see (and its bias), at some positions."""
+    if not isinstance(layer, Scale):
+        return computes_its_weight(layer, x, y)
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.shape != y.shape:
+        return False
+    some = partial(spread, wanted=CHECKED)
+    bias = getattr(layer.module, "bias", None)
+    expected = layer.at(layer.normalised(x), some) * layer.table().flatten()[:, None, None]
+    expected = expected if bias is None else expected + bias[:, None, None]
+    return bool((layer.at(y, some) - expected).norm() <= 0.02 * expected.norm())
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +141,7 @@ class Pair:
     @property
     def biases(self) -> list[Tensor]:
         """Those of the smaller model, each once: layers that share a weight may have biases of their own."""
-        found = [layer.module.bias for layer in self.layers if layer.module.bias is not None]
+        found = [b for layer in self.layers if (b := getattr(layer.module, "bias", None)) is not None]
         return list({id(bias): bias for bias in found}.values())
 
     def table(self) -> Tensor:
@@ -69,7 +158,7 @@ class Pair:
 
     def inputs(self, use: int, samples: Tensor) -> Tensor:
         """Samples [groups, samples, columns] of the inputs at a use, with a 1 in the column of its bias."""
-        of_use = self.layers[use].module.bias
+        of_use = getattr(self.layers[use].module, "bias", None)
         ones = [samples.new_full((*samples.shape[:2], 1), float(bias is of_use)) for bias in self.biases]
         return torch.cat([samples, *ones], 2)
 
@@ -145,7 +234,19 @@ def pairs_of(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Pair]
             left |= dict.fromkeys([of.name for of in alike], "it shares its weight in the original alone")
         else:
             pairs.append(Pair(alike, [_layer(of.name, others[of.name]) for of in alike]))
-    return pairs, left
+    return [*pairs, *_scales(model, small, uses)], left
+
+
+def _scales(model: nn.Module, small: nn.Module, uses: Mapping[int, int]) -> list[Pair]:
+    """The norms over channels, whose weights share nothing."""
+    whole, cut = norms_of(model), norms_of(small)
+    found = []
+    for name in [name for name in whole if name in cut]:
+        one, other = model.get_submodule(name), small.get_submodule(name)
+        if all(uses[id(p)] == 1 for p in one.parameters()):
+            layers = Scale(name, one, "full", False, whole[name]), Scale(name, other, "full", False, cut[name])
+            found.append(Pair([layers[0]], [layers[1]]))
+    return found
 
 
 def check_models(model: nn.Module, small: nn.Module) -> None:

@@ -47,9 +47,6 @@ from secateur._internal.state import preserved
 from secateur._internal.workload import Needs, Workload
 from secateur.curvature.layers import (
     Layer,
-    computes_its_weight,
-    input_samples_at,
-    output_samples_at,
     wide,
 )
 from secateur.curvature.passes import STRANGE
@@ -57,7 +54,7 @@ from secateur.curvature.projections import projections
 from secateur.plan import Plan
 from secateur.repair.contract import LEFT_WHOLE, REPAIRS, Facts
 from secateur.repair.examples import PART, Examples, Part, forward_part, read_examples
-from secateur.repair.pairs import Pair, check_models, pairs_of, tensor_of
+from secateur.repair.pairs import Pair, Scale, check_models, computes, inputs_at, outputs_at, pairs_of, tensor_of
 from secateur.repair.recalibrate import has_statistics
 from secateur.surgery.channels import check_plan
 
@@ -397,7 +394,7 @@ class _Fit:
         before = sum((part, of) == (examples.parts[0].number, use) for part, of, _ in self.samples)
         for part, some in examples.split(x):
             choice = examples.choice(part, self.original.many[name])
-            samples = input_samples_at(layer, wide(some), choice)
+            samples = inputs_at(layer, some, choice)
             self.samples[part.number, use, before] = self.pair.inputs(use, samples)
         if not self.pair.of_bottleneck:  # whose parts have positions of their own
             self.elsewhere |= _places(layer, x) != self.original.places_of(name, examples, use, before)
@@ -626,13 +623,13 @@ class _Original:
 
         def layer_ran(name: str, use: int, layer: Layer, x: Any, y: Any) -> None:
             run = (part.number, use, ran(name, use))
-            if name in self.strange or not computes_its_weight(layer, x, y):
+            if name in self.strange or not computes(layer, x, y):
                 self.strange.add(name)
                 return
             x, y = _by_example(layer, x, part.count), _by_example(layer, y, part.count)
             self.largest = max(self.largest, (x.nbytes + y.nbytes) / max(p.count for p in self.examples.parts))
             self.places[name][run] = _places(layer, x)
-            self.outputs[name][run] = output_samples_at(layer, wide(y), self.examples.choice(part, self.many[name]))
+            self.outputs[name][run] = outputs_at(layer, y, self.examples.choice(part, self.many[name]))
 
         def norm_runs(name: str, x: Tensor) -> None:
             self.moments[name][part.number, 0, ran(name, 0)] = _moments(x)
@@ -693,4 +690,6 @@ def _by_example(layer: Layer, x: Tensor, count: int) -> Tensor:
 
 def _places(layer: Layer, x: Tensor) -> torch.Size:
     """The shape of a layer's inputs without their channels."""
+    if isinstance(layer, Scale):
+        return x.movedim(layer.norm.dim, -1).shape[:-1]
     return x.shape[:1] + x.shape[2:] if layer.kernel else x.shape[:-1]
