@@ -54,6 +54,7 @@ from secateur.curvature.projections import projections
 from secateur.plan import Plan
 from secateur.repair.contract import LEFT_WHOLE, REPAIRS, Facts
 from secateur.repair.examples import PART, Examples, Part, forward_part, read_examples
+from secateur.repair.logits import turns
 from secateur.repair.pairs import Pair, Scale, check_models, computes, inputs_at, outputs_at, pairs_of, tensor_of
 from secateur.repair.recalibrate import has_statistics
 from secateur.surgery.channels import check_plan
@@ -159,9 +160,11 @@ def _refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, w
         work.together(lambda: original.watch(model))
         order, several, kept = original.order_of_all(work)
         together = settings.together or _at_a_time(original, work)
+        doable = [pair for pair in pairs if pair.name in order]
+        turned = turns(model, plan, doable, original.outputs, examples.parts, work)
         jobs: dict[str, list[_Job]] = defaultdict(list)
         for pair in pairs:
-            fit = _Fit(pair, original, plan, settings.damping, work)
+            fit = _Fit(pair, original, plan, settings.damping, work, turned.get(pair.name))
             modules = [layer.module for layer in pair.layers]
             jobs[pair.name].append(_Job(pair.layer.name, modules, fit, pair.name in several))
         for name, norm in norms.items():
@@ -375,6 +378,7 @@ class _Fit:
         plan: what was removed.
         damping: see :class:`Refit`.
         work: the processes.
+        turn: of queries or keys that lose numbers: by what the original's outputs are multiplied, [rows, rows left].
         samples: of its inputs, [groups, samples, columns].
         elsewhere: whether some examples came to it at other positions than in the original.
     """
@@ -384,6 +388,7 @@ class _Fit:
     plan: Plan
     damping: float
     work: Workload
+    turn: Tensor | None = None
     samples: dict[Run, Tensor] = field(default_factory=dict)
     elsewhere: bool = False
 
@@ -401,6 +406,8 @@ class _Fit:
 
     def take(self) -> str | None:
         """Fit it; if it stays as it is, why."""
+        if self.turn is not None:
+            self.pair.write(self._turned())
         found = self._inputs_and_targets()
         self.samples, self.elsewhere = {}, False
         if found is None:
@@ -437,8 +444,20 @@ class _Fit:
         none = F.pad(wide(pair.layer.table()[:, :0, 0]), (0, len(pair.biases)))
         x = _gathered([self.samples[run] for run in runs], none, work)
         y = _gathered([outputs[run] for run in runs], wide(pair.one.table()[:, :, 0, :0].mT), work)
+        if self.turn is not None:
+            return x, y.double() @ self.turn
         y = _without(y.transpose(1, 2).flatten(0, 1), missing).unflatten(0, (pair.layer.groups, -1)).transpose(1, 2)
         return x, pair.targets(y)
+
+    def _turned(self) -> Tensor:
+        """The original's weight and bias in the columns that are left, multiplied like its outputs."""
+        one, layer = self.pair.one, self.pair.layer
+        gone = self.plan.slices.get(one.parameter("weight"), {}).get(1 - int(layer.transposed), [])
+        table = _without(one.table()[0, :, 0].mT, gone).mT
+        if one.module.bias is not None:
+            table = torch.cat([table, one.module.bias[:, None]], 1)
+        assert self.turn is not None
+        return (self.turn.mT @ table.double())[None]
 
 
 def _gathered(parts: list[Tensor], none: Tensor, work: Workload) -> Tensor:
