@@ -14,6 +14,7 @@ from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Workload
 from secateur.measure.counting import counted
 from secateur.methods.contract import METHODS, TRAINING_METHODS, finished
+from secateur.repair.refit import least_squares
 from secateur.surgery.blocks.packed_layers import Packed
 from secateur.surgery.blocks.pivots import remembered
 
@@ -249,3 +250,46 @@ def test_it_is_a_method_at_once_and_one_while_training():
     handle.detach()
     with pytest.raises(SecateurError, match="detached"):
         handle.step()
+
+
+@pytest.mark.parametrize("layout", ["bundles", "diagonal", "growth"])
+def test_with_data_what_stays_is_the_least_squares_of_each_block(layout):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 9, 10)).double()
+    x = torch.randn(60, 8, 3, 3, dtype=torch.float64)
+    plain = sc.pivot(model, x[:2], 0.5, layout=layout, exclude=["3"])
+    result = sc.pivot(model, x[:2], 0.5, layout=layout, exclude=["3"], data=[x[:40], x[40:]])
+    layer, before = result.model[0], plain.model[0]
+    windows = torch.nn.functional.unfold(x, 3, padding=1).mT.flatten(0, 1)
+    y = model[0](x).flatten(2).mT.flatten(0, 1).detach()
+    pattern = remembered(result.model)["0"]
+    for rows, columns in zip(pattern.rows, pattern.columns, strict=True):
+        own = rows[rows < 12]
+        at = (torch.from_numpy(columns)[:, None] * 9 + torch.arange(9)).flatten()
+        seen = torch.cat([windows[:, at], torch.ones(len(windows), 1)], 1)
+        table = [
+            torch.cat([m.weight.detach().flatten(1)[own][:, at], m.bias.detach()[own, None]], 1)
+            for m in (before, layer)
+        ]
+        step = least_squares(seen[None], y[None][..., own], table[0][None], 1e-3)[0]
+        if len(own) == len(rows):  # the step's length is that of all of a block's rows
+            torch.testing.assert_close(table[1], table[0] + step, rtol=1e-6, atol=1e-8)
+    error = [(m(x) - model(x)).norm() for m in (plain.model, result.model)]
+    assert error[1] < 0.95 * error[0]
+    packed = sc.pack(result.model, x[:2])
+    torch.testing.assert_close(packed(x), result.model(x))
+
+
+def test_what_the_repair_cannot_do_is_told():
+    torch.manual_seed(0)
+    twice = nn.Linear(16, 16, bias=False)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), twice, nn.Linear(16, 16), nn.Linear(16, 4)).double()
+    model[3].bias = model[0].bias
+    x = torch.randn(50, 8, dtype=torch.float64)
+    result = sc.pivot(model, x[:2], 0.5, data=[x])
+    assert set(result.facts["not fitted"]) == {"0", "3"}
+    assert "not fitted" not in sc.pivot(model, x[:2], 0.5).facts
+    with pytest.raises(SecateurError, match="changed '0' outside of its blocks; use 'refit' or 'none'"):
+        sc.pivot(model, x[:2], 0.5, data=[x], repair=sc.Distill(steps=1))
+    with pytest.raises(SecateurError, match="unknown repair 'refid'"):
+        sc.pivot(model, x[:2], 0.5, data=[x], repair="refid")

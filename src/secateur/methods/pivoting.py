@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ from secateur.curvature.kronecker import Curvature
 from secateur.methods.contract import METHODS, TRAINING_METHODS, described, measured_counts, settings_from
 from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
 from secateur.plan import Plan
+from secateur.repair.api import repaired, repairs_of
 from secateur.repair.contract import LEFT_WHOLE
 from secateur.result import Counts, Result
 from secateur.surgery.blocks.packing import pack
@@ -57,7 +58,7 @@ from secateur.surgery.blocks.pivots import (
 )
 from secateur.surgery.records import record
 from secateur.tracing.api import check_traceable
-from secateur.tracing.graph import ChannelGraph
+from secateur.tracing.graph import ChannelGraph, fingerprint
 from secateur.tracing.selection import Exclude
 
 
@@ -110,7 +111,17 @@ class PivotSettings:
 @METHODS.register("pivot")
 @dataclass(frozen=True)
 class Pivot(PivotSettings):
-    """Dense blocks of every linear and convolution, found at once; see :class:`PivotSettings` for the attributes."""
+    """Dense blocks of every linear and convolution, found at once; see :class:`PivotSettings` for the others.
+
+    Attributes:
+        repair: how what stays makes up for what goes where there are data, see :func:`secateur.apply_repair`.
+    """
+
+    repair: Any = "refit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        repairs_of(self.repair)
 
     def check(self, model: nn.Module, inputs: Inputs, budget: Budget | None) -> None:
         """Raise if no layer can have blocks, or a budget is given."""
@@ -147,10 +158,17 @@ class Pivot(PivotSettings):
             "blocks": _sizes(patterns),
             "captured": {name: p.captured(energy(model.get_submodule(name))) for name, p in patterns.items()},
             LEFT_WHOLE: left,
-            "notices": list(work.notices),
         }
         after = _packed_counts(model, inputs, patterns, before)
-        return Result(pivoted(model, patterns, left), before, after, facts=facts)
+        small = pivoted(model, patterns, left)
+        if work.has_data:
+            told = repaired(repairs_of(self.repair), model, small, Plan({}, {}, fingerprint(model)), work)
+            if unfitted := told.pop(LEFT_WHOLE, {}):  # a fact of that name says which layers have no blocks
+                facts["not fitted"] = unfitted
+            facts |= told
+            _check_inside(small, patterns)
+        facts["notices"] = list(work.notices)
+        return Result(small, before, after, facts=facts)
 
 
 def pivot(
@@ -163,7 +181,10 @@ def pivot(
     factors: Curvature | None = None,
     exclude: Exclude = (),
     seed: int = 0,
+    data: Iterable[Any] | None = None,
+    repair: Any = "refit",
     group: Group = None,
+    progress: bool = False,
 ) -> Result:
     """Leave dense blocks of every linear and convolution, and zeros outside; :func:`secateur.pack` makes them fast.
 
@@ -180,23 +201,27 @@ def pivot(
         exclude: what stays whole: patterns of module paths, modules, or types of modules. Layers that do not require
             gradients stay whole too.
         seed: of the search.
-        group: the processes that work along; rank 0 decides.
+        data: batches; no targets are needed. With them, what stays is fitted to what the model computes.
+        repair: how, see :func:`secateur.apply_repair`; ``"none"`` for the weights as they were.
+        group: the processes that work along; rank 0 decides which blocks.
+        progress: show what takes long.
 
     Returns:
         A result whose ``model`` is a new module of the same shape that remembers its patterns
         (:func:`secateur.record`), to be given to :func:`secateur.pack`. ``after`` counts what stays: what the layers
         cost when all of them are packed. ``facts["left whole"]`` says which layers have no blocks, and why;
         ``"blocks"`` how many each other one has, with their rows and columns; ``"captured"`` which part of its energy
-        they hold. Where blocks do not divide the rows of a layer, the last one is filled up with zeros; a block has
-        ``keep`` of the columns, rounded down.
+        they hold; ``"not fitted"`` which layers the repair could not change. Where blocks do not divide the rows of a
+        layer, the last one is filled up with zeros; a block has ``keep`` of the columns, rounded down.
 
     Raises:
         SecateurError: bad values, an unknown layer, inputs on which the model does not run, no layer that can have
             blocks.
     """
     check_traceable(model, example_inputs, "pivot")
-    settings = Pivot(keep=keep, layout=layout, blocks=blocks, exclude=exclude, seed=seed)
-    return settings.with_factors(model, example_inputs, Workload(model, group=group), factors)
+    settings = Pivot(keep=keep, layout=layout, blocks=blocks, exclude=exclude, seed=seed, repair=repair)
+    work = Workload(model, data, group=group, progress=progress)
+    return settings.with_factors(model, example_inputs, work, factors)
 
 
 def _refuse_budget(budget: Budget | None) -> None:
@@ -210,6 +235,17 @@ def _agreed(patterns: Mapping[str, Pattern], device: torch.device, group: Group)
         return dict(patterns)
     found = broadcast_json({name: pattern.to_dict() for name, pattern in patterns.items()}, device, group)
     return {name: Pattern.from_dict(pattern) for name, pattern in found.items()}
+
+
+def _check_inside(small: nn.Module, patterns: Mapping[str, Pattern]) -> None:
+    """Raise if a repair has written outside of the blocks."""
+    for name, pattern in patterns.items():
+        weight: Any = small.get_submodule(name).weight
+        if bool((weight.detach()[mask_of(pattern, weight).expand_as(weight) == 0] != 0).any()):
+            raise SecateurError(
+                f"pivot(repair=): it changed {name!r} outside of its blocks; use 'refit' or 'none', and train with "
+                "secateur.Pivoting(result.model), which keeps them"
+            )
 
 
 def _sizes(patterns: Mapping[str, Pattern]) -> dict[str, list[int]]:

@@ -32,6 +32,8 @@ from secateur.curvature.layers import (
 from secateur.curvature.passes import STRANGE
 from secateur.curvature.projections import InProjection
 from secateur.plan import Plan
+from secateur.surgery.blocks.pattern import Pattern
+from secateur.surgery.blocks.pivots import remembered
 from secateur.surgery.low_rank.bottleneck import Bottleneck, three
 from secateur.tracing.norms import norms_of
 
@@ -116,12 +118,14 @@ class Pair:
         layers: of the smaller model, likewise. Biases are no columns of theirs.
         last: of a core: the rotation behind it.
         of_bottleneck: whether it is a part of a bottleneck.
+        blocks: of a pivoted layer: which of its weights there are.
     """
 
     ones: Sequence[Layer]
     layers: Sequence[Layer]
     last: Any = None
     of_bottleneck: bool = False
+    blocks: Pattern | None = None
 
     @property
     def one(self) -> Layer:
@@ -190,6 +194,7 @@ def pairs_of(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Pair]
         if isinstance(module, (*MEASURED, *TRANSPOSED)) and name not in ones
     }
     pairs: list[Pair] = []
+    patterns = _patterns(small)
     parts = {
         f"{path}.{number}": path
         for path, m in model.named_modules()
@@ -233,8 +238,17 @@ def pairs_of(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Pair]
         if any(weight is not weights[0] for weight in weights):
             left |= dict.fromkeys([of.name for of in alike], "it shares its weight in the original alone")
         else:
-            pairs.append(Pair(alike, [_layer(of.name, others[of.name]) for of in alike]))
+            layers = [_layer(of.name, others[of.name]) for of in alike]
+            pairs.append(Pair(alike, layers, blocks=patterns.get(name)))
     return [*pairs, *_scales(model, small, uses)], left
+
+
+def _patterns(small: nn.Module) -> dict[str, Pattern]:
+    """The dense blocks that layers of a pivoted model have, outside of which there are zeros."""
+    try:
+        return remembered(small)
+    except SecateurError:  # it was not pivoted, or has been changed since
+        return {}
 
 
 def _scales(model: nn.Module, small: nn.Module, uses: Mapping[int, int]) -> list[Pair]:

@@ -57,6 +57,7 @@ from secateur.repair.examples import PART, Examples, Part, forward_part, read_ex
 from secateur.repair.logits import turns
 from secateur.repair.pairs import Pair, Scale, check_models, computes, inputs_at, outputs_at, pairs_of, tensor_of
 from secateur.repair.recalibrate import has_statistics
+from secateur.surgery.blocks.pattern import Pattern
 from secateur.surgery.channels import check_plan
 
 DAMPING = 1e-3
@@ -412,8 +413,12 @@ class _Fit:
         self.samples, self.elsewhere = {}, False
         if found is None:
             return "the forward takes it to other positions than in the original"
-        (x, y), table = found, self.pair.table()
-        self.pair.write(table + least_squares(x, y, table, self.damping, self.pair.layer.name))
+        (x, y), table, pair = found, self.pair.table(), self.pair
+        if pair.blocks is None:
+            step = least_squares(x, y, table, self.damping, pair.layer.name)
+        else:
+            step = _in_blocks(pair.blocks, len(pair.biases), x, y, table, self.damping, pair.layer.name)
+        pair.write(table + step)
         return None
 
     def distance(self) -> float | None:
@@ -565,6 +570,26 @@ def least_squares(x: Tensor, y: Tensor, table: Tensor, damping: float, name: str
     moved = x[:, fitted:] @ step.mT
     best = (moved * missing[:, fitted:]).sum((1, 2)) / moved.square().sum((1, 2)).clamp(min=1e-300)
     return step * best.clamp(0, 1)[:, None, None]
+
+
+def _in_blocks(
+    pattern: Pattern, biases: int, x: Tensor, y: Tensor, table: Tensor, damping: float, name: str
+) -> Tensor:  # fmt: skip
+    """:func:`least_squares` of a layer that has weights in dense blocks alone: each block is a group of its own."""
+    rows = torch.from_numpy(pattern.rows).to(x.device)
+    width = x.shape[2] - biases
+    taps = torch.arange(width // pattern.shape[1], device=x.device)
+    columns = (torch.from_numpy(pattern.columns).to(x.device)[:, :, None] * len(taps) + taps).flatten(1)
+    own = torch.arange(width, x.shape[2], device=x.device).expand(len(rows), -1)
+    columns = torch.cat([columns, own], 1)
+    outputs, whole = F.pad(y[0], (0, 1)), F.pad(table[0], (0, 0, 0, 1))  # the row of zeros that fills the last block
+    step = least_squares(
+        x[0][:, columns].transpose(0, 1), outputs[:, rows].transpose(0, 1),
+        whole[rows[:, :, None], columns[:, None]], damping, name,
+    )  # fmt: skip
+    found = torch.zeros_like(whole, dtype=step.dtype)
+    found[rows[:, :, None], columns[:, None]] = step
+    return found[None, :-1]
 
 
 # ------------------------------------------------------------------------------------------- what the original computes
