@@ -1,12 +1,15 @@
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import secateur as sc
+from secateur import auto
 from secateur._internal.errors import SecateurError, SecateurWarning
+from secateur._internal.workload import Workload
 from secateur.lab.data.registry import load
 from secateur.lab.models.registry import build
 from secateur.repair.directed import directed_weights
@@ -91,7 +94,15 @@ class Several(nn.Module):
         return {"scores": found, "doubled": 2 * found}
 
 
-def test_where_no_single_tensor_comes_out_the_loss_counts_or_the_weights() -> None:
+class Ids(Several):
+    """A forward that returns whole numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """The best class of each."""
+        return super().forward(x)["scores"].argmax(-1)
+
+
+def test_of_several_tensors_the_loss_says_which_count_and_without_one_all_do() -> None:
     torch.manual_seed(0)
     model, data = Several().eval(), [(torch.randn(16, 6), torch.randint(0, 3, (16,))) for _ in range(3)]
 
@@ -100,11 +111,25 @@ def test_where_no_single_tensor_comes_out_the_loss_counts_or_the_weights() -> No
 
     chosen = sc.prune(model, data[0][0], sc.Budget(macs=0.5), data=data, loss=loss).facts["chosen"]
     assert [chosen["criterion"]["name"], chosen["criterion"]["fisher"]] == ["schur", "empirical"]
-    with pytest.warns(sc.SecateurWarning, match="'magnitude' is taken and not 'schur': the forward returns a dict"):
-        chosen = sc.prune(model, data[0][0], sc.Budget(macs=0.5), data=data).facts["chosen"]
-    assert chosen["criterion"]["name"] == "magnitude"
-    with pytest.raises(sc.SecateurError, match="fisher='outputs': the forward returns a dict"):
-        sc.prune(model, data[0][0], sc.Budget(macs=0.5), data=data, criterion={"name": "schur", "fisher": "outputs"})
+    given: dict[str, Any] = {"data": data, "criterion": {"name": "schur", "fisher": "outputs", "samples": 400}}
+    for chosen in (
+        sc.prune(model, data[0][0], sc.Budget(macs=0.5), data=data).facts["chosen"],
+        sc.prune(model, data[0][0], sc.Budget(macs=0.5), data=data, loss=loss, outputs=lambda y: y["scores"]).facts[
+            "chosen"
+        ],
+    ):
+        assert [chosen["criterion"]["name"], chosen["criterion"]["fisher"]] == ["schur", "outputs"]
+    both = sc.prune(model, data[0][0], sc.Budget(macs=0.5), **given).scores
+    one = sc.prune(model, data[0][0], sc.Budget(macs=0.5), **given, outputs=lambda y: y["scores"]).scores
+    assert both is not None
+    assert one is not None
+    size = torch.stack([model(x)["scores"].square().mean() for x, _ in data]).mean()
+    ratio = (both["enter"] * size / one["enter"]).median()  # each in units of its own size, they move alike
+    torch.testing.assert_close(ratio, 2 * torch.ones_like(ratio), rtol=0.25, atol=0)
+    with pytest.raises(sc.SecateurError, match="the forward returns no tensor of real numbers, and there is no loss"):
+        auto.fisher(Workload(Ids().eval(), data))
+    with pytest.raises(sc.SecateurError, match="fisher='outputs': the forward returns no tensor of real numbers"):
+        sc.kronecker_factors(Ids().eval(), data, fisher="outputs")
 
 
 class Embedded(nn.Module):

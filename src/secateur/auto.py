@@ -1,9 +1,9 @@
 """What ``"auto"`` means in :func:`secateur.prune`: the best that was measured with what was given (bench/ablation.py).
 
 With data, the criterion that knows of the repair, the widths of least predicted rise, and that repair. What rises is
-how far the outputs move, where the forward returns one tensor; it was never clearly worse than the Fisher of a loss,
-which a trained model makes small and noisy, and with little left it was better. Otherwise it is the loss. Without data,
-what needs none.
+how far the outputs move, where one tensor of them matters; it was never clearly worse than the Fisher of a loss,
+which a trained model makes small and noisy, and with little left it was better. Of several tensors the loss says which
+count; without one they all do. Without data, what needs none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from secateur._internal.progress import length_of
 from secateur._internal.state import preserved
 from secateur._internal.workload import Workload
 from secateur.allocation.contract import STRATEGIES, Strategy
-from secateur.curvature.fisher import one_tensor, quiet_kind
+from secateur.curvature.fisher import quiet_kind
 from secateur.scoring.api import scored
 from secateur.scoring.contract import CRITERIA, Criterion, Scores
 from secateur.tracing.graph import ChannelGraph
@@ -54,18 +54,17 @@ def criteria(given: str | Criterion, work: Workload) -> list[Criterion]:
 
 
 def fisher(work: Workload) -> str:
-    """Of what the Fisher is: of the outputs where the forward returns one tensor, else of the loss.
+    """Of what the Fisher is: of the outputs where one tensor of them matters, else of the loss, if there is one.
 
     Raises:
-        CannotMeasure: there is neither.
+        CannotMeasure: no tensor matters, and there is no loss.
     """
     outputs = work.together(lambda: _first_outputs(work))  # what fails on one process is an error of all
-    if one_tensor(outputs):
+    matter = len(work.that_matter(outputs))
+    if matter == 1 or (matter and not work.has_loss):
         return "outputs"
     if not work.has_loss:
-        raise CannotMeasure(
-            f"the forward returns a {type(outputs).__name__} and no single tensor, and there is no loss; give loss="
-        )
+        raise CannotMeasure("the forward returns no tensor of real numbers, and there is no loss; give loss=")
     return quiet_kind(work.loss)
 
 

@@ -65,7 +65,7 @@ def prune(
         loss: the loss (:mod:`secateur._internal.losses`), for what needs it, with labels; not needed where batches
             have labels for the model's own.
         criterion: which channels matter least: a name or settings, see :func:`secateur.score`; ``"auto"`` is
-            ``"schur"`` with data: by how far the outputs move where the forward returns one tensor, else by the loss.
+            ``"schur"`` with data: by how far the outputs move where one tensor of them matters, or there is no loss.
             Where it cannot judge enough channels for the budget, or there is neither, ``"taylor"`` or ``"magnitude"``
             is taken, which is told. Without data it is ``"magnitude"``.
         strategy: how many every group keeps, see :func:`secateur.allocate`; ``"auto"`` is ``"global"`` where the
@@ -93,7 +93,7 @@ def prune(
     if not isinstance(budget, Budget):
         raise SecateurError(f"prune(budget={budget!r}): a Budget is expected, for instance Budget(macs=0.5)")
     first = example_inputs[0] if isinstance(example_inputs, list) and example_inputs else example_inputs
-    work = Workload(model, data, loss, inputs=first, batches=batches, group=group, progress=progress)
+    work = Workload(model, data, loss, inputs=first, batches=batches, group=group, progress=progress, outputs=outputs)
     if loss is not None:
         _ = work.loss  # what is none is told, whether or not it is needed
     ones = auto.criteria(criterion, work)

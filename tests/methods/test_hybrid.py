@@ -175,23 +175,24 @@ def test_excluded_and_frozen_layers_stay():
 
 
 class Named(nn.Module):
-    """A forward that returns a dict."""
+    """A forward that returns a dict without logits."""
 
     def __init__(self):
         super().__init__()
         self.body = network()
 
     def forward(self, x):
-        return {"logits": self.body(x)}
+        found = self.body(x)
+        return {"scores": found, "doubled": 2 * found}
 
 
 def test_without_a_single_output_the_loss_counts():
     def loss(outputs, targets):
-        return nn.functional.cross_entropy(outputs["logits"], targets)
+        return nn.functional.cross_entropy(outputs["scores"], targets)
 
     pairs = [(x, torch.arange(len(x)) % 4) for x in DATA]
-    with pytest.raises(sc.SecateurError, match="returns a dict"):
-        sc.hybrid(Named().eval(), X[:2], sc.Budget(params=0.5), data=pairs)
+    result = sc.hybrid(Named().eval(), X[:2], sc.Budget(params=0.5), data=pairs)
+    assert result.facts["chosen"]["method"]["fisher"] == "outputs"
     with pytest.warns(sc.SecateurWarning, match="empirical"):
         result = sc.hybrid(Named().eval(), X[:2], sc.Budget(params=0.5), data=pairs, loss=loss, fisher="sampled")
     assert result.after.params <= 0.5 * result.before.params

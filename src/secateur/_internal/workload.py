@@ -6,14 +6,14 @@ them on the model's device; what two seats both want is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from secateur._internal.batches import Batch, Inputs, demands_labels, read_batches
+from secateur._internal.batches import Batch, Inputs, demands_labels, read_batches, tensors_in
 from secateur._internal.checks import check_count
 from secateur._internal.distributed import Group, broadcast_json, rank, together, world_size
 from secateur._internal.errors import BadBatch, SecateurError, notice
@@ -51,6 +51,7 @@ class Workload:
         batches: no step uses more than so many batches of the data.
         group: the processes that work along; each has its own shard of the data.
         progress: whether to show what takes long.
+        outputs: which of what a forward returns matters.
 
     Attributes:
         forwards: batches that were run through the model so far.
@@ -62,9 +63,11 @@ class Workload:
     def __init__(
         self, model: nn.Module, data: Iterable[Any] | None = None, loss: Any = None, *, inputs: Inputs | None = None,
         batches: int | None = None, group: Group = None, progress: bool = False,
+        outputs: Callable[[Any], Any] | None = None,
     ) -> None:  # fmt: skip
         check_count("batches", batches, optional=True)
         self.model, self.inputs, self.most, self.group, self.progress = model, inputs, batches, group, progress
+        self.outputs = outputs
         self.device = device_of(model)
         self.data = _Kept(data) if isinstance(data, Iterator) else data
         self._loss = loss
@@ -132,6 +135,18 @@ class Workload:
     def tracked(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
         """The items of a long loop, with a bar where progress was asked for; on rank 0 alone."""
         return tracked(items, what, total, bool(self.progress and what and rank(self.group) == 0))
+
+    def that_matter(self, outputs: Any) -> list[Tensor]:
+        """The tensors of real numbers, of all that a forward has returned, that matter.
+
+        What the user says matters; else ``logits``, where there are some, or everything.
+        """
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+        if self.outputs is not None:
+            outputs = self.outputs(outputs)
+        elif isinstance(logits, Tensor):
+            outputs = logits
+        return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
 
     def loss_of(self, batch: Batch, run: Callable[[Any], Any] | None = None) -> Tensor:
         """The mean loss of a batch, with a gradient."""

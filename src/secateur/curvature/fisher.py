@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ class Fisher:
         kind: ``"sampled"``: targets are drawn from the model's own distribution (the true Fisher); ``"exact"``: the
             mean over all that could be drawn, a backward pass a class (cross-entropy) or output (mse);
             ``"empirical"``: the data's; ``"outputs"``: no loss and no targets, but half the squared distance by which
-            the outputs move, of which random projections of the outputs are differentiated.
+            the outputs move, of which random projections are differentiated; of several tensors each in units of its
+            root mean square over the batch.
         samples: how many targets are drawn for each example.
         batches: use at most so many batches.
         seed: for the drawn targets.
@@ -69,24 +70,24 @@ class Fisher:
         return Fisher("empirical", 1, self.batches, self.seed)
 
 
-def one_tensor(outputs: Any) -> bool:
-    """Whether a forward returned a single tensor of real numbers, of which it can be said how far it moves."""
-    return isinstance(outputs, Tensor) and outputs.is_floating_point()
-
-
-def projected(outputs: Any, generator: torch.Generator) -> Tensor:
+def projected(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """A random projection of the outputs: the mean of its squared gradients is ``J^T J``.
 
     Raises:
-        CannotMeasure: the forward returns something else than a single tensor.
+        CannotMeasure: there are no outputs.
     """
-    if not one_tensor(outputs):
+    if not outputs:
         raise CannotMeasure(
-            f"fisher='outputs': the forward returns a {type(outputs).__name__}, and a tensor of real numbers is "
-            "expected, to say how far it moves; give a loss, and another fisher="
+            "fisher='outputs': the forward returns no tensor of real numbers, to say how far it moves; give a loss and "
+            "another fisher="
         )
-    drawn = torch.randn(outputs.shape, generator=generator, device=outputs.device)
-    return (outputs * drawn.to(outputs.dtype)).sum()
+    total = outputs[0].new_zeros(())
+    for tensor in outputs:
+        drawn = torch.randn(tensor.shape, generator=generator, device=tensor.device).to(tensor.dtype)
+        if len(outputs) > 1:
+            drawn = drawn / tensor.detach().square().mean().sqrt().clamp(min=1e-12)
+        total = total + (tensor * drawn).sum()
+    return total
 
 
 def _check_outputs(outputs: Any, batch: Batch) -> None:
@@ -97,7 +98,7 @@ def _check_outputs(outputs: Any, batch: Batch) -> None:
 def draws(loss: Loss | None, outputs: Any, batch: Batch, generator: torch.Generator, how: Fisher) -> Iterator[Tensor]:
     """The losses of one batch whose squared gradients add up to ``how.samples`` times the Fisher.
 
-    ``"outputs"`` needs no loss.
+    ``"outputs"`` needs no loss, and gets the tensors that matter.
     """
     if how.kind == "outputs":
         _check_outputs(outputs, batch)

@@ -105,6 +105,7 @@ def watch(
             for batch in work.batches(how.batches, what):
                 with uses, torch.enable_grad():
                     outputs = outputs_of(lambda inputs: call_model(model, inputs), batch, loss)
+                    outputs = outputs if loss is not None else work.that_matter(outputs)
                 _back_and_forth(loss, outputs, batch, generator, how, on_draw)
                 del outputs  # its activations are gone before those of the next batch come
                 seen.examples += batch.examples

@@ -83,7 +83,7 @@ def hybrid(
         model: the model; it is left untouched.
         example_inputs: as for :func:`secateur.trace`; MACs refer to their shapes.
         budget: what may remain, in MACs, parameters or both.
-        data: batches (:mod:`secateur._internal.batches`); inputs alone will do where the forward returns one tensor.
+        data: batches (:mod:`secateur._internal.batches`); inputs alone will do.
         loss: the loss (:mod:`secateur._internal.losses`), where it does not.
         settings: of the method; or their fields as keyword arguments.
         group: the processes that work along; ``None`` for all there are.
@@ -112,8 +112,8 @@ class Hybrid:
     """Channels go and layers become bottlenecks, within one budget.
 
     Attributes:
-        fisher: one of :data:`secateur.curvature.fisher.FISHERS`; ``"auto"``: by how far the outputs move where the
-            forward returns one tensor, else by the loss.
+        fisher: one of :data:`secateur.curvature.fisher.FISHERS`; ``"auto"``: by how far the outputs move, where
+            one tensor of them matters or there is no loss, else by the loss.
         samples: draws of targets for each example.
         batches: use at most so many; ``None`` for all of them.
         seed: for the drawn targets.
