@@ -31,9 +31,12 @@ from secateur.curvature.layers import (
     layers_of,
     measurable,
     output_products,
+    reads_by,
     wide,
 )
 from secateur.curvature.passes import NO_GRADIENT, NOT_REACHED, watch
+from secateur.curvature.projections import InProjection
+from secateur.tracing.attentions import IN_PROJECTION
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,10 @@ class Factors:
             SecateurError: the model has no such layer, or one of another shape.
         """
         module = dict(model.named_modules()).get(self.layer.name)
-        if module is None or not measurable(module) or module.weight.shape != self.layer.module.weight.shape:
+        if module is None and isinstance(self.layer.module, InProjection):
+            module = InProjection(model.get_submodule(self.layer.name.removesuffix(f".{IN_PROJECTION}")))
+        shape = None if module is None or reads_by(module) is None else module.weight.shape
+        if shape != self.layer.module.weight.shape:
             raise SecateurError(f"the factors of {self.layer.name!r} are those of another model")
         return replace(self, layer=replace(self.layer, module=module))
 

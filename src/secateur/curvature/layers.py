@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from secateur._internal.errors import SecateurError
 from secateur.curvature.projections import InProjection
+from secateur.tracing.attentions import IN_PROJECTION
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -393,11 +394,19 @@ def why_not(model: nn.Module, parameter: str, skipped: Mapping[str, str]) -> tup
     Returns:
         The path of the module that holds it, and the reason.
     """
-    path = parameter.rpartition(".")[0].partition(".parametrizations.")[0]
+    path = module_of(parameter).partition(".parametrizations.")[0]
+    if path in skipped:
+        return path, skipped[path]
     module = model.get_submodule(path)
     computed = isinstance(module, MEASURED) and not measurable(module)
     why = COMPUTED if computed else "it is no linear or convolution whose rows are channels"
     return path, skipped.get(path, why)
+
+
+def module_of(parameter: str) -> str:
+    """The path of the module that computes with a parameter; see :func:`secateur.curvature.projections.projections`."""
+    path, _, tensor = parameter.rpartition(".")
+    return f"{path}.{IN_PROJECTION}".lstrip(".") if tensor == f"{IN_PROJECTION}_weight" else path
 
 
 CHECKED = 64

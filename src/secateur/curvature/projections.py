@@ -16,7 +16,7 @@ from secateur.tracing.attentions import IN_PROJECTION, HeadAttention, attentions
 
 
 class InProjection(nn.Linear):
-    """Queries, keys and values of one input, by the attention's own ``in_proj_weight`` and ``in_proj_bias``."""
+    """Queries, keys and values of an input, by the attention's own ``in_proj_weight`` and ``in_proj_bias``."""
 
     def __init__(self, attention: Any) -> None:
         nn.Module.__init__(self)
@@ -26,9 +26,10 @@ class InProjection(nn.Linear):
 
 @contextmanager
 def projections(model: nn.Module) -> Iterator[None]:
-    """Let attention run ``out_proj``, and ``in_proj`` where queries, keys and values are of one input, as modules.
+    """Let attention run ``out_proj`` and, where queries, keys and values are of one width, ``in_proj`` as modules.
 
-    The attention's parameters keep their names; after this everything is as it was.
+    What is no query, key and value at once goes through all of ``in_proj``, for each of its parts that it is. The
+    attention's parameters keep their names; after this everything is as it was. Hooks on ``out_proj`` run meanwhile.
     """
     opened: list[Any] = []
     kinds = [(part, type(part)) for part in map(model.get_submodule, attentions_of(model))]

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import nn
 
-from secateur.curvature.layers import reads_by
-from secateur.tracing.attentions import IN_PROJECTION
+from secateur.curvature.layers import module_of, reads_by
 from secateur.tracing.graph import Axis, ChannelGraph, ChannelGroup
 
 POSITIONS = 512
@@ -24,9 +23,8 @@ def readers(model: nn.Module, graph: ChannelGraph) -> tuple[dict[str, dict[str, 
 
 
 def layer_of(axis: Axis) -> str:
-    """The module that computes with a weight; see :func:`secateur.curvature.projections.projections`."""
-    path, _, tensor = axis.name.rpartition(".")
-    return path + (f".{IN_PROJECTION}" if path else IN_PROJECTION) if tensor == f"{IN_PROJECTION}_weight" else path
+    """The module that computes with a weight."""
+    return module_of(axis.name)
 
 
 def readers_of(group: ChannelGroup, layers: Mapping[str, int]) -> dict[str, np.ndarray]:

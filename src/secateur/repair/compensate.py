@@ -21,7 +21,7 @@ from secateur._internal.checks import check_choice, check_count, check_nonnegati
 from secateur._internal.workload import Needs, Workload
 from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import Curvature, factors_of
-from secateur.curvature.layers import why_not
+from secateur.curvature.layers import Layer, reads_by, why_not
 from secateur.curvature.obs_update import obs_update_columns, obs_update_rows
 from secateur.plan import Plan
 from secateur.repair.contract import LEFT_WHOLE, REPAIRS, Facts, copy_remaining
@@ -54,21 +54,23 @@ def compensated_weights(
     check_choice("at", at, SIDES)
     dim, obs_update = SIDES[at]
     found: dict[str, Tensor] = {}
-    for name, factors in curvature.items():
-        prefix = f"{name}." if name else ""
-        removed = plan.slices.get(f"{prefix}weight", {}).get(dim, [])
+    for factors in curvature.values():
+        weight_name, axis = factors.layer.parameter("weight"), dim ^ int(factors.layer.transposed)
+        removed = plan.slices.get(weight_name, {}).get(axis, [])
         if not removed:
             continue
         layer = factors.of(model).layer
-        gone = torch.zeros(layer.module.weight.shape[dim], dtype=torch.bool)
+        gone = torch.zeros(layer.module.weight.shape[axis], dtype=torch.bool)
         gone[removed] = True
         before = layer.table().double()
         weight, bias = layer.weights(before + obs_update(factors, -before, gone, damping))
         gone = gone.to(weight.device)
         old = layer.module.weight.detach()
-        found[f"{prefix}weight"] = torch.where(along(gone, dim, weight), old.to(weight), weight)
+        found[weight_name] = torch.where(along(gone, axis, weight), old.to(weight), weight)
         if bias is not None:
-            found[f"{prefix}bias"] = torch.where(gone, layer.module.bias.detach().to(bias), bias) if dim == 0 else bias
+            found[layer.parameter("bias")] = (
+                torch.where(gone, layer.module.bias.detach().to(bias), bias) if dim == 0 else bias
+            )
     return found
 
 
@@ -117,7 +119,9 @@ class Compensate:
             curvature = factors_of(work, how, form="full", positions=self.positions)
         new = compensated_weights(original, plan, curvature, at=self.at, damping=self.damping)
         copy_remaining(new, small, plan)
-        dim, many = SIDES[self.at][0], {name for name, p in original.named_parameters() if p.ndim > 1}
-        due = [name for name, dims in plan.slices.items() if dim in dims and name in many and name not in new]
+        axes = {name: SIDES[self.at][0] for name, p in original.named_parameters() if p.ndim > 1}
+        layers = [Layer(path, m) for path, m in original.named_modules() if reads_by(m) is not None]
+        axes |= {layer.parameter("weight"): SIDES[self.at][0] ^ int(layer.transposed) for layer in layers}
+        due = [name for name, dims in plan.slices.items() if axes.get(name) in dims and name not in new]
         left = dict(sorted(why_not(original, name, curvature.skipped) for name in due))
         return {"compensated": sorted({name.rpartition(".")[0] for name in new}), LEFT_WHOLE: left}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from secateur._internal.batches import Batch, Inputs, call_model, tensors_in
+from secateur._internal.batches import Batch, Inputs, call_without_cache, copied, tensors_in
 from secateur._internal.distributed import all_gather, rank
 from secateur._internal.errors import BadBatch
 from secateur._internal.losses import outputs_of
@@ -65,6 +65,21 @@ class Examples:
                 some = [*some, part]
             found.append(Examples(some, sum(p.count for p in some), self.total))
         return found
+
+    def halve(self, part: Part) -> bool:
+        """Let a part be two; False if it cannot be."""
+        count, half = part.count, part.count // 2
+        if count < 2 or any(len(t) != count for t in tensors_in(part.inputs) if t.ndim):
+            return False
+
+        def some(begin: int, end: int) -> Part:
+            inputs = tree_map(lambda v: v[begin:end] if isinstance(v, Tensor) and v.ndim else v, part.inputs)
+            return replace(part, first=part.first + begin, count=end - begin, inputs=inputs)
+
+        both = [some(0, half), some(half, count)]
+        parts = [new for old in self.parts for new in (both if old is part else [old])]
+        self.parts = [replace(new, number=number) for number, new in enumerate(parts)]
+        return True
 
     def take(self) -> Part:
         """All parts as one, which have no inputs from then on."""
@@ -156,6 +171,16 @@ def _split(batch: Batch, most: int, part: int) -> Iterator[tuple[int, Inputs, in
         yield batch.number, tree_map(some, batch.inputs), end - begin
 
 
-def forward_part(model: nn.Module, part: Part) -> None:
-    """Run one part."""
-    outputs_of(partial(call_model, model), Batch(part.batch, part.inputs))
+def forward_part(model: nn.Module, part: Part) -> Any:
+    """Run one part, without a cache of keys and values for which nobody has asked."""
+    return outputs_of(partial(call_without_cache, model), Batch(part.batch, part.inputs))
+
+
+def few_of(part: Part, most: int) -> Part:
+    """A part's first examples, in tensors of their own; all of them where the inputs do not say which they are."""
+    alike = all(len(t) == part.count for t in tensors_in(part.inputs) if t.ndim)
+    count = min(part.count, most) if alike else part.count
+    inputs = tree_map(
+        lambda v: v[:count].clone() if isinstance(v, Tensor) and v.ndim and alike else v, copied(part.inputs)
+    )
+    return replace(part, count=count, inputs=inputs)

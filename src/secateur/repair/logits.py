@@ -7,32 +7,38 @@ of ``r`` numbers, with second moments ``C``, those nearest (the singular value d
 
     min E |q k^T - q A B^T k^T|^2        A B^T = C_q^-1/2 [C_q^1/2 C_k^1/2]_r C_k^-1/2
 
-``[.]_r`` keeps the ``r`` largest singular values. The layers are then fitted to give ``q A`` and ``k B``.
+``[.]_r`` keeps the ``r`` largest singular values. The layers are then fitted to give ``q A`` and ``k B``, if that is
+nearer than what the numbers that are left give as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur._internal.batches import call_model, copied, tensors_in
-from secateur._internal.distributed import all_reduce_
+from secateur._internal.batches import copied, tensors_in
+from secateur._internal.distributed import all_reduce_, broadcast_
 from secateur._internal.state import preserved
 from secateur._internal.workload import Workload
 from secateur.plan import Plan
-from secateur.repair.examples import Part
+from secateur.repair.examples import Part, few_of, forward_part
 from secateur.repair.pairs import Pair, Scale
 from secateur.tracing.graph import ChannelGroup
 
-DAMPING = 1e-6
+DAMPING = 1e-12
 """In units of a moment's mean eigenvalue."""
-SAME = 1e-3
-"""Outputs that differ by no more than this, in units of their norm, are the same."""
+NOTICED, SAME = 1e-4, 1e-2
+"""Outputs notice what changes them by so much of their norm; what changes them by so much of that leaves them alike."""
+TRIED = 16
+"""With so many examples of every shape it is tried whether products are all that counts."""
+NEARER = 0.9
+"""What is left is turned where that leaves no more than this of what is missing otherwise."""
 
 
 def turns(
@@ -65,14 +71,19 @@ def turns(
         both = _written_by_two(group, plain)
         if both is None or any(pair.name in found for pair, _ in both):
             continue
-        same = work.together(lambda both=both: _is_summed_over(model, both, parts[:1]))  # type: ignore[misc]
-        proven = torch.tensor(int(same), device=work.device)
-        if int(all_reduce_(proven, work.group)) < work.processes:
+        seen = work.together(lambda both=both: _seen_of_products(model, both, parts))  # type: ignore[misc]
+        counted = all_reduce_(torch.tensor(seen, device=work.device), work.group).tolist()
+        if counted[0] or not counted[1]:
             continue
         q, k = (_moments(pair, at, outputs.get(pair.name, {}), work) for pair, at in both)
         left = [i for i in range(len(group)) if i not in set(gone)]
-        for (pair, at), matrices in zip(both, _nearest(q, k, len(left)), strict=True):
-            found[pair.name] = _turn(len(pair.one.table()[0]), at, left, matrices, plan, pair)
+        matrices = _nearest(q, k, len(left))
+        if not work.agree(_is_nearer(q, k, *matrices, left)):
+            continue
+        for (pair, at), own in zip(both, matrices, strict=True):
+            found[pair.name] = _turn(
+                len(pair.one.table()[0]), at, left, broadcast_(own.contiguous(), work.group), plan, pair
+            )
     return found
 
 
@@ -95,21 +106,40 @@ def _written_by_two(group: ChannelGroup, plain: Mapping[str, Pair]) -> list[tupl
     return found if more % fewer == 0 else None
 
 
-def _is_summed_over(model: nn.Module, both: Sequence[tuple[Pair, np.ndarray]], parts: Sequence[Part]) -> bool:
-    """Whether products of both are all that the model makes of these channels."""
+def _seen_of_products(model: nn.Module, both: Sequence[tuple[Pair, np.ndarray]], parts: Sequence[Part]) -> list[int]:
+    """On how many parts it is seen that more than products of both counts, and on how many that these do."""
     generator = torch.Generator().manual_seed(0)
     channels, heads = len(both[0][1]), min(at.shape[1] for _, at in both)
     basis = torch.linalg.qr(torch.randn(heads, channels, channels, generator=generator, dtype=torch.float64))[0]
     sizes = torch.empty(heads, 1, channels, dtype=torch.float64).uniform_(0.7, 1.4, generator=generator)
+    of_shape = {str([list(t.shape[1:]) for t in tensors_in(part.inputs)]): part for part in reversed(parts)}
+    more = counts = 0
     with preserved(model, fast_path=False):
-        for part in parts:
-            before = tensors_in(call_model(model, copied(part.inputs)))
-            with _multiplied(both[0], basis * sizes), _multiplied(both[1], basis / sizes):
-                after = tensors_in(call_model(model, copied(part.inputs)))
-            for one, other in zip(before, after, strict=True):
-                if one.is_floating_point() and not float((one - other).norm()) <= SAME * float(one.norm()):
-                    return False
-    return True
+        for part in of_shape.values():
+            few = few_of(part, TRIED)
+            before = _outputs(model, few)
+            with _multiplied(both[0], basis * sizes):
+                one = _distance(_outputs(model, few), before)
+                with _multiplied(both[1], basis / sizes):
+                    products = _distance(_outputs(model, few), before)
+            counts += one > NOTICED
+            more += products > SAME * max(one, NOTICED)
+    return [more, counts]
+
+
+def _outputs(model: nn.Module, part: Part) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors_in(forward_part(model, replace(part, inputs=copied(part.inputs))))]
+
+
+def _distance(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """How far outputs are from others, in units of their norms; whole numbers must be the same."""
+    found = [0.0]
+    for one, other in zip(some, others, strict=True):
+        if one.is_floating_point():
+            found.append(float((one - other).double().norm() / other.double().norm().clamp(min=1e-300)))
+        else:
+            found.append(float(not torch.equal(one, other)))
+    return max(found)
 
 
 @contextmanager
@@ -160,6 +190,22 @@ def _nearest(q: Tensor, k: Tensor, left: int) -> tuple[Tensor, Tensor]:
     some = s[:, None, :left].sqrt()
     a, b = backs[0] @ (u[..., :left] * some), backs[1] @ (vh.mT[..., :left] * some)
     return a.repeat_interleave(len(q) // fewer, 0), b.repeat_interleave(len(k) // fewer, 0)
+
+
+def _is_nearer(q: Tensor, k: Tensor, a: Tensor, b: Tensor, left: Sequence[int]) -> bool:
+    """Whether products of what is turned are nearer than those of the numbers that are left as they are."""
+    heads = max(len(q), len(k))
+    q, k, a, b = (t.repeat_interleave(heads // len(t), 0) for t in (q, k, a, b))
+    whole = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
+    plain = whole.clone()
+    plain[left, left] = 0
+
+    def missing(difference: Tensor) -> float:
+        return float(torch.einsum("hij,hik,hkl,hjl->", difference, q, difference, k))
+
+    without = missing(plain.expand_as(q))
+    rounding = 1e-10 * missing(whole.expand_as(q))
+    return without > rounding and missing(whole - a @ b.mT) < NEARER * without
 
 
 def _turn(rows: int, at: np.ndarray, left: Sequence[int], matrices: Tensor, plan: Plan, pair: Pair) -> Tensor:

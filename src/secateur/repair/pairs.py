@@ -35,7 +35,10 @@ from secateur.plan import Plan
 from secateur.surgery.blocks.pattern import Pattern
 from secateur.surgery.blocks.pivots import remembered
 from secateur.surgery.low_rank.bottleneck import Bottleneck, three
+from secateur.tracing.attentions import attentions_of
 from secateur.tracing.norms import norms_of
+
+SHARED = "its weight or bias is used at several places"
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +162,7 @@ class Pair:
         self.layer.module.weight.copy_(self.layer.weights(table[..., :columns].unsqueeze(2))[0])
         for number, bias in enumerate(self.biases):
             bias.copy_(table[..., columns + number].flatten())
+        torch.clear_autocast_cache()  # which holds copies of what they were
 
     def inputs(self, use: int, samples: Tensor) -> Tensor:
         """Samples [groups, samples, columns] of the inputs at a use, with a 1 in the column of its bias."""
@@ -204,7 +208,7 @@ def pairs_of(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Pair]
     for name, layer in ones.items():
         module, alike = layer.module, sharers[id(layer.module.weight)]
         if not _alone(alike, uses):
-            left[name] = "its weight or bias is used at several places"
+            left[name] = SHARED
             continue
         if layer is not alike[0]:
             continue
@@ -221,13 +225,9 @@ def pairs_of(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Pair]
             left |= dict.fromkeys([of.name for of in alike], "it shares its weight and is, or becomes, a bottleneck")
             continue
         if isinstance(other, Bottleneck):
-            _, core, last = three(other)
-            if measurable(core) and measurable(last) and _layer("", core).groups == 1 == layer.groups:
-                behind = None if last is core else last
-                pairs.append(Pair([layer], [_layer(f"{path}.1", core)], behind, of_bottleneck=True))
-                if last is not core:
-                    pairs.append(Pair([layer], [_layer(f"{path}.2", last)], of_bottleneck=True))
-            else:
+            parts_of = _parts(path, layer, other, patterns)
+            pairs += parts_of
+            if not parts_of:
                 left[path] = "the core of its bottleneck is no plain layer"
             continue
         if other is None and turned(module):  # cut, it does not look like that any more
@@ -240,7 +240,21 @@ def pairs_of(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Pair]
         else:
             layers = [_layer(of.name, others[of.name]) for of in alike]
             pairs.append(Pair(alike, layers, blocks=patterns.get(name)))
-    return [*pairs, *_scales(model, small, uses)], left
+    scales, others_left = _scales(model, small, uses)
+    for path in attentions_of(model):
+        if model.get_submodule(path)._parameters.get("in_proj_weight") is None:
+            left[path] = "its queries, keys and values are of several widths, each with a projection of its own"
+    return [*pairs, *scales], left | others_left
+
+
+def _parts(path: str, one: Layer, bottleneck: Bottleneck, patterns: Mapping[str, Pattern]) -> list[Pair]:
+    """The core of a bottleneck, and its last rotation if it has one; none if the core is no plain layer."""
+    _, core, last = three(bottleneck)
+    if not (measurable(core) and measurable(last) and _layer("", core).groups == 1 == one.groups):
+        return []
+    behind = None if last is core else last
+    names = [(f"{path}.1", core, behind)] + ([] if behind is None else [(f"{path}.2", last, None)])
+    return [Pair([one], [_layer(name, m)], after, True, patterns.get(name)) for name, m, after in names]
 
 
 def _patterns(small: nn.Module) -> dict[str, Pattern]:
@@ -251,16 +265,20 @@ def _patterns(small: nn.Module) -> dict[str, Pattern]:
         return {}
 
 
-def _scales(model: nn.Module, small: nn.Module, uses: Mapping[int, int]) -> list[Pair]:
-    """The norms over channels, whose weights share nothing."""
+def _scales(model: nn.Module, small: nn.Module, uses: Mapping[int, int]) -> tuple[list[Pair], dict[str, str]]:
+    """The norms over channels; and why others stay as they are."""
     whole, cut = norms_of(model), norms_of(small)
-    found = []
-    for name in [name for name in whole if name in cut]:
+    found, left = [], {}
+    for name, norm in whole.items():
         one, other = model.get_submodule(name), small.get_submodule(name)
-        if all(uses[id(p)] == 1 for p in one.parameters()):
-            layers = Scale(name, one, "full", False, whole[name]), Scale(name, other, "full", False, cut[name])
+        if any(uses[id(p)] > 1 for p in one.parameters()):
+            left[name] = SHARED
+        elif name not in cut:
+            left[name] = "what is left of it is no norm that is known"
+        else:
+            layers = Scale(name, one, "full", False, norm), Scale(name, other, "full", False, cut[name])
             found.append(Pair([layers[0]], [layers[1]]))
-    return found
+    return found, left
 
 
 def check_models(model: nn.Module, small: nn.Module) -> None:

@@ -161,7 +161,7 @@ def _refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, w
         work.together(lambda: original.watch(model))
         order, several, kept = original.order_of_all(work)
         together = settings.together or _at_a_time(original, work)
-        doable = [pair for pair in pairs if pair.name in order]
+        doable = [pair for pair in pairs if pair.name in order and pair.name not in several]
         turned = turns(model, plan, doable, original.outputs, examples.parts, work)
         jobs: dict[str, list[_Job]] = defaultdict(list)
         for pair in pairs:
@@ -305,10 +305,11 @@ def _done_if_nearer(small: nn.Module, job: _Job, chunks: list[Examples], work: W
         return why
     work.together(lambda: _ways_to(small, job, chunks))
     now = job.task.distance()
-    if now is not None and now <= max(distance, ROUNDING):
+    if work.agree(now is not None and now <= max(distance, ROUNDING)):
         return None
     for p, was in zip(parameters, before, strict=True):
         p.copy_(was)
+    torch.clear_autocast_cache()  # which holds copies of what they were
     return "it gets its own outputs, and fitted to what it got it comes no closer"
 
 
@@ -396,8 +397,8 @@ class _Fit:
     def look(self, use: int, x: Tensor, examples: Examples) -> None:
         """Take what it gets from these examples."""
         name, layer = self.pair.name, self.pair.layers[use]
-        x = _by_example(layer, x, examples.own)
         before = sum((part, of) == (examples.parts[0].number, use) for part, of, _ in self.samples)
+        x = x.transpose(0, 1) if (name, use, before) in self.original.turned else x
         for part, some in examples.split(x):
             choice = examples.choice(part, self.original.many[name])
             samples = inputs_at(layer, some, choice)
@@ -412,7 +413,8 @@ class _Fit:
         found = self._inputs_and_targets()
         self.samples, self.elsewhere = {}, False
         if found is None:
-            return "the forward takes it to other positions than in the original"
+            turned = "" if self.turn is None else "; it is turned to the nearest products, and not fitted"
+            return f"the forward takes it to other positions than in the original{turned}"
         (x, y), table, pair = found, self.pair.table(), self.pair
         if pair.blocks is None:
             step = least_squares(x, y, table, self.damping, pair.layer.name)
@@ -447,8 +449,8 @@ class _Fit:
             return None
         missing = self.plan.slices.get(pair.one.parameter("weight"), {}).get(int(pair.layer.transposed), [])
         none = F.pad(wide(pair.layer.table()[:, :0, 0]), (0, len(pair.biases)))
-        x = _gathered([self.samples[run] for run in runs], none, work)
-        y = _gathered([outputs[run] for run in runs], wide(pair.one.table()[:, :, 0, :0].mT), work)
+        x = _gathered(_by_examples(self.samples), none, work)
+        y = _gathered(_by_examples(outputs), wide(pair.one.table()[:, :, 0, :0].mT), work)
         if self.turn is not None:
             return x, y.double() @ self.turn
         y = _without(y.transpose(1, 2).flatten(0, 1), missing).unflatten(0, (pair.layer.groups, -1)).transpose(1, 2)
@@ -463,6 +465,21 @@ class _Fit:
             table = torch.cat([table, one.module.bias[:, None]], 1)
         assert self.turn is not None
         return (self.turn.mT @ table.double())[None]
+
+
+def _by_examples(samples: Mapping[Run, Tensor]) -> list[Tensor]:
+    """Samples [groups, samples, width] in the order of their examples, and not of the runs that an example sees.
+
+    So the last ones, which are held out, are of other examples than those before them.
+    """
+    runs: dict[int, list[Tensor]] = defaultdict(list)
+    for run in sorted(samples):
+        runs[run[0]].append(samples[run])
+    found: list[Tensor] = []
+    for of in runs.values():
+        slices = [x.tensor_split(2 * HELD_OUT if len(of) > 1 else 1, 1) for x in of]
+        found += [x for some in zip(*slices, strict=True) for x in some]
+    return found
 
 
 def _gathered(parts: list[Tensor], none: Tensor, work: Workload) -> Tensor:
@@ -495,17 +512,21 @@ class _Follow:
         """Take what it gets."""
         self.moments += [_moments(part) for part in x.split(PART)]
 
-    def take(self) -> None:
-        """Let its statistics follow."""
+    def take(self) -> str | None:
+        """Let its statistics follow; if they stay, why."""
         missing = self.plan.slices.get(tensor_of(self.name, "running_mean"), {}).get(0, [])
         channels = len(self.norm.running_mean)
         then = _without(
             _combined(self.original.moments[self.name].values(), channels + len(missing), self.work), missing
         )
         now = _combined(self.moments, channels, self.work)
+        if not now[:, 0].any():
+            return "the smaller model's forward does not reach it"
         self.norm.running_mean += now[:, 1] - then[:, 1]
-        self.norm.running_var *= (now[:, 2] / then[:, 2].clamp(min=1e-12)).clamp(max=1e6)
+        varied = then[:, 2] > 1e-12  # what is constant in the original tells nothing
+        self.norm.running_var *= torch.where(varied, now[:, 2] / then[:, 2].clamp(min=1e-12), 1.0).clamp(max=1e6)
         self.moments = []
+        return None
 
     def distance(self) -> None:
         """It is not fitted to what it should compute."""
@@ -529,8 +550,9 @@ def _combined(parts: Iterable[Tensor], channels: int, work: Workload) -> Tensor:
     own = torch.cat([none, *(part[None] for part in parts)])
     count, mean, variance = torch.cat(all_gather(own, work.group)).unbind(2)
     total = count.sum(0)
-    middle = (count * mean).sum(0) / total
-    return torch.stack([total, middle, (count * (variance + (mean - middle).square())).sum(0) / total], 1)
+    most = total.clamp(min=1)
+    middle = (count * mean).sum(0) / most
+    return torch.stack([total, middle, (count * (variance + (mean - middle).square())).sum(0) / most], 1)
 
 
 def least_squares(x: Tensor, y: Tensor, table: Tensor, damping: float, name: str = "a layer") -> Tensor:
@@ -609,6 +631,7 @@ class _Original:
         moments: of the inputs of batch norms.
         calls: how often a layer or norm runs in a forward, at most.
         strange: layers that do not compute their weight times their input.
+        turned: layers, uses and runs whose inputs have the examples as their second dim, not their first.
         order: layers and norms in the order in which they run.
         largest: bytes of the inputs and outputs of a layer for an example, at most.
     """
@@ -622,6 +645,7 @@ class _Original:
     moments: dict[str, dict[Run, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     calls: Counter[str] = field(default_factory=Counter)
     strange: set[str] = field(default_factory=set)
+    turned: set[tuple[str, int, int]] = field(default_factory=set)
     order: list[str] = field(default_factory=list)
     largest: float = 0.0
 
@@ -637,12 +661,22 @@ class _Original:
     def watch(self, model: nn.Module) -> None:
         """Run the model."""
         with preserved(model, fast_path=False):
-            first, rest = self.examples.parts[:1], self.examples.parts[1:]
-            self._see(model, first)
-            several = [name for name, calls in self.calls.items() if calls > 1 and name in self.layers]
-            for name in several:  # so that all its runs together are looked at as often as one would be
-                self.many[name] = -(-self.many[name] // self.calls[name])
-            self._see(model, [*first, *rest] if several else rest)
+            many = dict(self.many)
+            while True:
+                try:
+                    return self._see_all(model)
+                except _Unclear:
+                    self.many.update(many)
+                    for found in (self.outputs, self.places, self.moments, self.calls, self.order, self.turned):
+                        found.clear()
+
+    def _see_all(self, model: nn.Module) -> None:
+        first, rest = self.examples.parts[:1], self.examples.parts[1:]
+        self._see(model, first)
+        several = [name for name, calls in self.calls.items() if calls > 1 and name in self.layers]
+        for name in several:  # so that all its runs together are looked at as often as one would be
+            self.many[name] = -(-self.many[name] // self.calls[name])
+        self._see(model, [*first, *rest] if several else rest)
 
     def _see(self, model: nn.Module, parts: Iterable[Part]) -> None:
         for part in parts:
@@ -670,7 +704,11 @@ class _Original:
             if name in self.strange or not computes(layer, x, y):
                 self.strange.add(name)
                 return
-            x, y = _by_example(layer, x, part.count), _by_example(layer, y, part.count)
+            if _examples_dim(layer, x, part.count) is None and self.examples.halve(part):
+                raise _Unclear
+            if _examples_dim(layer, x, part.count) == 1:
+                x, y = x.transpose(0, 1), y.transpose(0, 1)
+                self.turned.add((name, *run[1:]))
             self.largest = max(self.largest, (x.nbytes + y.nbytes) / max(p.count for p in self.examples.parts))
             self.places[name][run] = _places(layer, x)
             self.outputs[name][run] = outputs_at(layer, y, self.examples.choice(part, self.many[name]))
@@ -725,11 +763,17 @@ def _without(tensor: Tensor, positions: Iterable[int]) -> Tensor:
     return tensor[stay]
 
 
-def _by_example(layer: Layer, x: Tensor, count: int) -> Tensor:
-    """Inputs or outputs of a layer with the examples first, so that the last samples are of other examples."""
-    if not layer.kernel and x.ndim > 2 and x.shape[0] != count and x.shape[1] == count:
-        return x.transpose(0, 1)
-    return x
+def _examples_dim(layer: Layer, x: Tensor, count: int) -> int | None:
+    """Which dim of a layer's inputs the examples are, 0 or 1; None where it could be either."""
+    if layer.kernel or x.ndim < 3 or x.shape[1] != count or (isinstance(layer, Scale) and layer.norm.dim == 1):
+        return 0
+    if x.shape[0] != count:
+        return 1
+    return 0 if count == 1 else None
+
+
+class _Unclear(BaseException):
+    """As many positions as examples, so that these could be either: the examples go in other parts."""
 
 
 def _places(layer: Layer, x: Tensor) -> torch.Size:

@@ -7,7 +7,7 @@ PyTorch's takes the size of a head for the input's width divided by the number o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -58,9 +58,9 @@ class HeadAttention(nn.MultiheadAttention):
             )
         batched, turn = query.dim() == 3, query.dim() == 3 and not self.batch_first
         if turn:
-            query, key, value = _turned(query, key, value)
+            query, key, value = _each(lambda t: t.transpose(0, 1), query, key, value)
         elif not batched:
-            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+            query, key, value = _each(lambda t: t.unsqueeze(0), query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
 
         q, k, v = self._projected(query, key, value)
@@ -83,10 +83,12 @@ class HeadAttention(nn.MultiheadAttention):
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Queries, keys and values, [examples, length, heads * size]."""
+        seen = self._modules.get(IN_PROJECTION)
+        if seen is not None:
+            whole = _each(seen, query, key, value)
+            return [part.chunk(3, -1)[which] for which, part in enumerate(whole)]
         if self._qkv_same_embed_dim and query is key and key is value:
-            seen = self._modules.get(IN_PROJECTION)
-            whole = F.linear(query, self.in_proj_weight, self.in_proj_bias) if seen is None else seen(query)
-            return list(whole.chunk(3, -1))
+            return list(F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
         if self._qkv_same_embed_dim:
             weights: Iterable[Any] = self.in_proj_weight.chunk(3)
         else:
@@ -112,10 +114,10 @@ class HeadAttention(nn.MultiheadAttention):
         return f"heads of {self.head_dim}"
 
 
-def _turned(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Examples first; what was one tensor stays one."""
-    turned = {id(t): t.transpose(0, 1) for t in (query, key, value)}
-    return turned[id(query)], turned[id(key)], turned[id(value)]
+def _each(do: Callable[[Tensor], Tensor], *tensors: Tensor) -> list[Tensor]:
+    """What is done to each tensor, once; what was one tensor stays one."""
+    done = {id(t): do(t) for t in {id(t): t for t in tensors}.values()}
+    return [done[id(t)] for t in tensors]
 
 
 def _mask(attention: Tensor | None, padding: Tensor | None, q: Tensor, sources: int) -> Tensor | None:
