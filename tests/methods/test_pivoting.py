@@ -293,3 +293,13 @@ def test_what_the_repair_cannot_do_is_told():
         sc.pivot(model, x[:2], 0.5, data=[x], repair=sc.Distill(steps=1))
     with pytest.raises(SecateurError, match="unknown repair 'refid'"):
         sc.pivot(model, x[:2], 0.5, data=[x], repair="refid")
+
+
+def test_the_blocks_of_bottlenecks_are_fitted_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).double()
+    x = torch.randn(80, 16, dtype=torch.float64)
+    low = sc.eigendamage(model, x[:2], sc.Budget(params=0.6), data=[(x, x[:, :4])], loss="mse").model
+    result = sc.pivot(low, x[:2], 0.5, data=[x])
+    error = [(m(x) - low(x)).norm() for m in (sc.pivot(low, x[:2], 0.5).model, result.model)]
+    assert error[1] < error[0]

@@ -95,3 +95,56 @@ def test_the_nearest_products_are_those_of_the_singular_values():
     u, s, vh = torch.linalg.svd(q @ k.mT, full_matrices=False)
     best = (u[:, :3] * s[:3]) @ vh[:3]
     torch.testing.assert_close((q @ a[0]) @ (k @ b[0]).mT, best, rtol=1e-4, atol=1e-4 * float(s[0]) / 100)
+
+
+class Gated(nn.Module):
+    """Attention with bent queries counts for little."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.enter, self.attention = attention[0], attention[1]
+
+    def forward(self, x):
+        x = self.enter(x)
+        return x + 0.01 * self.attention(x)
+
+
+class Chosen(nn.Module):
+    """The best of what attention with bent queries gives."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x), self.attention(x).argmax(-1)
+
+
+@pytest.mark.parametrize("kind", ["one token first", "counts for little", "whole numbers"])
+def test_products_are_not_taken_for_all_that_counts_where_nothing_could_show_it(kind):
+    model, x = attention(bent=True)
+    data = [x[:20, :1], x[20:]] if kind == "one token first" else [x]
+    if kind != "one token first":
+        model = (Gated if kind == "counts for little" else Chosen)(model).double().eval()
+    name = {"one token first": "1.q", "counts for little": "attention.q", "whole numbers": "attention.1.q"}[kind]
+    graph = sc.trace(model, x[:2], attention="sizes", outputs=(lambda y: y[0]) if kind == "whole numbers" else None)
+    plan = sc.make_plan(graph, {name: [0, 3]})
+    small, other = sc.cut(model, plan), sc.cut(model, plan)
+    sc.refit(model, small, plan, data)
+    sc.refit(model, other, dataclasses.replace(plan, graph=None), data)
+    for (name, found), expected in zip(small.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("uneven", [1.0, 100.0])
+def test_an_exact_cut_stays_exact(uneven):
+    model, x = attention()
+    with torch.no_grad():  # channel 3 of the queries is zero, and its key may be large
+        for head in range(2):
+            model[1].q.weight[8 * head + 3], model[1].q.bias[8 * head + 3] = 0, 0
+            model[1].q.weight[8 * head + 4] *= uneven
+            model[1].k.weight[8 * head + 3] *= uneven
+    plan = sc.make_plan(sc.trace(model, x[:2], attention="sizes"), {"1.q": [3]})
+    small = sc.cut(model, plan)
+    sc.refit(model, small, plan, [x])
+    assert distance(small, model, x) < 1e-10

@@ -24,7 +24,7 @@ from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import accuracy
 from secateur.plan import Plan
 from secateur.repair.examples import Examples, Part, _split
-from secateur.repair.refit import _done_if_nearer, _Job, least_squares, refitted
+from secateur.repair.refit import _by_examples, _done_if_nearer, _Job, least_squares, refitted
 from secateur.surgery.low_rank.bottleneck import bottlenecked, three
 from secateur.tracing.graph import fingerprint
 
@@ -348,6 +348,129 @@ def test_what_other_channels_can_say_is_restored_wholly_where_a_weight_is_shared
     torch.testing.assert_close(small(fresh), model(fresh), rtol=1e-6, atol=1e-6)
 
 
+class Beside(nn.Module):
+    """One layer on what is cut, and on what is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.t, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.t(self.a(x).tanh()).tanh(), self.t(self.b(x).tanh()).tanh()], 1))
+
+
+@pytest.mark.parametrize("count", [128, 200, 256])
+def test_other_examples_are_held_out_than_those_that_another_run_has_shown(count):
+    torch.manual_seed(0)
+    model, x = Beside().double(), torch.randn(count, 6, dtype=torch.float64)
+    plan = Plan({}, {}, fingerprint(model))
+    small = copy.deepcopy(model)
+    with torch.no_grad():
+        small.a.weight[2:5] = 0
+    before = small.t.weight.clone()
+    a = small.a.weight.clone()
+    keep = sc.refit(model, small, plan, [x], damping=1e6)  # with so much of it, the first layers hardly move
+    assert keep == {}
+    torch.testing.assert_close(small.a.weight, a, rtol=0, atol=1e-3)
+    sc.refit(model, small, plan, [x])
+    assert (small.t.weight - before).norm() > 0 or (small.a.weight - a).norm() > 0.1
+    ones = [torch.full((1, 16, 1), float(run)) for run in range(3)]
+    order = torch.cat(_by_examples({(0, 0, 0): ones[0], (0, 1, 0): ones[1], (1, 0, 0): ones[2]}), 1).flatten().tolist()
+    assert order == [0.0, 1.0] * 16 + [2.0] * 16
+
+
+class TokensFirst(nn.Module):
+    """Tokens first, examples second, as PyTorch's own attention has it unless it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.down(self.norm(self.up(x.transpose(0, 1))).relu()).transpose(0, 1)
+
+
+@pytest.mark.parametrize("size", [4, 12, 24])
+def test_as_many_tokens_as_examples_of_a_batch_make_no_difference(size):
+    torch.manual_seed(0)
+    model, x = TokensFirst().double(), torch.randn(48, 12, 5, dtype=torch.float64)
+    plan = removing(model, x[:2], "up", [1, 5])
+    whole, small = sc.cut(model, plan), sc.cut(model, plan)
+    sc.refit(model, whole, plan, [x])
+    assert sc.refit(model, small, plan, x.split(size)) == {}
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(value, small.state_dict()[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("width", [6, 8])
+def test_as_many_channels_as_examples_are_not_taken_for_them(width):
+    """Frames in the batch, a norm over their channels: neither of its widths, 8 and 6, is the examples' dim."""
+
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Conv2d(2, 8, 1), Around(8), nn.Conv2d(8, 3, 1)
+
+        def forward(self, x):
+            return self.last(self.norm(self.first(x.flatten(0, 1))).relu()).unflatten(0, x.shape[:2])
+
+    torch.manual_seed(0)
+    model, x = Frames().double(), torch.randn(width, 3, 2, 2, 2, dtype=torch.float64)
+    plan = removing(model, x[:2], "first", [1, 4])
+    assert sc.refit(model, sc.cut(model, plan), plan, [x]) == {}
+
+
+def test_norms_that_cannot_follow_are_told_and_what_is_constant_stays():
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last, self.skips = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2), False
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last((x if self.skips else self.norm(x)).relu())
+
+    torch.manual_seed(0)
+    model, x = Skips().double().eval(), torch.randn(60, 4, dtype=torch.float64)
+    with torch.no_grad():
+        model.first.weight[3] = 0
+    plan = removing(model, x[:2], "first", [1])
+    small = sc.cut(model, plan)
+    assert sc.refit(model, small, plan, [x]) == {}
+    assert small.norm.running_var[2] == 1
+    small = sc.cut(model, plan)
+    small.skips = True
+    assert sc.refit(model, small, plan, [x]) == {"norm": "the smaller model's forward does not reach it"}
+    assert small.norm.running_mean.isfinite().all()
+
+
+def test_norms_that_share_their_weight_are_told():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2)).double()
+    model[3].weight = model[1].weight
+    plan = Plan({}, {}, fingerprint(model))
+    why = "its weight or bias is used at several places"
+    assert sc.refit(model, copy.deepcopy(model), plan, examples(4)) == {"1": why, "3": why}
+
+
+def test_autocast_makes_no_difference_to_what_runs_several_times():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), *[nn.Tanh(), twice := nn.Linear(8, 8), nn.Tanh(), twice], nn.Linear(8, 2))
+    x = torch.randn(300, 4)
+    plan = Plan({}, {}, fingerprint(model))
+    found = []
+    for on in (False, True):
+        small = copy.deepcopy(model)
+        with torch.no_grad():
+            small[0].weight[:3] = 0
+            small[2].weight *= 0.7
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            sc.refit(model, small, plan, [x])
+        with torch.no_grad():
+            found.append(float((small(x) - model(x)).norm() / model(x).norm()))
+    assert abs(found[0] - found[1]) < 0.02
+
+
 def test_half_of_what_is_shared_is_told():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)).double()
@@ -417,6 +540,16 @@ def test_a_forward_that_demands_labels_gets_them():
     result = sc.prune(model, inputs, sc.Budget(params=0.7), data=data, repair=["refit", sc.Distill(steps=2)])
     assert result.after.params <= 0.7 * result.before.params
     assert not result.facts.get("left whole")
+
+    class Masking(Labelled):
+        def forward(self, x, labels):
+            labels[labels == 0] = -100
+            return super().forward(x, labels)
+
+    before = labels.clone()
+    masking = Masking().double()
+    sc.score(masking, sc.trace(masking, inputs), sc.CRITERIA.make("schur", {"fisher": "empirical"}), data=data)
+    assert torch.equal(labels, before)
 
 
 class Strange(nn.Module):

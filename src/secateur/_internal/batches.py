@@ -57,8 +57,8 @@ class Batch:
         return examples_of(self.inputs)
 
     def with_labels(self) -> Inputs:
-        """The inputs as the loader gave them, with the labels."""
-        return {**self.inputs, LABELS: self.targets} if self.labelled else self.inputs
+        """The inputs as the loader gave them, with the labels, a copy, which the forward may write into."""
+        return {**self.inputs, LABELS: copied(self.targets)} if self.labelled else self.inputs
 
     def shapes(self) -> str:
         """The shapes of the inputs, for messages."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from secateur._internal.batches import Batch, Inputs, copied, demands_labels, read_batches, tensors_in
+from secateur._internal.batches import Batch, Inputs, demands_labels, read_batches, tensors_in
 from secateur._internal.checks import check_count
 from secateur._internal.distributed import Group, broadcast_json, rank, together, world_size
 from secateur._internal.errors import BadBatch, SecateurError, notice
@@ -130,7 +130,7 @@ class Workload:
     def _read_batches(self, limit: int | None) -> Iterator[Batch]:
         """Batches as the forward takes them: with their labels if it does not run without."""
         for batch in read_batches(self._given(), self.device, limit):
-            yield replace(batch, inputs=copied(batch.with_labels())) if demands_labels(self.model, batch) else batch
+            yield replace(batch, inputs=batch.with_labels()) if demands_labels(self.model, batch) else batch
 
     def tracked(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
         """The items of a long loop, with a bar where progress was asked for; on rank 0 alone."""

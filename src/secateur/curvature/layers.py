@@ -394,10 +394,10 @@ def why_not(model: nn.Module, parameter: str, skipped: Mapping[str, str]) -> tup
     Returns:
         The path of the module that holds it, and the reason.
     """
-    path = module_of(parameter).partition(".parametrizations.")[0]
-    if path in skipped:
-        return path, skipped[path]
-    module = model.get_submodule(path)
+    modules, path = dict(model.named_modules()), module_of(parameter).partition(".parametrizations.")[0]
+    if path not in skipped and path not in modules:  # an attention's projections are not always there
+        path = parameter.rpartition(".")[0]
+    module = modules.get(path)
     computed = isinstance(module, MEASURED) and not measurable(module)
     why = COMPUTED if computed else "it is no linear or convolution whose rows are channels"
     return path, skipped.get(path, why)
