@@ -19,6 +19,10 @@ Of a bottleneck, which stands for a layer of the original (:mod:`secateur.surger
 fitted first, to what the last rotation ``R`` takes nearest to ``y``, which is ``R^+ (y - b)``; then that rotation and
 the bias are, to ``y``.
 
+A norm over channels has a weight, and a bias, for each: a linear of one input, what it normalises. What runs several
+times in a forward, or shares its weight, is fitted to all that it computes there. Of a layer with weights in dense
+blocks alone each block is fitted. Queries and keys that lose numbers: :mod:`secateur.repair.logits`.
+
 Examples go once through each model: in small parts through the original, all together through the smaller one, where a
 layer is fitted while the forward stands before it. Where memory is short (what is free is looked at), or where they
 are of several shapes, they go through the smaller one in parts too: for every layer again, up to that layer.
