@@ -164,6 +164,19 @@ def test_inspect_reads_saved_models_and_options(tmp_path: Path) -> None:
     assert called("inspect", "digits_cnn", "width=0.5").output.strip() == sc.trace(model, IMAGE).summary()
 
 
+def test_export_writes_what_it_tells(tmp_path: Path) -> None:
+    sc.save(sc.prune(build("digits_cnn", width=0.5), IMAGE, sc.Budget(channels=0.5)).model, tmp_path / "small")
+    for arguments, name in ((["digits_cnn", "width=0.5"], "a.onnx"), ([tmp_path / "small"], "b.pt2")):
+        result = called("export", *arguments, "--out", tmp_path / name)
+        assert result.exit_code == 0 and "largest difference to the model" in result.output
+        assert (tmp_path / name).exists()
+    result = called("export", "digits_cnn", "--out", tmp_path / "c.bin")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "a file that ends with .onnx or .pt2 is expected" in result.stderr
+    result = called("export", "digits_cnn", "--fixed", "--unchecked", "--to", "program", "--out", tmp_path / "c.bin")
+    assert "dims that are free: none\nnot checked against the model" in result.output
+
+
 MINE = """
 from torch import nn
 

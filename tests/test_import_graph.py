@@ -18,7 +18,7 @@ FLOORS = [
     {"curvature", "measure", "result"},
     {"scoring", "surgery"},
     {"allocation", "repair"},
-    {"auto", "storage"},
+    {"auto", "storage", "shipping"},
     {"pruning"},
     {"methods"},
     {"lab"},

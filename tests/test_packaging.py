@@ -86,7 +86,8 @@ def test_what_an_installation_brings(installed: Path) -> None:
     found = requirements(installed)
     assert found[""] == CORE and found["lab"] == LAB
     assert "secateur" in found["dev"]  # the lab
-    assert set(found) == {"", "lab", "dev", "bench"}
+    assert found["onnx"] == {"onnx", "onnxscript", "onnxruntime"}
+    assert set(found) == {"", "lab", "onnx", "dev", "bench"}
 
 
 BLOCKED = """

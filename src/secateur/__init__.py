@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from secateur.scoring.magnitude import BNScale, Magnitude, Random
     from secateur.scoring.schur import Schur
     from secateur.scoring.taylor import Taylor
+    from secateur.shipping.api import Exported, export
     from secateur.storage import load, save
     from secateur.surgery.blocks.packing import pack
     from secateur.surgery.channels import check, cut, masked
@@ -87,6 +88,7 @@ __all__ = [
     "Directed",
     "Directional",
     "Distill",
+    "Exported",
     "GReg",
     "Global",
     "IncReg",
@@ -123,6 +125,7 @@ __all__ = [
     "directional_scores",
     "distill",
     "eigendamage",
+    "export",
     "hybrid",
     "kronecker_factors",
     "load",
@@ -192,6 +195,7 @@ _ROOMS = {
     "scoring.magnitude": ("BNScale", "Magnitude", "Random"),
     "scoring.schur": ("Schur",),
     "scoring.taylor": ("Taylor",),
+    "shipping.api": ("Exported", "export"),
     "storage": ("load", "save"),
     "surgery.blocks.packing": ("pack",),
     "surgery.channels": ("check", "cut", "masked"),

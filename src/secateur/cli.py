@@ -1,4 +1,4 @@
-"""The command line: ``secateur run``, ``inspect`` and ``list``.
+"""The command line: ``secateur run``, ``inspect``, ``export`` and ``list``.
 
 Bad input ends with exit code 2 and one message on stderr, an interruption with 130, and SIGTERM with 143. Anything else
 is a bug of ours and keeps its traceback. Results go to stdout; what is said meanwhile goes to stderr. Nothing heavy is
@@ -116,6 +116,34 @@ def inspect_command(
 
         given = dict(_option(text) for text in options or ())
         _show(inspected(model, given, _sizes(shape), build))
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[str, typer.Argument(help="A saved directory, a built-in model, or package.module:factory.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="The model's options, such as width=2.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file: .onnx is ONNX, .pt2 a torch.export program.")] = Path(
+        "model.onnx"
+    ),
+    to: Annotated[str | None, typer.Option(help="onnx or program, where the file's name does not say.")] = None,
+    shape: Annotated[str | None, typer.Option("--input", help="Shape of an example input, such as 1,3,32,32.")] = None,
+    build: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FACTORY", help="What makes the original of a saved directory; it is imported."),
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX.")] = None,
+    fixed: Annotated[bool, typer.Option("--fixed", help="The batch has the example's size and no other.")] = False,
+    unchecked: Annotated[bool, typer.Option("--unchecked", help="Do not compare with the model.")] = False,
+) -> None:
+    """Write a model as a file that runs without its class and without secateur, and check it."""
+    with told("nothing was written"):
+        from secateur.lab.inspecting import exported
+
+        given = dict(_option(text) for text in options or ())
+        how: dict[str, Any] = {"to": to, "opset": opset, "dynamic": not fixed, "check": not unchecked}
+        _show(exported(model, given, out, _sizes(shape), build, **how))
 
 
 @app.command("list")

@@ -1,0 +1,78 @@
+"""ONNX, by ``torch.onnx`` from a ``torch.export`` program, and ONNX Runtime to see that it computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from secateur._internal.errors import SecateurError
+from secateur.shipping.parity import Runs, as_arrays
+from secateur.shipping.programs import quiet
+
+OWN_FILE = 1 << 30
+"""Weights of so many bytes go into a file of their own beside the graph, which can hold two GiB."""
+
+
+def check_extra(*, runtime: bool) -> None:
+    """Raise if what is needed is not installed."""
+    wanted = ["onnx", "onnxscript"] + (["onnxruntime"] if runtime else [])
+    for name in wanted:
+        try:
+            __import__(name)
+        except ImportError as error:
+            without = "; check=False does without it" if name == "onnxruntime" else ""
+            raise SecateurError(
+                f"export to ONNX needs the package {name}: pip install 'secateur[onnx]'{without}"
+            ) from error
+
+
+def write(program: ExportedProgram, path: Path, names: Sequence[str], opset: int | None) -> dict[str, Any]:
+    """Write a program as ONNX, and say what is in it.
+
+    Raises:
+        SecateurError: an operator that ONNX does not have.
+    """
+    import onnx
+
+    size = sum(t.nbytes for t in program.state_dict.values())
+    try:
+        with quiet():
+            made = torch.onnx.export(
+                program, dynamo=True, opset_version=opset, output_names=list(names), verbose=False, optimize=True
+            )
+            assert made is not None
+            made.save(str(path), external_data=size > OWN_FILE)
+    except Exception as error:
+        line = next((text.strip() for text in reversed(str(error).splitlines()) if text.strip()), type(error).__name__)
+        raise SecateurError(
+            f"export: what torch.export gave cannot be said in ONNX ({type(error).__name__}: {line}); to='program' may "
+            "do"
+        ) from error
+    graph = onnx.load(str(path), load_external_data=False)
+    return {
+        "opset": next(i.version for i in graph.opset_import if not i.domain),
+        "operators": sorted({node.op_type for node in graph.graph.node}),
+        "inputs": [i.name for i in graph.graph.input],
+        "outputs": [o.name for o in graph.graph.output],
+    }
+
+
+def runner(path: Path, inputs: Sequence[str]) -> Runs:
+    """The file in ONNX Runtime, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(tensors: Sequence[Tensor]) -> Sequence[np.ndarray]:
+        found: Sequence[np.ndarray] = session.run(None, dict(as_arrays(tensors, inputs)))
+        return found
+
+    return run

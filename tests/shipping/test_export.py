@@ -1,0 +1,259 @@
+"""Export: what is written runs without the model's class, and gives what the model gives."""
+
+from __future__ import annotations
+
+import builtins
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.shipping import api, parity
+
+TARGETS = ["small.onnx", "small.pt2"]
+
+
+class Separable(nn.Module):
+    """Depthwise and pointwise convolutions, with a squeeze and an excitation; several outputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.Hardswish(),
+            nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.BatchNorm2d(12), nn.ReLU6(), nn.Conv2d(12, 16, 1),
+        )  # fmt: skip
+        self.squeeze, self.excite = nn.Linear(16, 4), nn.Linear(4, 16)
+        self.classes, self.boxes = nn.Conv2d(16, 5, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        x = x * self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
+        return {"classes": self.classes(x), "boxes": self.boxes(x).exp(), "best": self.classes(x).argmax(1)}
+
+
+class UNet(nn.Module):
+    """Two levels, with a transposed convolution and a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.up, self.last = nn.ConvTranspose2d(12, 8, 2, stride=2), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        first = self.down(x).relu()
+        return self.last(torch.cat([first, self.up(self.deep(first).relu())], 1))
+
+
+class Tagger(nn.Module):
+    """A bidirectional LSTM over the ids of tokens, with a mask by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(30, 12), nn.LSTM(12, 8, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, ids, mask=None):
+        x = self.embed(ids)
+        x = x if mask is None else x * mask[..., None]
+        return self.head(self.lstm(x)[0])
+
+
+class Attentive(nn.Module):
+    """A layer of PyTorch's own transformer, of which heads may go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids):
+        return self.head(self.layer(self.embed(ids)).mean(1))
+
+
+IMAGES, IDS = torch.randn(4, 3, 16, 16), torch.randint(0, 30, (4, 7))
+NETWORKS = {
+    "separable": (Separable, IMAGES, {"outputs": None}),
+    "u-net": (UNet, torch.randn(2, 1, 8, 8), {}),
+    "tagger": (Tagger, {"ids": IDS, "mask": torch.ones(4, 7)}, {}),
+    "attention": (Attentive, IDS, {}),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def small(request):
+    torch.manual_seed(0)
+    make, x, given = NETWORKS[request.param]
+    model = make().eval()
+    return sc.prune(model, x, sc.Budget(params=0.6), **given).model, x
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_written_gives_what_the_model_gives(small, name, tmp_path, untouched):
+    model, x = small
+    with untouched(model):
+        done = sc.export(model, tmp_path / name, x)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert done.bytes == (tmp_path / name).stat().st_size
+    assert done.apart is not None
+    assert set(done.apart) == {"example", "others"}
+    assert max(done.apart.values()) < 1e-4
+    assert all(0 in dims for dims in done.free.values())
+    text = str(done)
+    assert name in text
+    assert "largest difference" in text
+
+
+def test_onnx_runs_in_onnx_runtime_with_other_batches_and_lengths(tmp_path):
+    torch.manual_seed(0)
+    model = sc.prune(Tagger().eval(), IDS, sc.Budget(params=0.6)).model
+    done = sc.export(model, tmp_path / "small.onnx", IDS)
+    assert done.facts["inputs"] == ["ids"]
+    assert done.facts["outputs"] == ["output"]
+    assert "LSTM" in done.facts["operators"]
+    session = onnxruntime.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
+    other = torch.randint(0, 30, (3, 11))
+    with torch.no_grad():
+        np.testing.assert_allclose(session.run(None, {"ids": other.numpy()})[0], model(other), rtol=1e-3, atol=1e-5)
+
+
+def test_a_program_runs_where_neither_the_class_nor_secateur_is(tmp_path):
+    torch.manual_seed(0)
+    model = sc.prune(Separable().eval(), IMAGES, sc.Budget(macs=0.5)).model
+    sc.export(model, tmp_path / "small.pt2", IMAGES)
+    torch.save({"x": IMAGES, "y": {k: v.detach() for k, v in model(IMAGES).items()}}, tmp_path / "recorded.pt")
+    code = (
+        "import sys, torch; sys.modules['secateur'] = None\n"
+        "given = torch.load('recorded.pt'); found = torch.export.load('small.pt2').module()(given['x'])\n"
+        "assert all(torch.allclose(found[k], v, atol=1e-5) for k, v in given['y'].items())"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+
+
+def test_an_earlier_file_is_replaced_and_a_failure_leaves_it(tmp_path, monkeypatch):
+    model, path = nn.Linear(4, 3).eval(), tmp_path / "sub" / "small.onnx"
+    sc.export(model, path, torch.randn(2, 4))
+    before = path.read_bytes()
+    sc.export(nn.Linear(4, 5).eval(), path, torch.randn(2, 4))
+    after = path.read_bytes()
+    assert before != after
+    monkeypatch.setattr(parity, "ALLOWED", {torch.float32: -1.0})
+    with pytest.raises(sc.SecateurError, match=r"output 0 is .* away from the model's .* nothing was written"):
+        sc.export(model, path, torch.randn(2, 4))
+    assert path.read_bytes() == after
+    assert [file.name for file in path.parent.iterdir()] == ["small.onnx"]
+    assert sc.export(model, path, torch.randn(2, 4), check=False).apart is None
+
+
+def test_large_weights_are_beside_the_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.shipping.onnx.OWN_FILE", 1000)
+    done = sc.export(nn.Linear(64, 64).eval(), tmp_path / "small.onnx", torch.randn(2, 64))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["small.onnx", "small.onnx.data"]
+    assert done.bytes > 64 * 64 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_types_are_compared_by_what_they_can_say(dtype, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).to(dtype).eval()
+    done = sc.export(model, tmp_path / "small.onnx", torch.randn(3, 8, dtype=dtype))
+    assert done.apart is not None
+    assert max(done.apart.values()) < (1e-6 if dtype == torch.float64 else 3e-2)
+
+
+def test_what_cannot_be_free_is_fixed_and_told(tmp_path):
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.linear(x).sum(1) + torch.arange(2)
+
+    done = sc.export(Fixed().eval(), tmp_path / "small.pt2", torch.randn(2, 4))
+    assert done.free == {"x": []}
+    assert sc.export(nn.Linear(4, 3).eval(), tmp_path / "other.pt2", torch.randn(2, 4), dynamic=False).free == {
+        "input": []
+    }
+
+
+def test_a_batch_of_one_is_no_fixed_batch(tmp_path):
+    done = sc.export(nn.Conv2d(3, 4, 3).eval(), tmp_path / "small.onnx", torch.randn(1, 3, 8, 8))
+    assert done.free == {"input": [0]}
+
+
+@dataclass
+class Outputs:
+    """What PyTorch's exporters do not know."""
+
+    scores: torch.Tensor
+
+
+class Odd(nn.Module):
+    """Outputs in a dataclass, or a branch on a value."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear, self.kind = nn.Linear(4, 3), kind
+
+    def forward(self, x):
+        y = self.linear(x)
+        if self.kind == "branch" and bool(y.sum() > 0):
+            y = -y
+        return Outputs(y) if self.kind == "dataclass" else y
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        (Odd("branch"), {}, r"torch.export cannot follow the forward of Odd .* Branches on values must be"),
+        (Odd("dataclass"), {}, r"torch.export cannot follow the forward of Odd .* outputs= chooses among them"),
+        (nn.Linear(4, 3), {"example_inputs": torch.ones(2, 4, dtype=torch.int64)}, "does not run on these example"),
+        (nn.Linear(4, 3), {"example_inputs": torch.ones(2, 5)}, "does not run on these example inputs"),
+        (nn.Linear(4, 3), {"example_inputs": {}}, "a tensor, a tuple or a dict of them is expected; there is none"),
+        (nn.Linear(4, 3), {"to": "onxn"}, "unknown to 'onxn': did you mean 'onnx'"),
+        (nn.Linear(4, 3), {"opset": 0}, "opset=0"),
+        ("model", {}, "an nn.Module is expected, a str was given"),
+    ],
+    ids=lambda v: v.kind if isinstance(v, Odd) else "",
+)
+def test_what_cannot_be_exported_is_told_and_nothing_is_written(model, given, message, name, tmp_path):
+    with pytest.raises(sc.SecateurError, match=message):
+        sc.export(model, tmp_path / name, **{"example_inputs": torch.randn(2, 4), **given})
+    assert not [*tmp_path.iterdir()]
+
+
+def test_outputs_choose_and_bad_paths_are_told(tmp_path):
+    model = Odd("dataclass").eval()
+    done = sc.export(model, tmp_path / "small.onnx", torch.randn(2, 4), outputs=lambda y: {"scores": y.scores})
+    assert done.facts["outputs"] == ["scores"]
+    with pytest.raises(sc.SecateurError, match=r"a file that ends with .onnx or .pt2 is expected, or to= one of"):
+        sc.export(model, tmp_path / "small.bin", torch.randn(2, 4))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(sc.BadFile, match="the folder cannot be made"):
+        sc.export(nn.Linear(4, 3), tmp_path / "file" / "small.pt2", torch.randn(2, 4))
+    with pytest.raises(sc.BadFile, match="is a folder; give a file"):
+        sc.export(nn.Linear(4, 3), tmp_path, torch.randn(2, 4), to="onnx")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_package_that_is_missing_is_named(package, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == package:
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    match = rf"needs the package {package}: pip install 'secateur\[onnx\]'"
+    with pytest.raises(sc.SecateurError, match=match):
+        sc.export(nn.Linear(4, 3), tmp_path / "small.onnx", torch.randn(2, 4))
+    assert not [*tmp_path.iterdir()]
+    assert api.TARGETS["onnx"] == ".onnx"
