@@ -14,11 +14,11 @@ ROOT = Path(secateur.__file__).parent
 FLOORS = [
     {"_internal"},
     {"tracing"},
-    {"plan"},
+    {"plan", "shipping"},
     {"curvature", "measure", "result"},
     {"scoring", "surgery"},
     {"allocation", "repair"},
-    {"auto", "storage", "shipping"},
+    {"auto", "storage"},
     {"pruning"},
     {"methods"},
     {"lab"},

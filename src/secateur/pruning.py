@@ -21,6 +21,7 @@ from secateur.allocation.contract import Strategy
 from secateur.allocation.latency.api import LatencyClock, measure_latency
 from secateur.allocation.latency.clock import check_clock, check_reachable
 from secateur.allocation.latency.sampler import LatencySettings
+from secateur.measure.backends import EAGER
 from secateur.repair.api import repaired, repairs_of
 from secateur.repair.contract import Repair
 from secateur.result import Result, counts_of
@@ -170,11 +171,18 @@ def _clock(
         return None
     if latency is not None and not isinstance(latency, LatencySettings):
         check_clock(latency, graph)
+    if latency is not None and budget.backend not in (EAGER, latency.backend):
+        raise SecateurError(
+            f"prune(latency=...): it times with {latency.backend!r}, the budget's milliseconds are of "
+            f"{budget.backend!r}; name the same backend"
+        )
+    if isinstance(latency, LatencyClock):
         return latency
     budget.floors(graph)
     if budget.limits:
         check_feasible(graph, replace(budget, latency_ms=None), approximate=approximate, without=alone)
-    settings = latency or LatencySettings(round_to=budget.round_to, approximate=approximate)
+    plain = LatencySettings(round_to=budget.round_to, approximate=approximate, backend=budget.backend)
+    settings = latency or plain
     return measure_latency(work.model, graph, settings, group=work.group, progress=work.progress)
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from secateur._internal.errors import SecateurError
-from secateur.measure.latency import file_size, latency
+from secateur.measure.latency import file_size, in_turn, latency
 
 
 class Sleeper(nn.Module):
@@ -58,3 +58,28 @@ def test_file_size_is_the_size_of_the_file(tmp_path):
     tied = nn.Sequential(nn.Linear(50, 50, bias=False), nn.Linear(50, 50, bias=False))
     tied[1].weight = tied[0].weight
     assert 10_000 < file_size(tied) < 10_200
+
+
+def test_a_network_in_onnx_runtime():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).train()
+    result = latency(model, torch.randn(2, 3, 8, 8), repeats=3, backend="onnxruntime", threads=1)
+    assert (result["backend"], result["threads"], result["device"]) == ("onnxruntime", 1, "cpu")
+    assert 0 < result["min_ms"] <= result["median_ms"]
+    assert model.training
+    times = in_turn([model, model], torch.randn(2, 3, 8, 8), 2, 1, 3, "onnxruntime")
+    assert times.shape == (2, 3, 2)
+    assert (times > 0).all()
+
+
+def test_what_runs_nothing_is_told():
+    with pytest.raises(SecateurError, match="unknown backend 'onxruntime': did you mean 'onnxruntime'"):
+        latency(Sleeper(0), torch.zeros(1), backend="onxruntime")
+    with pytest.raises(SecateurError, match=r"torch\.export cannot follow"):
+        latency(Branch(), torch.randn(2, 3), backend="onnxruntime")
+
+
+class Branch(nn.Module):
+    """A branch on a value."""
+
+    def forward(self, x):
+        return x if bool(x.sum() > 0) else -x

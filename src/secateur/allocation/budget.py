@@ -12,6 +12,7 @@ import numpy as np
 
 from secateur._internal.checks import is_number
 from secateur._internal.errors import InfeasibleBudget, SecateurError, unknown
+from secateur.measure.backends import EAGER, check_backend
 from secateur.tracing.graph import ChannelGraph
 
 UNITS = ("macs", "params", "channels")
@@ -65,6 +66,7 @@ class Budget(_KnownKeywords):
         params: parameters.
         channels: removable channels.
         latency_ms: milliseconds of one forward, no fraction, as :func:`secateur.measure_latency` measures them.
+        backend: what these milliseconds are of: ``"eager"`` PyTorch, ``"compile"`` or ``"onnxruntime"`` (on the CPU).
         round_to: every layer that is cut ends with a multiple of this many channels. ``"auto"`` is 8, which kernels are
             made for; of groups of fewer than 32 channels it is 4, 2 or 1, so that they have four widths to choose from
             still. Below that a group may have 4, 2 or 1 channels, so that every budget can be met that ``1`` can meet;
@@ -80,6 +82,7 @@ class Budget(_KnownKeywords):
     latency_ms: float | None = None
     round_to: int | str = AUTO
     at_least: float | str | Mapping[str, float | str] = 1
+    backend: str = EAGER
 
     def __post_init__(self) -> None:
         for unit in UNITS:
@@ -90,6 +93,9 @@ class Budget(_KnownKeywords):
             raise SecateurError(
                 "Budget(): nothing is limited; give at least one of macs=, params=, channels=, latency_ms="
             )
+        check_backend(self.backend)
+        if self.backend != EAGER and self.latency_ms is None:
+            raise SecateurError(f"Budget(backend={self.backend!r}): it is that of latency_ms=, which is not given")
         check_round_to("Budget", self.round_to)
         floors = self.at_least.values() if isinstance(self.at_least, Mapping) else [self.at_least]
         for floor in floors:

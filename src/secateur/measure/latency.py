@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from secateur._internal.batches import arguments
 from secateur._internal.checks import check_count
-from secateur._internal.state import device_of, eval_mode
+from secateur._internal.state import device_of
+from secateur.measure.backends import EAGER, Forward, check_backend, ready
 
 
 @contextmanager
@@ -37,6 +36,7 @@ def latency(
     repeats: int = 30,
     warm_up: int = 5,
     threads: int | None = None,
+    backend: str = EAGER,
 ) -> dict[str, float | int | str]:
     """Time forwards in eval mode without gradients; mode and thread count are as before afterwards.
 
@@ -46,18 +46,22 @@ def latency(
         repeats: timed forwards.
         warm_up: forwards before them.
         threads: CPU threads to use; ``None`` for as many as are set.
+        backend: what runs it: ``"eager"``, ``"compile"`` (``torch.compile``) or ``"onnxruntime"`` (on the CPU).
 
     Returns:
-        ``median_ms``, ``iqr_ms`` (distance of the quartiles), ``min_ms``, ``repeats``, ``threads``, ``device``.
+        ``median_ms``, ``iqr_ms`` (distance of the quartiles), ``min_ms``, ``repeats``, ``threads``, ``device``,
+        ``backend``.
 
     Raises:
+        CannotMeasure: the backend cannot run it.
         SecateurError: repeats, warm_up or threads are not positive whole numbers (warm_up may be 0).
     """
     check_count("repeats", repeats)
     check_count("warm_up", warm_up, 0)
     check_count("threads", threads, optional=True)
+    check_backend(backend)
     with threads_set(threads) as used:
-        times = in_turn([model], inputs, repeats, warm_up, 1)
+        times = in_turn([model], inputs, repeats, warm_up, 1, backend)
     low, median, high = np.percentile(times, (25, 50, 75)).tolist()
     return {
         "median_ms": median,
@@ -66,10 +70,13 @@ def latency(
         "repeats": repeats,
         "threads": used,
         "device": str(device_of(model)),
+        "backend": backend,
     }
 
 
-def in_turn(models: Sequence[nn.Module], inputs: Any, repeats: int, warm_up: int, turns: int) -> np.ndarray:
+def in_turn(
+    models: Sequence[nn.Module | Forward], inputs: Any, repeats: int, warm_up: int, turns: int, backend: str = EAGER
+) -> np.ndarray:
     """Milliseconds of forwards in eval mode without gradients, [models, turns, repeats].
 
     In every turn each model has so many forwards, one after another, and before them some that do not count. So a
@@ -77,27 +84,26 @@ def in_turn(models: Sequence[nn.Module], inputs: Any, repeats: int, warm_up: int
     down all models, so their ratios in a turn tell more than their times.
 
     Args:
-        models: each on the device to measure.
+        models: each on the device to measure; or what is ready to be timed already.
         inputs: as for :func:`latency`; every forward has a copy of its own.
         repeats: timed forwards of each model in a turn.
         warm_up: forwards before them.
         turns: how many.
+        backend: what runs the models.
     """
     times = np.zeros((len(models), turns, repeats))
-    with ExitStack() as modes:
-        for model in models:
-            modes.enter_context(eval_mode(model))
+    with ExitStack() as stack:
+        forwards = [stack.enter_context(ready(model, inputs, backend)) for model in models]
         for turn in range(turns):
-            for number, model in enumerate(models):
-                device = device_of(model)
-                for forward in range(-warm_up, repeats):
-                    args, kwargs = arguments(_copied(inputs, device))
-                    wait_for(device)
+            for number, forward in enumerate(forwards):
+                for repeat in range(-warm_up, repeats):
+                    given = forward.given()
+                    wait_for(forward.device)
                     start = time.perf_counter()
-                    model(*args, **kwargs)
-                    wait_for(device)
-                    if forward >= 0:
-                        times[number, turn, forward] = 1000 * (time.perf_counter() - start)
+                    forward.run(given)
+                    wait_for(forward.device)
+                    if repeat >= 0:
+                        times[number, turn, repeat] = 1000 * (time.perf_counter() - start)
     return times
 
 
@@ -106,10 +112,6 @@ def file_size(model: nn.Module) -> int:
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     tensors |= dict(model.named_buffers())
     return len(save({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}))
-
-
-def _copied(inputs: Any, device: torch.device) -> Any:
-    return tree_map(lambda value: value.to(device, copy=True) if isinstance(value, Tensor) else value, inputs)
 
 
 def wait_for(device: torch.device) -> None:

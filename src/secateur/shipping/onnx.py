@@ -65,14 +65,19 @@ def write(program: ExportedProgram, path: Path, names: Sequence[str], opset: int
 
 def runner(path: Path, inputs: Sequence[str]) -> Runs:
     """The file in ONNX Runtime, on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = session_of(path)
 
     def run(tensors: Sequence[Tensor]) -> Sequence[np.ndarray]:
         found: Sequence[np.ndarray] = session.run(None, dict(as_arrays(tensors, inputs)))
         return found
 
     return run
+
+
+def session_of(path: Path, threads: int = 0) -> Any:
+    """A session of ONNX Runtime on the CPU, with so many threads; 0 for as many as it takes."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads, options.inter_op_num_threads = 3, threads, 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -38,6 +38,8 @@ class Fitted:
 class Made:
     """A clock that shows what the equation says, with noise."""
 
+    backend = "eager"
+
     def __init__(self, graph, wrong=1.0, base=1.0, noise=0.0, seed=0):
         self.graph, self.fitted, self.noise, self.asked = graph, Fitted(graph, wrong, base), noise, []
         self.rng = np.random.default_rng(seed)

@@ -337,3 +337,31 @@ def test_bad_settings_are_told(options, message):
 def test_bad_input_is_told(call, message):
     with pytest.raises(sc.SecateurError, match=message):
         call(*case())
+
+
+def test_a_budget_in_milliseconds_of_onnx_runtime(monkeypatch):
+    """Not the clock is tested here, whose noise tests/measure knows, but that all of it is of one backend."""
+    seen = []
+
+    def times(models, inputs, repeats, warm_up, turns, backend):
+        seen.append((backend, type(models[0]).__name__))
+        size = [sum(p.numel() for p in m.parameters()) if isinstance(m, nn.Module) else None for m in models]
+        size = [size[-1] if n is None else n for n in size] if len(size) == 1 else [whole, size[-1]]
+        return np.array(size, dtype=float)[:, None, None] / whole * np.ones((1, turns, repeats))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    whole = sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(sampler, "in_turn", times)
+    monkeypatch.setattr(sampler, "latency", lambda *a, **k: {"median_ms": 1.0} if k["backend"] == "onnxruntime" else {})
+    budget = sc.Budget(latency_ms=0.5, backend="onnxruntime", round_to=1)
+    result = sc.prune(model, torch.randn(2, 16), budget, latency=sc.LatencySettings(samples=8, backend="onnxruntime"))
+    assert {backend for backend, _ in seen} == {"onnxruntime"}
+    assert {kind for _, kind in seen} == {"Forward"}  # the whole network is made ready once
+    assert result.facts["latency_ms"]["after"] <= 0.5 * 1.05
+    with pytest.raises(sc.SecateurError, match="it times with 'eager', the budget's milliseconds are of 'onnxruntime'"):
+        sc.prune(model, torch.randn(2, 16), budget, latency=sc.LatencySettings(samples=8))
+    with pytest.raises(sc.SecateurError, match=r"it is that of latency_ms=, which is not given"):
+        sc.Budget(macs=0.5, backend="onnxruntime")
+    with pytest.raises(sc.SecateurError, match="unknown backend 'tensorrt'"):
+        sc.Budget(latency_ms=1.0, backend="tensorrt")

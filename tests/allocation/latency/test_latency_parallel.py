@@ -26,7 +26,7 @@ class Clock:
     def __init__(self, seed):
         self.noise, self.seen = np.random.default_rng(seed), []
 
-    def __call__(self, models, inputs, repeats, warm_up, turns):
+    def __call__(self, models, inputs, repeats, warm_up, turns, backend):
         weights = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
         noise = self.noise.uniform(0.99, 1.01, (len(models), turns, repeats))
         self.seen.append(np.array(weights)[:, None, None] / 1000 * noise)

@@ -403,7 +403,7 @@ def test_a_search_within_milliseconds_goes_on_where_it_was_interrupted_however_u
 ) -> None:
     rng, slower = np.random.default_rng(), [1.0]
 
-    def noisy(models: Any, inputs: Any, repeats: int, warm_up: int, turns: int) -> np.ndarray:
+    def noisy(models: Any, inputs: Any, repeats: int, warm_up: int, turns: int, backend: str) -> np.ndarray:
         weights = np.array([sum(tensor.numel() for tensor in model.parameters()) for model in models])
         return slower[0] * weights[:, None, None] / weights[0] * rng.uniform(0.9, 1.1, (len(models), turns, 1))
 

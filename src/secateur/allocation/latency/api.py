@@ -36,6 +36,11 @@ class LatencyClock:
         return self.fitted.graph
 
     @property
+    def backend(self) -> str:
+        """What runs the networks."""
+        return self._stopwatch.backend
+
+    @property
     def whole_ms(self) -> float:
         """Milliseconds of the whole network."""
         return self.fitted.whole_ms
@@ -101,7 +106,7 @@ def measure_latency(
         raise SecateurError(
             "measure_latency(model, graph): the graph is of another model; give the one that was traced"
         )
-    stopwatch = Stopwatch(model, graph.inputs if inputs is None else inputs, settings.threads, group)
+    stopwatch = Stopwatch(model, graph.inputs if inputs is None else inputs, settings.threads, group, settings.backend)
     file = LatencyFile(settings, stopwatch)
     kept = file.read(graph)
     if kept is not None:

@@ -21,6 +21,7 @@ from secateur._internal.progress import progress_bar
 from secateur._internal.state import device_of
 from secateur.allocation.budget import Budget, check_round_to
 from secateur.allocation.latency.model import LatencyModel, Sample
+from secateur.measure.backends import EAGER, LASTING, Forward, check_backend, ready
 from secateur.measure.latency import in_turn, latency, threads_set
 from secateur.plan import Plan, make_plan
 from secateur.surgery.channels import cut
@@ -51,6 +52,7 @@ class LatencySettings:
         round_to: widths of these networks are multiples of this, as a budget may ask for.
         approximate: also narrow groups that cannot be cut exactly.
         seed: of the widths.
+        backend: what runs the networks: ``"eager"``, ``"compile"`` or ``"onnxruntime"``.
         checkpoint: a file that keeps what was measured, also of single plans. What is in it is not measured again, so
             that work which goes by the clock and was interrupted ends as it would have.
     """
@@ -60,6 +62,7 @@ class LatencySettings:
     round_to: int | str = 1
     approximate: bool = False
     seed: int = 0
+    backend: str = EAGER
     checkpoint: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -68,11 +71,13 @@ class LatencySettings:
         check_round_to("LatencySettings", self.round_to)
         check_flag("approximate", self.approximate)
         check_seed(self.seed)
+        check_backend(self.backend)
         file_at(self.checkpoint)
 
     def of_the_samples(self) -> dict[str, Any]:
-        """What the measurements depend on: all but the file."""
-        return {name: value for name, value in asdict(self).items() if name != "checkpoint"}
+        """What the measurements depend on: all but the file, and what is in it of old."""
+        without = {"checkpoint"} | ({"backend"} if self.backend == EAGER else set())
+        return {name: value for name, value in asdict(self).items() if name not in without}
 
 
 class Stopwatch:
@@ -83,10 +88,15 @@ class Stopwatch:
         inputs: forwards of these are timed, so their batch counts.
         threads: CPU threads; ``None`` for as many as are set.
         group: the processes.
+        backend: what runs them.
     """
 
-    def __init__(self, network: nn.Module, inputs: Inputs, threads: int | None = None, group: Group = None) -> None:
+    def __init__(
+        self, network: nn.Module, inputs: Inputs, threads: int | None = None, group: Group = None, backend: str = EAGER
+    ) -> None:
         self.network, self.inputs, self.threads, self.group = network, inputs, threads, group
+        self.backend = backend
+        self._whole: Forward | None = None
         self.device = device_of(network)
         if self.device.type == "meta" or not tensors_in(inputs):
             raise SecateurError(
@@ -100,15 +110,14 @@ class Stopwatch:
             "inputs": [list(tensor.shape) for tensor in tensors_in(self.inputs)],
             "threads": torch.get_num_threads() if self.threads is None else self.threads,
             "macs": graph.macs(),
+            **({} if self.backend == EAGER else {"backend": self.backend}),
         }
 
     def repeats(self) -> int:
         """How many forwards a turn has, so that a network takes no longer than it may."""
         try:
-            once = together(
-                lambda: latency(self.network, self.inputs, repeats=3, warm_up=2, threads=self.threads)["median_ms"],
-                self.device, self.group,
-            )  # fmt: skip
+            how: dict[str, Any] = {"repeats": 3, "warm_up": 2, "threads": self.threads, "backend": self.backend}
+            once = together(lambda: latency(self.network, self.inputs, **how)["median_ms"], self.device, self.group)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if isinstance(error, SecateurError):
                 raise
@@ -126,12 +135,23 @@ class Stopwatch:
         def timed() -> list[float]:
             small = cut(self.network, plan)
             with threads_set(self.threads):
-                times = in_turn([self.network, small], self.inputs, repeats, WARM_UP_FORWARDS, turns)
+                both = [self._ready(), small]
+                times = in_turn(both, self.inputs, repeats, WARM_UP_FORWARDS, turns, self.backend)
             whole, own = np.median(times, axis=2)
             return [float(np.median(whole)), float(np.median(own / whole))]
 
         whole, part = self._told(together(timed, self.device, self.group))
         return whole, part
+
+    def _ready(self) -> nn.Module | Forward:
+        """The whole network, made ready once where that lasts."""
+        if self.backend not in LASTING:
+            return self.network
+        if self._whole is None:
+            with ready(self.network, self.inputs, self.backend) as self._whole:
+                pass
+        assert self._whole is not None
+        return self._whole
 
     def _told(self, value: Any) -> Any:
         return broadcast_json(value, self.device, self.group)

@@ -1,0 +1,98 @@
+"""What runs a model where it is timed: eager PyTorch, ``torch.compile``, or ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from secateur._internal.batches import Inputs, arguments, tensors_in
+from secateur._internal.errors import CannotMeasure, unknown
+from secateur._internal.state import device_of, eval_mode
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """A forward that can be timed.
+
+    Attributes:
+        given: makes what one forward is called with, tensors of its own; that is not timed.
+        run: the forward.
+        device: where it runs.
+    """
+
+    given: Callable[[], Any]
+    run: Callable[[Any], Any]
+    device: torch.device
+
+
+@contextmanager
+def _eager(model: nn.Module, inputs: Inputs) -> Iterator[Forward]:
+    device = device_of(model)
+    with eval_mode(model):
+        yield Forward(lambda: arguments(copied_to(inputs, device)), lambda given: model(*given[0], **given[1]), device)
+
+
+@contextmanager
+def _compiled(model: nn.Module, inputs: Inputs) -> Iterator[Forward]:
+    device = device_of(model)
+    whole: Any = torch.compile(model, dynamic=False)
+    with eval_mode(model):
+        forward = Forward(
+            lambda: arguments(copied_to(inputs, device)), lambda given: whole(*given[0], **given[1]), device
+        )
+        try:
+            forward.run(forward.given())
+        except Exception as error:
+            first = next(iter(str(error).splitlines()), "")
+            raise CannotMeasure(
+                f"backend='compile': torch.compile cannot run this model here ({type(error).__name__}: {first})"
+            ) from error
+        yield forward
+
+
+@contextmanager
+def _onnxruntime(model: nn.Module, inputs: Inputs) -> Iterator[Forward]:
+    from secateur.shipping.api import export
+    from secateur.shipping.onnx import session_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        done = export(model, Path(folder) / "model.onnx", inputs, dynamic=False, check=False)
+        session = session_of(done.path, torch.get_num_threads())
+    names = done.facts["inputs"]
+
+    def given() -> dict[str, Any]:
+        tensors = tensors_in(inputs)
+        return {name: t.detach().cpu().numpy().copy() for name, t in zip(names, tensors, strict=True)}
+
+    yield Forward(given, lambda arrays: session.run(None, arrays), torch.device("cpu"))
+
+
+BACKENDS: Mapping[str, Any] = {"eager": _eager, "compile": _compiled, "onnxruntime": _onnxruntime}
+"""By name, what makes a model ready to be timed on inputs: a context, in which it has a :class:`Forward`."""
+EAGER = "eager"
+LASTING = {"onnxruntime"}
+"""Those whose forwards hold all that they need, and go on after their context."""
+
+
+def check_backend(name: object) -> None:
+    """Raise if nothing of this name runs models."""
+    if name not in BACKENDS:
+        raise unknown("backend", name, BACKENDS)
+
+
+def ready(model: nn.Module | Forward, inputs: Inputs, backend: str = EAGER) -> Any:
+    """A context with the :class:`Forward` of a model; what is one already stays it."""
+    return nullcontext(model) if isinstance(model, Forward) else BACKENDS[backend](model, inputs)
+
+
+def copied_to(inputs: Any, device: torch.device) -> Any:
+    """The same inputs in tensors of their own, on a device."""
+    return tree_map(lambda value: value.to(device, copy=True) if isinstance(value, Tensor) else value, inputs)
