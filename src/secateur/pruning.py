@@ -169,21 +169,22 @@ def _clock(
         raise SecateurError("prune(latency=...): no budget limits latency_ms; leave it out")
     if budget.latency_ms is None:
         return None
-    if latency is not None and not isinstance(latency, LatencySettings):
-        check_clock(latency, graph)
-    if latency is not None and budget.backend not in (EAGER, latency.backend):
+    settings = latency if isinstance(latency, LatencySettings) else None
+    clock = None if isinstance(latency, LatencySettings) else latency
+    check_clock(clock, graph)
+    backend = budget.backend if latency is None else getattr(latency, "backend", EAGER)
+    if budget.backend not in (EAGER, backend):
         raise SecateurError(
-            f"prune(latency=...): it times with {latency.backend!r}, the budget's milliseconds are of "
-            f"{budget.backend!r}; name the same backend"
+            f"prune(latency=...): it times with {backend!r}, the budget's milliseconds are of {budget.backend!r}; name "
+            "the same backend"
         )
-    if isinstance(latency, LatencyClock):
-        return latency
+    if clock is not None:
+        return clock
     budget.floors(graph)
     if budget.limits:
         check_feasible(graph, replace(budget, latency_ms=None), approximate=approximate, without=alone)
-    plain = LatencySettings(round_to=budget.round_to, approximate=approximate, backend=budget.backend)
-    settings = latency or plain
-    return measure_latency(work.model, graph, settings, group=work.group, progress=work.progress)
+    plain = LatencySettings(round_to=budget.round_to, approximate=approximate, backend=backend)
+    return measure_latency(work.model, graph, settings or plain, group=work.group, progress=work.progress)
 
 
 def _name(seat: Any) -> str:
