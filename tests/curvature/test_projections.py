@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune  # noqa: F401  # `nn.utils.prune` is not there by itself
 
 import secateur as sc
 from secateur.curvature.projections import projections
@@ -124,6 +125,16 @@ def test_projections_of_several_inputs_are_fitted_too(kind):
     assert sc.refit(model, small, plan, [x], damping=1e-12) == {}
     near = 1e-3 if kind == "both" else 1e-5  # which gets what it gave before it was fitted
     torch.testing.assert_close(small(x), model(x), rtol=near, atol=near)
+
+
+def test_projections_that_are_computed_stay_and_are_told():
+    torch.manual_seed(0)
+    model, x = Attentive().double().eval(), torch.randn(60, 7, 5, dtype=torch.float64)
+    nn.utils.prune.random_unstructured(model.attention, "in_proj_weight", 0.3)
+    graph = sc.trace(model, x[:2])
+    plan = sc.make_plan(graph, {graph.groups[0].name: [1]})
+    left = sc.refit(model, sc.cut(model, plan), plan, [x])
+    assert left == {"attention": "its weight is computed from other parameters"}
 
 
 def test_projections_of_several_widths_stay_and_are_told():

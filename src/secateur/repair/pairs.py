@@ -241,10 +241,18 @@ def pairs_of(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Pair]
             layers = [_layer(of.name, others[of.name]) for of in alike]
             pairs.append(Pair(alike, layers, blocks=patterns.get(name)))
     scales, others_left = _scales(model, small, uses)
+    return [*pairs, *scales], left | others_left | _unseen_attentions(model)
+
+
+def _unseen_attentions(model: nn.Module) -> dict[str, str]:
+    """The attentions whose projections cannot run as one module, and why."""
+    left = {}
     for path in attentions_of(model):
-        if model.get_submodule(path)._parameters.get("in_proj_weight") is None:
-            left[path] = "its queries, keys and values are of several widths, each with a projection of its own"
-    return [*pairs, *scales], left | others_left
+        attention: Any = model.get_submodule(path)
+        if attention._parameters.get("in_proj_weight") is None:
+            widths = "its queries, keys and values are of several widths, each with a projection of its own"
+            left[path] = COMPUTED if attention._qkv_same_embed_dim else widths
+    return left
 
 
 def _parts(path: str, one: Layer, bottleneck: Bottleneck, patterns: Mapping[str, Pattern]) -> list[Pair]:

@@ -99,7 +99,7 @@ def remembered(model: nn.Module) -> tuple[Size, ...]:
         tensor, sizes = _sizes(part)
         for attribute, (dims, due) in sizes.items():
             value = _value(getattr(part, attribute, None))
-            if tensor is not None and value is not None:
+            if tensor is not None and id(tensor) in names and value is not None:  # not one that is computed
                 lengths = tuple(tensor.shape[d] for d in dims)
                 found.append(Size(path, attribute, value, due, names[id(tensor)], dims, lengths))
     return tuple(found)
