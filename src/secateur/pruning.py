@@ -19,7 +19,7 @@ from secateur.allocation.api import allocated, tries_widths
 from secateur.allocation.budget import Budget, Meter, unused
 from secateur.allocation.contract import Strategy
 from secateur.allocation.latency.api import LatencyClock, measure_latency
-from secateur.allocation.latency.clock import check_clock, check_reachable
+from secateur.allocation.latency.clock import check_clock, check_reachable, check_same_backend
 from secateur.allocation.latency.sampler import LatencySettings
 from secateur.measure.backends import EAGER
 from secateur.repair.api import repaired, repairs_of
@@ -172,18 +172,13 @@ def _clock(
     settings = latency if isinstance(latency, LatencySettings) else None
     clock = None if isinstance(latency, LatencySettings) else latency
     check_clock(clock, graph)
-    backend = budget.backend if latency is None else getattr(latency, "backend", EAGER)
-    if budget.backend not in (EAGER, backend):
-        raise SecateurError(
-            f"prune(latency=...): it times with {backend!r}, the budget's milliseconds are of {budget.backend!r}; name "
-            "the same backend"
-        )
+    check_same_backend(budget, latency)
     if clock is not None:
         return clock
     budget.floors(graph)
     if budget.limits:
-        check_feasible(graph, replace(budget, latency_ms=None), approximate=approximate, without=alone)
-    plain = LatencySettings(round_to=budget.round_to, approximate=approximate, backend=backend)
+        check_feasible(graph, replace(budget, latency_ms=None, backend=EAGER), approximate=approximate, without=alone)
+    plain = LatencySettings(round_to=budget.round_to, approximate=approximate, backend=budget.backend)
     return measure_latency(work.model, graph, settings or plain, group=work.group, progress=work.progress)
 
 

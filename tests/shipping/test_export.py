@@ -14,7 +14,11 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur._internal.errors import CannotMeasure
+from secateur.measure.backends import ready
+from secateur.measure.latency import latency
 from secateur.shipping import api, parity
+from secateur.shipping.programs import Exportable
 
 TARGETS = ["small.onnx", "small.pt2"]
 
@@ -102,7 +106,7 @@ def test_what_is_written_gives_what_the_model_gives(small, name, tmp_path, untou
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert done.bytes == (tmp_path / name).stat().st_size
     assert done.apart is not None
-    assert set(done.apart) == {"example", "others"}
+    assert set(done.apart) == {"example", "others", "one"}
     assert max(done.apart.values()) < 1e-4
     assert all(0 in dims for dims in done.free.values())
     text = str(done)
@@ -153,9 +157,14 @@ def test_an_earlier_file_is_replaced_and_a_failure_leaves_it(tmp_path, monkeypat
 
 def test_large_weights_are_beside_the_graph(tmp_path, monkeypatch):
     monkeypatch.setattr("secateur.shipping.onnx.OWN_FILE", 1000)
-    done = sc.export(nn.Linear(64, 64).eval(), tmp_path / "small.onnx", torch.randn(2, 64))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["small.onnx", "small.onnx.data"]
-    assert done.bytes > 64 * 64 * 4
+    for _ in range(2):  # what belonged to the former is gone
+        done = sc.export(nn.Linear(64, 64).eval(), tmp_path / "small.onnx", torch.randn(2, 64))
+        (weights,) = tmp_path.glob("*.data")
+        assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["small.onnx", weights.name])
+        assert done.bytes > 64 * 64 * 4
+    (tmp_path / "small.mine.onnx.data").write_text("not of an export")
+    sc.export(nn.Linear(4, 3).eval(), tmp_path / "small.onnx", torch.randn(2, 4))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["small.mine.onnx.data", "small.onnx"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
@@ -219,7 +228,7 @@ class Odd(nn.Module):
         (nn.Linear(4, 3), {"example_inputs": {}}, "a tensor, a tuple or a dict of them is expected; there is none"),
         (nn.Linear(4, 3), {"to": "onxn"}, "unknown to 'onxn': did you mean 'onnx'"),
         (nn.Linear(4, 3), {"opset": 0}, "opset=0"),
-        ("model", {}, "an nn.Module is expected, a str was given"),
+        ("model", {}, "an nn.Module of Python is expected, a str was given"),
     ],
     ids=lambda v: v.kind if isinstance(v, Odd) else "",
 )
@@ -236,7 +245,7 @@ def test_outputs_choose_and_bad_paths_are_told(tmp_path):
     with pytest.raises(sc.SecateurError, match=r"a file that ends with .onnx or .pt2 is expected, or to= one of"):
         sc.export(model, tmp_path / "small.bin", torch.randn(2, 4))
     (tmp_path / "file").write_text("")
-    with pytest.raises(sc.BadFile, match="the folder cannot be made"):
+    with pytest.raises(sc.BadFile, match=r"small\.pt2 cannot be written"):
         sc.export(nn.Linear(4, 3), tmp_path / "file" / "small.pt2", torch.randn(2, 4))
     with pytest.raises(sc.BadFile, match="is a folder; give a file"):
         sc.export(nn.Linear(4, 3), tmp_path, torch.randn(2, 4), to="onnx")
@@ -257,3 +266,136 @@ def test_a_package_that_is_missing_is_named(package, tmp_path, monkeypatch):
         sc.export(nn.Linear(4, 3), tmp_path / "small.onnx", torch.randn(2, 4))
     assert not [*tmp_path.iterdir()]
     assert api.TARGETS["onnx"] == ".onnx"
+
+
+@dataclass
+class Scored:
+    """What a forward gives in an object, as those of transformers do."""
+
+    logits: torch.Tensor
+
+
+def test_inputs_by_name_may_come_in_any_order_and_outputs_be_chosen(tmp_path):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+        def forward(self, ids, mask=None, **more):
+            return Scored(self.head(self.embed(ids) * mask[..., None]))
+
+    model, given = Named().eval(), {"mask": torch.rand(2, 5), "ids": torch.randint(0, 9, (2, 5))}
+    for name in TARGETS:
+        done = sc.export(model, tmp_path / name, given, outputs=lambda y: y.logits)
+        assert list(done.free) == ["ids", "mask"]
+    with ready(Two().eval(), {"b": torch.full((2, 3), 9.0), "a": torch.zeros(2, 3)}, "onnxruntime") as forward:
+        assert {name: float(array.max()) for name, array in forward.given().items()} == {"a": 0.0, "b": 9.0}
+    with pytest.raises(sc.SecateurError, match="it does not take what the forward returns, a Scored"):
+        sc.export(model, tmp_path / "small.onnx", given, outputs=lambda y: y.scores)
+    with pytest.raises(sc.SecateurError, match="a function is expected"):
+        sc.export(model, tmp_path / "small.onnx", given, outputs="logits")
+    with pytest.raises(sc.SecateurError, match="there is a NoneType without one"):
+        sc.export(model, tmp_path / "small.onnx", given, outputs=lambda y: None)
+
+
+class Two(nn.Module):
+    """Two inputs of one shape."""
+
+    def forward(self, a, b):
+        return a - 2 * b
+
+
+def test_a_single_example_and_ranges_of_sizes(tmp_path):
+    class Branches(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.linear, self.kind = nn.Linear(4, 3), kind
+
+        def forward(self, x):
+            y = self.linear(x)
+            if self.kind == "one":
+                return y if x.shape[0] == 1 else y - y.mean(0)
+            return 2 * y if x.shape[0] > 4 else y
+
+    one = sc.export(Branches("one").eval(), tmp_path / "a.onnx", torch.randn(1, 4))
+    assert one.free == {"x": []}  # it does another thing for one alone, so it is fixed
+    many = sc.export(Branches("many").eval(), tmp_path / "b.pt2", torch.randn(7, 4), check=False)
+    assert many.facts["sizes"] == {"batch": "5 to any"}
+    assert "batch: 5 to any" in str(many)
+
+
+def test_a_state_whose_batch_is_no_first_dim(tmp_path):
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(4, 5, batch_first=True)
+
+        def forward(self, x, state):
+            return self.gru(x, state)[0]
+
+    for name in TARGETS:
+        assert sc.export(Recurrent().eval(), tmp_path / name, (torch.randn(1, 6, 4), torch.randn(1, 1, 5))).apart
+
+
+def test_neither_the_random_state_nor_the_examples_are_given_away(tmp_path):
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + 0 * torch.rand_like(x)
+
+    x, state = torch.randn(2, 4), torch.get_rng_state()
+    sc.export(Noisy(), tmp_path / "small.pt2", x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.export.load(tmp_path / "small.pt2").example_inputs is None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_reduced_precision_opsets_and_what_onnx_runtime_cannot_run(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 3)).to(torch.bfloat16).eval()
+    assert sc.export(model, tmp_path / "small.pt2", torch.randn(2, 8, dtype=torch.bfloat16)).apart
+    with pytest.raises(sc.SecateurError, match="does not run on the example inputs"):
+        sc.export(model, tmp_path / "small.onnx", torch.randn(2, 8, dtype=torch.bfloat16))
+    with pytest.raises(CannotMeasure, match="backend='onnxruntime': it cannot run this model"):
+        latency(model, torch.randn(2, 8, dtype=torch.bfloat16), backend="onnxruntime")
+    assert sc.export(nn.Linear(4, 3).eval(), tmp_path / "a.onnx", torch.randn(2, 4), opset=21).facts["opset"] == 21
+    with pytest.raises(sc.SecateurError, match=r"export\(opset=9\): this graph cannot be said in it; give 18"):
+        sc.export(nn.Linear(4, 3).eval(), tmp_path / "b.onnx", torch.randn(2, 4), opset=9)
+    with pytest.raises(sc.SecateurError, match=r"an nn\.Module of Python is expected, a .*Module was given"):
+        sc.export(torch.jit.script(nn.Linear(4, 3)), tmp_path / "c.onnx", torch.randn(2, 4))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.onnx", "small.pt2"]
+
+
+def test_distances_are_in_units_of_what_is_usual():
+    huge = torch.finfo(torch.float32).min
+    assert parity.apart_from(torch.tensor([huge, 1.0, 2.0]), torch.tensor([huge, 9.0, -9.0])) > 1
+    assert parity.apart_from(torch.tensor([-torch.inf, 1.0, 2.0]), torch.tensor([-torch.inf, 1.0, 2.0])) == 0
+    assert parity.apart_from(torch.tensor([1, 2]), torch.tensor([1.9, 2.9])) == 1
+    assert parity.apart_from(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0])) > 1
+    assert parity.apart_from(torch.zeros(3), torch.tensor([0, 0, 1e-3])) > 1
+    assert parity.apart_from(torch.tensor([1 + 1j]), torch.tensor([1 + 2j])) == 1
+
+
+def test_masks_are_drawn_from_their_own_numbers():
+    mask = torch.zeros(3, 4).masked_fill(torch.rand(3, 4) < 0.5, -torch.inf)
+    what = Exportable(nn.Identity(), (mask, torch.zeros(3, 0)), {})
+    (drawn, empty), _ = parity.others(what, torch.export.export(Two(), (torch.zeros(3, 4), torch.zeros(3, 4))), 0)
+    assert set(drawn.unique().tolist()) <= {0.0, -torch.inf}
+    assert empty.shape == (3, 0)
+
+
+def test_a_checkpoint_of_another_backend_is_not_taken(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    graph, x = sc.trace(model, torch.randn(2, 8)), torch.randn(2, 8)
+    path, settings = tmp_path / "clock.json", {"samples": 4, "threads": 1}
+    clock = sc.measure_latency(model, graph, sc.LatencySettings(**settings, backend="onnxruntime", checkpoint=path))
+    assert clock.backend == "onnxruntime"
+    with pytest.raises(sc.SecateurError, match=r"was measured in another place, \{'backend': 'onnxruntime'\}"):
+        sc.measure_latency(model, graph, sc.LatencySettings(**settings, checkpoint=path))
+    eager = sc.measure_latency(model, graph, sc.LatencySettings(**settings))
+    scores = sc.score(model, graph, "magnitude")
+    with pytest.raises(sc.SecateurError, match="it times with 'eager'"):
+        sc.allocate(graph, scores, sc.Budget(latency_ms=9.0, backend="onnxruntime"), latency=eager)
+    both = sc.Budget(macs=0.7, latency_ms=1000.0, backend="onnxruntime")
+    given = sc.LatencySettings(**settings, backend="onnxruntime")
+    assert (
+        sc.prune(model, x, both, latency=given).after.macs <= 0.7 * sc.prune(model, x, both, latency=clock).before.macs
+    )

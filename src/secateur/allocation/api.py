@@ -15,7 +15,7 @@ from secateur._internal.errors import CannotCut, SecateurError, unknown
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.budget import LATENCY, USED_ENOUGH, Budget, Meter
 from secateur.allocation.contract import STRATEGIES, Strategy
-from secateur.allocation.latency.clock import Clock, by_the_clock, check_clock, checked
+from secateur.allocation.latency.clock import Clock, by_the_clock, check_clock, check_same_backend, checked
 from secateur.allocation.problem import Problem, fill
 from secateur.plan import Plan, make_plan
 from secateur.tracing.graph import ChannelGraph, fingerprint
@@ -75,6 +75,8 @@ def allocate(
     if latency is not None and budget.latency_ms is None:
         raise SecateurError("allocate(latency=...): the budget does not limit latency_ms; leave it out")
     check_clock(latency, graph)
+    if latency is not None:
+        check_same_backend(budget, latency)
     work = _laid(work, graph, model, data, loss, group, progress=progress)
     needs: Needs = getattr(made, "needs", Needs())
     if (needs.data or needs.loss) and work.model is _NO_MODEL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,9 @@ from torch.utils._pytree import tree_map
 from secateur._internal.batches import Inputs, arguments, tensors_in
 from secateur._internal.errors import CannotMeasure, unknown
 from secateur._internal.state import device_of, eval_mode
+from secateur.shipping.api import export
+from secateur.shipping.onnx import session_of
+from secateur.shipping.programs import in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +46,14 @@ def _eager(model: nn.Module, inputs: Inputs) -> Iterator[Forward]:
 
 @contextmanager
 def _compiled(model: nn.Module, inputs: Inputs) -> Iterator[Forward]:
+    import torch._dynamo
+
     device = device_of(model)
-    whole: Any = torch.compile(model, dynamic=False)
-    with eval_mode(model):
+    known = inspect.signature(torch.compile).parameters
+    own: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    whole: Any = torch.compile(model, dynamic=False, **own)  # else the next of the class would count against this one
+    strict: dict[str, Any] = {"fail_on_recompile_limit_hit": True, "accumulated_recompile_limit": 1 << 20}
+    with eval_mode(model), torch._dynamo.config.patch(**strict):  # instead of going on in eager PyTorch
         forward = Forward(
             lambda: arguments(copied_to(inputs, device)), lambda given: whole(*given[0], **given[1]), device
         )
@@ -60,19 +69,23 @@ def _compiled(model: nn.Module, inputs: Inputs) -> Iterator[Forward]:
 
 @contextmanager
 def _onnxruntime(model: nn.Module, inputs: Inputs) -> Iterator[Forward]:
-    from secateur.shipping.api import export
-    from secateur.shipping.onnx import session_of
-
+    given = copied_to(inputs, device_of(model))
     with tempfile.TemporaryDirectory() as folder:
-        done = export(model, Path(folder) / "model.onnx", inputs, dynamic=False, check=False)
-        session = session_of(done.path, torch.get_num_threads())
-    names = done.facts["inputs"]
-
-    def given() -> dict[str, Any]:
-        tensors = tensors_in(inputs)
-        return {name: t.detach().cpu().numpy().copy() for name, t in zip(names, tensors, strict=True)}
-
-    yield Forward(given, lambda arrays: session.run(None, arrays), torch.device("cpu"))
+        done = export(model, Path(folder) / "model.onnx", given, dynamic=False, check=False)
+        try:
+            session = session_of(done.path, torch.get_num_threads())
+        except Exception as error:
+            first = next(iter(str(error).splitlines()), "")
+            raise CannotMeasure(
+                f"backend='onnxruntime': it cannot run this model ({type(error).__name__}: {first})"
+            ) from error
+    arrays = [t.detach().cpu().numpy() for t in tensors_in(in_order(model, given))]
+    named = dict(zip(done.facts["inputs"], arrays, strict=True))
+    yield Forward(
+        lambda: {name: array.copy() for name, array in named.items()},
+        lambda own: session.run(None, own),
+        torch.device("cpu"),
+    )
 
 
 BACKENDS: Mapping[str, Any] = {"eager": _eager, "compile": _compiled, "onnxruntime": _onnxruntime}
@@ -91,6 +104,11 @@ def check_backend(name: object) -> None:
 def ready(model: nn.Module | Forward, inputs: Inputs, backend: str = EAGER) -> Any:
     """A context with the :class:`Forward` of a model; what is one already stays it."""
     return nullcontext(model) if isinstance(model, Forward) else BACKENDS[backend](model, inputs)
+
+
+def runs_on(model: nn.Module, backend: str) -> torch.device:
+    """Where a backend runs a model."""
+    return torch.device("cpu") if backend == "onnxruntime" else device_of(model)
 
 
 def copied_to(inputs: Any, device: torch.device) -> Any:

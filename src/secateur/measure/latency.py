@@ -13,8 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from secateur._internal.checks import check_count
-from secateur._internal.state import device_of
-from secateur.measure.backends import EAGER, Forward, check_backend, ready
+from secateur.measure.backends import EAGER, Forward, check_backend, ready, runs_on
 
 
 @contextmanager
@@ -69,7 +68,7 @@ def latency(
         "min_ms": times.min().item(),
         "repeats": repeats,
         "threads": used,
-        "device": str(device_of(model)),
+        "device": str(runs_on(model, backend)),
         "backend": backend,
     }
 

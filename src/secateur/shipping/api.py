@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
+import secrets
 import shutil
+import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from secateur._internal.batches import Inputs, tensors_in
-from secateur._internal.checks import check_choice, check_count
+from secateur._internal.checks import check_choice, check_count, check_flag
 from secateur._internal.errors import BadFile, SecateurError
 from secateur._internal.files import make_folder
 from secateur._internal.wrappers import unwrapped
 from secateur.shipping import onnx as to_onnx
 from secateur.shipping.parity import Runs, compared
-from secateur.shipping.programs import Exportable, exportable, free_dims, output_names, program_of, quiet
+from secateur.shipping.programs import (
+    Exportable,
+    exportable,
+    free_dims,
+    free_sizes,
+    output_names,
+    program_of,
+    quiet,
+    with_free_sizes,
+)
 
 TARGETS = {"onnx": ".onnx", "program": ".pt2"}
 """What a model can be exported to, and how its files end."""
@@ -37,9 +50,10 @@ class Exported:
         target: ``"onnx"`` or ``"program"``.
         bytes: the size of all that was written.
         free: by input the dims that may have other sizes than the example's.
-        apart: how far its outputs are from the model's, in units of the largest of them, on the example and on others
-            of other sizes; None if that was not checked.
-        facts: of ONNX: ``opset``, ``operators``, names of ``inputs`` and ``outputs``.
+        apart: how far its outputs are from the model's, in units of the largest of them, on the example, on others of
+            other sizes, and on one example alone; None if that was not checked.
+        facts: ``sizes``: which of batch and length are free, and from where to where; of ONNX ``opset``, ``operators``,
+            names of ``inputs`` and ``outputs``.
     """
 
     path: Path
@@ -52,6 +66,7 @@ class Exported:
     def __str__(self) -> str:
         sizes = ", ".join(f"{name}: {dims}" for name, dims in self.free.items() if dims) or "none"
         lines = [f"{self.path}: {self.target}, {self.bytes / 2**20:.2f} MiB", f"dims that are free: {sizes}"]
+        lines += [f"{name}: {of}" for name, of in self.facts.get("sizes", {}).items() if of != "any"]
         if self.apart is None:
             lines.append("not checked against the model")
         else:
@@ -78,7 +93,8 @@ def export(
     Args:
         model: a model, cut or not, which is left untouched; it is exported in eval mode.
         path: the file; ``.onnx`` is ONNX, ``.pt2`` a ``torch.export`` program, unless ``to`` says which. An earlier one
-            is replaced, once the new one is whole. Large weights of ONNX are in a file beside it, ``.onnx.data``.
+            is replaced, once the new one is whole. Weights of ONNX of more than a GiB are in a file beside it,
+            ``NAME.*.onnx.data``.
         example_inputs: what its forward takes: a tensor, a tuple of positional or a dict of keyword arguments.
         to: ``"onnx"`` or ``"program"``.
         outputs: which of what the forward returns, ``lambda out: out.logits``; all tensors by default.
@@ -95,62 +111,103 @@ def export(
         SecateurError: an unknown target, inputs on which the model does not run, a forward that cannot be exported,
             a package that is missing, outputs that are not the model's. Nothing is written then.
     """
-    if not isinstance(model, nn.Module):
-        raise SecateurError(f"export: an nn.Module is expected, a {type(model).__name__} was given")
-    model, where = unwrapped(model, "export"), Path(path)
-    target = to if to is not None else {end: name for name, end in TARGETS.items()}.get(where.suffix)
-    if target is None:
-        ends = " or ".join(TARGETS.values())
-        raise SecateurError(
-            f"export({str(path)!r}): a file that ends with {ends} is expected, or to= one of {', '.join(TARGETS)}"
-        )
-    check_choice("to", target, TARGETS)
+    target, where = _target(path, to)
+    if isinstance(model, torch.jit.ScriptModule) or not isinstance(model, nn.Module):
+        raise SecateurError(f"export: an nn.Module of Python is expected, a {type(model).__name__} was given")
+    if outputs is not None and not callable(outputs):
+        raise SecateurError(f"export(outputs={outputs!r}): a function is expected, such as lambda out: out.logits")
+    model = unwrapped(model, "export")
+    check_flag("dynamic", dynamic)
+    check_flag("check", check)
     check_count("opset", opset, optional=True)
     if target == "onnx":
         to_onnx.check_extra(runtime=check)
+    with ALONE:
+        fixed = exportable(model, example_inputs, outputs)
+        free = with_free_sizes(fixed) if dynamic else fixed
+        if free is not fixed:
+            try:
+                return _written(free, target, where, opset, check=check)
+            except BadFile:
+                raise
+            except SecateurError:  # what the model does not bear is fixed: then it is told why, if that fails too
+                pass
+        return _written(fixed, target, where, opset, check=check)
+
+
+ALONE = threading.RLock()
+"""PyTorch's exporters are not made for several threads at a time."""
+
+
+def _target(path: str | Path, to: str | None) -> tuple[str, Path]:
+    """What is written, and where.
+
+    Raises:
+        BadFile: it is a folder.
+        SecateurError: no path, or an unknown target.
+    """
+    if not isinstance(path, (str, Path)):
+        raise SecateurError(f"export(path={path!r}): a file is expected, such as 'small.onnx'")
+    where = Path(path)
+    target = to if to is not None else {end: name for name, end in TARGETS.items()}.get(where.suffix)
+    if target is None:
+        ends, names = " or ".join(TARGETS.values()), ", ".join(TARGETS)
+        raise SecateurError(f"export({str(path)!r}): a file that ends with {ends} is expected, or to= one of {names}")
+    check_choice("to", target, TARGETS)
     if where.is_dir():
         raise BadFile(f"export: {where} is a folder; give a file")
-    what = exportable(model, example_inputs, outputs, dynamic=dynamic)
+    return target, where
+
+
+def _written(what: Exportable, target: str, where: Path, opset: int | None, *, check: bool) -> Exported:
+    """Write it beside where it is to be, look at it, and move it there."""
     program = program_of(what)
-    make_folder(where.parent)
-    folder = where.with_name(f".{where.name}.{os.getpid()}")
-    make_folder(folder)
+    above = next(folder for folder in where.absolute().parents if folder.exists())
+    folder = None
     try:
-        new = folder / where.name
-        facts, runs = _onnx(what, program, new, opset) if target == "onnx" else _program(program, new)
+        folder = Path(tempfile.mkdtemp(prefix=f".{where.name}.", dir=above))
+        new = folder / f"{where.stem}.{secrets.token_hex(4)}{TARGETS[target]}"  # so that its weights' file is its own
+        facts, runs = _onnx(what, program, new, opset) if target == "onnx" else _program(what, program, new)
         apart = compared(what, program, runs) if check else None
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        for file in sorted(folder.iterdir(), reverse=True):  # the graph last, whose weights are there then
-            os.replace(file, where.parent / file.name)
+        weights = new.with_name(f"{new.name}.data")
+        size = sum(file.stat().st_size for file in (new, weights) if file.exists())
+        make_folder(where.parent)
+        if weights.exists():
+            os.replace(weights, where.parent / weights.name)
+        os.replace(new, where)
+        for old in where.parent.glob(f"{glob.escape(where.stem)}.*{where.suffix}.data"):  # of what was here before
+            if old.name != weights.name and re.fullmatch(r"[0-9a-f]{8}", old.name.split(".")[-3]):
+                old.unlink()
     except OSError as error:
-        raise BadFile(
-            f"export: {where} cannot be written ({error.strerror or error}); make room, or give another"
-        ) from error
+        why = error.strerror or error
+        raise BadFile(f"export: {where} cannot be written ({why}); make room, or give another") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return Exported(where, target, size, free_dims(program), apart, facts)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    return Exported(where, target, size, free_dims(program), apart, facts | {"sizes": free_sizes(what, program)})
 
 
 def _onnx(what: Exportable, program: ExportedProgram, path: Path, opset: int | None) -> tuple[dict[str, Any], Runs]:
-    facts = to_onnx.write(program, path, output_names(what.run()), opset)
+    facts = to_onnx.write(program, path, output_names(what.run(what.args, what.kwargs)), opset)
 
-    def runs(tensors: Sequence[Tensor]) -> Sequence[np.ndarray]:
+    def runs(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return to_onnx.runner(path, facts["inputs"])(tensors)
 
     return facts, runs
 
 
-def _program(program: ExportedProgram, path: Path) -> tuple[dict[str, Any], Runs]:
+def _program(what: Exportable, program: ExportedProgram, path: Path) -> tuple[dict[str, Any], Runs]:
+    program.example_inputs = None  # they are the user's, and not for others
     with quiet():
         torch.export.save(program, path)
 
-    def runs(tensors: Sequence[Tensor]) -> Sequence[np.ndarray]:
+    def runs(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         with quiet():
             again = torch.export.load(path).module()
-        leaves, like = tree_flatten(program.example_inputs)
+        leaves, like = tree_flatten((what.args, what.kwargs))
         given = iter(tensors)
         args, kwargs = tree_unflatten([next(given) if isinstance(v, Tensor) else v for v in leaves], like)
         with torch.no_grad():
-            return [t.detach().cpu().numpy() for t in tensors_in(again(*args, **kwargs))]
+            return tensors_in(again(*args, **kwargs))
 
     return {}, runs

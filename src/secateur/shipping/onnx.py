@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from secateur._internal.errors import SecateurError
-from secateur.shipping.parity import Runs, as_arrays
-from secateur.shipping.programs import quiet
+from secateur.shipping.parity import Runs
+from secateur.shipping.programs import first_line, quiet
 
 OWN_FILE = 1 << 30
 """Weights of so many bytes go into a file of their own beside the graph, which can hold two GiB."""
@@ -36,27 +35,32 @@ def write(program: ExportedProgram, path: Path, names: Sequence[str], opset: int
     """Write a program as ONNX, and say what is in it.
 
     Raises:
-        SecateurError: an operator that ONNX does not have.
+        SecateurError: an operator that ONNX does not have, an opset that the graph cannot be said in.
     """
     import onnx
 
-    size = sum(t.nbytes for t in program.state_dict.values())
+    constants = [t for t in program.constants.values() if isinstance(t, Tensor)]
+    size = sum(t.nbytes for t in (*program.state_dict.values(), *constants))
+    inputs = set(program.graph_signature.user_inputs)
     try:
         with quiet():
             made = torch.onnx.export(
-                program, dynamo=True, opset_version=opset, output_names=list(names), verbose=False, optimize=True
-            )
+                program, dynamo=True, opset_version=opset, verbose=False, optimize=True,
+                output_names=[f"{name}_out" if name in inputs else name for name in names],
+            )  # fmt: skip
             assert made is not None
             made.save(str(path), external_data=size > OWN_FILE)
     except Exception as error:
-        line = next((text.strip() for text in reversed(str(error).splitlines()) if text.strip()), type(error).__name__)
         raise SecateurError(
-            f"export: what torch.export gave cannot be said in ONNX ({type(error).__name__}: {line}); to='program' may "
-            "do"
+            f"export: what torch.export gave cannot be said in ONNX ({type(error).__name__}: {first_line(error)}); "
+            "to='program' may do"
         ) from error
     graph = onnx.load(str(path), load_external_data=False)
+    found = next(i.version for i in graph.opset_import if not i.domain)
+    if opset is not None and found != opset:
+        raise SecateurError(f"export(opset={opset}): this graph cannot be said in it; give {found}, or leave it out")
     return {
-        "opset": next(i.version for i in graph.opset_import if not i.domain),
+        "opset": found,
         "operators": sorted({node.op_type for node in graph.graph.node}),
         "inputs": [i.name for i in graph.graph.input],
         "outputs": [o.name for o in graph.graph.output],
@@ -67,9 +71,9 @@ def runner(path: Path, inputs: Sequence[str]) -> Runs:
     """The file in ONNX Runtime, on the CPU."""
     session = session_of(path)
 
-    def run(tensors: Sequence[Tensor]) -> Sequence[np.ndarray]:
-        found: Sequence[np.ndarray] = session.run(None, dict(as_arrays(tensors, inputs)))
-        return found
+    def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        arrays = {name: t.detach().cpu().numpy() for name, t in zip(inputs, tensors, strict=True)}
+        return [torch.from_numpy(array) for array in session.run(None, arrays)]
 
     return run
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -13,40 +12,70 @@ from torch.utils._pytree import tree_map
 
 from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
-from secateur.shipping.programs import BATCH, LENGTH, Exportable, free_sizes
+from secateur._internal.state import fork_rng_of
+from secateur.shipping.programs import BATCH, LENGTH, Exportable, first_line, free_sizes
 
 ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """So far apart outputs may be, in units of the largest of them; kernels of several libraries add up in other orders."""
-Runs = Callable[[Sequence[Tensor]], Sequence[np.ndarray]]
+HUGE = 1e4
+"""What is so many times the median is no measure for the others: masks are written as the largest number there is."""
+FEW = 2
+"""Inputs of no more different numbers are masks, of which others are drawn from the same numbers."""
+Runs = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """What was exported: the tensors of the inputs, in their order, to those of the outputs."""
 
 
 def compared(what: Exportable, program: ExportedProgram, runs: Runs, seed: int = 0) -> dict[str, float]:
-    """How far outputs are apart, in units of the largest of them; by inputs: ``"example"``, ``"others"``.
+    """How far outputs are apart, in units of the largest of them; by inputs.
+
+    ``"example"``, ``"others"`` of other sizes where these are free, and ``"one"``, the first example alone.
 
     Raises:
-        SecateurError: they are further apart than their type explains, or of other shapes.
+        SecateurError: they are further apart than their type explains, of other shapes, or do not come out.
     """
     found = {}
-    for name, (args, kwargs) in {"example": (what.args, what.kwargs), "others": others(what, program, seed)}.items():
-        try:
-            expected = tensors_in(what.run(args, kwargs))
-        except Exception:  # the model does not bear other sizes, so nobody can ask for them
-            continue
-        given = runs(tensors_in((args, kwargs)))
-        if [tuple(t.shape) for t in expected] != [tuple(np.shape(a)) for a in given]:
+    with fork_rng_of(what.model.parameters()):
+        for name, (args, kwargs) in _inputs(what, program, seed).items():
+            try:
+                expected = tensors_in(what.run(args, kwargs))
+            except Exception:  # the model does not bear other sizes, so nobody can ask for them
+                continue
+            if not any(t.isfinite().any() for t in expected if t.numel()):
+                continue  # which says nothing
+            found[name] = _compared(name, expected, tensors_in((args, kwargs)), runs)
+    return found
+
+
+def _compared(name: str, expected: Sequence[Tensor], inputs: Sequence[Tensor], runs: Runs) -> float:
+    try:
+        given = list(runs(inputs))
+    except Exception as error:
+        raise SecateurError(
+            f"export: what was written does not run on the {name} inputs ({type(error).__name__}: "
+            f"{first_line(error)}); nothing is left of it. check=False writes it all the same"
+        ) from error
+    if [t.shape for t in expected] != [t.shape for t in given]:
+        shapes, others = ([list(t.shape) for t in some] for some in (expected, given))
+        raise SecateurError(
+            f"export: on the {name} inputs the model gives {shapes}, what was exported {others}; nothing was written"
+        )
+    apart = [apart_from(t, other) for t, other in zip(expected, given, strict=True)]
+    for number, (distance, tensor) in enumerate(zip(apart, expected, strict=True)):
+        if not distance <= ALLOWED.get(tensor.dtype, 0.0):
             raise SecateurError(
-                f"export: on {name} inputs the model gives {[list(t.shape) for t in expected]}, what was exported "
-                f"{[list(np.shape(a)) for a in given]}; nothing was written"
+                f"export: on the {name} inputs output {number} is {distance:.2g} of its size away from the model's "
+                f"({tensor.dtype}); nothing was written. check=False writes it all the same"
             )
-        apart = [_apart(t, a) for t, a in zip(expected, given, strict=True)]
-        for number, (distance, tensor) in enumerate(zip(apart, expected, strict=True)):
-            if not distance <= ALLOWED.get(tensor.dtype, 0.0):
-                raise SecateurError(
-                    f"export: on {name} inputs output {number} is {distance:.2g} of its size away from the model's "
-                    f"({tensor.dtype}); nothing was written. check=False writes it all the same"
-                )
-        found[name] = max(apart, default=0.0)
+    return max(apart, default=0.0)
+
+
+def _inputs(what: Exportable, program: ExportedProgram, seed: int) -> dict[str, tuple[Any, Any]]:
+    """Inputs to compare on, by what they are."""
+    found = {"example": (what.args, what.kwargs), "others": others(what, program, seed)}
+    if BATCH in free_sizes(what, program):
+        found["one"] = tree_map(
+            lambda v: v[:1] if isinstance(v, Tensor) and BATCH in what.free(v).values() else v, found["example"]
+        )
     return found
 
 
@@ -62,31 +91,30 @@ def others(what: Exportable, program: ExportedProgram, seed: int) -> tuple[tuple
             return value
         names = what.free(value)
         shape = [new_sizes.get(names.get(d, ""), size) for d, size in enumerate(value.shape)]
-        if value.is_floating_point():
-            spread = value.float().std() if value.numel() > 1 else torch.ones(())
-            new = torch.randn(shape, generator=generator) * spread.cpu() + value.float().mean().cpu()
-            return new.to(value)
+        if not value.numel():
+            return value.new_zeros(shape)
+        plain = value.is_floating_point() and bool(value.isfinite().all()) and float(value.abs().max()) < 1e8
+        if plain and len(value.unique()) > FEW:
+            spread, middle = value.double().std().cpu(), value.double().mean().cpu()
+            return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread + middle).to(value)
         return value.flatten()[torch.randint(value.numel(), shape, generator=generator).to(value.device)]
 
     args, kwargs = tree_map(drawn, (what.args, what.kwargs))
     return args, kwargs
 
 
-def _apart(tensor: Tensor, array: np.ndarray) -> float:
+def apart_from(expected: Tensor, found: Tensor) -> float:
     """The largest difference, in units of the largest number; of whole numbers whether any is another."""
-    expected = tensor.detach().cpu()
-    found = torch.from_numpy(np.ascontiguousarray(array))
-    if not expected.is_floating_point():
-        return float(not torch.equal(expected, found.to(expected.dtype)))
-    expected, found = expected.double(), found.double()
+    expected, found = expected.detach().cpu(), found.detach().cpu()
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return float(found.is_floating_point() or not torch.equal(expected, found.to(expected.dtype)))
     if not expected.numel():
         return 0.0
-    same = (expected == found) | (expected.isnan() & found.isnan())  # infinite ones too
-    return float(
-        (expected - found).abs().masked_fill(same, 0).max() / expected.abs().nan_to_num(0, 0, 0).max().clamp(min=1e-12)
-    )
-
-
-def as_arrays(tensors: Sequence[Tensor], names: Sequence[str]) -> Mapping[str, np.ndarray]:
-    """Tensors as NumPy's arrays, by name."""
-    return {name: t.detach().cpu().numpy() for name, t in zip(names, tensors, strict=True)}
+    if expected.is_complex():
+        expected, found = torch.view_as_real(expected), torch.view_as_real(found)
+    e, f = expected.double(), found.double()
+    same = (e == f) | (e.isnan() & f.isnan())  # infinite ones too
+    size = e.abs().nan_to_num(0, 0, 0)
+    typical = size[size > 0].median() if bool((size > 0).any()) else size.max()
+    unit = size[size <= HUGE * typical].max().clamp(min=1e-12)
+    return float(((e - f).abs() / torch.maximum(size, unit)).masked_fill(same, 0).nan_to_num(torch.inf).max())

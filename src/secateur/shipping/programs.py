@@ -11,47 +11,48 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.utils._sympy.numbers import int_oo
 
 from secateur._internal.batches import CACHE, Inputs, arguments, caches, copied, tensors_in
 from secateur._internal.errors import SecateurError
 from secateur._internal.state import preserved
 
 BATCH, LENGTH = "batch", "length"
+LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "torch.fx.experimental.symbolic_shapes")
 Free = dict[int, str]
 """Of an input: which dims are free, and what they are."""
 
 
 @dataclass(frozen=True)
 class Exportable:
-    """A model and example inputs, such that all that is free can be told from what is not.
+    """A model and example inputs.
 
     Attributes:
         model: what is exported: the model, or one around it that gives what matters of its outputs.
         args: example inputs, positional.
-        kwargs: example inputs by name.
-        sizes: the example's size of each free dim, by its name.
+        kwargs: example inputs by name, in the order of the forward's.
+        sizes: the example's size of each dim that is to be free, by its name.
     """
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    sizes: dict[str, int]
+    sizes: dict[str, int] = field(default_factory=dict)
 
-    def run(self, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model gives, in eval mode and without gradients."""
-        args, kwargs = (self.args, self.kwargs) if args is None or kwargs is None else (args, kwargs)
         with preserved(self.model), torch.no_grad():
             return self.model(*copied(args), **copied(kwargs))
 
     def free(self, tensor: Any) -> Free:
-        """The free dims of an input."""
+        """The dims of an input that are to be free."""
         if not isinstance(tensor, Tensor) or not tensor.ndim:
             return {}
         found = {0: BATCH} if BATCH in self.sizes else {}
@@ -61,57 +62,79 @@ class Exportable:
 
 
 class Chosen(nn.Module):
-    """A model that gives some of its outputs.
+    """A model that gives some of its outputs; its forward takes what the model's takes.
 
     Args:
         model: the model.
         outputs: which of them.
     """
 
-    def __init__(self, model: nn.Module, outputs: Callable[[Any], Any] | None) -> None:
+    def __init__(self, model: nn.Module, outputs: Callable[[Any], Any]) -> None:
         super().__init__()
         self.model, self.outputs = model, outputs
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What was chosen of the model's outputs."""
-        found = self.model(*args, **kwargs)
-        return found if self.outputs is None else self.outputs(found)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.outputs(self.model(*args, **kwargs))
+
+        forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+        self.forward = forward
 
 
-def exportable(
-    model: nn.Module, inputs: Inputs, outputs: Callable[[Any], Any] | None, *, dynamic: bool = True
-) -> Exportable:
-    """A model with inputs of two examples at least: of a batch of one ``torch.export`` takes the size for fixed.
-
-    Raises:
-        SecateurError: inputs without tensors, or on which the model does not run.
-    """
+def in_order(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as a forward takes them, those by name in the order in which it names them."""
     args, kwargs = arguments(inputs)
     if caches(model, inputs):
         kwargs = {**kwargs, CACHE: False}  # nobody has asked for a cache of keys and values
     known = [*inspect.signature(model.forward).parameters]
-    kwargs = dict(sorted(kwargs.items(), key=lambda item: known.index(item[0]) if item[0] in known else len(known)))
-    tensors = tensors_in((args, kwargs))
-    if not tensors:
+    return args, dict(sorted(kwargs.items(), key=lambda item: known.index(item[0]) if item[0] in known else len(known)))
+
+
+def exportable(model: nn.Module, inputs: Inputs, outputs: Callable[[Any], Any] | None) -> Exportable:
+    """A model with example inputs, nothing free.
+
+    Raises:
+        SecateurError: inputs without tensors, or on which the model does not run; outputs without tensors.
+    """
+    args, kwargs = in_order(model, inputs)
+    if not tensors_in((args, kwargs)):
         raise SecateurError("export(example_inputs): a tensor, a tuple or a dict of them is expected; there is none")
-    first = {t.shape[0] for t in tensors if t.ndim}
-    sizes = {BATCH: next(iter(first))} if dynamic and len(first) == 1 else {}
-    lengths = {t.shape[1] for t in tensors if t.ndim == 2 and not t.is_floating_point() and t.dtype != torch.bool}
-    if sizes and len(lengths) == 1:
-        sizes[LENGTH] = next(iter(lengths))
-    if sizes.get(BATCH) == 1:
-        args, kwargs = tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.ndim else v, (args, kwargs))
-        sizes[BATCH] = 2
-    whole = model if outputs is None else Chosen(model, outputs)
-    found = Exportable(whole, args, kwargs, sizes)
+    found = Exportable(model, args, kwargs)
     try:
-        found.run()
+        given = found.run(args, kwargs)
     except Exception as error:
         raise SecateurError(
-            f"export: the model does not run on these example inputs ({type(error).__name__}: {_first_line(error)}); "
+            f"export: the model does not run on these example inputs ({type(error).__name__}: {first_line(error)}); "
             "give those that its forward takes"
         ) from error
+    if outputs is not None:
+        try:
+            given = outputs(given)
+        except Exception as error:
+            raise SecateurError(
+                f"export(outputs=...): it does not take what the forward returns, a {type(given).__name__} "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
+        found = Exportable(Chosen(model, outputs), args, kwargs)
+    if not tensors_in(given):
+        raise SecateurError(f"export: a tensor is to come out, and there is a {type(given).__name__} without one")
     return found
+
+
+def with_free_sizes(what: Exportable) -> Exportable:
+    """The same with what may be free, and two examples at least: ``torch.export`` takes a batch of one for fixed."""
+    args, kwargs = what.args, what.kwargs
+    tensors = tensors_in((args, kwargs))
+    first = {t.shape[0] for t in tensors if t.ndim}
+    if len(first) != 1:
+        return what
+    sizes = {BATCH: first.pop()}
+    lengths = {t.shape[1] for t in tensors if t.ndim == 2 and not t.is_floating_point() and t.dtype != torch.bool}
+    if len(lengths) == 1:
+        sizes[LENGTH] = lengths.pop()
+    if sizes[BATCH] == 1:
+        args, kwargs = tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.ndim else v, (args, kwargs))
+        sizes[BATCH] = 2
+    return Exportable(what.model, args, kwargs, sizes)
 
 
 def program_of(what: Exportable) -> ExportedProgram:
@@ -129,10 +152,11 @@ def program_of(what: Exportable) -> ExportedProgram:
         with preserved(what.model), torch.no_grad(), quiet():
             return torch.export.export(what.model, args, kwargs, dynamic_shapes=shapes if what.sizes else None)
     except Exception as error:
+        model = what.model.model if isinstance(what.model, Chosen) else what.model
         raise SecateurError(
-            f"export: torch.export cannot follow the forward of {type(what.model).__name__} "
-            f"({type(error).__name__}: {_first_line(error)}). Branches on values must be torch.where or torch.cond; "
-            "outputs must be tensors, or containers that PyTorch knows: outputs= chooses among them"
+            f"export: torch.export cannot follow the forward of {type(model).__name__} ({type(error).__name__}: "
+            f"{first_line(error)}). Branches on values must be torch.where or torch.cond; outputs must be tensors, or "
+            "containers that PyTorch knows: outputs= chooses among them"
         ) from error
 
 
@@ -151,37 +175,53 @@ def _is_free(size: Any) -> bool:
     return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
-def free_sizes(what: Exportable, program: ExportedProgram) -> set[str]:
-    """Which of the sizes a graph leaves free in all inputs that have them."""
-    found = set(what.sizes)
-    for tensor, dims in zip(tensors_in((what.args, what.kwargs)), free_dims(program).values(), strict=True):
-        found -= {size for d, size in what.free(tensor).items() if d not in dims}
+def free_sizes(what: Exportable, program: ExportedProgram) -> dict[str, str]:
+    """Which of the sizes a graph leaves free in all inputs that have them, and from where to where it holds."""
+    found = dict.fromkeys(what.sizes, "any")
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    for tensor, (name, dims) in zip(tensors_in((what.args, what.kwargs)), free_dims(program).items(), strict=True):
+        for d, size in what.free(tensor).items():
+            if d not in dims:
+                found.pop(size, None)
+            elif size in found:
+                symbol = values[name].shape[d].node.expr
+                allowed = program.range_constraints.get(symbol)
+                upper = "any" if allowed is None or allowed.upper == int_oo else str(allowed.upper)
+                if allowed is not None and (int(allowed.lower) > 2 or upper != "any"):
+                    found[size] = f"{allowed.lower} to {upper}"
     return found
 
 
 def output_names(outputs: Any) -> list[str]:
-    """A name for each tensor that a model gives: its key or attribute, else its number."""
-    found = []
+    """A name for each tensor that a model gives: its key or field, else its number; no two are the same."""
+    found: list[str] = []
     for path, leaf in tree_flatten_with_path(outputs)[0]:
         if isinstance(leaf, Tensor):
             keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
-            found.append("_".join(keys) if keys and not keys[0].isdigit() else "_".join(["output", *keys]))
+            name = "_".join(keys) if keys and not keys[0].isdigit() else "_".join(["output", *keys])
+            same = sum(other == name or other.startswith(f"{name}__") for other in found)
+            found.append(f"{name}__{same}" if same else name)
     return found
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what PyTorch's exporters tell about themselves."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first; what caused it where it says nothing of its own."""
+    while error.__cause__ is not None and type(error).__module__.startswith("torch.onnx"):
+        error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given").rstrip(".")

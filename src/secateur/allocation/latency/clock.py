@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from secateur._internal.errors import CannotCut, InfeasibleBudget, SecateurError
-from secateur.allocation.budget import LATENCY, Timed
+from secateur.allocation.budget import LATENCY, Budget, Timed
 from secateur.allocation.problem import Problem, fill, narrowed
 from secateur.allocation.strategies import uniform_items
+from secateur.measure.backends import EAGER
 from secateur.plan import Plan, make_plan
 from secateur.tracing.graph import ChannelGraph
 
@@ -48,6 +49,16 @@ class Clock(Protocol):
 
     def measured(self, plan: Plan) -> float:
         """The milliseconds that the cut network takes."""
+
+
+def check_same_backend(budget: Budget, latency: Any) -> None:
+    """Raise if a clock, or settings for one, times with something else than what a budget's milliseconds are of."""
+    backend = budget.backend if latency is None else getattr(latency, "backend", EAGER)
+    if budget.backend not in (EAGER, backend):
+        raise SecateurError(
+            f"latency=...: it times with {backend!r}, the budget's milliseconds are of {budget.backend!r}; name the "
+            "same backend"
+        )
 
 
 def check_clock(clock: Clock | None, graph: ChannelGraph) -> None:

@@ -21,7 +21,7 @@ from secateur._internal.progress import progress_bar
 from secateur._internal.state import device_of
 from secateur.allocation.budget import Budget, check_round_to
 from secateur.allocation.latency.model import LatencyModel, Sample
-from secateur.measure.backends import EAGER, LASTING, Forward, check_backend, ready
+from secateur.measure.backends import EAGER, LASTING, Forward, check_backend, ready, runs_on
 from secateur.measure.latency import in_turn, latency, threads_set
 from secateur.plan import Plan, make_plan
 from secateur.surgery.channels import cut
@@ -96,7 +96,7 @@ class Stopwatch:
     ) -> None:
         self.network, self.inputs, self.threads, self.group = network, inputs, threads, group
         self.backend = backend
-        self._whole: Forward | None = None
+        self._whole: dict[int, Forward] = {}
         self.device = device_of(network)
         if self.device.type == "meta" or not tensors_in(inputs):
             raise SecateurError(
@@ -106,7 +106,7 @@ class Stopwatch:
     def where(self, graph: ChannelGraph) -> dict[str, Any]:
         """What must be the same for times to be the same."""
         return {
-            "device": self.device.type,
+            "device": runs_on(self.network, self.backend).type,
             "inputs": [list(tensor.shape) for tensor in tensors_in(self.inputs)],
             "threads": torch.get_num_threads() if self.threads is None else self.threads,
             "macs": graph.macs(),
@@ -144,14 +144,14 @@ class Stopwatch:
         return whole, part
 
     def _ready(self) -> nn.Module | Forward:
-        """The whole network, made ready once where that lasts."""
+        """The whole network; where that lasts, made ready once for a number of threads."""
         if self.backend not in LASTING:
             return self.network
-        if self._whole is None:
-            with ready(self.network, self.inputs, self.backend) as self._whole:
+        threads = torch.get_num_threads()
+        if threads not in self._whole:
+            with ready(self.network, self.inputs, self.backend) as self._whole[threads]:
                 pass
-        assert self._whole is not None
-        return self._whole
+        return self._whole[threads]
 
     def _told(self, value: Any) -> Any:
         return broadcast_json(value, self.device, self.group)
