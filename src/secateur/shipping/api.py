@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from secateur.shipping.programs import (
 
 TARGETS = {"onnx": ".onnx", "program": ".pt2"}
 """What a model can be exported to, and how its files end."""
+FIXED = "fixed"
+"""The fact that says why no size is free."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Exported:
         free: by input the dims that may have other sizes than the example's.
         apart: how far its outputs are from the model's, in units of the largest of them, on the example, on others of
             other sizes, and on one example alone; None if that was not checked.
-        facts: ``sizes``: which of batch and length are free, and from where to where; of ONNX ``opset``, ``operators``,
-            names of ``inputs`` and ``outputs``.
+        facts: ``sizes``: which of batch and length are free, and from where to where; ``fixed``: why none is, where
+            that was tried; of ONNX ``opset``, ``operators``, names of ``inputs`` and ``outputs``.
     """
 
     path: Path
@@ -66,6 +68,8 @@ class Exported:
     def __str__(self) -> str:
         sizes = ", ".join(f"{name}: {dims}" for name, dims in self.free.items() if dims) or "none"
         lines = [f"{self.path}: {self.target}, {self.bytes / 2**20:.2f} MiB", f"dims that are free: {sizes}"]
+        if FIXED in self.facts:
+            lines.append(f"all are fixed, for with free ones: {self.facts[FIXED]}")
         lines += [f"{name}: {of}" for name, of in self.facts.get("sizes", {}).items() if of != "any"]
         if self.apart is None:
             lines.append("not checked against the model")
@@ -125,14 +129,15 @@ def export(
     with ALONE:
         fixed = exportable(model, example_inputs, outputs)
         free = with_free_sizes(fixed) if dynamic else fixed
-        if free is not fixed:
-            try:
-                return _written(free, target, where, opset, check=check)
-            except BadFile:
-                raise
-            except SecateurError:  # what the model does not bear is fixed: then it is told why, if that fails too
-                pass
-        return _written(fixed, target, where, opset, check=check)
+        if free is fixed:
+            return _written(fixed, target, where, opset, check=check)
+        try:
+            return _written(free, target, where, opset, check=check)
+        except BadFile:
+            raise
+        except SecateurError as error:
+            done = _written(fixed, target, where, opset, check=check)
+            return replace(done, facts=done.facts | {FIXED: str(error)})
 
 
 ALONE = threading.RLock()

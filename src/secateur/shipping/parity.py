@@ -43,6 +43,11 @@ def compared(what: Exportable, program: ExportedProgram, runs: Runs, seed: int =
             if not any(t.isfinite().any() for t in expected if t.numel()):
                 continue  # which says nothing
             found[name] = _compared(name, expected, tensors_in((args, kwargs)), runs)
+    if not found:
+        raise SecateurError(
+            "export: the model gives no finite number on these inputs, so nothing can be compared; check=False writes "
+            "it all the same"
+        )
     return found
 
 
