@@ -36,6 +36,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+ModelOptions = Annotated[
+    list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="The model's options, such as width=2.")
+]
+Shape = Annotated[str | None, typer.Option("--input", help="Shape of an example input, such as 1,3,32,32.")]
+Factory = Annotated[
+    str | None,
+    typer.Option(metavar="MODULE:FACTORY", help="What makes the original of a saved directory; it is imported."),
+]
+
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 _SAME = "the same command goes on where it was"
 
@@ -101,14 +110,9 @@ def run_command(
 @app.command("inspect")
 def inspect_command(
     model: Annotated[str, typer.Argument(help="A built-in model, package.module:factory, or a saved directory.")],
-    options: Annotated[
-        list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="The model's options, such as width=2.")
-    ] = None,
-    shape: Annotated[str | None, typer.Option("--input", help="Shape of an example input, such as 1,3,32,32.")] = None,
-    build: Annotated[
-        str | None,
-        typer.Option(metavar="MODULE:FACTORY", help="What makes the original of a saved directory; it is imported."),
-    ] = None,
+    options: ModelOptions = None,
+    shape: Shape = None,
+    build: Factory = None,
 ) -> None:
     """Show which channels can be removed, which cannot, and why."""
     with told("nothing was changed"):
@@ -121,18 +125,13 @@ def inspect_command(
 @app.command("export")
 def export_command(
     model: Annotated[str, typer.Argument(help="A saved directory, a built-in model, or package.module:factory.")],
-    options: Annotated[
-        list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="The model's options, such as width=2.")
-    ] = None,
+    options: ModelOptions = None,
     out: Annotated[Path, typer.Option(help="The file: .onnx is ONNX, .pt2 a torch.export program.")] = Path(
         "model.onnx"
     ),
     to: Annotated[str | None, typer.Option(help="onnx or program, where the file's name does not say.")] = None,
-    shape: Annotated[str | None, typer.Option("--input", help="Shape of an example input, such as 1,3,32,32.")] = None,
-    build: Annotated[
-        str | None,
-        typer.Option(metavar="MODULE:FACTORY", help="What makes the original of a saved directory; it is imported."),
-    ] = None,
+    shape: Shape = None,
+    build: Factory = None,
     opset: Annotated[int | None, typer.Option(help="Of ONNX.")] = None,
     fixed: Annotated[bool, typer.Option("--fixed", help="The batch has the example's size and no other.")] = False,
     unchecked: Annotated[bool, typer.Option("--unchecked", help="Do not compare with the model.")] = False,

@@ -353,27 +353,24 @@ class Beside(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.t, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(16, 4)
+        self.first, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(6, 8)
+        self.t, self.head = nn.Linear(8, 8), nn.Linear(16, 4)
 
     def forward(self, x):
-        return self.head(torch.cat([self.t(self.a(x).tanh()).tanh(), self.t(self.b(x).tanh()).tanh()], 1))
+        a, b = self.a(self.first(x).tanh()).tanh(), self.b(x).tanh()
+        return self.head(torch.cat([self.t(a).tanh(), self.t(b).tanh()], 1))
 
 
 @pytest.mark.parametrize("count", [128, 200, 256])
 def test_other_examples_are_held_out_than_those_that_another_run_has_shown(count):
+    """Were it the last run alone, of which nothing is missing, no step would be borne out."""
     torch.manual_seed(0)
     model, x = Beside().double(), torch.randn(count, 6, dtype=torch.float64)
-    plan = Plan({}, {}, fingerprint(model))
-    small = copy.deepcopy(model)
-    with torch.no_grad():
-        small.a.weight[2:5] = 0
+    plan = removing(model, x[:2], "first", [0, 1, 2])
+    small = sc.cut(model, plan)
     before = small.t.weight.clone()
-    a = small.a.weight.clone()
-    keep = sc.refit(model, small, plan, [x], damping=1e6)  # with so much of it, the first layers hardly move
-    assert keep == {}
-    torch.testing.assert_close(small.a.weight, a, rtol=0, atol=1e-3)
-    sc.refit(model, small, plan, [x])
-    assert (small.t.weight - before).norm() > 0 or (small.a.weight - a).norm() > 0.1
+    assert sc.refit(model, small, plan, [x]) == {}
+    assert (small.t.weight - before).norm() > 1e-3 * before.norm()
     ones = [torch.full((1, 16, 1), float(run)) for run in range(3)]
     order = torch.cat(_by_examples({(0, 0, 0): ones[0], (0, 1, 0): ones[1], (1, 0, 0): ones[2]}), 1).flatten().tolist()
     assert order == [0.0, 1.0] * 16 + [2.0] * 16

@@ -42,6 +42,12 @@ Run = Callable[[Any], Any]
 # ----------------------------------------------------------------------------------------------- outputs to one tensor
 
 
+def named_logits(outputs: Any) -> Tensor | None:
+    """What a model's outputs hold as ``logits``, if they do."""
+    named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    return named if isinstance(named, Tensor) else None
+
+
 def logits_of(outputs: Any) -> Tensor:
     """The tensor of a model's outputs that a loss compares: itself, ``.logits``, or the first one there is.
 
@@ -50,8 +56,8 @@ def logits_of(outputs: Any) -> Tensor:
     """
     if isinstance(outputs, Tensor):
         return outputs
-    named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    if isinstance(named, Tensor):
+    named = named_logits(outputs)
+    if named is not None:
         return named
     found = tensors_in(outputs)
     if not found:

@@ -6,7 +6,7 @@ them on the model's device; what two seats both want is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from secateur._internal.batches import Batch, Inputs, demands_labels, read_batch
 from secateur._internal.checks import check_count
 from secateur._internal.distributed import Group, broadcast_json, rank, together, world_size
 from secateur._internal.errors import BadBatch, SecateurError, notice
-from secateur._internal.losses import Loss, batch_loss, needs_gradient, read_loss
+from secateur._internal.losses import Loss, batch_loss, named_logits, needs_gradient, read_loss
 from secateur._internal.progress import length_of, tracked
 from secateur._internal.state import device_of, rng_state
 
@@ -141,10 +141,9 @@ class Workload:
 
         What the user says matters; else ``logits``, where there are some, or everything.
         """
-        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
         if self.outputs is not None:
             outputs = self.outputs(outputs)
-        elif isinstance(logits, Tensor):
+        elif (logits := named_logits(outputs)) is not None:
             outputs = logits
         return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
 

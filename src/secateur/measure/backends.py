@@ -19,7 +19,7 @@ from secateur._internal.errors import CannotMeasure, unknown
 from secateur._internal.state import device_of, eval_mode
 from secateur.shipping.api import export
 from secateur.shipping.onnx import session_of
-from secateur.shipping.programs import in_order
+from secateur.shipping.programs import first_line, in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +60,8 @@ def _compiled(model: nn.Module, inputs: Inputs) -> Iterator[Forward]:
         try:
             forward.run(forward.given())
         except Exception as error:
-            first = next(iter(str(error).splitlines()), "")
-            raise CannotMeasure(
-                f"backend='compile': torch.compile cannot run this model here ({type(error).__name__}: {first})"
-            ) from error
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise CannotMeasure(f"backend='compile': torch.compile cannot run this model here ({why})") from error
         yield forward
 
 
@@ -75,10 +73,8 @@ def _onnxruntime(model: nn.Module, inputs: Inputs) -> Iterator[Forward]:
         try:
             session = session_of(done.path, torch.get_num_threads())
         except Exception as error:
-            first = next(iter(str(error).splitlines()), "")
-            raise CannotMeasure(
-                f"backend='onnxruntime': it cannot run this model ({type(error).__name__}: {first})"
-            ) from error
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise CannotMeasure(f"backend='onnxruntime': it cannot run this model ({why})") from error
     arrays = [t.detach().cpu().numpy() for t in tensors_in(in_order(model, given))]
     named = dict(zip(done.facts["inputs"], arrays, strict=True))
     yield Forward(

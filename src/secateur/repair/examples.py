@@ -69,14 +69,12 @@ class Examples:
     def halve(self, part: Part) -> bool:
         """Let a part be two; False if it cannot be."""
         count, half = part.count, part.count // 2
-        if count < 2 or any(len(t) != count for t in tensors_in(part.inputs) if t.ndim):
+        if count < 2 or not _are_alike(part.inputs, count):
             return False
-
-        def some(begin: int, end: int) -> Part:
-            inputs = tree_map(lambda v: v[begin:end] if isinstance(v, Tensor) and v.ndim else v, part.inputs)
-            return replace(part, first=part.first + begin, count=end - begin, inputs=inputs)
-
-        both = [some(0, half), some(half, count)]
+        both = [
+            replace(part, first=part.first + begin, count=end - begin, inputs=_some(part.inputs, count, begin, end))
+            for begin, end in ((0, half), (half, count))
+        ]
         parts = [new for old in self.parts for new in (both if old is part else [old])]
         self.parts = [replace(new, number=number) for number, new in enumerate(parts)]
         return True
@@ -159,16 +157,20 @@ def read_examples(work: Workload, examples: int, most: int = PART) -> Examples:
 def _split(batch: Batch, most: int, part: int) -> Iterator[tuple[int, Inputs, int]]:
     """The first examples of a batch, in parts: its number, inputs, their count; one part where first dims differ."""
     count = batch.examples
-    alike = all(len(t) == count for t in tensors_in(batch.inputs) if t.ndim)
-    step = part if alike else max(count, 1)
+    step = part if _are_alike(batch.inputs, count) else max(count, 1)
     for begin in range(0, min(count, most), step):
         end = min(begin + step, count, most)
+        yield batch.number, _some(batch.inputs, count, begin, end), end - begin
 
-        def some(value: Any, begin: int = begin, end: int = end) -> Any:
-            own = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
-            return value[begin:end] if own else value
 
-        yield batch.number, tree_map(some, batch.inputs), end - begin
+def _are_alike(inputs: Inputs, count: int) -> bool:
+    """Whether the first dim of all inputs is that of the examples."""
+    return all(len(t) == count for t in tensors_in(inputs) if t.ndim)
+
+
+def _some(inputs: Inputs, count: int, begin: int, end: int) -> Inputs:
+    """Some of the examples of inputs; what is not as long as all of them stays whole."""
+    return tree_map(lambda v: v[begin:end] if isinstance(v, Tensor) and v.ndim and len(v) == count else v, inputs)
 
 
 def forward_part(model: nn.Module, part: Part) -> Any:
@@ -178,9 +180,5 @@ def forward_part(model: nn.Module, part: Part) -> Any:
 
 def few_of(part: Part, most: int) -> Part:
     """A part's first examples, in tensors of their own; all of them where the inputs do not say which they are."""
-    alike = all(len(t) == part.count for t in tensors_in(part.inputs) if t.ndim)
-    count = min(part.count, most) if alike else part.count
-    inputs = tree_map(
-        lambda v: v[:count].clone() if isinstance(v, Tensor) and v.ndim and alike else v, copied(part.inputs)
-    )
-    return replace(part, count=count, inputs=inputs)
+    count = min(part.count, most) if _are_alike(part.inputs, part.count) else part.count
+    return replace(part, count=count, inputs=copied(_some(part.inputs, part.count, 0, count)))
