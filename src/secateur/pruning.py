@@ -15,6 +15,7 @@ from secateur._internal.batches import Inputs
 from secateur._internal.distributed import Group
 from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Needs, Workload
+from secateur.allocation.alike import left_alone
 from secateur.allocation.api import allocated, tries_widths
 from secateur.allocation.budget import Budget, Meter, unused
 from secateur.allocation.contract import Strategy
@@ -145,15 +146,16 @@ def check_feasible(
     *,
     approximate: bool = False,
     latency: LatencyClock | None = None,
-    without: Iterable[str] = (),
+    without: Mapping[str, str] | None = None,
 ) -> None:
     """Raise if no plan can meet the budget, with the range that is feasible.
 
     Raises:
         InfeasibleBudget: none can.
     """
-    alone = set(without)
-    movable = np.array([(group.exact or approximate) and group.name not in alone for group in graph.groups])
+    whole = {group.name: group.reason for group in graph.groups if not group.exact and not approximate}
+    whole = left_alone(graph, budget.alike, {**whole, **(without or {})})
+    movable = np.array([group.name not in whole for group in graph.groups])
     least = np.where(movable, budget.floors(graph), graph.widths)
     Meter(graph, budget, None if latency is None else latency.fitted).check_feasible(least, approximate=approximate)
     if latency is not None and budget.latency_ms is not None:
@@ -162,7 +164,7 @@ def check_feasible(
 
 def _clock(
     graph: ChannelGraph, budget: Budget, latency: LatencyClock | LatencySettings | None, work: Workload, *,
-    approximate: bool, alone: Iterable[str],
+    approximate: bool, alone: Mapping[str, str],
 ) -> LatencyClock | None:  # fmt: skip
     """How long the model takes, if the budget limits that, once the rest of it is seen to be possible."""
     if latency is not None and budget.latency_ms is None:

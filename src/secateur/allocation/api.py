@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur._internal.distributed import Group
 from secateur._internal.errors import CannotCut, SecateurError, unknown
 from secateur._internal.workload import Needs, Workload
+from secateur.allocation.alike import Tied, TiedTime, classes, common_stops, left_alone
 from secateur.allocation.budget import LATENCY, USED_ENOUGH, Budget, Meter
 from secateur.allocation.contract import STRATEGIES, Strategy
 from secateur.allocation.latency.clock import Clock, by_the_clock, check_clock, check_same_backend, checked
@@ -144,22 +145,28 @@ def allocated(
         for g in graph.groups
         if g.name not in given and g.name not in skipped
     }
+    skipped = left_alone(graph, budget.alike, skipped)
     ranked = {name: _numbers(graph, name, values) for name, values in given.items() if name not in skipped}
     known = graph.by_name(getattr(scores, "rises", {}))
     rises = {name: _numbers(graph, name, values, 1) for name, values in known.items() if name in ranked}
     # all go by the scores of rank 0, so that all have the same problem to solve
     told = work.agree([{name: values.tolist() for name, values in some.items()} for some in (ranked, rises)])
     ranked, rises = ({name: np.array(values) for name, values in some.items()} for some in told)
-    meter = Meter(graph, budget, None if latency is None else latency.fitted)
-    problem, orders = _problem(graph, meter, ranked, rises, budget.stops(graph))
+    members = classes(graph, budget.alike)
+    tied = Tied(graph, members, {name: np.argsort(values, kind="stable") for name, values in ranked.items()})
+    meter = Meter(tied.tied, budget, None if latency is None else TiedTime(latency.fitted, tied.of))
+
+    def problem_of(stops: Sequence[np.ndarray]) -> Problem:
+        return _problem(tied, meter, ranked, rises, stops)
+
+    problem = problem_of(budget.stops(graph))
     meter.check_feasible(problem.least, approximate=approximate)
     plain: dict[str, list[int]] = {}
 
     def plan_of(taken: np.ndarray) -> Plan:
         nonlocal plain
         gone = work.agree((problem.start - problem.widths(taken)).tolist())
-        plain = {group.name: orders[i][: gone[i]].tolist() for i, group in enumerate(graph.groups) if gone[i] > 0}
-        plain = work.agree(plain)
+        plain = work.agree(tied.removed(gone))
         return make_plan(graph, plain, skipped=skipped, approximate=approximate)
 
     def choose(some: Problem) -> np.ndarray:
@@ -174,7 +181,7 @@ def allocated(
             widths = problem.widths(taken)
             if meter.used(widths) >= USED_ENOUGH:
                 break
-            problem, _ = _problem(graph, meter, ranked, rises, budget.stops(graph, largest))
+            problem = problem_of(budget.stops(graph, largest))
             taken = fill(problem, problem.taken(widths))
         try:
             return plan_of(taken)
@@ -228,25 +235,35 @@ def _numbers(graph: ChannelGraph, name: str, values: Tensor, more: int = 0) -> n
 
 
 def _problem(
-    graph: ChannelGraph, meter: Meter, scores: Mapping[str, np.ndarray], rises: Mapping[str, np.ndarray],
+    tied: Tied, meter: Meter, scores: Mapping[str, np.ndarray], rises: Mapping[str, np.ndarray],
     stops: Sequence[np.ndarray],
-) -> tuple[Problem, dict[int, np.ndarray]]:  # fmt: skip
-    """Items of all groups: each brings its group's width to the next of the widths that it may be given."""
+) -> Problem:  # fmt: skip
+    """Items of all groups that can go: each brings its group's width to the next of the widths that it may be given.
+
+    Args:
+        tied: the groups, and their orders of removal.
+        meter: of the graph in which groups that are alike are one.
+        scores: of every channel, by group of the original graph.
+        rises: of every number of channels, likewise; of groups that have none the sum of the scores.
+        stops: the widths that the original's groups may be given.
+    """
+    ascending = tied.summed({name: values[tied.orders[name]] for name, values in scores.items()})
+    tables = tied.summed(rises)
     orders: dict[int, np.ndarray] = {}
     columns: list[tuple[np.ndarray, ...]] = []
-    for i, group in enumerate(graph.groups):
-        if group.name not in scores:
+    for i, (group, own) in enumerate(zip(meter.graph.groups, common_stops(tied.members, stops), strict=True)):
+        if group.name not in ascending:
             continue
-        values = scores[group.name]
-        orders[i] = np.argsort(values, kind="stable")
-        ends = len(group) - stops[i]
+        values = ascending[group.name]
+        orders[i] = tied.orders[group.name]
+        ends = len(group) - own
         begins = np.r_[0, ends[:-1]].astype(np.int64)[: len(ends)]
-        if (table := rises.get(group.name)) is not None:
+        if (table := tables.get(group.name)) is not None:
             total = table[ends] - table[begins]
         else:
-            total = np.add.reduceat(values[orders[i]], begins) if len(ends) else np.zeros(0)
+            total = np.add.reduceat(values, begins) if len(ends) else np.zeros(0)
             if len(ends):  # reduceat sums the last block to the end of the group
-                total[-1] = values[orders[i]][begins[-1] : ends[-1]].sum()
+                total[-1] = values[begins[-1] : ends[-1]].sum()
         columns.append((np.full(len(ends), i), np.arange(len(ends)), ends - begins, total))
     stacked = [np.concatenate(c) for c in zip(*columns, strict=True)] if columns else [np.zeros(0, dtype=np.int64)] * 4
-    return Problem(meter, graph.widths, stacked[0], stacked[1], stacked[2], stacked[3], orders, bool(rises)), orders
+    return Problem(meter, meter.graph.widths, stacked[0], stacked[1], stacked[2], stacked[3], orders, bool(rises))

@@ -12,6 +12,7 @@ import numpy as np
 
 from secateur._internal.checks import is_number
 from secateur._internal.errors import InfeasibleBudget, SecateurError, unknown
+from secateur.allocation.alike import Alike, check_alike, classes, common_stops
 from secateur.measure.backends import EAGER, check_backend
 from secateur.tracing.graph import ChannelGraph
 
@@ -74,6 +75,10 @@ class Budget(_KnownKeywords):
             4, 2 or 1 (but not from a strategy that tries widths on data, nor within ``latency_ms``).
         at_least: no group ends with fewer: a whole number of channels, a fraction of its width in (0, 1), ``"all"``, or
             any of these by group name. 1 is one channel; 1.0, which could mean all as well, is refused.
+        alike: groups end with equally many channels, as configurations of `transformers` and serving engines want:
+            ``True`` for all whose layers have one name (``gate_proj`` of every layer), or patterns of groups' names,
+            each for those that are alike. Only groups of one width are. Which channels go each decides for itself; if
+            one has to stay whole, so do the others.
     """
 
     macs: float | None = None
@@ -83,6 +88,7 @@ class Budget(_KnownKeywords):
     round_to: int | str = AUTO
     at_least: float | str | Mapping[str, float | str] = 1
     backend: str = EAGER
+    alike: Alike = False
 
     def __post_init__(self) -> None:
         for unit in UNITS:
@@ -100,6 +106,7 @@ class Budget(_KnownKeywords):
         floors = self.at_least.values() if isinstance(self.at_least, Mapping) else [self.at_least]
         for floor in floors:
             _check_floor(floor)
+        check_alike(self.alike)
 
     def __repr__(self) -> str:
         given = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
@@ -116,6 +123,14 @@ class Budget(_KnownKeywords):
             raise SecateurError(
                 f"Budget(latency_ms=...) with {where}: only prune() and allocate() know how long networks take; limit "
                 "macs=, params= or channels= here"
+            )
+
+    def refuse_alike(self, where: str) -> None:
+        """Raise if groups are to be alike, which not everything can do."""
+        if self.alike:
+            raise SecateurError(
+                f"Budget(alike=...) with {where}: that gives every layer a width of its own; leave alike= out, or prune "
+                "with secateur.prune"
             )
 
     @property
@@ -140,11 +155,11 @@ class Budget(_KnownKeywords):
         return found
 
     def floors(self, graph: ChannelGraph) -> np.ndarray:
-        """The least width of every group (int64), ``round_to`` respected."""
-        return np.array(
-            [own[-1] if len(own) else len(g) for g, own in zip(graph.groups, self.stops(graph), strict=True)],
-            dtype=np.int64,
-        )
+        """The least width of every group (int64), ``round_to`` and ``alike`` respected."""
+        members, least = classes(graph, self.alike), graph.widths
+        for own, stops in zip(members, common_stops(members, self.stops(graph)), strict=True):
+            least[own] = stops[-1] if len(stops) else least[own]
+        return least
 
 
 USED_ENOUGH = 0.95

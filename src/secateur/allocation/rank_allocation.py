@@ -114,6 +114,7 @@ class Room:
         if "channels" in budget.limits:
             raise SecateurError("Budget(channels=...): rotated channels are no channels; limit macs= or params=")
         budget.refuse_latency("rotated layers")
+        budget.refuse_alike("rotated layers")
         if isinstance(budget.at_least, Mapping):
             raise SecateurError("Budget(at_least={...}): one floor for all layers is expected here")
         self.choices, self.totals, self.budget = list(choices), dict(totals), budget

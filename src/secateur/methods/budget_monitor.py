@@ -35,6 +35,7 @@ class BudgetMonitor:
                 "Budget(round_to=..., at_least=...): widths come from the training here, channel by channel; give "
                 "macs=, params= or channels= alone"
             )
+        budget.refuse_alike("widths that come from the training")
         self.graph = graph
         self.meter = Meter(graph, budget)
         self.prunable = [g.exact and g.name not in without for g in graph.groups]

@@ -147,13 +147,15 @@ def _settled(
     Returns:
         The widest answer that was measured within the limit, or None; the aim there; the least time that was measured.
     """
+    expected = problem.meter.latency
+    assert expected is not None
     found, aim_there, least = None, 0.0, np.inf
     for attempt in range(MOST_MEASUREMENTS + 1):
         if attempt == MOST_MEASUREMENTS:  # nothing so far: what is narrowest decides
             taken = problem.count
         took = clock.measured(plan_of(taken))
         least = min(least, took)
-        aim = limit * clock.fitted.ms(problem.widths(taken)).item() / took
+        aim = limit * expected.ms(problem.widths(taken)).item() / took
         if took <= limit and (found is None or taken.sum() < found.sum()):
             found, aim_there = taken, aim
         if found is not None and (USED_ENOUGH * limit <= took <= limit or attempt >= MOST_MEASUREMENTS // 2):
@@ -171,4 +173,4 @@ def _settled(
             changed = problem.count
         taken = changed
     # where what is narrowest takes more than the aim, a strategy would have no answer
-    return found, max(aim_there, clock.fitted.ms(problem.widths(problem.count)).item()), least
+    return found, max(aim_there, expected.ms(problem.widths(problem.count)).item()), least
