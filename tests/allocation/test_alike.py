@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.allocation.alike import classes, role
+from secateur.allocation.alike import classes
+from secateur.tracing.graph import role
 
 DATA = [(torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,))) for _ in range(3)]
 

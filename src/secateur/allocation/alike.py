@@ -18,7 +18,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from secateur._internal.errors import SecateurError, unknown
-from secateur.tracing.graph import Axis, ChannelGraph, ChannelGroup
+from secateur.tracing.graph import Axis, ChannelGraph, ChannelGroup, role
 
 Alike = bool | str | Sequence[str]
 """All groups whose layers have one name, none, or those that a pattern of names means; one or several."""
@@ -33,13 +33,6 @@ def check_alike(alike: Any) -> None:
             f"Budget(alike={alike!r}): True, which is all groups whose layers have one name, or patterns of names of "
             "groups, such as ['*.mlp.gate_proj'], are expected"
         )
-
-
-def role(name: str) -> str:
-    """What a layer is called where it stands: ``"layers.3.mlp.gate_proj"`` is a ``"gate_proj"``."""
-    parts = name.split("#")[0].split(".")
-    last = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
-    return ".".join(parts[last:]) + name[len(name.split("#")[0]) :]
 
 
 def classes(graph: ChannelGraph, alike: Alike) -> list[list[int]]:
@@ -135,20 +128,13 @@ class Tied:
         groups = []
         for members in self.members:
             own = [graph.groups[i] for i in members]
-            groups.append(
-                ChannelGroup(
-                    own[0].name,
-                    own[0].channels,
-                    *(
-                        renamed([a for g in own for a in getattr(g, of)])
-                        for of in ("producers", "consumers", "carried")
-                    ),
-                    exact=all(g.exact for g in own),
-                    reason=next((g.reason for g in own if not g.exact), ""),
-                    least=max(g.least for g in own),
-                    constants=renamed([a for g in own for a in g.constants]),
-                )
-            )
+            of: dict[str, Any] = {
+                name: renamed([axis for group in own for axis in getattr(group, name)])
+                for name in ("producers", "consumers", "carried", "constants")
+            }
+            exact, reason = all(g.exact for g in own), next((g.reason for g in own if not g.exact), "")
+            least = max(group.least for group in own)
+            groups.append(replace(own[0], exact=exact, reason=reason, least=least, **of))
         return replace(
             graph,
             groups=tuple(groups),

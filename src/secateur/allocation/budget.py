@@ -129,8 +129,8 @@ class Budget(_KnownKeywords):
         """Raise if groups are to be alike, which not everything can do."""
         if self.alike:
             raise SecateurError(
-                f"Budget(alike=...) with {where}: that gives every layer a width of its own; leave alike= out, or prune "
-                "with secateur.prune"
+                f"Budget(alike=...) with {where}: that gives every layer a width of its own; leave alike= out, or "
+                "prune with secateur.prune"
             )
 
     @property

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from secateur._internal.batches import Inputs, tensors_in
 from secateur._internal.checks import check_choice, check_count, check_flag
 from secateur._internal.errors import BadFile, SecateurError
 from secateur._internal.files import make_folder
 from secateur._internal.wrappers import unwrapped
+from secateur.shipping import huggingface
 from secateur.shipping import onnx as to_onnx
 from secateur.shipping.parity import Runs, compared
 from secateur.shipping.programs import (
@@ -37,8 +37,9 @@ from secateur.shipping.programs import (
     with_free_sizes,
 )
 
-TARGETS = {"onnx": ".onnx", "program": ".pt2"}
-"""What a model can be exported to, and how its files end."""
+HF = "hf"
+TARGETS = {"onnx": ".onnx", "program": ".pt2", HF: ""}
+"""What a model can be exported to, and how its files end; nothing where it is a folder, which ``to=`` must name."""
 FIXED = "fixed"
 """The fact that says why no size is free."""
 
@@ -48,14 +49,15 @@ class Exported:
     """What was written.
 
     Attributes:
-        path: the file.
-        target: ``"onnx"`` or ``"program"``.
+        path: the file, or the folder.
+        target: ``"onnx"``, ``"program"`` or ``"hf"``.
         bytes: the size of all that was written.
         free: by input the dims that may have other sizes than the example's.
         apart: how far its outputs are from the model's, in units of the largest of them, on the example, on others of
             other sizes, and on one example alone; None if that was not checked.
         facts: ``sizes``: which of batch and length are free, and from where to where; ``fixed``: why none is, where
-            that was tried; of ONNX ``opset``, ``operators``, names of ``inputs`` and ``outputs``.
+            that was tried; of ONNX ``opset``, ``operators``, names of ``inputs`` and ``outputs``; of
+            a folder of ``transformers`` ``config``: what its configuration says, before and now.
     """
 
     path: Path
@@ -67,7 +69,11 @@ class Exported:
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name}: {dims}" for name, dims in self.free.items() if dims) or "none"
-        lines = [f"{self.path}: {self.target}, {self.bytes / 2**20:.2f} MiB", f"dims that are free: {sizes}"]
+        lines = [f"{self.path}: {self.target}, {self.bytes / 2**20:.2f} MiB"]
+        if self.target == HF:
+            lines += [f"config.{name}: {old} -> {new}" for name, (old, new) in self.facts["config"].items()]
+        else:
+            lines.append(f"dims that are free: {sizes}")
         if FIXED in self.facts:
             lines.append(f"all are fixed, for with free ones: {self.facts[FIXED]}")
         lines += [f"{name}: {of}" for name, of in self.facts.get("sizes", {}).items() if of != "any"]
@@ -100,7 +106,8 @@ def export(
             is replaced, once the new one is whole. Weights of ONNX of more than a GiB are in a file beside it,
             ``NAME.*.onnx.data``.
         example_inputs: what its forward takes: a tensor, a tuple of positional or a dict of keyword arguments.
-        to: ``"onnx"`` or ``"program"``.
+        to: ``"onnx"``, ``"program"``, or ``"hf"``: a folder that plain ``transformers`` reads (``from_pretrained``), of
+            a model of theirs whose configuration can say the widths; it is always compared.
         outputs: which of what the forward returns, ``lambda out: out.logits``; all tensors by default.
         dynamic: the first dim of all inputs, the batch, may have other sizes; so may the second of inputs of whole
             numbers [batch, length]. What the model does not bear is fixed, which the answer tells.
@@ -124,6 +131,8 @@ def export(
     check_flag("dynamic", dynamic)
     check_flag("check", check)
     check_count("opset", opset, optional=True)
+    if target == HF:
+        return _folder(model, where, example_inputs, {"outputs": outputs, "opset": opset}, dynamic=dynamic, check=check)
     if target == "onnx":
         to_onnx.check_extra(runtime=check)
     with ALONE:
@@ -154,14 +163,41 @@ def _target(path: str | Path, to: str | None) -> tuple[str, Path]:
     if not isinstance(path, (str, Path)):
         raise SecateurError(f"export(path={path!r}): a file is expected, such as 'small.onnx'")
     where = Path(path)
-    target = to if to is not None else {end: name for name, end in TARGETS.items()}.get(where.suffix)
+    target = to if to is not None else {end: name for name, end in TARGETS.items() if end}.get(where.suffix)
     if target is None:
-        ends, names = " or ".join(TARGETS.values()), ", ".join(TARGETS)
+        ends, names = " or ".join(end for end in TARGETS.values() if end), ", ".join(TARGETS)
         raise SecateurError(f"export({str(path)!r}): a file that ends with {ends} is expected, or to= one of {names}")
     check_choice("to", target, TARGETS)
-    if where.is_dir():
+    if where.is_dir() and TARGETS[target]:
         raise BadFile(f"export: {where} is a folder; give a file")
+    if where.is_file() and not TARGETS[target]:
+        raise BadFile(f"export: {where} is a file; give a folder")
     return target, where
+
+
+def _folder(
+    model: nn.Module, where: Path, inputs: Inputs, given: dict[str, Any], *, dynamic: bool, check: bool
+) -> Exported:
+    """Write a folder that ``transformers`` reads."""
+    wrong = [f"{name}=" for name, value in given.items() if value is not None]
+    wrong += [] if check else ["check="]
+    wrong += [] if dynamic else ["dynamic="]
+    if wrong:
+        raise SecateurError(
+            f"export(to='hf'): {', '.join(wrong)} mean nothing here: what is written is the model of transformers, and "
+            "comparing tells which configuration is right; leave them out"
+        )
+    huggingface.check_model(model)
+    try:
+        with ALONE:
+            make_folder(where.absolute().parent)
+            apart, config = huggingface.write_folder(exportable(model, inputs, None), where)
+    except OSError as error:
+        raise BadFile(
+            f"export: {where} cannot be written ({error.strerror or error}); make room, or give another"
+        ) from error
+    size = sum(file.stat().st_size for file in where.iterdir() if file.is_file())
+    return Exported(where, HF, size, {}, apart, {"config": config})
 
 
 def _written(what: Exportable, target: str, where: Path, opset: int | None, *, check: bool) -> Exported:
@@ -173,7 +209,7 @@ def _written(what: Exportable, target: str, where: Path, opset: int | None, *, c
         folder = Path(tempfile.mkdtemp(prefix=f".{where.name}.", dir=above))
         new = folder / f"{where.stem}.{secrets.token_hex(4)}{TARGETS[target]}"  # so that its weights' file is its own
         facts, runs = _onnx(what, program, new, opset) if target == "onnx" else _program(what, program, new)
-        apart = compared(what, program, runs) if check else None
+        apart = compared(what, free_sizes(what, program), runs) if check else None
         weights = new.with_name(f"{new.name}.data")
         size = sum(file.stat().st_size for file in (new, weights) if file.exists())
         make_folder(where.parent)
@@ -209,9 +245,7 @@ def _program(what: Exportable, program: ExportedProgram, path: Path) -> tuple[di
     def runs(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         with quiet():
             again = torch.export.load(path).module()
-        leaves, like = tree_flatten((what.args, what.kwargs))
-        given = iter(tensors)
-        args, kwargs = tree_unflatten([next(given) if isinstance(v, Tensor) else v for v in leaves], like)
+        args, kwargs = what.given(tensors)
         with torch.no_grad():
             return tensors_in(again(*args, **kwargs))
 

@@ -2,62 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
 from secateur._internal.state import fork_rng_of
-from secateur.shipping.programs import BATCH, LENGTH, Exportable, first_line, free_sizes
+from secateur.shipping.programs import BATCH, LENGTH, Exportable, first_line
 
 ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """So far apart outputs may be, in units of the largest of them; kernels of several libraries add up in other orders."""
 HUGE = 1e4
 """What is so many times the median is no measure for the others: masks are written as the largest number there is."""
+UNCHECKED = "check=False writes it all the same"
 FEW = 2
 """Inputs of no more different numbers are masks, of which others are drawn from the same numbers."""
 Runs = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """What was exported: the tensors of the inputs, in their order, to those of the outputs."""
 
 
-def compared(what: Exportable, program: ExportedProgram, runs: Runs, seed: int = 0) -> dict[str, float]:
+def compared(
+    what: Exportable, free: Collection[str], runs: Runs, *, allowed: float = 1.0, otherwise: str = UNCHECKED,
+    seed: int = 0,
+) -> dict[str, float]:  # fmt: skip
     """How far outputs are apart, in units of the largest of them; by inputs.
 
     ``"example"``, ``"others"`` of other sizes where these are free, and ``"one"``, the first example alone.
+
+    Args:
+        what: the model and example inputs.
+        free: which of their sizes may be others.
+        runs: what was exported.
+        allowed: the part of :data:`ALLOWED` that is.
+        otherwise: what can be done where it is not the same.
+        seed: of the other inputs.
 
     Raises:
         SecateurError: they are further apart than their type explains, of other shapes, or do not come out.
     """
     found = {}
     with fork_rng_of(what.model.parameters()):
-        for name, (args, kwargs) in _inputs(what, program, seed).items():
+        for name, (args, kwargs) in _inputs(what, free, seed).items():
             try:
                 expected = tensors_in(what.run(args, kwargs))
             except Exception:  # the model does not bear other sizes, so nobody can ask for them
                 continue
             if not any(t.isfinite().any() for t in expected if t.numel()):
                 continue  # which says nothing
-            found[name] = _compared(name, expected, tensors_in((args, kwargs)), runs)
+            found[name] = _compared(name, expected, tensors_in((args, kwargs)), runs, allowed, otherwise)
     if not found:
         raise SecateurError(
-            "export: the model gives no finite number on these inputs, so nothing can be compared; check=False writes "
-            "it all the same"
+            f"export: the model gives no finite number on these inputs, so nothing can be compared; {otherwise}"
         )
     return found
 
 
-def _compared(name: str, expected: Sequence[Tensor], inputs: Sequence[Tensor], runs: Runs) -> float:
+def _compared(
+    name: str, expected: Sequence[Tensor], inputs: Sequence[Tensor], runs: Runs, allowed: float, otherwise: str
+) -> float:
     try:
         given = list(runs(inputs))
     except Exception as error:
         raise SecateurError(
             f"export: what was written does not run on the {name} inputs ({type(error).__name__}: "
-            f"{first_line(error)}); nothing is left of it. check=False writes it all the same"
+            f"{first_line(error)}); nothing was written; {otherwise}"
         ) from error
     if [t.shape for t in expected] != [t.shape for t in given]:
         shapes, others = ([list(t.shape) for t in some] for some in (expected, given))
@@ -66,28 +78,27 @@ def _compared(name: str, expected: Sequence[Tensor], inputs: Sequence[Tensor], r
         )
     apart = [apart_from(t, other) for t, other in zip(expected, given, strict=True)]
     for number, (distance, tensor) in enumerate(zip(apart, expected, strict=True)):
-        if not distance <= ALLOWED.get(tensor.dtype, 0.0):
+        if not distance <= allowed * ALLOWED.get(tensor.dtype, 0.0):
             raise SecateurError(
                 f"export: on the {name} inputs output {number} is {distance:.2g} of its size away from the model's "
-                f"({tensor.dtype}); nothing was written. check=False writes it all the same"
+                f"({tensor.dtype}); nothing was written; {otherwise}"
             )
     return max(apart, default=0.0)
 
 
-def _inputs(what: Exportable, program: ExportedProgram, seed: int) -> dict[str, tuple[Any, Any]]:
+def _inputs(what: Exportable, free: Collection[str], seed: int) -> dict[str, tuple[Any, Any]]:
     """Inputs to compare on, by what they are."""
-    found = {"example": (what.args, what.kwargs), "others": others(what, program, seed)}
-    if BATCH in free_sizes(what, program):
+    found = {"example": (what.args, what.kwargs), "others": others(what, free, seed)}
+    if BATCH in free:
         found["one"] = tree_map(
             lambda v: v[:1] if isinstance(v, Tensor) and BATCH in what.free(v).values() else v, found["example"]
         )
     return found
 
 
-def others(what: Exportable, program: ExportedProgram, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def others(what: Exportable, free: Collection[str], seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs like the example's, drawn anew, of other sizes where dims are free."""
     generator = torch.Generator().manual_seed(seed)
-    free = free_sizes(what, program)
     sizes = {BATCH: lambda size: size + 1, LENGTH: lambda size: max(1, size - 1)}
     new_sizes = {name: of(what.sizes[name]) for name, of in sizes.items() if name in free}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 from torch.utils._sympy.numbers import int_oo
 
 from secateur._internal.batches import CACHE, Inputs, arguments, caches, copied, tensors_in
@@ -50,6 +50,13 @@ class Exportable:
         """What the model gives, in eval mode and without gradients."""
         with preserved(self.model), torch.no_grad():
             return self.model(*copied(args), **copied(kwargs))
+
+    def given(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Other tensors as the forward takes them, in place of the example's."""
+        leaves, like = tree_flatten((self.args, self.kwargs))
+        others = iter(tensors)
+        args, kwargs = tree_unflatten([next(others) if isinstance(v, Tensor) else v for v in leaves], like)
+        return args, kwargs
 
     def free(self, tensor: Any) -> Free:
         """The dims of an input that are to be free."""

@@ -106,6 +106,14 @@ class ChannelGroup:
         return tuple(seen.values())
 
 
+def role(name: str) -> str:
+    """What a layer is called where it stands: ``"layers.3.mlp.gate_proj"`` is a ``"gate_proj"``."""
+    path, sign, number = name.partition("#")
+    parts = path.split(".")
+    last = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
+    return ".".join(parts[last:]) + sign + number
+
+
 @dataclass(frozen=True)
 class Frozen:
     """Positions of one axis that cannot be removed: the operation, the reason, the place in the model's code."""
