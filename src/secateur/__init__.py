@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         SecateurError,
         SecateurWarning,
     )
+    from secateur._internal.records import record
     from secateur._internal.workload import Needs, Workload
     from secateur.allocation.api import allocate
     from secateur.allocation.budget import Budget
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
     from secateur.surgery.channels import check, cut, masked
     from secateur.surgery.low_rank.bottleneck import merge_bases
     from secateur.surgery.low_rank.separable import separate
-    from secateur.surgery.records import record
     from secateur.surgery.zero_channels import zero_channels
     from secateur.tracing.api import trace
     from secateur.tracing.graph import ChannelGraph, ChannelGroup
@@ -201,7 +201,7 @@ _ROOMS = {
     "surgery.channels": ("check", "cut", "masked"),
     "surgery.low_rank.bottleneck": ("merge_bases",),
     "surgery.low_rank.separable": ("separate",),
-    "surgery.records": ("record",),
+    "_internal.records": ("record",),
     "surgery.zero_channels": ("zero_channels",),
     "tracing.api": ("trace",),
     "tracing.graph": ("ChannelGraph", "ChannelGroup"),

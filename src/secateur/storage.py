@@ -28,12 +28,12 @@ from secateur._internal import built_in
 from secateur._internal.errors import BadFile, SecateurError, unknown
 from secateur._internal.files import make_folder, write_atomically
 from secateur._internal.importing import import_string, is_import_string
+from secateur._internal.records import record
 from secateur._internal.wrappers import unwrapped
 from secateur.plan import Plan
 from secateur.surgery.blocks import packing, pivots
 from secateur.surgery.channels import cut
 from secateur.surgery.low_rank import bottleneck, separable
-from secateur.surgery.records import record
 from secateur.tracing.graph import fingerprint
 
 VERSION = 1

@@ -29,6 +29,7 @@ from secateur._internal.batches import Inputs, call_model
 from secateur._internal.checks import check_count, check_seed
 from secateur._internal.distributed import Group, broadcast_json, world_size
 from secateur._internal.errors import SecateurError
+from secateur._internal.records import record
 from secateur._internal.state import device_of, eval_mode
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.budget import Budget
@@ -56,7 +57,6 @@ from secateur.surgery.blocks.pivots import (
     remembered,
     used_by,
 )
-from secateur.surgery.records import record
 from secateur.tracing.api import check_traceable
 from secateur.tracing.graph import ChannelGraph, fingerprint
 from secateur.tracing.selection import Exclude

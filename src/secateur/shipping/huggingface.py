@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
 from secateur._internal.files import make_folder
+from secateur._internal.records import record
 from secateur._internal.state import fork_rng_of
 from secateur.shipping.parity import compared
 from secateur.shipping.programs import Exportable, first_line, quiet, with_free_sizes
-from secateur.surgery.records import record
 from secateur.tracing.display import LONGEST, listed
 from secateur.tracing.graph import role
 
@@ -216,7 +216,7 @@ class Search:
         now = changed(self.config, changes)
         known = [(at, value) for at, value in numbers(now) if at not in changes]
         unsaid = [at for at, value in known if value is None] + [(name,) for name in unread(self.kind, now)]
-        said = [(at, int(value)) for at, value in known if isinstance(value, int) and value]
+        said = [(at, int(value)) for at, value in known if value and isinstance(value, int)]
         for at, value in said:
             if have % value == 0 and want % (have // value) == 0:
                 yield {at: want // (have // value)}

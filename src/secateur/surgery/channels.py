@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs, call_without_cache, tensors_in
 from secateur._internal.errors import CannotCut, SecateurError
+from secateur._internal.records import add_to_record
 from secateur._internal.state import eval_mode
 from secateur._internal.wrappers import refuse_wrapped
 from secateur.plan import Plan, cannot_cut
 from secateur.surgery.optimizer_remapper import OptimizerRemapper
-from secateur.surgery.records import add_to_record
 from secateur.tracing.attentions import free_heads
 from secateur.tracing.copying import copy_model
 from secateur.tracing.graph import fingerprint, passing_buffers

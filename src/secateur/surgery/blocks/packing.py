@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from secateur._internal.batches import Inputs, call_model, tensors_in
 from secateur._internal.errors import NothingToPrune, SecateurError, unknown
+from secateur._internal.records import add_to_record
 from secateur.surgery.blocks.packed_layers import Layout, Packed, hollow
 from secateur.surgery.blocks.pattern import Pattern
 from secateur.surgery.blocks.pivots import PACK, apply, check_patterns, cloned, outputs, remembered, used_by
 from secateur.surgery.low_rank.bottleneck import put
 from secateur.surgery.permute import Index, keeps_its_order, moves, permuted
-from secateur.surgery.records import add_to_record
 from secateur.tracing.api import check_traceable, trace
 from secateur.tracing.build import UNUSED
 from secateur.tracing.graph import ChannelGraph, fingerprint

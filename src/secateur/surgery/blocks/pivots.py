@@ -27,11 +27,11 @@ from torch.utils import _pytree as pytree
 from secateur._internal.batches import Inputs, call_model, first_argument, tensors_in
 from secateur._internal.checks import check_choice, check_count, is_number
 from secateur._internal.errors import NothingToPrune, SecateurError, unknown
+from secateur._internal.records import add_to_record, record
 from secateur._internal.state import eval_mode
 from secateur.curvature.kronecker import Curvature, Factors
 from secateur.curvature.layers import CONVOLUTIONS, Layer, measurable
 from secateur.surgery.blocks.pattern import LAYOUTS, Pattern, blocks_for, find_pattern
-from secateur.surgery.records import add_to_record, record
 from secateur.tracing.graph import fingerprint
 from secateur.tracing.skeleton import copyable
 

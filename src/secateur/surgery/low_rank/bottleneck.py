@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from secateur._internal.errors import SecateurError
+from secateur._internal.records import add_to_record
 from secateur.curvature.eigenbasis import Eigenbasis
 from secateur.curvature.layers import CONVOLUTIONS
-from secateur.surgery.records import add_to_record
 from secateur.tracing.graph import fingerprint
 
 Kept = Mapping[str, tuple[Tensor, Tensor]]

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from secateur._internal.checks import check_choice, check_count
 from secateur._internal.errors import SecateurError
+from secateur._internal.records import add_to_record
 from secateur.curvature.layers import CONVOLUTIONS
 from secateur.surgery.low_rank.bottleneck import Bottleneck, Rewrite, hollow, put, read, three
-from secateur.surgery.records import add_to_record
 from secateur.tracing.graph import fingerprint
 
 SEPARATE = "separate"
