@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from shipped_networks import IDS, IMAGES, NETWORKS, Separable, Tagger, UNet
 from torch import nn
 
 import secateur as sc
@@ -21,73 +22,6 @@ from secateur.shipping import parity
 from secateur.shipping.programs import Exportable
 
 TARGETS = ["small.onnx", "small.pt2"]
-
-
-class Separable(nn.Module):
-    """Depthwise and pointwise convolutions, with a squeeze and an excitation; several outputs by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.Hardswish(),
-            nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.BatchNorm2d(12), nn.ReLU6(), nn.Conv2d(12, 16, 1),
-        )  # fmt: skip
-        self.squeeze, self.excite = nn.Linear(16, 4), nn.Linear(4, 16)
-        self.classes, self.boxes = nn.Conv2d(16, 5, 1), nn.Conv2d(16, 4, 1)
-
-    def forward(self, x):
-        x = self.body(x)
-        x = x * self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
-        return {"classes": self.classes(x), "boxes": self.boxes(x).exp(), "best": self.classes(x).argmax(1)}
-
-
-class UNet(nn.Module):
-    """Two levels, with a transposed convolution and a skip."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.deep = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, 3, stride=2, padding=1)
-        self.up, self.last = nn.ConvTranspose2d(12, 8, 2, stride=2), nn.Conv2d(16, 2, 1)
-
-    def forward(self, x):
-        first = self.down(x).relu()
-        return self.last(torch.cat([first, self.up(self.deep(first).relu())], 1))
-
-
-class Tagger(nn.Module):
-    """A bidirectional LSTM over the ids of tokens, with a mask by keyword."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.lstm = nn.Embedding(30, 12), nn.LSTM(12, 8, bidirectional=True, batch_first=True)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, ids, mask=None):
-        x = self.embed(ids)
-        x = x if mask is None else x * mask[..., None]
-        return self.head(self.lstm(x)[0])
-
-
-class Attentive(nn.Module):
-    """A layer of PyTorch's own transformer, of which heads may go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(30, 16)
-        self.layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, ids):
-        return self.head(self.layer(self.embed(ids)).mean(1))
-
-
-IMAGES, IDS = torch.randn(4, 3, 16, 16), torch.randint(0, 30, (4, 7))
-NETWORKS = {
-    "separable": (Separable, IMAGES),
-    "u-net": (UNet, torch.randn(2, 1, 8, 8)),
-    "tagger": (Tagger, {"ids": IDS, "mask": torch.ones(4, 7)}),
-    "attention": (Attentive, IDS),
-}
 
 
 @pytest.fixture(params=NETWORKS)
@@ -242,7 +176,7 @@ def test_outputs_choose_and_bad_paths_are_told(tmp_path):
     model = Odd("dataclass").eval()
     done = sc.export(model, tmp_path / "small.onnx", torch.randn(2, 4), outputs=lambda y: {"scores": y.scores})
     assert done.facts["outputs"] == ["scores"]
-    with pytest.raises(sc.SecateurError, match=r"a file that ends with .onnx or .pt2 is expected, or to= one of"):
+    with pytest.raises(sc.SecateurError, match=r"ends with .onnx or .pt2 or .py is expected, or to= one of"):
         sc.export(model, tmp_path / "small.bin", torch.randn(2, 4))
     (tmp_path / "file").write_text("")
     with pytest.raises(sc.BadFile, match=r"small\.pt2 cannot be written"):
@@ -406,3 +340,49 @@ def test_a_checkpoint_of_another_backend_is_not_taken(tmp_path):
     assert (
         sc.prune(model, x, both, latency=given).after.macs <= 0.7 * sc.prune(model, x, both, latency=clock).before.macs
     )
+
+
+@pytest.mark.parametrize("name", [*TARGETS, "small.py"])
+def test_free_sizes_are_those_that_are_named(name, tmp_path):
+    torch.manual_seed(0)
+    model, x = UNet().eval(), torch.randn(2, 1, 8, 8)
+    done = sc.export(model, tmp_path / name, x, dynamic={"x": [2, 3]})
+    assert list(done.free.values()) == [[2, 3]]
+    assert set(done.apart) == {"example", "others"}
+    assert not {"batch", "fixed"} & set(done.facts["sizes"]) | {"fixed"} & set(done.facts)
+    named = sc.export(model, tmp_path / name, x, dynamic={"x": {0: "batch", 2: "height"}})
+    assert list(named.free.values()) == [[0, 2]]
+    assert set(named.facts["sizes"]) == {"batch", "height"}
+    assert set(named.apart) == {"example", "others", "one"}
+
+
+class Summed(nn.Module):
+    """Two inputs that share a size, which is not the first in one."""
+
+    def forward(self, first, second):
+        return first + second.transpose(0, 1)
+
+
+def test_sizes_of_one_name_are_one(tmp_path):
+    x = {"first": torch.rand(4, 3), "second": torch.rand(3, 4)}
+    dynamic = {"first": {0: "batch", 1: "length"}, "second": {0: "length", 1: "batch"}}
+    done = sc.export(Summed(), tmp_path / "small.pt2", x, dynamic=dynamic)
+    assert set(done.apart) == {"example", "others", "one"}
+    single = {"first": torch.rand(1, 3), "second": torch.rand(3, 1)}  # doubled along the batch of each
+    assert list(sc.export(Summed(), tmp_path / "small.pt2", single, dynamic=dynamic).free.values()) == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "words"),
+    [
+        (3, "True, False, or the dims"),
+        ({"x": 0}, "True, False, or the dims"),
+        ({"y": [0]}, r"unknown input in export\(dynamic=...\) 'y'"),
+        ({"x": [7]}, "has dims 0 to 3, 7 was given"),
+        ({"x": {0: "size", 2: "size"}}, "sizes of one name are one"),
+    ],
+)
+def test_dims_that_are_none_are_refused(dynamic, words, tmp_path):
+    with pytest.raises(sc.SecateurError, match=words):
+        sc.export(UNet(), tmp_path / "small.onnx", torch.randn(2, 1, 8, 8), dynamic=dynamic)
+    assert not list(tmp_path.iterdir())

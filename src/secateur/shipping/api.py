@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import secrets
@@ -25,9 +24,12 @@ from secateur._internal.files import make_folder
 from secateur._internal.wrappers import unwrapped
 from secateur.shipping import huggingface
 from secateur.shipping import onnx as to_onnx
+from secateur.shipping import python as to_python
 from secateur.shipping.parity import Runs, compared
 from secateur.shipping.programs import (
+    Dynamic,
     Exportable,
+    check_dynamic,
     exportable,
     free_dims,
     free_sizes,
@@ -38,7 +40,7 @@ from secateur.shipping.programs import (
 )
 
 HF = "hf"
-TARGETS = {"onnx": ".onnx", "program": ".pt2", HF: ""}
+TARGETS = {"onnx": ".onnx", "program": ".pt2", "python": ".py", HF: ""}
 """What a model can be exported to, and how its files end; nothing where it is a folder, which ``to=`` must name."""
 FIXED = "fixed"
 """The fact that says why no size is free."""
@@ -50,7 +52,7 @@ class Exported:
 
     Attributes:
         path: the file, or the folder.
-        target: ``"onnx"``, ``"program"`` or ``"hf"``.
+        target: ``"onnx"``, ``"program"``, ``"python"`` or ``"hf"``.
         bytes: the size of all that was written.
         free: by input the dims that may have other sizes than the example's.
         apart: how far its outputs are from the model's, in units of the largest of them, on the example, on others of
@@ -94,7 +96,7 @@ def export(
     *,
     to: str | None = None,
     outputs: Callable[[Any], Any] | None = None,
-    dynamic: bool = True,
+    dynamic: Dynamic = True,
     check: bool = True,
     opset: int | None = None,
 ) -> Exported:
@@ -102,15 +104,17 @@ def export(
 
     Args:
         model: a model, cut or not, which is left untouched; it is exported in eval mode.
-        path: the file; ``.onnx`` is ONNX, ``.pt2`` a ``torch.export`` program, unless ``to`` says which. An earlier one
-            is replaced, once the new one is whole. Weights of ONNX of more than a GiB are in a file beside it,
-            ``NAME.*.onnx.data``.
+        path: the file; ``.onnx`` is ONNX, ``.pt2`` a ``torch.export`` program, ``.py`` plain PyTorch, unless ``to``
+            says which. An earlier one is replaced, once the new one is whole. Weights of ONNX of more than a GiB are in
+            a file beside it, ``NAME.*.onnx.data``, those of Python always, ``NAME.*.safetensors``.
         example_inputs: what its forward takes: a tensor, a tuple of positional or a dict of keyword arguments.
-        to: ``"onnx"``, ``"program"``, or ``"hf"``: a folder that plain ``transformers`` reads (``from_pretrained``), of
-            a model of theirs whose configuration can say the widths; it is always compared.
+        to: ``"onnx"``, ``"program"``, ``"python"``, or ``"hf"``: a folder that plain ``transformers`` reads
+            (``from_pretrained``), of a model of theirs whose configuration can say the widths; it is always compared.
         outputs: which of what the forward returns, ``lambda out: out.logits``; all tensors by default.
         dynamic: the first dim of all inputs, the batch, may have other sizes; so may the second of inputs of whole
-            numbers [batch, length]. What the model does not bear is fixed, which the answer tells.
+            numbers [batch, length]. Or the dims by input, ``{"image": [0, 2, 3]}``, with names for sizes that are one
+            in several inputs, ``{"ids": {0: "batch", 1: "length"}, ...}``. What the model does not bear is fixed,
+            which the answer tells.
         check: compare with the model, on the example and on other inputs of other sizes.
         opset: of ONNX; by default what PyTorch takes.
 
@@ -128,7 +132,7 @@ def export(
     if outputs is not None and not callable(outputs):
         raise SecateurError(f"export(outputs={outputs!r}): a function is expected, such as lambda out: out.logits")
     model = unwrapped(model, "export")
-    check_flag("dynamic", dynamic)
+    check_dynamic(dynamic)
     check_flag("check", check)
     check_count("opset", opset, optional=True)
     if target == HF:
@@ -137,7 +141,7 @@ def export(
         to_onnx.check_extra(runtime=check)
     with ALONE:
         fixed = exportable(model, example_inputs, outputs)
-        free = with_free_sizes(fixed) if dynamic else fixed
+        free = with_free_sizes(fixed, dynamic)
         if free is fixed:
             return _written(fixed, target, where, opset, check=check)
         try:
@@ -149,6 +153,8 @@ def export(
             return replace(done, facts=done.facts | {FIXED: str(error)})
 
 
+Written = tuple[dict[str, Any], Runs]
+"""What is known of what was written, and how it runs."""
 ALONE = threading.RLock()
 """PyTorch's exporters are not made for several threads at a time."""
 
@@ -176,12 +182,12 @@ def _target(path: str | Path, to: str | None) -> tuple[str, Path]:
 
 
 def _folder(
-    model: nn.Module, where: Path, inputs: Inputs, given: dict[str, Any], *, dynamic: bool, check: bool
+    model: nn.Module, where: Path, inputs: Inputs, given: dict[str, Any], *, dynamic: Dynamic, check: bool
 ) -> Exported:
     """Write a folder that ``transformers`` reads."""
     wrong = [f"{name}=" for name, value in given.items() if value is not None]
     wrong += [] if check else ["check="]
-    wrong += [] if dynamic else ["dynamic="]
+    wrong += [] if dynamic is True else ["dynamic="]
     if wrong:
         raise SecateurError(
             f"export(to='hf'): {', '.join(wrong)} mean nothing here: what is written is the model of transformers, and "
@@ -208,16 +214,17 @@ def _written(what: Exportable, target: str, where: Path, opset: int | None, *, c
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{where.name}.", dir=above))
         new = folder / f"{where.stem}.{secrets.token_hex(4)}{TARGETS[target]}"  # so that its weights' file is its own
-        facts, runs = _onnx(what, program, new, opset) if target == "onnx" else _program(what, program, new)
+        facts, runs = WRITE[target](what, program, new, opset)
         apart = compared(what, free_sizes(what, program), runs) if check else None
-        weights = new.with_name(f"{new.name}.data")
-        size = sum(file.stat().st_size for file in (new, weights) if file.exists())
+        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        beside = [file for file in folder.iterdir() if file.is_file() and file != new]
         make_folder(where.parent)
-        if weights.exists():
-            os.replace(weights, where.parent / weights.name)
+        for file in beside:
+            os.replace(file, where.parent / file.name)
         os.replace(new, where)
-        for old in where.parent.glob(f"{glob.escape(where.stem)}.*{where.suffix}.data"):  # of what was here before
-            if old.name != weights.name and re.fullmatch(r"[0-9a-f]{8}", old.name.split(".")[-3]):
+        own = re.compile(rf"{re.escape(where.stem)}\.[0-9a-f]{{8}}{re.escape(BESIDE.get(target, ''))}")
+        for old in where.parent.iterdir():  # weights of what was here before
+            if target in BESIDE and own.fullmatch(old.name) and old.name not in {file.name for file in beside}:
                 old.unlink()
     except OSError as error:
         why = error.strerror or error
@@ -228,7 +235,7 @@ def _written(what: Exportable, target: str, where: Path, opset: int | None, *, c
     return Exported(where, target, size, free_dims(program), apart, facts | {"sizes": free_sizes(what, program)})
 
 
-def _onnx(what: Exportable, program: ExportedProgram, path: Path, opset: int | None) -> tuple[dict[str, Any], Runs]:
+def _onnx(what: Exportable, program: ExportedProgram, path: Path, opset: int | None) -> Written:
     facts = to_onnx.write(program, path, output_names(what.run(what.args, what.kwargs)), opset)
 
     def runs(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -237,7 +244,11 @@ def _onnx(what: Exportable, program: ExportedProgram, path: Path, opset: int | N
     return facts, runs
 
 
-def _program(what: Exportable, program: ExportedProgram, path: Path) -> tuple[dict[str, Any], Runs]:
+def _python(what: Exportable, program: ExportedProgram, path: Path, _: int | None) -> Written:
+    return {}, to_python.write(what, program, path, path.with_suffix(BESIDE["python"]))
+
+
+def _program(what: Exportable, program: ExportedProgram, path: Path, _: int | None) -> Written:
     program.example_inputs = None  # they are the user's, and not for others
     with quiet():
         torch.export.save(program, path)
@@ -250,3 +261,8 @@ def _program(what: Exportable, program: ExportedProgram, path: Path) -> tuple[di
             return tensors_in(again(*args, **kwargs))
 
     return {}, runs
+
+
+WRITE = {"onnx": _onnx, "program": _program, "python": _python}
+BESIDE = {"onnx": ".onnx.data", "python": ".safetensors"}
+"""How the files of weights end that may lie beside."""

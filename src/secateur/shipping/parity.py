@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
 from secateur._internal.state import fork_rng_of
-from secateur.shipping.programs import BATCH, LENGTH, Exportable, first_line
+from secateur.shipping.programs import BATCH, LENGTH, Exportable, Free, first_line, of_batch
 
 ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """So far apart outputs may be, in units of the largest of them; kernels of several libraries add up in other orders."""
@@ -90,23 +89,21 @@ def _inputs(what: Exportable, free: Collection[str], seed: int) -> dict[str, tup
     """Inputs to compare on, by what they are."""
     found = {"example": (what.args, what.kwargs), "others": others(what, free, seed)}
     if BATCH in free:
-        found["one"] = tree_map(
-            lambda v: v[:1] if isinstance(v, Tensor) and BATCH in what.free(v).values() else v, found["example"]
-        )
+        both = zip(what.tensors, what.free, strict=True)
+        found["one"] = what.given([of_batch(t, dims, lambda t, d: t.narrow(d, 0, 1)) for t, dims in both])
     return found
 
 
 def others(what: Exportable, free: Collection[str], seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs like the example's, drawn anew, of other sizes where dims are free."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = {BATCH: lambda size: size + 1, LENGTH: lambda size: max(1, size - 1)}
-    new_sizes = {name: of(what.sizes[name]) for name, of in sizes.items() if name in free}
+    other = {BATCH: lambda size: size + 1, LENGTH: lambda size: max(1, size - 1)}
+    sizes = {name: other.get(name, lambda size: 2 * size)(size) for name, size in what.sizes.items() if name in free}
 
-    def drawn(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim:
+    def drawn(value: Tensor, dims: Free) -> Tensor:
+        if not value.ndim:
             return value
-        names = what.free(value)
-        shape = [new_sizes.get(names.get(d, ""), size) for d, size in enumerate(value.shape)]
+        shape = [sizes.get(dims.get(d, ""), size) for d, size in enumerate(value.shape)]
         if not value.numel():
             return value.new_zeros(shape)
         plain = value.is_floating_point() and bool(value.isfinite().all()) and float(value.abs().max()) < 1e8
@@ -115,8 +112,8 @@ def others(what: Exportable, free: Collection[str], seed: int) -> tuple[tuple[An
             return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread + middle).to(value)
         return value.flatten()[torch.randint(value.numel(), shape, generator=generator).to(value.device)]
 
-    args, kwargs = tree_map(drawn, (what.args, what.kwargs))
-    return args, kwargs
+    each: Sequence[Free] = what.free or [{}] * len(what.tensors)
+    return what.given([drawn(t, dims) for t, dims in zip(what.tensors, each, strict=True)])
 
 
 def apart_from(expected: Tensor, found: Tensor) -> float:

@@ -9,25 +9,27 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 from torch.utils._sympy.numbers import int_oo
 
 from secateur._internal.batches import CACHE, Inputs, arguments, caches, copied, tensors_in
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import SecateurError, unknown
 from secateur._internal.state import preserved
 
 BATCH, LENGTH = "batch", "length"
 LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "torch.fx.experimental.symbolic_shapes")
 Free = dict[int, str]
 """Of an input: which dims are free, and what they are."""
+Dynamic = bool | Mapping[str, Sequence[int] | Mapping[int, str]]
+"""The usual sizes are free, none, or those of inputs that are named."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,31 @@ class Exportable:
         model: what is exported: the model, or one around it that gives what matters of its outputs.
         args: example inputs, positional.
         kwargs: example inputs by name, in the order of the forward's.
-        sizes: the example's size of each dim that is to be free, by its name.
+        free: of every tensor in them the dims that are to be free, and what they are.
     """
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    sizes: dict[str, int] = field(default_factory=dict)
+    free: tuple[Free, ...] = ()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the example."""
+        return tensors_in((self.args, self.kwargs))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The example's size of each dim that is to be free, by what it is."""
+        each = zip(self.tensors, self.free, strict=True) if self.free else ()
+        return {name: tensor.shape[d] for tensor, dims in each for d, name in dims.items()}
+
+    def inputs(self) -> dict[str, Any]:
+        """What the forward is given, by its name there."""
+        named = inspect.signature(self.model.forward).parameters.values()
+        places = [p.name for p in named if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        places += [f"input_{i}" for i in range(len(places), len(self.args))]
+        return dict(zip(places, self.args, strict=False)) | self.kwargs
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model gives, in eval mode and without gradients."""
@@ -57,15 +77,6 @@ class Exportable:
         others = iter(tensors)
         args, kwargs = tree_unflatten([next(others) if isinstance(v, Tensor) else v for v in leaves], like)
         return args, kwargs
-
-    def free(self, tensor: Any) -> Free:
-        """The dims of an input that are to be free."""
-        if not isinstance(tensor, Tensor) or not tensor.ndim:
-            return {}
-        found = {0: BATCH} if BATCH in self.sizes else {}
-        if LENGTH in self.sizes and tensor.ndim > 1 and tensor.shape[1] == self.sizes[LENGTH]:
-            found[1] = LENGTH
-        return found
 
 
 class Chosen(nn.Module):
@@ -127,21 +138,78 @@ def exportable(model: nn.Module, inputs: Inputs, outputs: Callable[[Any], Any] |
     return found
 
 
-def with_free_sizes(what: Exportable) -> Exportable:
-    """The same with what may be free, and two examples at least: ``torch.export`` takes a batch of one for fixed."""
+def of_batch(tensor: Tensor, dims: Free, change: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """A tensor after a change of the dim that is the batch, if one is."""
+    return next((change(tensor, d) for d, name in dims.items() if name == BATCH), tensor)
+
+
+def check_dynamic(dynamic: Any) -> None:
+    """Raise if it does not say which sizes are free."""
+    named = isinstance(dynamic, Mapping) and all(isinstance(dims, (list, tuple, Mapping)) for dims in dynamic.values())
+    if not isinstance(dynamic, bool) and not named:
+        raise SecateurError(
+            f"export(dynamic={dynamic!r}): True, False, or the dims of inputs that are free are expected, such as "
+            "{'image': [0, 2, 3]}"
+        )
+
+
+def with_free_sizes(what: Exportable, dynamic: Dynamic = True) -> Exportable:
+    """The same with what may be free, and two examples at least: ``torch.export`` takes a batch of one for fixed.
+
+    Args:
+        what: the model and example inputs.
+        dynamic: see :func:`secateur.export`.
+
+    Raises:
+        SecateurError: names of inputs, or dims, that there are none of; sizes of one name that differ.
+    """
+    if not dynamic:
+        return what
+    tensors = what.tensors
+    free = _usual(tensors) if dynamic is True else _asked(what, dynamic)
+    if not any(free):
+        return what
     args, kwargs = what.args, what.kwargs
-    tensors = tensors_in((args, kwargs))
+    if replace(what, free=tuple(free)).sizes.get(BATCH) == 1:
+        both = zip(tensors, free, strict=True)
+        args, kwargs = what.given([of_batch(t, dims, lambda t, d: torch.cat([t, t], d)) for t, dims in both])
+    return replace(what, args=args, kwargs=kwargs, free=tuple(free))
+
+
+def _usual(tensors: Sequence[Tensor]) -> list[Free]:
+    """The batch, and the length where inputs are whole numbers [batch, length]."""
     first = {t.shape[0] for t in tensors if t.ndim}
     if len(first) != 1:
-        return what
-    sizes = {BATCH: first.pop()}
+        return []
     lengths = {t.shape[1] for t in tensors if t.ndim == 2 and not t.is_floating_point() and t.dtype != torch.bool}
-    if len(lengths) == 1:
-        sizes[LENGTH] = lengths.pop()
-    if sizes[BATCH] == 1:
-        args, kwargs = tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.ndim else v, (args, kwargs))
-        sizes[BATCH] = 2
-    return Exportable(what.model, args, kwargs, sizes)
+    length = lengths.pop() if len(lengths) == 1 else None
+    return [
+        ({0: BATCH} if t.ndim else {}) | ({1: LENGTH} if t.ndim > 1 and t.shape[1] == length else {}) for t in tensors
+    ]
+
+
+def _asked(what: Exportable, dynamic: Mapping[str, Any]) -> list[Free]:
+    """The dims that are named, input by input."""
+    inputs = what.inputs()
+    for name in dynamic:
+        if name not in inputs:
+            raise unknown("input in export(dynamic=...)", name, inputs)
+    found: list[Free] = []
+    sizes: dict[str, int] = {}
+    for name, value in inputs.items():
+        given = dynamic.get(name, ())
+        dims = dict(given) if isinstance(given, Mapping) else {d: BATCH if d == 0 else f"{name}_{d}" for d in given}
+        for tensor in tensors_in(value):
+            for d, size in dims.items():
+                if isinstance(d, bool) or not isinstance(d, int) or not 0 <= d < tensor.ndim:
+                    raise SecateurError(f"export(dynamic=...): {name} has dims 0 to {tensor.ndim - 1}, {d!r} was given")
+                if sizes.setdefault(str(size), tensor.shape[d]) != tensor.shape[d]:
+                    raise SecateurError(
+                        f"export(dynamic=...): {size!r} is {sizes[str(size)]} and {tensor.shape[d]} in the example; "
+                        "sizes of one name are one"
+                    )
+            found.append({int(d): str(size) for d, size in dims.items()})
+    return found
 
 
 def program_of(what: Exportable) -> ExportedProgram:
@@ -152,8 +220,9 @@ def program_of(what: Exportable) -> ExportedProgram:
     """
     args, kwargs = copied(what.args), copied(what.kwargs)
     shapes: Any = ShapesCollection()
+    dims = iter(what.free)
     for tensor in tensors_in((args, kwargs)):
-        if free := what.free(tensor):
+        if free := next(dims, {}):
             shapes[tensor] = dict.fromkeys(free, Dim.AUTO)
     try:
         with preserved(what.model), torch.no_grad(), quiet():
@@ -186,8 +255,8 @@ def free_sizes(what: Exportable, program: ExportedProgram) -> dict[str, str]:
     """Which of the sizes a graph leaves free in all inputs that have them, and from where to where it holds."""
     found = dict.fromkeys(what.sizes, "any")
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    for tensor, (name, dims) in zip(tensors_in((what.args, what.kwargs)), free_dims(program).items(), strict=True):
-        for d, size in what.free(tensor).items():
+    for free, (name, dims) in zip(what.free, free_dims(program).items(), strict=bool(what.free)):
+        for d, size in free.items():
             if d not in dims:
                 found.pop(size, None)
             elif size in found:
