@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from secateur.allocation.strategies import Global, Threshold, Uniform
     from secateur.curvature.kronecker import kronecker_factors
     from secateur.curvature.null_space import null_space_projector
+    from secateur.measure.comparison import Comparison, compare_latency
     from secateur.methods.contract import METHODS, TRAINING_METHODS
     from secateur.methods.eigendamage import eigendamage
     from secateur.methods.greg import GReg
@@ -83,6 +84,7 @@ __all__ = [
     "CannotCut",
     "ChannelGraph",
     "ChannelGroup",
+    "Comparison",
     "Compensate",
     "Counts",
     "Directed",
@@ -121,6 +123,7 @@ __all__ = [
     "allocate",
     "apply_repair",
     "check",
+    "compare_latency",
     "cut",
     "directional_scores",
     "distill",
@@ -170,6 +173,7 @@ _ROOMS = {
     "allocation.strategies": ("Global", "Threshold", "Uniform"),
     "curvature.kronecker": ("kronecker_factors",),
     "curvature.null_space": ("null_space_projector",),
+    "measure.comparison": ("Comparison", "compare_latency"),
     "methods.contract": ("METHODS", "TRAINING_METHODS"),
     "methods.eigendamage": ("eigendamage",),
     "methods.hybrid": ("hybrid",),

@@ -1,4 +1,4 @@
-"""The command line: ``secateur run``, ``inspect``, ``export`` and ``list``.
+"""The command line: ``secateur run``, ``prune``, ``inspect``, ``export``, ``measure`` and ``list``.
 
 Bad input ends with exit code 2 and one message on stderr, an interruption with 130, and SIGTERM with 143. Anything else
 is a bug of ours and keeps its traceback. Results go to stdout; what is said meanwhile goes to stderr. Nothing heavy is
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Structured pruning for PyTorch.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -39,11 +38,27 @@ app = typer.Typer(
 ModelOptions = Annotated[
     list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="The model's options, such as width=2.")
 ]
-Shape = Annotated[str | None, typer.Option("--input", help="Shape of an example input, such as 1,3,32,32.")]
+Input = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input", metavar="[NAME=]SIZES[:DTYPE[:HIGH]]",
+        help="An example input, such as 1,3,32,32 or input_ids=1,16:int64:100; again for the next.",
+    ),
+]  # fmt: skip
+Inputs = Annotated[
+    str | None, typer.Option("--inputs", metavar="MODULE:FUNCTION", help="What gives the example inputs instead.")
+]
 Factory = Annotated[
     str | None,
     typer.Option(metavar="MODULE:FACTORY", help="What makes the original of a saved directory; it is imported."),
 ]
+Weights = Annotated[Path | None, typer.Option(help="Of the model: a safetensors file, or a saved directory.")]
+Outputs = Annotated[
+    str | None, typer.Option(help="Which of what the forward returns: logits, 0, or a path such as heads.keyword.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
+MODEL = "A built-in model, package.module:factory, torchvision:NAME, timm:NAME, hf:PATH_OR_NAME, or a saved directory."
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 _SAME = "the same command goes on where it was"
@@ -107,42 +122,141 @@ def run_command(
         _show(f"everything is in {where}")
 
 
+@app.command("prune")
+def prune_command(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    options: ModelOptions = None,
+    out: Annotated[Path, typer.Option(help="The folder that the result is saved in.")] = Path("small"),
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="What may remain: macs=0.5, params=, latency_ms=, alike=true."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="MODULE:LOADER", help="Batches, or a function that gives them.")
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help="cross_entropy, mse, model, or MODULE:FUNCTION.")] = None,
+    weights: Weights = None,
+    evaluate: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Of the model; its numbers are told before and after.")
+    ] = None,
+    finetune: Annotated[int, typer.Option(min=0, help="Epochs of training after pruning.")] = 0,
+    lr: Annotated[float, typer.Option(help="Learning rate of the fine-tuning (AdamW, one cycle).")] = 1e-3,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Groups or modules that stay whole; again for more.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="One that does it all, such as hybrid.")] = None,
+    criterion: Annotated[str, typer.Option(help="Which channels matter least.")] = "auto",
+    strategy: Annotated[str, typer.Option(help="How many every group keeps.")] = "auto",
+    repair: Annotated[str, typer.Option(help="How what stays makes up for what goes.")] = "auto",
+    outputs: Outputs = None,
+    shape: Input = None,
+    inputs: Inputs = None,
+    build: Factory = None,
+    examples: Annotated[int, typer.Option(min=1, help="In the inputs that are traced, and timed.")] = 1,
+    batches: Annotated[int, typer.Option(min=1, help="Of the data that any step of pruning uses, at most.")] = 100,
+    approximate: Annotated[bool, typer.Option("--approximate", help="Also cut groups that are not exact.")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace what is in that folder.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a model of your own, fine-tune and save it. Killed, the same command goes on where it was."""
+    with told(_SAME):
+        from secateur.lab.given import Source
+        from secateur.lab.own import Question, answer, as_text
+
+        limits = dict(_option(text, "--budget", "macs=0.5") for text in budget or ())
+        if not limits:
+            raise SecateurError("--budget KEY=VALUE is needed, such as --budget macs=0.5")
+        source = Source(model, _options_of(options), build, weights, tuple(shape or ()), inputs)
+        question = Question(
+            source, data, loss, limits, method, criterion, strategy, repair, tuple(exclude or ()), outputs, approximate,
+            batches, examples, evaluate, finetune, lr, seed, device, threads,
+        )  # fmt: skip
+        facts = answer(question, out, fresh=fresh, progress=not quiet, say=_say(quiet))
+        _show_as(facts, as_text(facts), as_json)
+        if not as_json:
+            _show(f"{out}: secateur.load reads it; secateur export {out} writes it for where it runs")
+
+
 @app.command("inspect")
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="A built-in model, package.module:factory, or a saved directory.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     options: ModelOptions = None,
-    shape: Shape = None,
+    shape: Input = None,
+    inputs: Inputs = None,
     build: Factory = None,
+    outputs: Outputs = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show which channels can be removed, which cannot, and why."""
     with told("nothing was changed"):
-        from secateur.lab.inspecting import inspected
+        from secateur.lab.given import Source
+        from secateur.lab.inspecting import graph_data, inspected
 
-        given = dict(_option(text) for text in options or ())
-        _show(inspected(model, given, _sizes(shape), build))
+        source = Source(model, _options_of(options), build, None, tuple(shape or ()), inputs)
+        graph = inspected(source, outputs)
+        _show_as(graph_data(graph), graph.summary(), as_json)
 
 
 @app.command("export")
 def export_command(
-    model: Annotated[str, typer.Argument(help="A saved directory, a built-in model, or package.module:factory.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     options: ModelOptions = None,
-    out: Annotated[Path, typer.Option(help="The file: .onnx is ONNX, .pt2 a torch.export program.")] = Path(
-        "model.onnx"
-    ),
-    to: Annotated[str | None, typer.Option(help="onnx or program, where the file's name does not say.")] = None,
-    shape: Shape = None,
+    out: Annotated[
+        Path, typer.Option(help="The file: .onnx is ONNX, .pt2 a torch.export program, .py plain PyTorch.")
+    ] = Path("model.onnx"),
+    to: Annotated[
+        str | None,
+        typer.Option(help="onnx, program, python or hf (a folder of transformers)."),
+    ] = None,
+    shape: Input = None,
+    inputs: Inputs = None,
     build: Factory = None,
+    weights: Weights = None,
+    outputs: Outputs = None,
     opset: Annotated[int | None, typer.Option(help="Of ONNX.")] = None,
     fixed: Annotated[bool, typer.Option("--fixed", help="The batch has the example's size and no other.")] = False,
     unchecked: Annotated[bool, typer.Option("--unchecked", help="Do not compare with the model.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a model as a file that runs without its class and without secateur, and check it."""
     with told("nothing was written"):
-        from secateur.lab.inspecting import exported
+        from secateur.lab.given import Source
+        from secateur.lab.inspecting import exported, exported_data
 
-        given = dict(_option(text) for text in options or ())
+        source = Source(model, _options_of(options), build, weights, tuple(shape or ()), inputs)
         how: dict[str, Any] = {"to": to, "opset": opset, "dynamic": not fixed, "check": not unchecked}
-        _show(exported(model, given, out, _sizes(shape), build, **how))
+        done = exported(source, out, outputs, **how)
+        _show_as(exported_data(done), str(done), as_json)
+
+
+@app.command("measure")
+def measure_command(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    options: ModelOptions = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="eager, compile or onnxruntime; again for more. Default: eager.")
+    ] = None,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="Of the CPU; again for more.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Examples in the inputs; again for more.")] = None,
+    shape: Input = None,
+    inputs: Inputs = None,
+    build: Factory = None,
+    weights: Weights = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time a model; a saved one in turn with the original that it was made of."""
+    with told("nothing was changed"):
+        from secateur.lab.given import Source
+        from secateur.lab.inspecting import comparison_data, timed
+
+        source = Source(model, _options_of(options), build, weights, tuple(shape or ()), inputs)
+        found = timed(source, backend or ["eager"], threads or [], batch or [], progress=not quiet)
+        _show_as(comparison_data(found), str(found), as_json)
 
 
 @app.command("list")
@@ -221,27 +335,28 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _option(text: str) -> tuple[str, Any]:
+def _options_of(given: list[str] | None) -> dict[str, Any]:
+    return dict(_option(text) for text in given or ())
+
+
+def _option(text: str, what: str = "option", such_as: str = "width=2") -> tuple[str, Any]:
     """An option's name and value: a number, true, false, null or a list as in JSON, or else a text."""
     name, equals, value = text.partition("=")
     if not name or not equals:
-        raise SecateurError(f"option {text!r}: OPTION=VALUE is expected, such as width=2")
+        kind = "OPTION=VALUE" if what == "option" else "KEY=VALUE"
+        raise SecateurError(f"{what} {text!r}: {kind} is expected, such as {such_as}")
     try:
         return name, json.loads(value)
     except ValueError:
         return name, {"True": True, "False": False, "None": None}.get(value, value)
 
 
-def _sizes(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise SecateurError(f"--input {text!r}: positive whole numbers are expected, such as 1,3,32,32")
-    return sizes
+def _show_as(data: Any, text: str, as_json: bool) -> None:
+    """Print JSON for programs, or text for people."""
+    if as_json:
+        typer.echo(json.dumps(data, indent=1))
+    else:
+        _show(text)
 
 
 def _refuse_long(found: Estimate) -> None:

@@ -184,6 +184,18 @@ def examples_of(inputs: Inputs) -> int:
     return (tensors[0].shape[0] if tensors[0].ndim else 1) if tensors else 0
 
 
+def some_of(inputs: Inputs, which: slice | Tensor) -> Inputs:
+    """Some of the examples of inputs, or the same several times; what is not as long as all of them stays whole."""
+    count = examples_of(inputs)
+
+    def chosen(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim or len(value) != count:
+            return value
+        return value[which.to(value.device) if isinstance(which, Tensor) else which]
+
+    return pytree.tree_map(chosen, inputs)
+
+
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The input of a layer, however it was called: the first positional argument, else ``input=``, else any first."""
     return args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,13 @@ def is_import_string(name: str) -> bool:
     return ":" in name
 
 
-def import_string(kind: str, path: str) -> Callable[..., Any]:
+def import_string(kind: str, path: str, *, calls: bool = True) -> Any:
     """The callable behind ``package.module:factory``.
 
     Args:
         kind: what is looked for, for the error (``"model"``, ``"data"``).
         path: import path and attribute (dots reach nested attributes), joined by a colon.
+        calls: whether it must be something to call.
 
     Raises:
         SecateurError: the module cannot be imported, lacks the attribute, or the attribute cannot be called.
@@ -42,7 +43,7 @@ def import_string(kind: str, path: str) -> Callable[..., Any]:
             where = f"; the module that was found is {file}" if file else ""
             raise SecateurError(f"{kind} {path!r}: {module_name!r} has no {attribute!r}{where}")
         target = getattr(target, part)
-    if not callable(target):
+    if calls and not callable(target):
         raise SecateurError(f"{kind} {path!r}: {attribute!r} is a {type(target).__name__}, not something to call")
     return target
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from secateur._internal.batches import Batch, Inputs, call_without_cache, copied, tensors_in
+from secateur._internal.batches import Batch, Inputs, call_without_cache, copied, some_of, tensors_in
 from secateur._internal.distributed import all_gather, rank
 from secateur._internal.errors import BadBatch
 from secateur._internal.losses import outputs_of
@@ -72,7 +72,7 @@ class Examples:
         if count < 2 or not _are_alike(part.inputs, count):
             return False
         both = [
-            replace(part, first=part.first + begin, count=end - begin, inputs=_some(part.inputs, count, begin, end))
+            replace(part, first=part.first + begin, count=end - begin, inputs=some_of(part.inputs, slice(begin, end)))
             for begin, end in ((0, half), (half, count))
         ]
         parts = [new for old in self.parts for new in (both if old is part else [old])]
@@ -160,17 +160,12 @@ def _split(batch: Batch, most: int, part: int) -> Iterator[tuple[int, Inputs, in
     step = part if _are_alike(batch.inputs, count) else max(count, 1)
     for begin in range(0, min(count, most), step):
         end = min(begin + step, count, most)
-        yield batch.number, _some(batch.inputs, count, begin, end), end - begin
+        yield batch.number, some_of(batch.inputs, slice(begin, end)), end - begin
 
 
 def _are_alike(inputs: Inputs, count: int) -> bool:
     """Whether the first dim of all inputs is that of the examples."""
     return all(len(t) == count for t in tensors_in(inputs) if t.ndim)
-
-
-def _some(inputs: Inputs, count: int, begin: int, end: int) -> Inputs:
-    """Some of the examples of inputs; what is not as long as all of them stays whole."""
-    return tree_map(lambda v: v[begin:end] if isinstance(v, Tensor) and v.ndim and len(v) == count else v, inputs)
 
 
 def forward_part(model: nn.Module, part: Part) -> Any:
@@ -181,4 +176,4 @@ def forward_part(model: nn.Module, part: Part) -> Any:
 def few_of(part: Part, most: int) -> Part:
     """A part's first examples, in tensors of their own; all of them where the inputs do not say which they are."""
     count = min(part.count, most) if _are_alike(part.inputs, part.count) else part.count
-    return replace(part, count=count, inputs=copied(_some(part.inputs, part.count, 0, count)))
+    return replace(part, count=count, inputs=copied(some_of(part.inputs, slice(count))))

@@ -13,7 +13,7 @@ from torch import nn
 from secateur._internal import built_in
 from secateur._internal import importing as factory
 from secateur._internal.errors import SecateurError, unknown
-from secateur.lab.models import resnet, small, transformer, vgg
+from secateur.lab.models import elsewhere, resnet, small, transformer, vgg
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,17 @@ def build(name: str, **options: Any) -> nn.Module:
     The model remembers its name and options, and :func:`secateur.save` writes them down.
 
     Args:
-        name: a key of ``MODELS``, or ``package.module:factory``.
+        name: a key of ``MODELS``, ``package.module:factory``, or ``torchvision:``, ``timm:`` or ``hf:`` and a name
+            there.
         options: what the factory takes: ``classes``, ``in_channels``, and ``width`` where it makes sense.
 
     Raises:
         SecateurError: unknown name or option, a factory that cannot be imported or returns no ``nn.Module``.
     """
+    if elsewhere.is_elsewhere(name):
+        model = elsewhere.build(name, **options)
+        built_in.set_origin(model, name, options)
+        return model
     make = factory.import_string("model", name) if factory.is_import_string(name) else _entry(name).make
     for option, value in options.items():
         _check(name, make, option, value)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from secateur import storage as store
 from secateur._internal.errors import BadFile, SecateurError
-from secateur.lab.inspecting import INPUT
+from secateur.lab.given import INPUT
 from secateur.lab.recipe.sections import Tune, name_of
 from secateur.lab.run.folder import write_json
 from secateur.lab.run.pruning import finish, make_handle, pruned, timed

@@ -21,8 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur._internal.batches import read_batch
 from secateur._internal.errors import SecateurError
 from secateur._internal.extras import extra
+from secateur._internal.losses import Loss, batch_loss, read_loss
 from secateur.lab.training import checkpoint
 from secateur.lab.training.schedule import Schedule, named
 
@@ -36,10 +38,10 @@ History = list[dict[str, float]]
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[Any],
     *,
     epochs: int,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss_fn: Any = F.cross_entropy,
     schedule: str | Schedule = "constant",
     checkpoint_dir: str | Path | None = None,
     every: float = 60.0,
@@ -55,10 +57,11 @@ def fit(
     Args:
         model: moved to the accelerator's device; its mode is as before afterwards.
         optimizer: of the model's parameters; its learning rates are as before afterwards.
-        loader: sized batches ``(x, y)``. ``secateur.lab.data.Loader`` is sharded over the ranks and resumes inside an
-            epoch; for any other, exact resumption needs an order that does not change from epoch to epoch.
+        loader: sized batches, ``(x, y)`` or whatever :func:`secateur.prune` takes. ``secateur.lab.data.Loader`` is
+            sharded over the ranks and resumes inside an epoch; for any other, exact resumption needs an order that does
+            not change from epoch to epoch.
         epochs: how often to pass over the data.
-        loss_fn: mean loss of ``(output, y)``.
+        loss_fn: mean loss of ``(output, y)``, or whatever :func:`secateur.prune` takes for a loss.
         schedule: a name in ``SCHEDULES``, or a function of progress in [0, 1) that gives a factor of the learning rate.
         checkpoint_dir: where to keep checkpoints and to resume from; begins anew if it is empty or not there.
         every: seconds between two checkpoints inside an epoch; 0 writes one after every step. Each epoch ends with one.
@@ -123,7 +126,7 @@ class _Run:
         loader: Any,
         *,
         epochs: int,
-        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        loss_fn: Any,
         schedule: Schedule,
         handles: Sequence[Any],
         accelerator: Accelerator,
@@ -139,6 +142,7 @@ class _Run:
         self.epoch = self.step = 0
         self.total, self.seen, self.seconds, self.lr = 0.0, 0, 0.0, 0.0
         self.history: History = []
+        self.read: Loss | None = None
         world = accelerator.num_processes
         if hasattr(loader, "shard"):
             self.loader = loader.shard(accelerator.process_index, world)
@@ -164,8 +168,8 @@ class _Run:
         before = self.seconds
         often = 1 if self.accelerator.device.type == "cpu" else 32  # reading a loss makes a GPU wait
         losses: list[tuple[Tensor, int]] = []
-        for x, y in _batches(self.loader, self.epoch, self.step):
-            losses.append(self.train_step(x, y, check=often == 1))
+        for raw in _batches(self.loader, self.epoch, self.step):
+            losses.append(self.train_step(raw, check=often == 1))
             self.step += 1
             self.seconds = before + time.monotonic() - started
             last = self.step == self.steps
@@ -180,33 +184,44 @@ class _Run:
         if self.step != self.steps:
             raise SecateurError(f"the loader ended after {self.step} batches, but its length is {self.steps}")
 
-    def train_step(self, x: Tensor, y: Tensor, check: bool) -> tuple[Tensor, int]:
-        """One step; the mean loss of the batch (still on its device) and the number of images."""
-        world, device = self.accelerator.num_processes, self.accelerator.device
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=self.format)
+    def train_step(self, raw: Any, check: bool) -> tuple[Tensor, int]:
+        """One step; the mean loss of the batch (still on its device) and the number of examples."""
+        world = self.accelerator.num_processes
         factor = self.schedule((self.epoch * self.steps + self.step) / (self.epochs * self.steps))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.lr = self.rates[0] * factor
         self.stepper.zero_grad()
-        loss = self.loss(x, y)
+        loss, count = self.loss(raw)
         if check:
             self.finite(loss.detach(), self.step)
         # ranks average their gradients; shares of unequal size must count by their images
-        share = len(x) * world / self.loader.size(self.step) if world > 1 and hasattr(self.loader, "size") else 1.0
+        share = count * world / self.loader.size(self.step) if world > 1 and hasattr(self.loader, "size") else 1.0
         self.accelerator.backward(loss if share == 1 else loss * share)
         self.stepper.step()
         for handle in self.handles:
             getattr(handle, "step", handle)()
-        return loss.detach(), len(x)
+        return loss.detach(), count
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, raw: Any) -> tuple[Tensor, int]:
+        """The mean loss of a batch, and its number of examples."""
+        device = self.accelerator.device
+        pair = isinstance(raw, (tuple, list)) and len(raw) == 2 and all(isinstance(part, Tensor) for part in raw)
+        if pair and callable(self.loss_fn):
+            x, y = (part.to(device, non_blocking=True) for part in raw)
+            x = x.contiguous(memory_format=self.format) if x.dim() == 4 else x
+            return self.loss_of_pair(x, y), len(x)
+        batch = read_batch(raw, self.step, device)
+        self.read = self.read or read_loss(self.loss_fn, batch)
+        with self.accelerator.autocast():
+            return batch_loss(self.forward, batch, self.read), batch.examples
+
+    def loss_of_pair(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean loss; an error of the very first forward is told with the batch's shapes."""
         try:
             with self.accelerator.autocast():
-                return self.loss_fn(self.forward(x), y)
+                mean: Tensor = self.loss_fn(self.forward(x), y)
+                return mean
         except (RuntimeError, ValueError, IndexError) as error:
             if self.epoch or self.step or isinstance(error, (SecateurError, torch.OutOfMemoryError)):
                 raise
@@ -338,7 +353,7 @@ def _check(loader: Any, epochs: int, every: float) -> None:
         raise SecateurError("loader: it is empty: there is nothing to train on")
 
 
-def _batches(loader: Any, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: Any, epoch: int, start: int) -> Iterator[Any]:
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch)
     if hasattr(loader, "batches"):
