@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs, call_without_cache, tensors_in
@@ -29,45 +30,90 @@ from secateur.tracing.slices import Patched, patch, patches, remembered, sliced
 from secateur.tracing.weight_norms import rescale
 
 
-def cut(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
-    """Build the smaller model.
+def cut(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    optimizer: Optimizer | None = None,
+    averaged: AveragedModel | None = None,
+    in_place: bool = False,
+) -> nn.Module:
+    """Build the smaller model; with ``in_place`` the model itself becomes it.
 
     Args:
-        model: the model the plan was made for; it is left untouched.
+        model: the model the plan was made for; it is left untouched, unless ``in_place``.
         plan: what to remove.
         optimizer: an optimizer of ``model``; it is handed over to the new model: its parameters are replaced and its
-            state follows the slices, so that training goes on with the smaller model.
+            state follows the slices, so that training goes on with the smaller model. Schedulers and a ``GradScaler``
+            hold the optimizer and need nothing.
+        averaged: an ``AveragedModel`` of ``model``, which goes on with the cut average, in place.
+        in_place: the model and its modules stay the objects that they are, so whoever holds them (a loop, a wrapper of
+            ``torch.compile``, which compiles anew) goes on with the smaller model; its parameters are new objects.
 
     Returns:
-        A new module, which remembers its plan (:func:`secateur.record`).
+        A new module, or ``model`` itself; it remembers its plan (:func:`secateur.record`).
 
     Raises:
-        SecateurError: the plan was made for another model.
+        SecateurError: the plan was made for another model. Nothing has changed then.
         CannotCut: the plan was made without the proof (:attr:`secateur.Plan.proven`), and the model does not bear it.
     """
+    if averaged is not None and not isinstance(averaged, AveragedModel):
+        raise SecateurError(f"cut(averaged=...): an AveragedModel is expected, not a {type(averaged).__name__}")
     with torch.inference_mode(False):  # what is made in it could never be trained
-        return _cut(model, plan, optimizer)
-
-
-def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None) -> nn.Module:
-    check_plan(model, plan)
-    plan = replace(proven(model, plan), patched=patched(model, plan))
-    follower = OptimizerRemapper(model, plan, optimizer) if optimizer is not None else None
-    new = {id(t): _remaining(t, plan.slices.get(n, {})) for n, t in (*model.named_parameters(), *model.named_buffers())}
-    small = copy_model(model, dict(new))  # wherever the copy meets an old tensor, in a plain list too, it takes the new
-    patch(small, plan.patched)
-    narrow_all(small, plan.norms)
-    free_heads(small, plan.attentions)
-    _rescale(small, model, plan)
-    add_to_record(small, model, {"cut": replace(plan, graph=None)})
-    if follower is not None:
-        follower({p: new[id(p)] for p in model.parameters()})
+        average = None if averaged is None else _cut(averaged.module, plan, None)
+        small = _cut(model, plan, optimizer, in_place=in_place)
+    if averaged is not None and average is not None:
+        averaged.module = average
     return small
 
 
-def _rescale(small: nn.Module, model: nn.Module, plan: Plan) -> None:
+def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None, *, in_place: bool = False) -> nn.Module:
+    check_plan(model, plan)
+    plan = replace(proven(model, plan), patched=patched(model, plan))
+    follower = OptimizerRemapper(model, plan, optimizer) if optimizer is not None else None
+    before = dict(model.named_parameters())
+    new = {id(t): _remaining(t, plan.slices.get(n, {})) for n, t in (*before.items(), *model.named_buffers())}
+    # wherever the copy meets an old tensor, in a plain list too, it takes the new one
+    small = _replaced(model, new) if in_place else copy_model(model, dict(new))
+    patch(small, plan.patched)
+    narrow_all(small, plan.norms)
+    free_heads(small, plan.attentions)
+    _rescale(small, before, plan)
+    add_to_record(small, model, {"cut": replace(plan, graph=None)})
+    if follower is not None:
+        follower({p: new[id(p)] for p in before.values()})
+    return small
+
+
+def _replaced(model: nn.Module, new: Mapping[int, Tensor]) -> nn.Module:
+    """The model itself, with other tensors wherever its modules hold the old ones."""
+
+    def swapped(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return new.get(id(value), value)
+        if type(value) is list:
+            value[:] = [swapped(own) for own in value]
+        elif type(value) is dict:
+            value.update({key: swapped(own) for key, own in value.items()})
+        elif type(value) is tuple and any(isinstance(own, Tensor) for own in value):
+            return tuple(swapped(own) for own in value)
+        return value
+
+    for module in list(model.modules()):
+        for table in (module._parameters, module._buffers):
+            table.update({name: swapped(tensor) for name, tensor in table.items()})
+        for name, value in list(vars(module).items()):
+            if name not in _OF_MODULES:
+                vars(module)[name] = swapped(value)
+    return model
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def _rescale(small: nn.Module, before: Mapping[str, Tensor], plan: Plan) -> None:
     """Let normalised weights whose directions have lost positions be what they were there; see ``WeightNorm``."""
-    before, after = dict(model.named_parameters()), dict(small.named_parameters())
+    after = dict(small.named_parameters())
     for name, norm in plan.weight_norms.items():
         direction, dims = before[norm.direction].detach(), plan.slices.get(norm.direction, {})
         kept = sliced(direction, {d: p for d, p in dims.items() if d == norm.dim})
