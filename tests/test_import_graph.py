@@ -21,7 +21,7 @@ FLOORS = [
     {"auto", "storage"},
     {"pruning"},
     {"methods"},
-    {"lab"},
+    {"lab", "loops"},
     {"report", "cli"},
     {"__main__"},
 ]

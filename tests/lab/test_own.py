@@ -288,7 +288,7 @@ def test_outputs_in_words():
 
 
 def test_other_packages_models(monkeypatch, tmp_path):
-    with pytest.raises(sc.SecateurError, match=r"models of torchvision need that package.*pip install torchvision"):
+    with pytest.raises(sc.SecateurError, match=r"a model of torchvision needs torchvision.*pip install torchvision"):
         elsewhere.build("torchvision:resnet18")
     made = []
 

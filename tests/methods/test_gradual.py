@@ -378,19 +378,32 @@ def test_a_skipped_optimizer_step_is_no_step():
 
 
 @pytest.mark.parametrize("name", HANDLES)
-def test_a_closure_is_refused_since_it_would_undo_everything(name):
-    model, graph, optimizer, x, y = case()
-    handle = HANDLES[name](model, graph, optimizer, keep=0.5)
+def test_a_closure_that_computes_gradients_makes_no_difference(name):
+    """As Lightning calls an optimizer; the handle's turn comes once the gradients are there."""
+    ends = []
+    for by_closure in (False, True):
+        torch.manual_seed(0)
+        model, graph, optimizer, x, y = case()
+        handle = HANDLES[name](model, graph, optimizer, keep=0.5, every=2)
 
-    def closure():
-        optimizer.zero_grad()
-        value = nn.functional.cross_entropy(model(x), y)
-        value.backward()
-        return value
+        def closure(model=model, optimizer=optimizer, x=x, y=y):
+            optimizer.zero_grad()
+            value = nn.functional.cross_entropy(model(x), y)
+            value.backward()
+            return value
 
-    with pytest.raises(SecateurError, match="without a closure"):
-        optimizer.step(closure)
-    assert handle.steps == 0
+        losses = []
+        for _ in range(30):
+            if by_closure:
+                losses.append(optimizer.step(closure).item())
+            else:
+                losses.append(closure().item())
+                optimizer.step()
+            handle.step()
+        assert handle.steps > 10
+        ends.append((losses, (handle.steps, handle.pruned.tolist()), copy.deepcopy(model.state_dict())))
+    assert ends[0][:2] == ends[1][:2]
+    assert all(torch.equal(value, ends[1][2][key]) for key, value in ends[0][2].items())
 
 
 @pytest.mark.parametrize("name", HANDLES)

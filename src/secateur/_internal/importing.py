@@ -64,3 +64,21 @@ def current_folder_importable() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
+
+
+def package(name: str, who: str, install: str | None = None) -> Any:
+    """A package that is no requirement of ours.
+
+    Args:
+        name: what is imported.
+        who: needs it.
+        install: what to install, if that has another name.
+
+    Raises:
+        SecateurError: it is not there, or cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever another package raises while it is imported
+        why = "which is not installed" if isinstance(error, ModuleNotFoundError) else f"which fails: {error}"
+        raise SecateurError(f"{who} needs {install or name}, {why}; pip install {install or name}") from error

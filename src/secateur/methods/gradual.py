@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -170,10 +170,9 @@ class GradualPruner(ABC, Generic[S]):
     def _attach(self) -> None:
         me = weakref.ref(self)
 
-        def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
             handle = me()
-            if handle is not None:
-                handle.on_step(args, kwargs)
+            return None if handle is None else handle.on_step(args, kwargs)
 
         self._hook = self.optimizer.register_step_pre_hook(before_step)
         weakref.finalize(self, self._hook.remove).atexit = False
@@ -214,14 +213,29 @@ class GradualPruner(ABC, Generic[S]):
 
     # -------------------------------------------------------------------------------------------------------- the loop
 
-    def on_step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Called by the optimizer before its step, with its arguments."""
-        if any(callable(a) and not isinstance(a, Optimizer) for a in (*args, *kwargs.values())):
-            raise SecateurError(
-                f"{type(self).__name__}: optimizer.step(closure) computes gradients after the handle has changed them; "
-                "call the loss's backward before, and step() without a closure"
-            )
-        self.before()
+    def on_step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        """Called by the optimizer before its step, with its arguments; the handle's turn comes after gradients.
+
+        Returns:
+            The arguments with a closure that also lets the handle act, where one computes the gradients.
+        """
+
+        def is_closure(value: Any) -> bool:
+            return callable(value) and not isinstance(value, Optimizer)
+
+        def acting(closure: Callable[[], Any]) -> Callable[[], Any]:
+            def run() -> Any:
+                loss = closure()
+                self.before()
+                return loss
+
+            return run
+
+        if not any(is_closure(value) for value in (*args, *kwargs.values())):
+            self.before()
+            return None
+        own = {name: acting(value) if is_closure(value) else value for name, value in kwargs.items()}
+        return tuple(acting(value) if is_closure(value) else value for value in args), own
 
     @torch.no_grad()
     def before(self) -> None:

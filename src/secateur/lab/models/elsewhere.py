@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from secateur._internal.errors import SecateurError
+from secateur._internal.importing import package
 
 
 def _torchvision(name: str, **options: Any) -> Any:
@@ -61,8 +61,4 @@ def build(name: str, **options: Any) -> nn.Module:
 
 
 def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        why = "it is not installed" if isinstance(error, ModuleNotFoundError) else f"it cannot be imported: {error}"
-        raise SecateurError(f"models of {name} need that package, and {why}; pip install {name}") from error
+    return package(name, f"a model of {name}")

@@ -1,0 +1,1 @@
+"""Pruning inside training loops of others: of ``transformers`` and of Lightning, and what both are made of."""
