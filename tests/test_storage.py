@@ -2,16 +2,19 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import secateur as sc
 from secateur import storage as store
+from secateur._internal import shards
 from secateur._internal.errors import BadFile, SecateurWarning
 from secateur.lab.models.registry import build
 
@@ -421,7 +424,7 @@ def test_files_of_others_stay_and_earlier_weights_go(tmp_path: Path) -> None:
         sc.save(build("digits_cnn", width=0.25), tmp_path)
         sc.load(tmp_path)
         assert {name: (tmp_path / name).read_bytes() for name in others} == others
-        assert len(list(tmp_path.iterdir())) == len(others) + 2
+        assert len(list(tmp_path.iterdir())) == len(others) + 3  # the weights, what was done, and the page about it
 
 
 class Shifted(nn.Module):
@@ -451,3 +454,129 @@ def test_what_no_file_holds_keeps_its_dtype(tmp_path: Path, dtype: torch.dtype) 
         else:
             with pytest.raises(sc.SecateurError, match=message):
                 sc.load(tmp_path, build=Shifted)
+
+
+def wide() -> nn.Module:
+    """A model of five tensors and a shared one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 40), nn.Linear(40, 3, bias=False))
+    model.tied = model[2].weight
+    return model
+
+
+@pytest.mark.parametrize("most", [1, 1500, 6500, 10**9])
+def test_large_models_are_in_several_files_with_an_index(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD", most)
+    graph = sc.trace(wide(), torch.zeros(1, 8))
+    small = sc.cut(wide(), sc.make_plan(graph, {"0": range(10), "2": range(7)}))
+    for _ in range(2):  # again over the first
+        store.save(small, tmp_path)
+        files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+        head = json.loads((tmp_path / store.FILE).read_text())
+        index = tmp_path / "model.safetensors.index.json"
+        assert (len(files) > 1) == index.exists() == ("files" in head["weights"])
+        if index.exists():
+            said = json.loads(index.read_text())
+            assert sorted(set(said["weight_map"].values())) == files
+            tensors = {}
+            for file in files:
+                part = load_file(tmp_path / file)
+                assert len(part) == 1 or sum(t.nbytes for t in part.values()) <= most
+                assert all(said["weight_map"][name] == file for name in part)
+                tensors |= part
+            assert said["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+            again = store.load_weights(
+                index, lambda: sc.cut(wide(), sc.make_plan(graph, {"0": range(10), "2": range(7)}))
+            )
+            assert same(small, again)
+        assert same(small, store.load(tmp_path, wide))
+    store.save(wide(), tmp_path, notes={})
+    if most > 1500:
+        files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+        monkeypatch.setattr(shards, "SHARD", 10**9)
+        store.save(wide(), tmp_path)
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1
+        assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_one_of_several_files_that_is_damaged_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD", 1500)
+    store.save(wide(), tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    content = bytearray(files[1].read_bytes())
+    content[-1] ^= 1
+    files[1].write_bytes(content)
+    with pytest.raises(BadFile, match=rf"{files[1].name} is damaged"):
+        store.load(tmp_path, wide)
+    files[0].unlink()
+    with pytest.raises(BadFile, match=rf"its weights, {files[0].name}, are missing"):
+        store.load(tmp_path, wide)
+    (tmp_path / "index.json").write_text("[]")
+    with pytest.raises(BadFile, match="no index of safetensors files"):
+        store.load_weights(tmp_path / "index.json", wide)
+
+
+def test_a_full_disk_in_the_middle_of_several_files_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD", 1500)
+    replace = os.replace
+
+    def crash(source: str, target: str) -> None:
+        if "00003" in Path(target).name:
+            raise OSError(errno.ENOSPC, "no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(BadFile, match="no space left"):
+        store.save(wide(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read as Linux tells it")
+def test_no_more_than_a_file_is_in_memory_beside_the_model(tmp_path: Path) -> None:
+    """Eight layers of 16 MiB, in files of 20 MB: saving and loading take a file's bytes more."""
+    code = """
+import resource, sys, torch
+from torch import nn
+import secateur as sc
+from secateur import storage
+from secateur._internal import shards
+shards.SHARD = 20 * 10**6
+make = lambda: nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(8)))
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+model = make()
+if sys.argv[1] == "save":
+    storage.save(nn.Sequential(nn.Linear(2, 2)), "warm")
+    before = peak(); storage.save(model, "large"); print(peak() - before)
+else:
+    storage.load("warm", lambda: nn.Sequential(nn.Linear(2, 2)))
+    before = peak(); storage.load("large", lambda: model); print(peak() - before)
+"""
+    for verb, most in (("save", 45), ("load", 60)):  # two layers are not in one file; of 128 MiB
+        run = subprocess.run(
+            [sys.executable, "-c", code, verb], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert float(run.stdout) < most, (verb, run.stdout)
+
+
+def test_a_page_says_what_a_save_is(saved: Path, small: nn.Module, tmp_path: Path) -> None:
+    page = (saved / "README.md").read_text()
+    whole = sum(p.numel() for p in build("digits_cnn", width=0.25).parameters())
+    now = sum(p.numel() for p in small.parameters())
+    assert f"| parameters | {whole:,} | {now:,} ({now / whole:.1%}) |" in page
+    assert 'sc.load(".")' in page
+    assert "build=" not in page
+    assert "secateur export . --out model.onnx\n" in page
+    store.save(small, saved, notes={"before": {"macs": 1000}, "after": {"macs": 250}})
+    assert "| MACs | 1,000 | 250 (25.0%) |" in (saved / "README.md").read_text()
+    graph = sc.trace(wide(), torch.zeros(1, 8))
+    store.save(sc.cut(wide(), sc.make_plan(graph, {"0": [1]})), tmp_path / "own")
+    page = (tmp_path / "own" / "README.md").read_text()
+    assert 'sc.load(".", build=make_model)' in page
+    assert "--build package.module:make_model" in page
+    (saved / "README.md").write_text("# Mine\n")
+    store.save(small, saved)
+    assert (saved / "README.md").read_text() == "# Mine\n"

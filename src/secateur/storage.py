@@ -1,30 +1,27 @@
 """Saving and loading: weights as safetensors, everything else as JSON, never pickle.
 
-A directory holds the weights and ``secateur.json``: what was done to which model, and the name and checksum of the
-weights' file. The JSON is replaced last, so a crash at any moment leaves the old save or the new one.
-``load`` builds the original anew, replays the record on it and fills in the weights.
+A directory holds the weights, in one file or in several (:mod:`secateur._internal.shards`), and ``secateur.json``: what
+was done to which model, and the names and checksums of the weights' files. The JSON is replaced last, so a crash at any
+moment leaves the old save or the new one. A ``README.md`` says to whoever finds it what it is. ``load`` builds the
+original anew, replays the record on it and fills in the weights, a tensor at a time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load as from_bytes
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from secateur._internal import built_in
+from secateur._internal import built_in, shards
 from secateur._internal.errors import BadFile, SecateurError, unknown
 from secateur._internal.files import make_folder, write_atomically
 from secateur._internal.importing import import_string, is_import_string
@@ -37,8 +34,8 @@ from secateur.surgery.low_rank import bottleneck, separable
 from secateur.tracing.graph import fingerprint
 
 VERSION = 1
-FILE = "secateur.json"
-WEIGHTS = re.compile(r"model(-\d+)?\.safetensors")
+FILE, README = "secateur.json", "README.md"
+WEIGHTS = re.compile(r"model(-\d+)?(\.\d{5}-of-\d{5})?\.safetensors")
 
 Replay = Callable[[nn.Module, Any], nn.Module]
 REPLAY: dict[str, Replay] = {
@@ -76,34 +73,45 @@ def save(model: nn.Module, directory: str | Path, *, notes: Mapping[str, Any] | 
     folder = Path(directory)
     tensors = _tensors(model, "save")
     _warn_not_finite(tensors)
-    try:
-        content = to_bytes({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
-    except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise SecateurError(f"save: a tensor of this model cannot be stored ({error})") from error
-    steps, before, file, original = record(model), _before(folder), _free_name(folder), _original(model)
-    head = {
+    steps, before, original = record(model), _before(folder), _original(model)
+    head: dict[str, Any] = {
         "secateur": VERSION,
         "model": _origin(model, original),
         "original": original,
         "record": steps,
         "final": fingerprint(model),
-        "weights": {"file": file, "sha256": hashlib.sha256(content).hexdigest()},
         "dtypes": {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in _not_stored(model)},
         "notes": dict(notes or {}),
     }
     try:
-        text = json.dumps(head, indent=1, allow_nan=False)
+        json.dumps(head, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SecateurError(f"save(notes): what JSON can hold is expected ({error})") from error
+    made = not folder.exists()
     make_folder(folder)
     try:
-        write_atomically(folder / file, content)
-        write_atomically(folder / FILE, text.encode())
+        written = shards.write(folder, _free_stem(folder), tensors)
+    except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        if made:
+            folder.rmdir()
+        if isinstance(error, SecateurError):
+            raise
+        raise SecateurError(f"save: a tensor of this model cannot be stored ({error})") from error
+    try:
+        head["weights"] = _named(written)
+        if _is_ours(folder / README):
+            write_atomically(folder / README, readme(model, head).encode())
+        if len(written) > 1:
+            write_atomically(folder / shards.INDEX, shards.index(tensors, list(written)))
+        write_atomically(folder / FILE, json.dumps(head, indent=1, allow_nan=False).encode())
     except BadFile:
-        (folder / file).unlink(missing_ok=True)  # nothing refers to it, and it takes up room
+        for file in written:  # nothing refers to them, and they take up room
+            (folder / file).unlink(missing_ok=True)
         raise
-    if before is not None:
-        (folder / before).unlink(missing_ok=True)
+    for file in before - written.keys():
+        (folder / file).unlink(missing_ok=True)
+    if len(written) == 1 and len(before) > 1:
+        (folder / shards.INDEX).unlink(missing_ok=True)
 
 
 def load(directory: str | Path, build: Callable[[], nn.Module] | str | None = None) -> nn.Module:
@@ -127,7 +135,7 @@ def load(directory: str | Path, build: Callable[[], nn.Module] | str | None = No
     """
     folder = Path(directory)
     head = read_head(folder)
-    tensors = _read_weights(folder, head["weights"])
+    weights = shards.checked(folder, _checksums(head["weights"]), FILE)
     model = _build(folder, head, build)
     for number, step in enumerate(head["record"]):
         kind, what = _step(folder, step, number)
@@ -143,7 +151,7 @@ def load(directory: str | Path, build: Callable[[], nn.Module] | str | None = No
             f"{folder}: replaying its record gives other shapes than were saved: {FILE} is damaged, or secateur "
             "has changed"
         )
-    _fill(folder, model, tensors)
+    _fill(folder, model, weights)
     for name, buffer in _not_stored(model):  # a mean that was subtracted in half precision, say, still is
         dtype = getattr(torch, str(head.get("dtypes", {}).get(name)), None)
         if isinstance(dtype, torch.dtype):
@@ -156,7 +164,7 @@ _DAMAGED = (ValueError, KeyError, TypeError, IndexError, AttributeError, Overflo
 
 
 def load_weights(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
-    """What ``build`` makes, with weights from a safetensors file of its state or from a directory that was saved.
+    """What ``build`` makes, with weights from a safetensors file of its state, or an index of several, or from a save.
 
     Raises:
         BadFile: no such file, a damaged one, or weights of another model.
@@ -167,11 +175,11 @@ def load_weights(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     if not path.is_file():
         raise BadFile(f"weights {path}: there is no such file; a safetensors file or a saved directory is expected")
     try:
-        tensors = load_file(path)
+        weights = shards.unchecked(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise BadFile(f"weights {path}: not a readable safetensors file ({error})") from error
     model = build()
-    _fill(path, model, tensors)
+    _fill(path, model, weights)
     return model
 
 
@@ -222,8 +230,25 @@ def _is_origin(given: Any) -> bool:
 
 def _is_weights(given: Mapping[str, Any]) -> bool:
     """The file is one of this directory: no path leads out of it."""
-    file, digest = given.get("file"), given.get("sha256")
-    return isinstance(file, str) and isinstance(digest, str) and WEIGHTS.fullmatch(file) is not None
+    files = _checksums(given)
+    return bool(files) and all(
+        isinstance(file, str) and isinstance(digest, str) and WEIGHTS.fullmatch(file) for file, digest in files.items()
+    )
+
+
+def _checksums(weights: Mapping[str, Any]) -> dict[str, str]:
+    """The files of the weights and their checksums, as ``secateur.json`` says them."""
+    several = weights.get("files")
+    if isinstance(several, dict):
+        return dict(several)
+    return {weights["file"]: weights["sha256"]} if "file" in weights and "sha256" in weights else {}
+
+
+def _named(written: Mapping[str, str]) -> dict[str, Any]:
+    """The same, to be said."""
+    if len(written) > 1:
+        return {"files": dict(written)}
+    return {"file": next(iter(written)), "sha256": next(iter(written.values()))}
 
 
 def _tensors(model: nn.Module, verb: str) -> dict[str, Tensor]:
@@ -278,33 +303,111 @@ def _origin(model: nn.Module, original: str) -> dict[str, Any] | None:
     return origin if fresh == original else None
 
 
-def _before(folder: Path) -> str | None:
+def _before(folder: Path) -> set[str]:
     """The weights of an earlier save in the folder, which are the only ones that may go."""
     try:
-        return str(read_head(folder)["weights"]["file"])
+        return set(_checksums(read_head(folder)["weights"]))
     except BadFile:
-        return None
+        return set()
 
 
-def _free_name(folder: Path) -> str:
-    """A name for the weights that nothing in the folder has."""
-    number, name = 0, "model.safetensors"
-    while (folder / name).exists():
-        number, name = number + 1, f"model-{number + 1}.safetensors"
-    return name
+def _free_stem(folder: Path) -> str:
+    """What the weights' names begin with: no weights in the folder do."""
+    number, stem = 0, "model"
+    while any(folder.glob(f"{stem}.safetensors")) or any(folder.glob(f"{stem}.*.safetensors")):
+        number, stem = number + 1, f"model-{number + 1}"
+    return stem
 
 
-def _read_weights(folder: Path, weights: Mapping[str, str]) -> dict[str, Tensor]:
-    path = folder / weights["file"]
-    if not path.is_file():
-        raise BadFile(f"{folder}: its weights, {weights['file']}, are missing")
+MARK = "<!-- written by secateur.save; an edited file without this line stays -->"
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody else has written a file."""
     try:
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != weights["sha256"]:
-            raise BadFile(f"{path} is damaged, cut short or of another save: its checksum is not the one in {FILE}")
-        return from_bytes(content)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise BadFile(f"{path} cannot be read ({error})") from error
+        return not path.exists() or MARK in path.read_text("utf-8")
+    except (OSError, ValueError):
+        return False
+
+
+def readme(model: nn.Module, head: Mapping[str, Any]) -> str:
+    """What a save says to whoever finds it: what it is, before and after, and how it is loaded.
+
+    Args:
+        model: the model.
+        head: what ``secateur.json`` says.
+    """
+    kind, origin = type(model).__name__, head["model"]
+    builtin = origin is not None and not is_import_string(origin["name"])
+    build = "" if builtin else ", build=make_model"
+    rows = _before_and_after(model, head)
+    made = "" if builtin else "from ... import make_model          # what makes the original, with any weights\n"
+    steps = ", ".join(dict.fromkeys(kind for step in head["record"] for kind in step)) or "nothing"
+    exports = "\n".join(
+        f"secateur export . --out model.{end}{'' if builtin else ' --build package.module:make_model'}"
+        for end in ("onnx", "pt2", "py")
+    )
+    return PAGE.format(
+        kind=kind, mark=MARK, steps=steps, table="\n".join(rows), made=made, build=build, exports=exports
+    )
+
+
+PAGE = """# {kind}
+
+{mark}
+
+A {kind} of PyTorch that was made smaller by secateur (what was done to it: {steps}).
+
+{table}
+
+With secateur:
+
+```python
+import secateur as sc
+{made}
+model = sc.load("."{build})
+```
+
+Without it, export once to a file that needs neither secateur nor the class of the model; it is compared with the model
+before it is there:
+
+```
+{exports}
+```
+
+The weights are plain safetensors, by the names of the smaller model's `state_dict()`. `secateur.json` says what was
+removed from what. Nothing here is a pickle.
+"""
+
+
+def _before_and_after(model: nn.Module, head: Mapping[str, Any]) -> list[str]:
+    """A table of what it has, and of what is known of before."""
+    after = {"parameters": sum(p.numel() for p in model.parameters())}
+    before = {"parameters": _parameters_before(model, head["record"])}
+    for column, name in ((before, "before"), (after, "after")):
+        noted = head["notes"].get(name)
+        if isinstance(noted, dict) and isinstance(noted.get("macs"), int):
+            column["MACs"] = noted["macs"]
+    lines = ["| | before | after |", "|---|---|---|"]
+    for unit, now in after.items():
+        whole = before.get(unit)
+        share = f" ({now / whole:.1%})" if whole else ""
+        lines.append(f"| {unit} | {f'{whole:,}' if whole else 'not known'} | {now:,}{share} |")
+    return lines
+
+
+def _parameters_before(model: nn.Module, steps: Sequence[Mapping[str, str]]) -> int | None:
+    """How many parameters the original had, if channels were all that went."""
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    for step in reversed(steps):
+        ((kind, text),) = step.items()
+        if kind != "cut":
+            return None
+        for name, dims in json.loads(text)["slices"].items():
+            for dim, gone in dims.items():
+                if name in shapes:
+                    shapes[name][int(dim)] += len(gone)
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _build(folder: Path, head: Mapping[str, Any], build: Callable[[], nn.Module] | str | None) -> nn.Module:
@@ -374,14 +477,14 @@ def _step(folder: Path, step: Any, number: int) -> tuple[str, Any]:
     return kind, what
 
 
-def _fill(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _fill(path: Path, model: nn.Module, weights: shards.Weights) -> None:
     """Copy the weights in, all names and shapes checked before the first."""
     own = _tensors(model, "load")
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - model.state_dict().keys())
+    missing, extra = sorted(own.keys() - weights.names), sorted(weights.names - model.state_dict().keys())
     shapes = [
-        f"{name} {list(tensors[name].shape)} where {list(t.shape)} is due"
+        f"{name} {list(weights.shapes[name])} where {list(t.shape)} is due"
         for name, t in own.items()
-        if name in tensors and tensors[name].shape != t.shape
+        if name in weights.names and weights.shapes[name] != t.shape
     ]
     if missing or extra or shapes:
         parts = [("missing", missing), ("too many", extra), ("of wrong shape", shapes)]
@@ -391,6 +494,7 @@ def _fill(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            if tensor.dtype != tensors[name].dtype:
-                tensor.data = tensor.data.to(tensors[name].dtype)
-            tensor.data.copy_(tensors[name])
+            read = weights[name]
+            if tensor.dtype != read.dtype:
+                tensor.data = tensor.data.to(read.dtype)
+            tensor.data.copy_(read)

@@ -102,7 +102,8 @@ def test_a_model_of_ones_own_is_pruned_tuned_saved_and_shipped(own, tmp_path):
     assert result.exit_code == 0, result.output
     for word in ("macs", "params", "digit", "odd", "before fine-tuning", "conv1", "small: secateur.load reads it"):
         assert word in result.output
-    assert files(tmp_path) == ["own_net.py", "small", "small/model.safetensors", "small/secateur.json", "w.safetensors"]
+    saved = ["README.md", "model.safetensors", "secateur.json"]
+    assert files(tmp_path) == ["own_net.py", "small", *(f"small/{name}" for name in saved), "w.safetensors"]
     small = sc.load("small", build=own.make)
     graph = sc.trace(own.make(), own.X[:1])
     assert sc.trace(small, own.X[:1]).macs() <= 0.4 * graph.macs()
@@ -199,7 +200,7 @@ def test_killed_it_goes_on(own, tmp_path):
     assert any(pruned.iterdir())
     assert not (tmp_path / "small").exists()
     assert called(*ASKED, "--finetune", 2, "--out", "small", "--fresh").exit_code == 0
-    assert files(tmp_path / "small") == ["model.safetensors", "secateur.json"]
+    assert files(tmp_path / "small") == ["README.md", "model.safetensors", "secateur.json"]
 
 
 TUNED = ["--budget", "macs=0.5", "--finetune", "1"]
