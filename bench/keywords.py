@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 RATE, WORDS, SPEAKERS = 8000, 12, 3
-TRAIN, TEST = 6000, 2000
+TRAIN, TEST = 4000, 2000
 PHONES = torch.tensor(
     [[300, 2300, 1.0], [650, 1100, 1.0], [500, 1800, 1.0], [350, 800, 1.0], [750, 1300, 1.0], [1800, 3200, 0.0],
      [2500, 3600, 0.0], [400, 1500, 1.0]]
@@ -103,7 +103,7 @@ class Block(nn.Module):
 class Spotter(nn.Module):
     """Two heads, by name."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 40) -> None:
         super().__init__()
         self.stem, self.bn = nn.Conv2d(1, width, (5, 5), 2, 2, bias=False), nn.BatchNorm2d(width)
         self.blocks = nn.Sequential(
@@ -145,7 +145,7 @@ def accuracy(model: nn.Module) -> dict[str, float]:
     return {name: 100 * float((got == y[:, i]).float().mean()) for i, (name, got) in enumerate(heads.items())}
 
 
-def main(epochs: int = 12) -> None:
+def main(epochs: int = 8) -> None:
     """Train it."""
     from safetensors.torch import save_file
 

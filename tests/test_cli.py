@@ -172,7 +172,7 @@ def test_export_writes_what_it_tells(tmp_path: Path) -> None:
         assert (tmp_path / name).exists()
     result = called("export", "digits_cnn", "--out", tmp_path / "c.bin")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
-    assert "a file that ends with .onnx or .pt2 or .py is expected" in result.stderr
+    assert "a file that ends with .onnx or .pt2 or .py or .txt is expected" in result.stderr
     result = called("export", "digits_cnn", "--fixed", "--unchecked", "--to", "program", "--out", tmp_path / "c.bin")
     assert "dims that are free: none\nnot checked against the model" in result.output
 

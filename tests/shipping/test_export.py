@@ -176,7 +176,7 @@ def test_outputs_choose_and_bad_paths_are_told(tmp_path):
     model = Odd("dataclass").eval()
     done = sc.export(model, tmp_path / "small.onnx", torch.randn(2, 4), outputs=lambda y: {"scores": y.scores})
     assert done.facts["outputs"] == ["scores"]
-    with pytest.raises(sc.SecateurError, match=r"ends with .onnx or .pt2 or .py is expected, or to= one of"):
+    with pytest.raises(sc.SecateurError, match=r"ends with .onnx or .pt2 or .py or .txt is expected, or to= one of"):
         sc.export(model, tmp_path / "small.bin", torch.randn(2, 4))
     (tmp_path / "file").write_text("")
     with pytest.raises(sc.BadFile, match=r"small\.pt2 cannot be written"):

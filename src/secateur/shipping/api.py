@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from secateur._internal import shards
 from secateur._internal.batches import Inputs, tensors_in
 from secateur._internal.checks import check_choice, check_count, check_flag
 from secateur._internal.errors import BadFile, SecateurError
-from secateur._internal.files import make_folder
+from secateur._internal.files import make_folder, write_atomically
 from secateur._internal.wrappers import unwrapped
 from secateur.shipping import huggingface
 from secateur.shipping import onnx as to_onnx
 from secateur.shipping import python as to_python
+from secateur.shipping import timm as to_timm
 from secateur.shipping.parity import Runs, compared
 from secateur.shipping.programs import (
     Dynamic,
@@ -39,8 +42,8 @@ from secateur.shipping.programs import (
     with_free_sizes,
 )
 
-HF = "hf"
-TARGETS = {"onnx": ".onnx", "program": ".pt2", "python": ".py", HF: ""}
+HF, TIMM = "hf", "timm"
+TARGETS = {"onnx": ".onnx", "program": ".pt2", "python": ".py", TIMM: ".txt", HF: ""}
 """What a model can be exported to, and how its files end; nothing where it is a folder, which ``to=`` must name."""
 FIXED = "fixed"
 """The fact that says why no size is free."""
@@ -52,7 +55,7 @@ class Exported:
 
     Attributes:
         path: the file, or the folder.
-        target: ``"onnx"``, ``"program"``, ``"python"`` or ``"hf"``.
+        target: ``"onnx"``, ``"program"``, ``"python"``, ``"timm"`` or ``"hf"``.
         bytes: the size of all that was written.
         free: by input the dims that may have other sizes than the example's.
         apart: how far its outputs are from the model's, in units of the largest of them, on the example, on others of
@@ -104,12 +107,16 @@ def export(
 
     Args:
         model: a model, cut or not, which is left untouched; it is exported in eval mode.
-        path: the file; ``.onnx`` is ONNX, ``.pt2`` a ``torch.export`` program, ``.py`` plain PyTorch, unless ``to``
+        path: the file; ``.onnx`` is ONNX, ``.pt2`` a ``torch.export`` program, ``.py`` plain PyTorch, ``.txt`` a pruned
+            model of timm, unless ``to``
             says which. An earlier one is replaced, once the new one is whole. Weights of ONNX of more than a GiB are in
-            a file beside it, ``NAME.*.onnx.data``, those of Python always, ``NAME.*.safetensors``.
+            a file beside it, ``NAME.*.onnx.data``, those of Python and timm always,
+            ``NAME.*.safetensors``.
         example_inputs: what its forward takes: a tensor, a tuple of positional or a dict of keyword arguments.
-        to: ``"onnx"``, ``"program"``, ``"python"``, or ``"hf"``: a folder that plain ``transformers`` reads
-            (``from_pretrained``), of a model of theirs whose configuration can say the widths; it is always compared.
+        to: ``"onnx"``, ``"program"``, ``"python"``; ``"timm"``, a text and weights as timm keeps its pruned networks,
+            which its own reader makes of the original (it is not compared); ``"hf"``, a folder that plain
+            ``transformers`` reads (``from_pretrained``), of a model of theirs whose configuration can say the widths
+            (it is always compared).
         outputs: which of what the forward returns, ``lambda out: out.logits``; all tensors by default.
         dynamic: the first dim of all inputs, the batch, may have other sizes; so may the second of inputs of whole
             numbers [batch, length]. Or the dims by input, ``{"image": [0, 2, 3]}``, with names for sizes that are one
@@ -135,6 +142,8 @@ def export(
     check_dynamic(dynamic)
     check_flag("check", check)
     check_count("opset", opset, optional=True)
+    if target == TIMM:
+        return _pruned_text(model, where)
     if target == HF:
         return _folder(model, where, example_inputs, {"outputs": outputs, "opset": opset}, dynamic=dynamic, check=check)
     if target == "onnx":
@@ -181,6 +190,18 @@ def _target(path: str | Path, to: str | None) -> tuple[str, Path]:
     return target, where
 
 
+def _pruned_text(model: nn.Module, where: Path) -> Exported:
+    """Write the shapes and weights that timm's reader takes."""
+    text = to_timm.pruned_text(model)
+    weights = to_bytes(shards.apart(model.state_dict()))
+    beside = where.with_name(f"{where.stem}.{secrets.token_hex(4)}{BESIDE[TIMM]}")
+    make_folder(where.parent)
+    write_atomically(beside, weights)
+    write_atomically(where, f"{text}\n".encode())
+    _remove_earlier(where, TIMM, {beside.name})
+    return Exported(where, TIMM, len(weights) + len(text) + 1, {}, None, {})
+
+
 def _folder(
     model: nn.Module, where: Path, inputs: Inputs, given: dict[str, Any], *, dynamic: Dynamic, check: bool
 ) -> Exported:
@@ -222,10 +243,7 @@ def _written(what: Exportable, target: str, where: Path, opset: int | None, *, c
         for file in beside:
             os.replace(file, where.parent / file.name)
         os.replace(new, where)
-        own = re.compile(rf"{re.escape(where.stem)}\.[0-9a-f]{{8}}{re.escape(BESIDE.get(target, ''))}")
-        for old in where.parent.iterdir():  # weights of what was here before
-            if target in BESIDE and own.fullmatch(old.name) and old.name not in {file.name for file in beside}:
-                old.unlink()
+        _remove_earlier(where, target, {file.name for file in beside})
     except OSError as error:
         why = error.strerror or error
         raise BadFile(f"export: {where} cannot be written ({why}); make room, or give another") from error
@@ -233,6 +251,14 @@ def _written(what: Exportable, target: str, where: Path, opset: int | None, *, c
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
     return Exported(where, target, size, free_dims(program), apart, facts | {"sizes": free_sizes(what, program)})
+
+
+def _remove_earlier(where: Path, target: str, but: set[str]) -> None:
+    """Remove weights of what was here before."""
+    own = re.compile(rf"{re.escape(where.stem)}\.[0-9a-f]{{8}}{re.escape(BESIDE.get(target, ''))}")
+    for old in where.parent.iterdir() if target in BESIDE else ():
+        if own.fullmatch(old.name) and old.name not in but:
+            old.unlink()
 
 
 def _onnx(what: Exportable, program: ExportedProgram, path: Path, opset: int | None) -> Written:
@@ -264,5 +290,5 @@ def _program(what: Exportable, program: ExportedProgram, path: Path, _: int | No
 
 
 WRITE = {"onnx": _onnx, "program": _program, "python": _python}
-BESIDE = {"onnx": ".onnx.data", "python": ".safetensors"}
+BESIDE = {"onnx": ".onnx.data", "python": ".safetensors", TIMM: ".safetensors"}
 """How the files of weights end that may lie beside."""
