@@ -57,7 +57,8 @@ def quantised(path: Path, images: Tensor) -> dict[str, Path]:
     quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
     name = session_of(path).get_inputs()[0].name
     quantize_dynamic(str(ready), str(found["dynamic"]), weight_type=QuantType.QUInt8)
-    quantize_static(str(ready), str(found["static"]), Reader(name), per_channel=True)
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}  # what x86 has instructions for
+    quantize_static(str(ready), str(found["static"]), Reader(name), per_channel=True, **types)
     return found
 
 

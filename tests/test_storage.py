@@ -580,3 +580,20 @@ def test_a_page_says_what_a_save_is(saved: Path, small: nn.Module, tmp_path: Pat
     (saved / "README.md").write_text("# Mine\n")
     store.save(small, saved)
     assert (saved / "README.md").read_text() == "# Mine\n"
+
+
+def test_a_full_disk_at_the_last_file_leaves_the_old_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD", 1500)
+    store.save(wide(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    replace = os.replace
+
+    def crash(source: str, target: str) -> None:
+        if Path(target).name == store.FILE:
+            raise OSError(errno.ENOSPC, "no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(BadFile):
+        store.save(wide(), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -13,7 +13,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from shutil import get_terminal_size
 from types import FrameType
@@ -163,11 +163,11 @@ def prune_command(
     as_json: AsJson = False,
 ) -> None:
     """Prune a model of your own, fine-tune and save it. Killed, the same command goes on where it was."""
-    with told(_SAME):
+    with told("the same command without --fresh goes on where it was" if fresh else _SAME):
         from secateur.lab.given import Source
         from secateur.lab.own import Question, answer, as_text
 
-        limits = dict(_option(text, "--budget", "macs=0.5") for text in budget or ())
+        limits = _once([_option(text, "--budget", "macs=0.5") for text in budget or ()])
         if not limits:
             raise SecateurError("--budget KEY=VALUE is needed, such as --budget macs=0.5")
         source = Source(model, _options_of(options), build, weights, tuple(shape or ()), inputs)
@@ -175,7 +175,8 @@ def prune_command(
             source, data, loss, limits, method, criterion, strategy, repair, tuple(exclude or ()), outputs, approximate,
             batches, examples, evaluate, finetune, lr, seed, device, threads,
         )  # fmt: skip
-        facts = answer(question, out, fresh=fresh, progress=not quiet, say=_say(quiet))
+        with _others_on_stderr(as_json):
+            facts = answer(question, out, fresh=fresh, progress=not quiet, say=_say(quiet))
         _show_as(facts, as_text(facts), as_json)
         if not as_json:
             _show(f"{out}: secateur.load reads it; secateur export {out} writes it for where it runs")
@@ -336,7 +337,16 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _options_of(given: list[str] | None) -> dict[str, Any]:
-    return dict(_option(text) for text in given or ())
+    return _once([_option(text) for text in given or ()])
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Names and values, none of which is named twice."""
+    found = dict(pairs)
+    for name in found:
+        if sum(other == name for other, _ in pairs) > 1:
+            raise SecateurError(f"{name}= is given twice; give it once")
+    return found
 
 
 def _option(text: str, what: str = "option", such_as: str = "width=2") -> tuple[str, Any]:
@@ -349,6 +359,13 @@ def _option(text: str, what: str = "option", such_as: str = "width=2") -> tuple[
         return name, json.loads(value)
     except ValueError:
         return name, {"True": True, "False": False, "None": None}.get(value, value)
+
+
+@contextmanager
+def _others_on_stderr(on: bool) -> Iterator[None]:
+    """Let what a user's own functions print go to stderr, so that JSON is all that programs read."""
+    with redirect_stdout(sys.stderr) if on else nullcontext():
+        yield
 
 
 def _show_as(data: Any, text: str, as_json: bool) -> None:

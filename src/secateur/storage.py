@@ -99,15 +99,15 @@ def save(model: nn.Module, directory: str | Path, *, notes: Mapping[str, Any] | 
         raise SecateurError(f"save: a tensor of this model cannot be stored ({error})") from error
     try:
         head["weights"] = _named(written)
-        if _is_ours(folder / README):
-            write_atomically(folder / README, readme(model, head).encode())
-        if len(written) > 1:
-            write_atomically(folder / shards.INDEX, shards.index(tensors, list(written)))
         write_atomically(folder / FILE, json.dumps(head, indent=1, allow_nan=False).encode())
     except BadFile:
         for file in written:  # nothing refers to them, and they take up room
             (folder / file).unlink(missing_ok=True)
         raise
+    if _is_ours(folder / README):  # what is for others comes after what load needs
+        write_atomically(folder / README, readme(model, head).encode())
+    if len(written) > 1:
+        write_atomically(folder / shards.INDEX, shards.index(tensors, list(written)))
     for file in before - written.keys():
         (folder / file).unlink(missing_ok=True)
     if len(written) == 1 and len(before) > 1:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import secateur as sc
 from secateur import cli
-from secateur.lab.given import Source, described, drawn_inputs, drawn_like, outputs_of, read_input
+from secateur.lab.given import Source, data_of, described, drawn_inputs, drawn_like, outputs_of, read_input
 from secateur.lab.models import elsewhere
 
 CODE = """
@@ -68,6 +68,13 @@ def words(model):
 
 def inputs():
     return X[:2]
+
+def broken_make():
+    raise RuntimeError("no such board")
+
+def nan(model):
+    print("evaluating")
+    return {"loss": float("nan"), "fine": 1.0}
 """
 
 
@@ -223,6 +230,15 @@ BAD = {
     "other weights": (["prune", "own_net:odd_make", *BASE[2:], "--budget", "macs=0.5"], "w.safetensors"),
     "words": ([*BASE, "--budget", "macs=0.5", "--evaluate", "own_net:words"], "numbers by name, are expected"),
     "two kinds of inputs": ([*ASKED, "--input", "1,1,8,8", "--inputs", "own_net:inputs"], "give one of them"),
+    "a budget twice": ([*BASE, "--budget", "macs=0.5", "--budget", "macs=0.4"], "macs= is given twice"),
+    "a learning rate below zero": ([*ASKED, "--finetune", "1", "--lr", "-1"], "--lr"),
+    "a learning rate that is none": ([*ASKED, "--finetune", "1", "--lr", "nan"], "--lr"),
+    "complex inputs": ([*ASKED, "--input", "1,1,8,8:complex64"], "positive whole numbers"),
+    "numbers that do not fit": ([*ASKED, "--input", "1,1,8,8:int8:1000"], "positive whole numbers"),
+    "inputs that fail": ([*ASKED, "--inputs", "own_net:broken"], "RuntimeError: no disk"),
+    "a factory that fails": (["prune", "own_net:broken_make", "--budget", "macs=0.5"], "its factory fails"),
+    "a file in the way": ([*ASKED, "--fresh", "--out", "w.safetensors"], "it is a file"),
+    "deep": ([*BASE, "--budget", "macs=0.0001", "--out", "a/b/c"], "feasible are"),
     "unknown group": ([*ASKED, "--exclude", "conv3"], "did you mean 'conv"),
     "no such device": ([*ASKED, "--device", "cuda:77"], "--device cuda:77"),
 }  # fmt: skip
@@ -231,7 +247,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_message_and_nothing_is_written(case, own, tmp_path):
     arguments, message = BAD[case]
-    result = called(*arguments, "--out", "small", "--quiet")
+    out = [] if "--out" in arguments else ["--out", "small"]
+    result = called(*arguments, *out, "--quiet")
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
@@ -247,6 +264,70 @@ def test_folders_of_others_are_left_alone(own, tmp_path):
     assert "it holds other files" in result.stderr
     assert called(*ASKED, "--out", "w.safetensors").exit_code == 2
     assert files(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_what_is_somebody_elses_stays(own, tmp_path):
+    (tmp_path / "small.unfinished").mkdir()
+    (tmp_path / "small.unfinished" / "precious").write_text("mine")
+    for more in ([], ["--fresh"]):
+        result = called(*ASKED, "--out", "small", *more)
+        assert result.exit_code == 2
+        assert "somebody else's" in result.stderr
+    assert (tmp_path / "small.unfinished" / "precious").read_text() == "mine"
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_model_is_not_written_over_itself(own, tmp_path):
+    asked = ["prune", "digits_cnn", "--budget", "macs=0.5", "--out", "digits_cnn", "--quiet", "--json"]
+    first, again = called(*asked), called(*asked, "--fresh")
+    assert json.loads(first.stdout)["before"] == json.loads(again.stdout)["before"]  # the built-in one, not the folder
+    itself = called("prune", "./digits_cnn", "--budget", "macs=0.5", "--out", "digits_cnn", "--fresh")
+    assert itself.exit_code == 2
+    assert "the model is read from there" in itself.stderr
+
+
+def test_numbers_that_are_none_and_prints_do_not_break_json(own, tmp_path):
+    asked = [*BASE, "--budget", "macs=0.5", "--evaluate", "own_net:nan", "--json", "--quiet"]
+    first, again = called(*asked), called(*asked)
+    assert json.loads(first.stdout)["evaluated"]["before"] == {"loss": None, "fine": 1.0}
+    assert json.loads(again.stdout) == json.loads(first.stdout)
+    assert "nan" in called(*asked[:-2], "--quiet").stdout
+
+
+def test_other_weights_of_the_same_name_are_another_question(own, tmp_path):
+    assert called(*ASKED, "--out", "small").exit_code == 0
+    torch.manual_seed(1)
+    save_file(own.make().state_dict(), "w.safetensors")
+    result = called(*ASKED, "--out", "small")
+    assert result.exit_code == 2
+    assert "made otherwise" in result.stderr
+
+
+def test_an_interrupted_fresh_start_goes_on_without_the_word(own, tmp_path, monkeypatch):
+    from secateur.lab.training import loop
+
+    assert called(*ASKED, "--out", "small").exit_code == 0
+    step, count = loop._Run.train_step, iter(range(100))
+
+    def train_step(self, raw, check):
+        if next(count) == 8:
+            raise KeyboardInterrupt
+        return step(self, raw, check)
+
+    monkeypatch.setattr(loop._Run, "train_step", train_step)
+    result = called(*ASKED, "--finetune", 3, "--out", "small", "--fresh")
+    assert result.exit_code == cli.INTERRUPTED
+    assert "without --fresh goes on" in result.stderr
+    monkeypatch.setattr(loop._Run, "train_step", step)
+    done = called(*ASKED, "--finetune", 3, "--out", "small")
+    assert done.exit_code == 0
+    notes = json.loads((tmp_path / "small" / "secateur.json").read_text())["notes"]
+    assert "tuned" in notes["evaluated"]
+    assert not (tmp_path / "small.unfinished").exists()
+
+
+def test_a_stream_loses_no_batch(own):
+    assert len(list(data_of("own_net:stream"))) == len(own.BATCHES)
 
 
 # ----------------------------------------------------------------------------------------------------------- the words

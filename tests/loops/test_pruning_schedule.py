@@ -140,3 +140,27 @@ def test_an_optimizer_that_prunes_nothing_is_refused():
     model = network()
     with pytest.raises(sc.SecateurError, match="the optimizer prunes nothing"):
         PruningSchedule(X[:2]).begin(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_a_schedule_begins_anew_with_every_training():
+    schedule = PruningSchedule(X[:2], sc.Budget(macs=0.5), after=1, data=BATCHES, loss="cross_entropy")
+    ends = [trained(schedule, 2)[0] for _ in range(2)]
+    assert len(schedule.cuts) == 1
+    assert [p.shape for p in ends[0].parameters()] == [p.shape for p in ends[1].parameters()]
+
+
+def test_epochs_that_never_came_are_told():
+    schedule = PruningSchedule(X[:2], sc.Budget(macs=0.5), after=[1, 5], criterion="magnitude")
+    with pytest.warns(sc.SecateurWarning, match=r"ended after 2 epochs; nothing was cut after \[5\]"):
+        trained(schedule, 2)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.Adafactor])
+def test_what_cannot_follow_is_refused_before_training(optimizer):
+    model = network()
+    schedule = PruningSchedule(X[:2], sc.Budget(macs=0.5), after=1)
+    with pytest.raises(sc.SecateurError, match=r"LBFGS|Adafactor"):
+        schedule.begin(model, optimizer(model.parameters()))
+    other = torch.optim.SGD([*model.parameters(), *nn.Linear(2, 2).parameters()], 0.1)
+    with pytest.raises(sc.SecateurError, match="is not the model's"):
+        schedule.begin(model, other)

@@ -97,3 +97,12 @@ def test_what_a_backend_cannot_run_is_in_the_table():
 def test_wrong_arguments_are_refused(models, how, words):
     with pytest.raises(sc.SecateurError, match=words):
         sc.compare_latency(models, torch.zeros(1, 1), **how)
+
+
+def test_a_model_that_does_not_take_the_inputs_is_in_the_table():
+    found = sc.compare_latency({"a": nn.Linear(2, 2), "b": nn.Linear(3, 3)}, torch.zeros(1, 2), turns=2, seconds=0.001)
+    assert found.timings[0].why == ""
+    assert "RuntimeError" in found.timings[1].why
+    for empty in ("backends", "threads", "batches"):
+        with pytest.raises(sc.SecateurError, match="at least one backend"):
+            sc.compare_latency({"a": nn.Linear(2, 2)}, torch.zeros(1, 2), **{empty: []})

@@ -208,6 +208,21 @@ def test_a_configuration_that_computes_something_else_is_refused(tmp_path):
     assert nothing_in(tmp_path)
 
 
+class NeedsMore(tf.LlamaForCausalLM):
+    """Cannot be built from its configuration."""
+
+    def __init__(self, config, more):
+        super().__init__(config)
+        self.more = more
+
+
+def test_a_class_that_asks_for_more_is_refused(tmp_path):
+    model = NeedsMore(whole("Llama")[0].config, 1).eval()
+    with pytest.raises(sc.SecateurError, match=r"cannot be built from its configuration alone \(TypeError"):
+        sc.export(model, tmp_path / "m", {"input_ids": IDS}, to="hf")
+    assert nothing_in(tmp_path)
+
+
 def test_wrong_arguments_are_refused(tmp_path):
     small, x = pruned("GPT-2"), FAMILIES["GPT-2"][1]
     for wrong in ({"outputs": lambda out: out.logits}, {"opset": 18}, {"check": False}, {"dynamic": False}):

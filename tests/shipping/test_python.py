@@ -191,3 +191,142 @@ def test_weights_of_an_earlier_file_go(tmp_path):
     names = sorted(file.name for file in tmp_path.iterdir())
     assert len(names) == 3
     assert "small.mine.safetensors" in names
+
+
+class Says(nn.Module):
+    """A forward of a few words, beside a layer."""
+
+    def __init__(self, forward, **parts) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin, self.said = nn.Linear(4, 4), forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *given, **named):
+        return self.said(self, *given, **named)
+
+
+class Positions(nn.Module):
+    """Adds to a sequence what a table has, which ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.rand(8, 4))
+
+    def forward(self, x):
+        return x + self.table[: x.shape[1]]
+
+
+class Upwards(nn.Module):
+    """A layer that is called with more than its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2, 2, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.up(x, output_size=(10, 10))
+
+
+class Scaled(nn.Sequential):
+    """A sequence with something of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.ReLU())
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model[0].register_forward_hook(lambda module, args, out: out * 3)
+    return model
+
+
+def odd_names():
+    layers = nn.ModuleDict({"a-b": nn.Linear(4, 4), "01": nn.Linear(4, 4), "512": nn.Linear(4, 4)})
+    weights = nn.ParameterDict({"c-d": nn.Parameter(torch.rand(4)), "0": nn.Parameter(torch.rand(4))})
+
+    def forward(m, x):
+        return m.layers["a-b"](x) + m.layers["01"](x) * m.weights["c-d"] + m.layers["512"](x) * m.weights["0"]
+
+    return Says(forward, layers=layers, weights=weights)
+
+
+def gaps():
+    listed = nn.ParameterList(torch.rand(4) for _ in range(3))
+    return Says(lambda m, x: m.lin(x) * m.listed[0] + m.listed[2], listed=listed)
+
+
+X4 = torch.randn(3, 4)
+SELDOM = {
+    "a negative base": (Says(lambda m, x: m.lin(x) * (-2.0) ** x), torch.randint(0, 4, (3, 4)).float()),
+    "more than its input": (Upwards(), torch.randn(2, 2, 5, 5)),
+    "a hook": (hooked(), X4),
+    "a sequence with more": (Scaled(), X4),
+    "odd names": (odd_names(), X4),
+    "gaps in a list": (gaps(), X4),
+    "no parameter": (Says(lambda m, x: x * 2), X4),
+    "a path called check": (Says(lambda m, x: m.check(x), check=nn.Linear(4, 4)), X4),
+    "names of Python": (Says(lambda m, float, lambda_: m.lin(float).masked_fill(lambda_ > 0, -torch.inf).exp()), {
+        "float": X4, "lambda_": X4}),
+    "whole numbers that are a parameter": (
+        Says(lambda m, x: m.lin(x) + m.order, order=nn.Parameter(torch.arange(4), requires_grad=False)), X4),
+    "an index that is called None": (
+        Says(lambda m, x: m.lin(x)[:, m.NoneIdx], NoneIdx=nn.Buffer(torch.tensor([1, 0]))), X4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SELDOM)
+def test_what_a_review_found(name, tmp_path):
+    model, x = SELDOM[name]
+    model = model.eval()
+    done = sc.export(model, tmp_path / "small.py", x, dynamic=name not in ("more than its input", "names of Python"))
+    assert max(done.apart.values()) < 1e-6
+    again = loaded(done.path)
+    with torch.no_grad():
+        given = x.values() if isinstance(x, dict) else (x,)
+        expected = model(**x) if isinstance(x, dict) else model(x)
+        torch.testing.assert_close(again(*given), expected, equal_nan=True)
+    assert checked_elsewhere(tmp_path).returncode == 0
+
+
+def test_a_table_that_ends_is_tried_within_its_length(tmp_path):
+    x = torch.randn(3, 6, 4)
+    done = sc.export(Positions(), tmp_path / "small.py", x, dynamic={"x": {0: "batch", 1: "length_of_x"}})
+    assert set(done.apart) == {"example", "others", "one"}
+
+
+def test_what_is_trained_on_is_tied_and_frozen_as_it_was(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    model[3].requires_grad_(False)
+    again = loaded(sc.export(model.eval(), tmp_path / "small.py", X4).path)
+    assert again[0].weight is again[2].weight
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    ends = []
+    for one in (model, again):
+        optimizer = torch.optim.Adam([p for p in one.parameters() if p.requires_grad], 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            one(X4).square().mean().backward()
+            optimizer.step()
+        ends.append(one.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+REFUSED = {
+    "control flow": Says(lambda m, x: torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))),
+    "a dtype": Says(lambda m, x: m.lin(x).to(torch.complex128)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_plain_text_is_one_message(name, tmp_path):
+    with pytest.raises(sc.SecateurError, match=r"export to \.pt2 or \.onnx, which can hold it"):
+        sc.export(REFUSED[name].eval(), tmp_path / "small.py", X4)
+    assert not list(tmp_path.iterdir())

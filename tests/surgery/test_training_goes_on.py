@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import itertools
+import types
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import secateur as sc
+from secateur.tracing.copying import within
 
 BATCHES = [
     (torch.randn(8, 3, 8, 8, generator=g), torch.randint(0, 4, (8,), generator=g))
@@ -179,3 +182,48 @@ def test_what_is_refused_changes_nothing():
         with pytest.raises(sc.SecateurError):
             sc.cut(loop.model, plan, **{"optimizer": loop.optimizer, "in_place": True, **wrong})
         assert same(loop.all(), before)
+
+
+Pair = collections.namedtuple("Pair", ["one", "other"])
+HOLDERS = {
+    "ordered": lambda w: collections.OrderedDict(w=w),
+    "default": lambda w: collections.defaultdict(list, w=[w]),
+    "namespace": lambda w: types.SimpleNamespace(w=w, more={"deep": [w]}),
+    "named": lambda w: Pair(1, [w]),
+    "nested": lambda w: ([w], {"a": (w, 2)}),
+    "deque": lambda w: collections.deque([w]),
+}
+
+
+def held(value):
+    """All tensors in a holder."""
+    return [t for t in within(value) if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_whatever_holds_a_tensor_holds_the_new_one(name):
+    torch.manual_seed(0)
+    model = Net()
+    model.held = HOLDERS[name](model.inner.weight)
+    model.loop = [model.stem.weight]
+    model.loop.append(model.loop)  # which holds itself
+    plan = plan_for(model)
+    small = sc.cut(model, plan)
+    sc.cut(model, plan, in_place=True)
+    assert len(held(model.held)) == len(held(small.held)) > 0
+    assert all(t is model.inner.weight for t in held(model.held))
+    assert model.loop[0] is model.stem.weight
+    assert model.loop[1] is model.loop
+    assert type(model.held) is type(small.held)
+
+
+def test_what_is_noted_of_parameters_stays_and_lost_hooks_are_told():
+    torch.manual_seed(0)
+    model = Net()
+    model.inner.weight.decay = False
+    model.stem.weight.register_hook(lambda grad: grad)
+    plan = plan_for(model)
+    assert sc.cut(model, plan).inner.weight.decay is False
+    with pytest.warns(sc.SecateurWarning, match=r"hooks of stem\.weight are those of old tensors"):
+        sc.cut(model, plan, in_place=True)
+    assert model.inner.weight.decay is False

@@ -154,7 +154,8 @@ def allocated(
     ranked, rises = ({name: np.array(values) for name, values in some.items()} for some in told)
     members = classes(graph, budget.alike)
     tied = Tied(graph, members, {name: np.argsort(values, kind="stable") for name, values in ranked.items()})
-    meter = Meter(tied.tied, budget, None if latency is None else TiedTime(latency.fitted, tied.of))
+    timed = None if latency is None else TiedTime(latency.fitted, tied.of)
+    meter = Meter(tied.tied, budget, timed, np.bincount(tied.of, minlength=len(members)))
 
     def problem_of(stops: Sequence[np.ndarray]) -> Problem:
         return _problem(tied, meter, ranked, rises, stops)

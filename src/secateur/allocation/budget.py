@@ -295,14 +295,18 @@ class Meter:
         graph: the channel graph.
         budget: what may remain.
         latency: how long forwards take; needed where the budget limits that, and only there.
+        members: how many groups of the original each group stands for, int64 [groups]; one, if not given.
 
     Attributes:
         full: unit -> what the whole network has of it.
         allowed: limited unit -> how much of it may remain.
     """
 
-    def __init__(self, graph: ChannelGraph, budget: Budget, latency: Timed | None = None) -> None:
+    def __init__(
+        self, graph: ChannelGraph, budget: Budget, latency: Timed | None = None, members: np.ndarray | None = None
+    ) -> None:
         self.graph, self.budget, self.latency = graph, budget, latency
+        self.members = np.ones(len(graph.groups), dtype=np.int64) if members is None else members
         units = UNITS if latency is None else (*UNITS, LATENCY)
         self.full: dict[str, float] = {unit: self._count(unit, graph.widths) for unit in units}
         for unit in budget.limits:
@@ -331,7 +335,7 @@ class Meter:
 
     def _counts(self, unit: str, widths: np.ndarray) -> np.ndarray:
         if unit == "channels":
-            return widths.sum(-1)
+            return (widths * self.members).sum(-1)
         if unit == LATENCY:
             assert self.latency is not None
             return self.latency.ms(widths)
@@ -359,7 +363,7 @@ class Meter:
         total = np.zeros(len(widths))
         for unit in units:
             if unit == "channels":
-                total += 1 / self.full[unit]
+                total += self.members / self.full[unit]
                 continue
             if unit == LATENCY:
                 assert self.latency is not None

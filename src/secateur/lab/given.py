@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,11 @@ class Source:
     input: Sequence[str] = ()
     inputs: str | None = None
 
+    @property
+    def saved(self) -> bool:
+        """Whether it is a directory; the name of a built-in model is that, ``./NAME`` a directory."""
+        return self.model not in MODELS and Path(self.model).is_dir()
+
     def network(self, verb: str) -> nn.Module:
         """The model.
 
@@ -57,7 +64,7 @@ class Source:
         Raises:
             SecateurError: an unknown model, one that needs a factory and has none, weights of another.
         """
-        if Path(self.model).is_dir():
+        if self.saved:
             if self.weights is not None:
                 raise SecateurError(f"--weights {self.weights}: {self.model} is a saved model, and has its own")
             return _saved(self, verb)
@@ -72,7 +79,7 @@ class Source:
     def original(self) -> nn.Module:
         """The model as it is made, before anything was done to it."""
         name = self.factory if self.factory is not None else self.model
-        if Path(self.model).is_dir() and self.factory is None:
+        if self.saved and self.factory is None:
             origin = store.read_head(self.model)["model"]
             if origin is None or is_import_string(origin["name"]):
                 raise SecateurError(_ask_for_factory(self.model, origin, "measure"))
@@ -92,7 +99,7 @@ class Source:
         if self.inputs is not None and self.input:
             raise SecateurError("--input and --inputs: both are example inputs; give one of them")
         if self.inputs is not None:
-            return import_string("--inputs", self.inputs)()
+            return _called("--inputs", self.inputs, import_string("--inputs", self.inputs))
         if self.input:
             return drawn_inputs([read_input(text) for text in self.input])
         if batch is not None:
@@ -109,7 +116,7 @@ class Source:
 def _known(source: Source, network: nn.Module) -> Inputs | None:
     """Example inputs that a save, a registry or the model itself tells of."""
     name, options = source.model, source.options
-    if Path(name).is_dir():
+    if source.saved:
         head = store.read_head(name)
         noted = head["notes"].get(INPUT)
         if noted is not None and (found := drawn_like(noted)) is not None:
@@ -176,7 +183,10 @@ def read_input(text: str) -> Spec:
         end = int(high) if high else 2
     except ValueError:
         shape, end = [], 0
-    if not shape or min(shape) < 1 or end < 1 or not isinstance(dtype, torch.dtype) or (equals and not name):
+    fits = isinstance(dtype, torch.dtype) and not dtype.is_complex
+    if isinstance(dtype, torch.dtype) and fits and not dtype.is_floating_point and dtype != torch.bool:
+        fits = end - 1 <= torch.iinfo(dtype).max
+    if not shape or min(shape) < 1 or end < 1 or not fits or (equals and not name):
         raise SecateurError(
             f"--input {text!r}: [NAME=]SIZES[:DTYPE[:HIGH]] with positive whole numbers is expected, such as 1,3,32,32 "
             "or input_ids=1,16:int64:100"
@@ -234,7 +244,7 @@ def drawn_like(noted: Any) -> Inputs | None:
     fits = isinstance(noted, list) and noted and all(isinstance(spec, dict) for spec in noted)
     try:
         return drawn_inputs(noted) if fits else None
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):  # what somebody else wrote
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SecateurError):  # what somebody else wrote
         return None
 
 
@@ -250,6 +260,10 @@ def data_of(text: str) -> Iterable[Any]:
     found = import_string("--data", text, calls=False)
     if callable(found) and not hasattr(found, "__iter__"):
         found = _called("--data", text, found)
+    if isinstance(found, Iterator):  # whose first batch must not be lost by looking at it
+        first = list(islice(found, 1))
+        next(iter(read_batches(first, torch.device("cpu"), 1, "--data")))
+        return chain(first, found)
     next(iter(read_batches(found, torch.device("cpu"), 1, "--data")))
     batches: Iterable[Any] = found
     return batches
@@ -293,20 +307,21 @@ def outputs_of(text: str | None) -> Callable[[Any], Any] | None:
     return chosen
 
 
-def evaluation_of(text: str | None) -> Callable[[nn.Module], dict[str, float]] | None:
-    """``package.module:function`` of the model, that gives a number, or several by name."""
+def evaluation_of(text: str | None) -> Callable[[nn.Module], dict[str, float | None]] | None:
+    """``package.module:function`` of the model, that gives a number, or several by name; what is none is None."""
     if text is None:
         return None
     function = import_string("--evaluate", text)
 
-    def evaluated(model: nn.Module) -> dict[str, float]:
+    def evaluated(model: nn.Module) -> dict[str, float | None]:
         given = _called("--evaluate", text, function, model)
         named = given if isinstance(given, Mapping) else {text.partition(":")[2]: given}
         try:
-            return {str(name): float(value) for name, value in named.items()}
+            numbers = {str(name): float(value) for name, value in named.items()}
         except (TypeError, ValueError) as error:
             raise SecateurError(
                 f"--evaluate {text}: a number, or numbers by name, are expected, it gave {given!r}"
             ) from error
+        return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
     return evaluated

@@ -58,7 +58,7 @@ def timed(
     model = source.network("measure").eval()
     inputs = source.example(model)
     models = {"model": model}
-    if Path(source.model).is_dir():
+    if source.saved:
         models = {"original": source.original().eval(), "pruned": model}
     return compare_latency(
         models, inputs, backends=backends, threads=threads or None, batches=batches or None, progress=progress

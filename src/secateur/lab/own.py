@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,10 @@ from torch.utils._pytree import tree_map
 
 from secateur import storage as store
 from secateur._internal.batches import Inputs, examples_of, some_of
+from secateur._internal.checks import check_positive
 from secateur._internal.errors import BadFile, NothingToPrune, SecateurError, unknown
+from secateur._internal.files import make_folder
+from secateur._internal.shards import checksum
 from secateur._internal.workload import Workload
 from secateur.allocation.budget import Budget, budget_from
 from secateur.allocation.latency.sampler import LatencySettings
@@ -111,6 +115,7 @@ class Answering:
                 raise SecateurError(
                     f"--method {question.method} decides itself what goes; leave {', '.join(given)} out"
                 )
+        check_positive("--lr", question.lr)
         if question.finetune and (self.data is None or self.loss is None):
             self._refuse_finetune()
         if question.finetune and not hasattr(self.data, "__len__"):
@@ -148,7 +153,7 @@ class Answering:
         found = some_of(found, torch.arange(wanted)) if wanted < examples_of(found) else found
         return tree_map(lambda v: v.to(self.device) if isinstance(v, Tensor) else v, found)
 
-    def measured(self, model: nn.Module) -> dict[str, float]:
+    def measured(self, model: nn.Module) -> dict[str, float | None]:
         """What the user's own function says of a model, on which it works in eval mode."""
         if self.evaluate is None:
             return {}
@@ -220,11 +225,16 @@ def answer(question: Question, out: Path, *, fresh: bool, progress: bool, say: S
             something else.
     """
     work = out.with_name(f"{out.name}.unfinished")
-    asked = {"question": question.as_data(), "versions": versions()}
-    done = None if fresh else _earlier(out, asked)
+    source = question.source
+    asked: dict[str, Any] = {"question": question.as_data(), "versions": versions()}
+    if source.weights is not None and source.weights.is_file():
+        asked["weights"] = checksum(source.weights)
+    _check_place(source, out, work)
+    done = None if fresh or _begun(work) == asked else _earlier(out, asked)
     if done is not None:
         say(f"{out}: this is done (--fresh does it again)")
         return done
+    missing = [folder for folder in work.parents if not folder.exists()]
     with threads_set(question.threads):
         ready = Answering(question, progress=progress, say=say)
         _ = ready.model, ready.inputs
@@ -233,8 +243,40 @@ def answer(question: Question, out: Path, *, fresh: bool, progress: bool, say: S
                 return _answered(ready, out, work, asked, fresh=fresh)
             except (NothingToPrune, SecateurError) as error:
                 if not isinstance(error, BadFile) and not (work / PRUNED).exists():
-                    shutil.rmtree(work)
+                    _cleared(work)
+                    for folder in missing:
+                        with suppress(OSError):
+                            folder.rmdir()
                 raise
+
+
+def _check_place(source: Source, out: Path, work: Path) -> None:
+    """Raise if something of others is where the answer, or what comes before it, is to be."""
+    if out.exists() and not out.is_dir():
+        raise SecateurError(f"--out {out}: it is a file; give a folder")
+    if source.saved and out.exists() and out.resolve() == Path(source.model).resolve():
+        raise SecateurError(f"--out {out}: the model is read from there; give another folder")
+    if work.exists() and not (work.is_dir() and ((work / FILE).exists() or not any(work.iterdir()))):
+        raise SecateurError(
+            f"{work}: this is somebody else's, and what is unfinished is to be there; give another --out"
+        )
+
+
+def _begun(work: Path) -> Any:
+    """What was asked of what is unfinished, if anything is."""
+    try:
+        return json.loads((work / FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _cleared(work: Path) -> None:
+    """Remove what is unfinished, and nothing else."""
+    for folder in (work / PRUNED, work / CHECKPOINTS):
+        shutil.rmtree(folder, ignore_errors=True)
+    (work / FILE).unlink(missing_ok=True)
+    with suppress(OSError):
+        work.rmdir()
 
 
 def _answered(ready: Answering, out: Path, work: Path, asked: Mapping[str, Any], *, fresh: bool) -> dict[str, Any]:
@@ -259,8 +301,8 @@ def _answered(ready: Answering, out: Path, work: Path, asked: Mapping[str, Any],
             facts["evaluated"]["tuned"] = ready.measured(model)
     noted = described(ready.inputs)
     store.save(model, out, notes={**facts, **asked, **({} if noted is None else {INPUT: noted})})
-    shutil.rmtree(work)
-    return facts
+    _cleared(work)
+    return dict(store.read_head(out)["notes"])
 
 
 def facts_of(ready: Answering, result: Result) -> dict[str, Any]:
@@ -286,14 +328,12 @@ def _earlier(out: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     if not out.exists():
         return None
-    if not out.is_dir():
-        raise SecateurError(f"--out {out}: it is a file; give a folder")
     if not (out / store.FILE).exists():
         if any(out.iterdir()):
             raise SecateurError(f"--out {out}: it holds other files; give a new folder, or --fresh")
         return None
     notes = store.read_head(out)["notes"]
-    if notes.get("question") == asked["question"]:
+    if all(notes.get(key) == value for key, value in asked.items() if key != "versions"):
         return dict(notes)
     raise SecateurError(f"--out {out}: it holds a model that was made otherwise; give another folder, or --fresh")
 
@@ -311,6 +351,7 @@ def _check_same(work: Path, asked: Mapping[str, Any], *, fresh: bool) -> None:
     elif path.exists():
         for entry in (work / PRUNED, work / CHECKPOINTS):
             shutil.rmtree(entry, ignore_errors=True)
+    make_folder(work)
     write_json(path, asked)
 
 
@@ -329,9 +370,8 @@ def as_text(facts: Mapping[str, Any]) -> str:
     evaluated = facts.get("evaluated", {})
     last = "tuned" if "tuned" in evaluated else "pruned"
     for name, value in evaluated.get("before", {}).items():
-        now = evaluated[last].get(name, float("nan"))
-        between = f"({evaluated['pruned'][name]:.4g} before fine-tuning)" if last == "tuned" else ""
-        rows.append((name, f"{value:.4g}", f"{now:.4g}", between))
+        between = f"({_number(evaluated['pruned'].get(name))} before fine-tuning)" if last == "tuned" else ""
+        rows.append((name, _number(value), _number(evaluated[last].get(name)), between))
     rows += [(name, f"{of:,}", f"{kept:,}", f"{kept / of:.1%}") for name, (of, kept) in facts["widths"].items()]
     wide = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = (
@@ -339,3 +379,7 @@ def as_text(facts: Mapping[str, Any]) -> str:
         for name, *cells in rows
     )
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4g}"

@@ -35,6 +35,7 @@ class PruneCallback(Base):
             raise SecateurError("PruneCallback: a training that is resumed has no cuts of before; begin anew")
         if trainer.world_size > 1:
             raise SecateurError("PruneCallback: one process is expected, for a wrapper for several holds whole weights")
+        self._seen = 0
         self.schedule.begin(module, trainer.optimizers[0])
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:

@@ -24,6 +24,7 @@ from secateur.plan import Plan
 from secateur.pruning import prune
 from secateur.result import Counts, counts_of
 from secateur.surgery.channels import cut
+from secateur.surgery.optimizer_remapper import OptimizerRemapper
 from secateur.tracing.api import trace
 
 After = int | Sequence[int] | Mapping[int, Budget]
@@ -91,6 +92,15 @@ class PruningSchedule:
             SecateurError: what :func:`secateur.trace`, the method, or :func:`secateur.prune` refuses.
         """
         self.model, self.optimizer = model, getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        self.steps = self.epoch = 0
+        self.cuts, self.plan, self.handle = [], None, None
+        if isinstance(self.optimizer, torch.optim.Adafactor):
+            raise SecateurError(
+                "PruningSchedule: the state of Adafactor is in rows and columns, and cannot follow a cut"
+            )
+        OptimizerRemapper(
+            model, Plan({}, {}, ""), self.optimizer
+        )  # which refuses what cannot follow, now and not later
         device = device_of(model)
         self.inputs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, self.inputs)
         graph = trace(model, self.inputs, outputs=self.options.get("outputs"))
@@ -135,6 +145,12 @@ class PruningSchedule:
 
     def end(self) -> bool:
         """To be called after the last step; whether the model became smaller now."""
+        never = [epoch for epoch in self.budgets if epoch > self.epoch]
+        if never:
+            notice(
+                f"PruningSchedule: training has ended after {self.epoch} epochs; nothing was cut after {never}, which "
+                "never came"
+            )
         if self.handle is None:
             return False
         if self.handle is not self.optimizer and not self.handle.done:

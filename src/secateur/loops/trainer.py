@@ -44,7 +44,8 @@ class PruneCallback(Base):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """See its base."""
-        self.schedule.end_epoch()
+        if abs(state.epoch - round(state.epoch)) < 1e-6:  # it also comes where max_steps ends in the middle of one
+            self.schedule.end_epoch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """See its base."""

@@ -148,6 +148,8 @@ def compare_latency(
     sizes = [batches] if isinstance(batches, int) or batches is None else list(batches)
     for count in (*many, *sizes):
         check_count("threads and batches", count, optional=True)
+    if not named or not many or not sizes:
+        raise SecateurError("compare_latency: at least one backend, number of threads and size of batch are expected")
     check_count("turns", turns)
     settings = [(backend, n, size) for backend in named for n in many for size in sizes]
     found: list[Timing] = []
@@ -170,8 +172,14 @@ def _timed(
                 forwards[name] = stack.enter_context(ready(model, inputs, backend))
             except (CannotMeasure, SecateurError) as error:
                 why[name] = first_line(error)
+        repeats = []
+        for name in list(forwards):
+            try:
+                repeats.append(_repeats(forwards[name], inputs, seconds))
+            except Exception as error:  # whatever a forward says of inputs that it does not take
+                why[name] = f"{type(error).__name__}: {first_line(error)}"
+                del forwards[name]
         runs = list(forwards.values())
-        repeats = [_repeats(run, inputs, seconds) for run in runs]
         medians = np.zeros((len(runs), turns))
         for turn in range(turns):
             for number, run in enumerate(runs):

@@ -157,6 +157,10 @@ class GradualPruner(ABC, Generic[S]):
         return channel_units(model, self.graph, broadcast_json(channels, device, self.group))
 
     def _check_optimizer(self, model: nn.Module) -> None:
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise SecateurError(
+                "LBFGS takes gradients several times a step, which a penalty would change; take another"
+            )
         if any(group.get("maximize") for group in self.optimizer.param_groups):
             raise SecateurError("the optimizer maximises, and a penalty would make channels grow; turn the loss's sign")
         held = {p for group in self.optimizer.param_groups for p in group["params"]}

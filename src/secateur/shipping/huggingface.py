@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from secateur._internal.batches import tensors_in
 from secateur._internal.errors import SecateurError
-from secateur._internal.files import make_folder
 from secateur._internal.records import record
 from secateur._internal.state import fork_rng_of
 from secateur.shipping.parity import compared
@@ -86,7 +85,9 @@ def write_folder(what: Exportable, where: Path) -> tuple[dict[str, float], dict[
             told = changes | _fractions(model, changes)
             with fork_rng_of(model.parameters()):  # the class draws weights before it is given these
                 _save(model, told, folder)
-            apart = compared(free, free.sizes, partial(_run, type(model), folder, what), allowed=SAME, otherwise=KEEP)
+            apart = compared(
+                free, set(free.sizes), partial(_run, type(model), folder, what), allowed=SAME, otherwise=KEEP
+            )
             _move(folder, where)
         except SecateurError as error:
             wrong = wrong or error
@@ -140,7 +141,12 @@ def _run(kind: Any, folder: Path, what: Exportable, tensors: Sequence[Tensor]) -
 
 def _move(folder: Path, where: Path) -> None:
     """Put files into their folder, the configuration last; weights of an earlier save go."""
-    make_folder(where)
+    if not where.exists():
+        mask = os.umask(0)
+        os.umask(mask)
+        folder.chmod(0o777 & ~mask)  # a temporary folder is for its owner alone
+        os.replace(folder, where)
+        return
     new = sorted(folder.iterdir(), key=lambda file: file.name == "config.json")
     for file in new:
         os.replace(file, where / file.name)
@@ -166,7 +172,13 @@ class Search:
 
     def __init__(self, kind: type[nn.Module], config: Any, want: Shapes) -> None:
         self.kind, self.config, self.want = kind, config, want
-        self.whole = shapes_of(_on_meta(kind, config))
+        try:
+            self.whole = shapes_of(_on_meta(kind, config))
+        except Exception as error:  # whatever a class of the user's asks for
+            raise SecateurError(
+                f"export(to='hf'): {kind.__name__} cannot be built from its configuration alone "
+                f"({type(error).__name__}: {first_line(error)}); {KEEP}"
+            ) from error
         self._built: dict[tuple[tuple[Where, Any], ...], Shapes | None] = {(): self.whole}
 
     def found(self) -> Iterator[Changes]:
@@ -317,7 +329,7 @@ def _fractions(model: Any, changes: Changes) -> Changes:
     found: Changes = {}
     for _, _, new, old in _others(model, plain):
         if isinstance(new, float):
-            found |= {(key,): new for key, own in vars(model.config).items() if isinstance(own, float) and own == old}
+            found |= {at: new for at, own in numbers(model.config) if isinstance(own, float) and own == old}
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def compared(
 
     Args:
         what: the model and example inputs.
-        free: which of their sizes may be others.
+        free: which of their sizes may be others; as :func:`free_sizes` says it, with the range, where that is known.
         runs: what was exported.
         allowed: the part of :data:`ALLOWED` that is.
         otherwise: what can be done where it is not the same.
@@ -99,6 +99,10 @@ def others(what: Exportable, free: Collection[str], seed: int) -> tuple[tuple[An
     generator = torch.Generator().manual_seed(seed)
     other = {BATCH: lambda size: size + 1, LENGTH: lambda size: max(1, size - 1)}
     sizes = {name: other.get(name, lambda size: 2 * size)(size) for name, size in what.sizes.items() if name in free}
+    for name, said in free.items() if isinstance(free, Mapping) else ():
+        low, _, high = said.partition(" to ")
+        if high:  # a table of positions, say, ends
+            sizes[name] = max(int(low), min(sizes[name], int(high) if high.isdigit() else sizes[name]))
 
     def drawn(value: Tensor, dims: Free) -> Tensor:
         if not value.ndim:

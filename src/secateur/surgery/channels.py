@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,14 +15,15 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from secateur._internal.batches import Inputs, call_without_cache, tensors_in
-from secateur._internal.errors import CannotCut, SecateurError
+from secateur._internal.errors import CannotCut, SecateurError, notice
 from secateur._internal.records import add_to_record
 from secateur._internal.state import eval_mode
 from secateur._internal.wrappers import refuse_wrapped
 from secateur.plan import Plan, cannot_cut
 from secateur.surgery.optimizer_remapper import OptimizerRemapper
 from secateur.tracing.attentions import free_heads
-from secateur.tracing.copying import copy_model
+from secateur.tracing.copying import OF_MODULES, copy_model, reached, within
+from secateur.tracing.display import LONGEST, listed
 from secateur.tracing.graph import fingerprint, passing_buffers
 from secateur.tracing.norms import narrow_all
 from secateur.tracing.proof import verify
@@ -75,6 +77,9 @@ def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None, *, in_place:
     new = {id(t): _remaining(t, plan.slices.get(n, {})) for n, t in (*before.items(), *model.named_buffers())}
     # wherever the copy meets an old tensor, in a plain list too, it takes the new one
     small = _replaced(model, new) if in_place else copy_model(model, dict(new))
+    hooked = [n for n, p in before.items() if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
+    if in_place and hooked:
+        notice(f"cut(in_place=True): hooks of {listed(hooked, LONGEST, 4)} are those of old tensors, and are gone")
     patch(small, plan.patched)
     narrow_all(small, plan.norms)
     free_heads(small, plan.attentions)
@@ -86,29 +91,24 @@ def _cut(model: nn.Module, plan: Plan, optimizer: Optimizer | None, *, in_place:
 
 
 def _replaced(model: nn.Module, new: Mapping[int, Tensor]) -> nn.Module:
-    """The model itself, with other tensors wherever its modules hold the old ones."""
+    """The model itself, with other tensors wherever its modules hold the old ones; all is known before it is changed.
 
-    def swapped(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return new.get(id(value), value)
-        if type(value) is list:
-            value[:] = [swapped(own) for own in value]
-        elif type(value) is dict:
-            value.update({key: swapped(own) for key, own in value.items()})
-        elif type(value) is tuple and any(isinstance(own, Tensor) for own in value):
-            return tuple(swapped(own) for own in value)
-        return value
-
-    for module in list(model.modules()):
+    What holds old tensors beside (containers and objects of any kind) is copied with the new ones in it.
+    """
+    memo: dict[int, Any] = {id(module): module for module in model.modules()} | dict(new)
+    for value in reached(model):
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo.setdefault(id(value), value.detach().clone())
+    changes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for module in model.modules():
         for table in (module._parameters, module._buffers):
-            table.update({name: swapped(tensor) for name, tensor in table.items()})
-        for name, value in list(vars(module).items()):
-            if name not in _OF_MODULES:
-                vars(module)[name] = swapped(value)
+            changes.append((table, {name: new.get(id(tensor), tensor) for name, tensor in table.items()}))
+        own = {name: value for name, value in vars(module).items() if name not in OF_MODULES}
+        holding = {name: value for name, value in own.items() if any(id(held) in new for held in within(value))}
+        changes.append((vars(module), {name: copy.deepcopy(value, memo) for name, value in holding.items()}))
+    for table, values in changes:
+        table.update(values)
     return model
-
-
-_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def _rescale(small: nn.Module, before: Mapping[str, Tensor], plan: Plan) -> None:
@@ -124,7 +124,11 @@ def _remaining(tensor: Tensor, removed: Mapping[int, list[int]]) -> Tensor:
     # a buffer that is not saved may have another shape than when the model was traced: its forward will see to it
     fits = removed and _has(tensor, removed)
     left = sliced(tensor.detach(), removed) if fits else tensor.detach().clone()
-    return nn.Parameter(left, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else left
+    if not isinstance(tensor, nn.Parameter):
+        return left
+    own = nn.Parameter(left, requires_grad=tensor.requires_grad)
+    vars(own).update(vars(tensor))  # what somebody has noted of it
+    return own
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

@@ -7,7 +7,7 @@ through pickle's protocol. Modules that define how they are copied or pickled, a
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from functools import cache
 from types import CellType, FunctionType
@@ -20,9 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 _ATOMS = frozenset({int, float, bool, str, bytes, type(None), type(Ellipsis)})
 _TABLES = frozenset({dict, OrderedDict, set})
-_OF_MODULES = frozenset(vars(nn.Module()))  # what nn.Module itself keeps: mostly tables, most of them empty
+OF_MODULES = frozenset(vars(nn.Module()))  # what nn.Module itself keeps: mostly tables, most of them empty
 _OF_MODULES_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if type(value) in _TABLES)
-_HOOKS = tuple(sorted(name for name in _OF_MODULES if "_hooks" in name))
+_HOOKS = tuple(sorted(name for name in OF_MODULES if "_hooks" in name))
 _CLOSED: Any = (
     *_ATOMS,
     complex,
@@ -52,11 +52,17 @@ def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def reached(model: nn.Module) -> Iterable[Any]:
     """All that the attributes of a model's modules hold, each once."""
-    seen: dict[int, Any] = {}
     left: list[Any] = []
     for module in model.modules():
         left += [*module._parameters.values(), *module._buffers.values()]
-        left += [value for key, value in vars(module).items() if key not in _OF_MODULES]
+        left += [value for key, value in vars(module).items() if key not in OF_MODULES]
+    yield from within(*left)
+
+
+def within(*values: Any) -> Iterable[Any]:
+    """All that some values hold, each once; modules are not looked into."""
+    seen: dict[int, Any] = {}
+    left = list(values)
     while left:
         value = left.pop()
         if isinstance(value, _CLOSED) or id(value) in seen:
@@ -65,7 +71,7 @@ def reached(model: nn.Module) -> Iterable[Any]:
         yield value
         if isinstance(value, dict):
             left += value.values()
-        elif isinstance(value, (list, tuple, set, frozenset)):
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
             left += value
         elif not isinstance(value, Tensor) and not callable(value):
             left += getattr(value, "__dict__", {}).values()

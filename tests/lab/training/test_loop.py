@@ -251,3 +251,31 @@ def test_a_loader_shorter_than_it_says():
 
     with pytest.raises(SecateurError, match="ended after 1 batches, but its length is 3"):
         plain(loader=Short([(IMAGES, LABELS)]))
+
+
+def test_losses_are_those_of_pruning_too() -> None:
+    """A module that sums is a mean over the batch, and of a tuple the first tensor counts; dicts with labels fit."""
+
+    def small() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small()
+
+        def forward(self, x):
+            return self.net(x), x
+
+    torch.manual_seed(0)
+    one, other = small(), Two()
+    other.net.load_state_dict(one.state_dict())
+    loader = Loader(IMAGES, LABELS, 25)
+    histories = [
+        fit(one, torch.optim.SGD(one.parameters(), 0.1), loader, epochs=2, progress=False),
+        fit(
+            other, torch.optim.SGD(other.parameters(), 0.1), loader, epochs=2, progress=False,
+            loss_fn=nn.CrossEntropyLoss(reduction="sum"),
+        ),
+    ]  # fmt: skip
+    assert [row["loss"] for row in histories[0]] == pytest.approx([row["loss"] for row in histories[1]], rel=1e-4)

@@ -65,7 +65,14 @@ def build(name: str, **options: Any) -> nn.Module:
     for option, value in options.items():
         _check(name, make, option, value)
     _check_complete(name, make, options)
-    model = make(**options)
+    try:
+        model = make(**options)
+    except SecateurError:
+        raise
+    except Exception as error:  # whatever a user's factory raises
+        if name in MODELS:
+            raise
+        raise SecateurError(f"model {name!r}: its factory fails ({type(error).__name__}: {error})") from error
     if not isinstance(model, nn.Module):
         raise SecateurError(f"model {name!r}: the factory returned a {type(model).__name__}, not an nn.Module")
     built_in.set_origin(model, name, options)

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,11 +208,13 @@ class _Run:
         """The mean loss of a batch, and its number of examples."""
         device = self.accelerator.device
         pair = isinstance(raw, (tuple, list)) and len(raw) == 2 and all(isinstance(part, Tensor) for part in raw)
-        if pair and callable(self.loss_fn):
+        if pair and callable(self.loss_fn) and not isinstance(self.loss_fn, nn.Module):
             x, y = (part.to(device, non_blocking=True) for part in raw)
             x = x.contiguous(memory_format=self.format) if x.dim() == 4 else x
             return self.loss_of_pair(x, y), len(x)
         batch = read_batch(raw, self.step, device)
+        if isinstance(batch.inputs, Tensor) and batch.inputs.dim() == 4:
+            batch = replace(batch, inputs=batch.inputs.contiguous(memory_format=self.format))
         self.read = self.read or read_loss(self.loss_fn, batch)
         with self.accelerator.autocast():
             return batch_loss(self.forward, batch, self.read), batch.examples
@@ -222,7 +225,7 @@ class _Run:
             with self.accelerator.autocast():
                 mean: Tensor = self.loss_fn(self.forward(x), y)
                 return mean
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if self.epoch or self.step or isinstance(error, (SecateurError, torch.OutOfMemoryError)):
                 raise
             raise SecateurError(
