@@ -22,6 +22,7 @@ from secateur.shipping import parity
 from secateur.shipping.programs import Exportable
 
 TARGETS = ["small.onnx", "small.pt2"]
+EVERY = [*TARGETS, "small.py"]
 
 
 @pytest.fixture(params=NETWORKS)
@@ -151,7 +152,7 @@ class Odd(nn.Module):
         return Outputs(y) if self.kind == "dataclass" else y
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize(
     ("model", "given", "message"),
     [
@@ -183,6 +184,23 @@ def test_outputs_choose_and_bad_paths_are_told(tmp_path):
         sc.export(nn.Linear(4, 3), tmp_path / "file" / "small.pt2", torch.randn(2, 4))
     with pytest.raises(sc.BadFile, match="is a folder; give a file"):
         sc.export(nn.Linear(4, 3), tmp_path, torch.randn(2, 4), to="onnx")
+
+
+@pytest.mark.parametrize("name", [*EVERY, "small.txt"])
+def test_what_cannot_be_written_or_is_not_the_same_is_one_message(name, tmp_path, monkeypatch):
+    model, x = nn.Linear(4, 3).eval(), torch.randn(2, 4)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(sc.BadFile, match="cannot be"):
+        sc.export(model, tmp_path / "file" / name, x)
+    with pytest.raises(sc.BadFile, match="is a folder; give a file"):
+        (tmp_path / name).mkdir()
+        sc.export(model, tmp_path / name, x)
+    (tmp_path / name).rmdir()
+    if name != "small.txt":  # which is not compared
+        monkeypatch.setattr(parity, "ALLOWED", {torch.float32: -1.0})
+        with pytest.raises(sc.SecateurError, match=r"output 0 is .* away from the model's .* nothing was written"):
+            sc.export(model, tmp_path / name, x)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
@@ -218,7 +236,7 @@ def test_inputs_by_name_may_come_in_any_order_and_outputs_be_chosen(tmp_path):
             return Scored(self.head(self.embed(ids) * mask[..., None]))
 
     model, given = Named().eval(), {"mask": torch.rand(2, 5), "ids": torch.randint(0, 9, (2, 5))}
-    for name in TARGETS:
+    for name in EVERY:
         done = sc.export(model, tmp_path / name, given, outputs=lambda y: y.logits)
         assert list(done.free) == ["ids", "mask"]
     with ready(Two().eval(), {"b": torch.full((2, 3), 9.0), "a": torch.zeros(2, 3)}, "onnxruntime") as forward:
@@ -274,7 +292,7 @@ def test_a_state_whose_batch_is_no_first_dim(tmp_path):
         def forward(self, x, state):
             return self.gru(x, state)[0]
 
-    for name in TARGETS:
+    for name in EVERY:
         assert sc.export(Recurrent().eval(), tmp_path / name, (torch.randn(1, 6, 4), torch.randn(1, 1, 5))).apart
 
 
@@ -342,7 +360,7 @@ def test_a_checkpoint_of_another_backend_is_not_taken(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", [*TARGETS, "small.py"])
+@pytest.mark.parametrize("name", EVERY)
 def test_free_sizes_are_those_that_are_named(name, tmp_path):
     torch.manual_seed(0)
     model, x = UNet().eval(), torch.randn(2, 1, 8, 8)
