@@ -1,7 +1,7 @@
 """Budgets in milliseconds of ONNX Runtime, and what the answer takes when it is measured anew.
 
-LeNet-5, ResNet-20 and VGG-16 (random weights), one example, one thread, magnitude, 60 % of what the whole network takes.
-The answer and the whole network are then timed anew, in turn (:func:`secateur.compare_latency`)::
+LeNet-5, ResNet-20 and VGG-16 (random weights), one example, one thread, magnitude, 60 % of what the whole network
+takes. The answer and the whole network are then timed anew, in turn (:func:`secateur.compare_latency`)::
 
     python bench/milliseconds.py
 """

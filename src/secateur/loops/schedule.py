@@ -98,9 +98,7 @@ class PruningSchedule:
             raise SecateurError(
                 "PruningSchedule: the state of Adafactor is in rows and columns, and cannot follow a cut"
             )
-        OptimizerRemapper(
-            model, Plan({}, {}, ""), self.optimizer
-        )  # which refuses what cannot follow, now and not later
+        OptimizerRemapper(model, Plan({}, {}, ""), self.optimizer)  # refuses now, not after hours, what cannot follow
         device = device_of(model)
         self.inputs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, self.inputs)
         graph = trace(model, self.inputs, outputs=self.options.get("outputs"))
