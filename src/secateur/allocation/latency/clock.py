@@ -32,6 +32,10 @@ USED_ENOUGH = 0.97
 """An answer that uses so much of the limit is wide enough."""
 MOST_MEASUREMENTS = 10
 """Answers that are measured, at most, before the narrowest one is."""
+MOST_GIVEN_BACK = 8
+"""Wider answers that are measured, at most, where an answer leaves room."""
+FAR = 1.02
+"""Nothing is tried that the model expects to take so many times the limit."""
 AIM_MARGIN = 0.99
 """Which part of an aim is aimed at: an answer just above the limit is of no use."""
 
@@ -172,5 +176,44 @@ def _settled(
                 break
             changed = problem.count
         taken = changed
+    if found is not None:
+        found = _given_back(problem, found, limit, clock, plan_of)
     # where what is narrowest takes more than the aim, a strategy would have no answer
     return found, max(aim_there, expected.ms(problem.widths(problem.count)).item()), least
+
+
+def _given_back(
+    problem: Problem, found: np.ndarray, limit: float, clock: Clock, plan_of: Callable[[np.ndarray], Plan]
+) -> np.ndarray:
+    """What the clock leaves room for where the model saw none: single items, the highest score first."""
+    expected = problem.meter.latency
+    assert expected is not None
+    offset = np.cumsum(problem.count) - problem.count
+    took, refused = clock.measured(plan_of(found)), np.zeros(len(found), dtype=bool)
+    for _ in range(MOST_GIVEN_BACK):
+        groups = np.flatnonzero((found > 0) & ~refused)
+        if took >= USED_ENOUGH * limit or not len(groups):
+            break
+        wider = np.repeat(found[None], len(groups), 0)
+        wider[np.arange(len(groups)), groups] -= 1
+        widths = np.stack([problem.widths(own) for own in wider])
+        more = expected.ms(widths) - expected.ms(problem.widths(found))
+        fits = _others_met(problem, widths) & (took + more <= FAR * limit)
+        if not fits.any():
+            break
+        scores = np.where(fits, problem.score[offset[groups] + found[groups] - 1], -np.inf)
+        chosen = int(scores.argmax())
+        try:
+            now = clock.measured(plan_of(wider[chosen]))
+        except CannotCut:
+            now = np.inf
+        if now <= limit:
+            found, took = wider[chosen], now
+        else:
+            refused[groups[chosen]] = True
+    return found
+
+
+def _others_met(problem: Problem, widths: np.ndarray) -> np.ndarray:
+    """Whether what else is limited allows widths [..., groups]."""
+    return problem.meter.at(np.inf).which_met(widths)
