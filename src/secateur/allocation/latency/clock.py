@@ -153,7 +153,7 @@ def _settled(
     """
     expected = problem.meter.latency
     assert expected is not None
-    found, aim_there, least = None, 0.0, np.inf
+    found, aim_there, found_took, least = None, 0.0, np.inf, np.inf
     for attempt in range(MOST_MEASUREMENTS + 1):
         if attempt == MOST_MEASUREMENTS:  # nothing so far: what is narrowest decides
             taken = problem.count
@@ -161,7 +161,7 @@ def _settled(
         least = min(least, took)
         aim = limit * expected.ms(problem.widths(taken)).item() / took
         if took <= limit and (found is None or taken.sum() < found.sum()):
-            found, aim_there = taken, aim
+            found, aim_there, found_took = taken, aim, took
         if found is not None and (USED_ENOUGH * limit <= took <= limit or attempt >= MOST_MEASUREMENTS // 2):
             break
         aimed = _aiming(problem, AIM_MARGIN * aim)
@@ -177,19 +177,20 @@ def _settled(
             changed = problem.count
         taken = changed
     if found is not None:
-        found = _given_back(problem, found, limit, clock, plan_of)
+        found = _given_back(problem, found, found_took, limit, clock, plan_of)
     # where what is narrowest takes more than the aim, a strategy would have no answer
     return found, max(aim_there, expected.ms(problem.widths(problem.count)).item()), least
 
 
 def _given_back(
-    problem: Problem, found: np.ndarray, limit: float, clock: Clock, plan_of: Callable[[np.ndarray], Plan]
-) -> np.ndarray:
+    problem: Problem, found: np.ndarray, took: float, limit: float, clock: Clock,
+    plan_of: Callable[[np.ndarray], Plan],
+) -> np.ndarray:  # fmt: skip
     """What the clock leaves room for where the model saw none: single items, the highest score first."""
     expected = problem.meter.latency
     assert expected is not None
     offset = np.cumsum(problem.count) - problem.count
-    took, refused = clock.measured(plan_of(found)), np.zeros(len(found), dtype=bool)
+    refused = np.zeros(len(found), dtype=bool)
     for _ in range(MOST_GIVEN_BACK):
         groups = np.flatnonzero((found > 0) & ~refused)
         if took >= USED_ENOUGH * limit or not len(groups):
