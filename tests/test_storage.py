@@ -41,6 +41,18 @@ def halved(model: nn.Module, inputs: Tensor) -> nn.Module:
     return sc.cut(model, sc.allocate(graph, sc.score(model, graph), sc.Budget(channels=0.5)))
 
 
+def full_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full when a file whose name has this in it is to be put in its place."""
+    replace = os.replace
+
+    def crash(source: str, target: str) -> None:
+        if name in Path(target).name:
+            raise OSError(errno.ENOSPC, "no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+
+
 def same(a: nn.Module, b: nn.Module) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(
@@ -398,14 +410,8 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_save(
 def test_weights_that_nothing_refers_to_do_not_stay_on_a_full_disk(
     saved: Path, small: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, replace = sorted(saved.iterdir()), os.replace
-
-    def crash(source: str, target: str) -> None:
-        if Path(target).name == store.FILE:
-            raise OSError(errno.ENOSPC, "no space left")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", crash)
+    files = sorted(saved.iterdir())
+    full_at(store.FILE, monkeypatch)
     with pytest.raises(BadFile):
         store.save(small, saved)
     assert sorted(saved.iterdir()) == files
@@ -522,14 +528,7 @@ def test_a_full_disk_in_the_middle_of_several_files_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "SHARD", 1500)
-    replace = os.replace
-
-    def crash(source: str, target: str) -> None:
-        if "00003" in Path(target).name:
-            raise OSError(errno.ENOSPC, "no space left")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", crash)
+    full_at("00003", monkeypatch)
     with pytest.raises(BadFile, match="no space left"):
         store.save(wide(), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -586,14 +585,7 @@ def test_a_full_disk_at_the_last_file_leaves_the_old_index(tmp_path: Path, monke
     monkeypatch.setattr(shards, "SHARD", 1500)
     store.save(wide(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    replace = os.replace
-
-    def crash(source: str, target: str) -> None:
-        if Path(target).name == store.FILE:
-            raise OSError(errno.ENOSPC, "no space left")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", crash)
+    full_at(store.FILE, monkeypatch)
     with pytest.raises(BadFile):
         store.save(wide(), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

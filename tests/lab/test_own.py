@@ -195,19 +195,24 @@ def test_interrupted_anywhere_it_ends_the_same(own, tmp_path, monkeypatch):
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_killed_it_goes_on(own, tmp_path):
-    command = [sys.executable, "-m", "secateur", *ASKED, "--finetune", "2000", "--out", "small"]
+def test_killed_it_goes_on_and_ends_the_same(own, tmp_path):
+    asked = [*ASKED, "--finetune", "150", "--threads", "1"]
+    assert called(*asked, "--out", "whole").exit_code == 0
+    command = [sys.executable, "-m", "secateur", *asked, "--out", "small"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    pruned = tmp_path / "small.unfinished" / "checkpoints"
+    checkpoints = tmp_path / "small.unfinished" / "checkpoints"
     begun = time.monotonic()
-    while not (pruned.is_dir() and any(pruned.iterdir())) and time.monotonic() - begun < 60:
-        time.sleep(0.05)
+    while not (checkpoints.is_dir() and any(checkpoints.iterdir())) and time.monotonic() - begun < 60:
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert any(pruned.iterdir())
+    assert any(checkpoints.iterdir())
     assert not (tmp_path / "small").exists()
-    assert called(*ASKED, "--finetune", 2, "--out", "small", "--fresh").exit_code == 0
-    assert files(tmp_path / "small") == ["README.md", "model.safetensors", "secateur.json"]
+    done = called(*[word for word in asked if word != "--quiet"], "--out", "small")
+    assert done.exit_code == 0
+    assert "goes on after pruning" in done.stderr
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "small"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 TUNED = ["--budget", "macs=0.5", "--finetune", "1"]
@@ -319,8 +324,9 @@ def test_an_interrupted_fresh_start_goes_on_without_the_word(own, tmp_path, monk
     assert result.exit_code == cli.INTERRUPTED
     assert "without --fresh goes on" in result.stderr
     monkeypatch.setattr(loop._Run, "train_step", step)
-    done = called(*ASKED, "--finetune", 3, "--out", "small")
+    done = called(*[word for word in ASKED if word != "--quiet"], "--finetune", 3, "--out", "small")
     assert done.exit_code == 0
+    assert "goes on after pruning" in done.stderr
     notes = json.loads((tmp_path / "small" / "secateur.json").read_text())["notes"]
     assert "tuned" in notes["evaluated"]
     assert not (tmp_path / "small.unfinished").exists()

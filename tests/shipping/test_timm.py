@@ -66,6 +66,16 @@ def test_what_is_written_is_read_as_timm_reads_it(tmp_path, monkeypatch, untouch
         read_pruned(network(), tmp_path / "other.txt")
 
 
+def test_arguments_that_mean_nothing_are_refused(tmp_path):
+    for wrong in ({"outputs": lambda y: y}, {"opset": 18}, {"dynamic": False}):
+        with pytest.raises(sc.SecateurError, match="mean nothing here"):
+            sc.export(network(), tmp_path / "net.txt", X, **wrong)
+    for name in ("net.pt2", "net.py"):
+        with pytest.raises(sc.SecateurError, match="opset= mean nothing here"):
+            sc.export(network(), tmp_path / name, X, opset=18)
+    assert not list(tmp_path.iterdir())
+
+
 def test_layers_that_timm_does_not_make_anew_are_refused(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.GroupNorm(4, 8), nn.Conv2d(8, 3, 1))
     graph = sc.trace(model, X)

@@ -45,6 +45,8 @@ from secateur.shipping.programs import (
 HF, TIMM = "hf", "timm"
 TARGETS = {"onnx": ".onnx", "program": ".pt2", "python": ".py", TIMM: ".txt", HF: ""}
 """What a model can be exported to, and how its files end; nothing where it is a folder, which ``to=`` must name."""
+NONSENSE = {"outputs": {HF, TIMM}, "opset": {HF, TIMM, "program", "python"}, "dynamic": {HF, TIMM}, "check": {HF}}
+"""Arguments that mean nothing to a target: a folder of ``transformers`` is always compared, a text of shapes never."""
 FIXED = "fixed"
 """The fact that says why no size is free."""
 
@@ -87,6 +89,8 @@ class Exported:
         else:
             distances = ", ".join(f"{distance:.1e} on {name}" for name, distance in self.apart.items())
             lines.append(f"largest difference to the model: {distances}")
+            if "others" not in self.apart:
+                lines.append("not compared on other inputs: the model does not run on those that were drawn")
         if "opset" in self.facts:
             lines.append(f"opset {self.facts['opset']}: {', '.join(self.facts['operators'])}")
         return "\n".join(lines)
@@ -142,10 +146,15 @@ def export(
     check_dynamic(dynamic)
     check_flag("check", check)
     check_count("opset", opset, optional=True)
+    given = {"outputs": outputs is not None, "opset": opset is not None, "dynamic": dynamic is not True}
+    given["check"] = not check
+    wrong = [f"{name}=" for name, is_given in given.items() if is_given and target in NONSENSE[name]]
+    if wrong:
+        raise SecateurError(f"export(to={target!r}): {', '.join(wrong)} mean nothing here; leave them out")
     if target == TIMM:
         return _pruned_text(model, where)
     if target == HF:
-        return _folder(model, where, example_inputs, {"outputs": outputs, "opset": opset}, dynamic=dynamic, check=check)
+        return _folder(model, where, example_inputs)
     if target == "onnx":
         to_onnx.check_extra(runtime=check)
     with ALONE:
@@ -202,18 +211,8 @@ def _pruned_text(model: nn.Module, where: Path) -> Exported:
     return Exported(where, TIMM, len(weights) + len(text) + 1, {}, None, {})
 
 
-def _folder(
-    model: nn.Module, where: Path, inputs: Inputs, given: dict[str, Any], *, dynamic: Dynamic, check: bool
-) -> Exported:
+def _folder(model: nn.Module, where: Path, inputs: Inputs) -> Exported:
     """Write a folder that ``transformers`` reads."""
-    wrong = [f"{name}=" for name, value in given.items() if value is not None]
-    wrong += [] if check else ["check="]
-    wrong += [] if dynamic is True else ["dynamic="]
-    if wrong:
-        raise SecateurError(
-            f"export(to='hf'): {', '.join(wrong)} mean nothing here: what is written is the model of transformers, and "
-            "comparing tells which configuration is right; leave them out"
-        )
     huggingface.check_model(model)
     try:
         with ALONE:
