@@ -808,7 +808,7 @@ def test_examples_that_would_not_fit_go_in_parts_and_it_is_told(monkeypatch):
     model, x = Residual().double().eval(), torch.randn(50, 2, 6, 6, dtype=torch.float64)
     plan = removing(model, x[:2], "first", [0])
     found, notices, seen = [], [], []
-    for free, size in ((None, 10), (10**9, 10), (4 * 20 * 6912, 10), (4 * 20 * 6912, 25), (0, 50)):
+    for free, size in ((None, 10), (10**9, 10), (2 * 20 * 6912, 10), (2 * 20 * 6912, 25), (0, 50)):
         small = sc.cut(model, plan)
         small.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
         work = Workload(model, x.split(size))

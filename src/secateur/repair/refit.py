@@ -13,6 +13,11 @@ in both models::
 
     mean' = mean + m(x') - m(x)          var' = var * v(x') / v(x)
 
+What a layer's outputs are added to, as in residual blocks, is known when it is fitted; what is missing there is asked
+of it (:mod:`secateur.repair.sums`), and a batch norm between them keeps its variance::
+
+    y + (v - v') / a     in place of y, where the model computes (a y + b) + v
+
 No label is needed, and where the cut changes nothing, nothing changes.
 
 Of a bottleneck, which stands for a layer of the original (:mod:`secateur.surgery.low_rank.bottleneck`), the core is
@@ -34,6 +39,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -61,13 +68,16 @@ from secateur.repair.examples import PART, Examples, Part, forward_part, read_ex
 from secateur.repair.logits import turns
 from secateur.repair.pairs import Pair, Scale, check_models, computes, inputs_at, outputs_at, pairs_of, tensor_of
 from secateur.repair.recalibrate import has_statistics
+from secateur.repair.sums import Added, Sums, affine
 from secateur.surgery.blocks.pattern import Pattern
 from secateur.surgery.channels import check_plan
 
 DAMPING = 1e-3
 HELD_OUT = 8
 """One in so many samples, the last ones, is held out to find the length of the step; of few samples 16, or half."""
-ON_THE_WAY, FREE = 2, 1 / 4
+DAMPED = (1, 10, 100, 1000)
+"""So many times the damping is tried, and what is held out says which is best: few examples want more of it."""
+ON_THE_WAY, FREE = 2, 1 / 2
 """So much of the largest inputs and outputs of a layer is held at a time (there is a shortcut); of the free memory."""
 
 
@@ -96,7 +106,7 @@ def refit(
             all their inputs is that of the examples.
         positions: how many positions of a layer's outputs are fitted over all examples; by default four for each
             column of the layer's weight and not less than 8192.
-        damping: in units of the mean square of the layer's inputs.
+        damping: in units of the mean square of the layer's inputs; the least that is tried (:data:`DAMPED`).
         together: so many examples go through the smaller model at a time; see :class:`Refit`.
         group: the processes, each with its shard of the data.
         progress: show how far it is.
@@ -119,9 +129,9 @@ class Refit:
     Attributes:
         examples: how many are used.
         positions: of a layer's outputs, over all examples; by default four for each column and not less than 8192.
-        damping: in units of the mean square of the layer's inputs.
+        damping: in units of the mean square of the layer's inputs; the least that is tried (:data:`DAMPED`).
         together: so many examples go through the smaller model at a time. By default all of them, once, which needs
-            memory for what they are on the way; where that is more than a quarter of what is free, as many as need no
+            memory for what they are on the way; where that is more than half of what is free, as many as need no
             more, which is told. Fewer than all need a forward for each layer, as far as that layer.
     """
 
@@ -167,13 +177,21 @@ def _refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, w
         together = settings.together or _at_a_time(original, work)
         doable = [pair for pair in pairs if pair.name in order and pair.name not in several]
         turned = turns(model, plan, doable, original.outputs, examples.parts, work)
+        added = original.sums_of_all(work, {p.name for p in doable if _may_make_up(p, turned)})
+        normed = original.normed_of_all(work, {p.name for p in doable if not p.biases})
         jobs: dict[str, list[_Job]] = defaultdict(list)
+        before_norm: dict[str, _Fit] = {}
         for pair in pairs:
-            fit = _Fit(pair, original, plan, settings.damping, work, turned.get(pair.name))
+            of = added.get(pair.name) if pair.last is None else None
+            centred = pair.name in normed and pair.last is None
+            fit = _Fit(pair, original, plan, settings.damping, work, turned.get(pair.name), of, centred)
             modules = [layer.module for layer in pair.layers]
+            if of is not None and of.norm is not None:
+                before_norm[of.norm] = fit
             jobs[pair.name].append(_Job(pair.layer.name, modules, fit, pair.name in several))
         for name, norm in norms.items():
-            jobs[name].append(_Job(name, [norm], _Follow(name, norm, original, plan, work), name in several))
+            follow = _Follow(name, norm, original, plan, work, before_norm.get(name))
+            jobs[name].append(_Job(name, [norm], follow, name in several))
         statistics = [t for norm in norms.values() for t in (norm.running_mean, norm.running_var)]
         parameters = list(small.parameters())
         before = [p.clone() for p in parameters]
@@ -204,8 +222,8 @@ def _at_a_time(original: _Original, work: Workload) -> int | None:
     if len(examples.chunks(at_a_time)) == len(examples.chunks(None)):
         return None
     work.note(
-        f"refit: {examples.own} examples at a time would need about {needed / 2**30:.3g} GiB on their way, more than a "
-        f"quarter of what is free; they go {at_a_time} at a time, once for each layer, which takes longer: "
+        f"refit: {examples.own} examples at a time would need about {needed / 2**30:.3g} GiB on their way, more than "
+        f"half of what is free; they go {at_a_time} at a time, once for each layer, which takes longer: "
         "Refit(examples=...) takes fewer, Refit(together=...) decides"
     )
     return at_a_time
@@ -267,36 +285,137 @@ def _one_after_another(
 def _one_way(
     small: nn.Module, jobs: Sequence[_Job], later: Sequence[_Job], chunks: list[Examples], do: Callable[[_Job], None]
 ) -> None:
-    """Do jobs while a forward stands before their modules, as far as the first of those that come later."""
+    """Do jobs while a forward stands before their modules, as far as the first of those that come later.
+
+    A layer whose outputs are added to something is done before the sum, and computed again with its new weights.
+    """
     ahead = list(jobs)
+    waiting: _Waiting | None = None
 
     def reached(job: _Job, use: int, x: Tensor | None) -> None:
+        nonlocal waiting
+        if waiting is not None:
+            if waiting.again or job is waiting.norm:
+                return
+            settle(None)  # what it is added to did not come
         while job in ahead:  # what this process's examples do not reach is done without them
-            now = ahead.pop(0)
+            now = ahead[0]
             if now is job and x is not None:
                 now.task.look(use, x, chunks[0])
-            do(now)
+                if isinstance(now.task, _Fit) and now.task.added is not None:
+                    norm = next((j for j in ahead if isinstance(j.task, _Follow) and j.task.before is now.task), None)
+                    waiting = _Waiting(now, norm, x)
+                    return
+            do(ahead.pop(0))
         if job in later:
             raise _FarEnough
 
-    with _watched([*jobs, *later[:1]], reached), _ConvolutionsInParts(), suppress(_FarEnough):
+    def settle(other: Tensor | None) -> Tensor:
+        """Do the layer that waits, and its norm; what it gives then."""
+        nonlocal waiting
+        assert waiting is not None
+        now, fit = waiting, waiting.fit
+        now.again = True
+        if other is not None:
+            fit.look_other(other, chunks[0])
+        ahead.remove(now.job)
+        do(now.job)
+        y: Tensor = now.job.modules[0](now.x)
+        if now.norm is not None:
+            now.norm.task.look(0, y, chunks[0])
+            ahead.remove(now.norm)
+            do(now.norm)
+            y = now.norm.modules[0](y)
+        else:
+            y = fit.as_added(y)
+        waiting = None
+        return y
+
+    def summed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        if waiting is None or (side := waiting.side_of(first)) is None:
+            return first, second
+        both = [first, second]
+        both[side] = settle(both[1 - side]).to(both[side].dtype)
+        return both[0], both[1]
+
+    def gave(job: _Job, y: Any) -> None:
+        if waiting is not None and waiting.job is job and isinstance(y, Tensor):
+            waiting.shape = y.shape
+
+    watched = _watched([*jobs, *later[:1]], reached, gave)
+    with watched, _ConvolutionsInParts(), Sums(summed), suppress(_FarEnough):
         for chunk in chunks:
             forward_part(small, chunk.joined() if later else chunk.take())
+    if waiting is not None:
+        settle(None)
     for job in ahead:
         do(job)
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A layer that has seen its inputs, and waits for what its outputs are added to.
+
+    Attributes:
+        job: of the layer.
+        norm: the job of the batch norm between it and the sum.
+        x: its inputs.
+        shape: of its outputs, when it has run.
+        seen: how many sums of that shape there were.
+        again: whether it runs once more, with new weights.
+    """
+
+    job: _Job
+    norm: _Job | None
+    x: Tensor
+    shape: torch.Size | None = None
+    seen: int = 0
+    again: bool = False
+
+    @property
+    def fit(self) -> _Fit:
+        """What is done with the layer."""
+        assert isinstance(self.job.task, _Fit)
+        return self.job.task
+
+    def side_of(self, operand: Tensor) -> int | None:
+        """Which operand of a sum is made of its outputs, if it is the sum that it waits for."""
+        assert self.fit.added is not None
+        if self.again or operand.shape != self.shape:
+            return None
+        self.seen += 1
+        return self.fit.added.side if self.seen - 1 == self.fit.added.number else None
 
 
 def _ways_to(small: nn.Module, job: _Job, chunks: list[Examples]) -> None:
     """Let all chunks go through the smaller model as far as a module, or to the end where it runs several times."""
     for chunk in chunks:
+        waiting: list[_Waiting] = []
 
-        def reached(job: _Job, use: int, x: Tensor | None, chunk: Examples = chunk) -> None:
+        def reached(
+            job: _Job, use: int, x: Tensor | None, chunk: Examples = chunk, waiting: list[_Waiting] = waiting
+        ) -> None:
             if x is not None:
                 job.task.look(use, x, chunk)
+                if isinstance(job.task, _Fit) and job.task.added is not None:
+                    waiting.append(_Waiting(job, None, x))
+                    return
             if not job.several:
                 raise _FarEnough
 
-        with _watched([job], reached), _ConvolutionsInParts(), suppress(_FarEnough):
+        def gave(_: _Job, y: Any, waiting: list[_Waiting] = waiting) -> None:
+            if isinstance(y, Tensor):
+                waiting[-1].shape = y.shape
+
+        def summed(
+            first: Tensor, second: Tensor, chunk: Examples = chunk, waiting: list[_Waiting] = waiting
+        ) -> tuple[Tensor, Tensor]:
+            if waiting and (side := waiting[-1].side_of(first)) is not None:
+                waiting[-1].fit.look_other((second, first)[side], chunk)
+                raise _FarEnough
+            return first, second
+
+        with _watched([job], reached, gave), _ConvolutionsInParts(), Sums(summed), suppress(_FarEnough):
             forward_part(small, chunk.joined())
 
 
@@ -326,14 +445,21 @@ ROUNDING = 1e-6
 
 
 @contextmanager
-def _watched(jobs: Sequence[_Job], reached: Callable[[_Job, int, Tensor | None], None]) -> Iterator[None]:
-    """Call with what each module gets, and of which use it is, before it runs."""
+def _watched(
+    jobs: Sequence[_Job], reached: Callable[[_Job, int, Tensor | None], None], gave: Callable[[_Job, Any], None]
+) -> Iterator[None]:
+    """Call with what each module gets, and of which use it is, before it runs; and with what those give that wait."""
     handles = [
         module.register_forward_pre_hook(
             lambda _, args, kwargs, job=job, use=use: reached(job, use, first_argument(args, kwargs)), with_kwargs=True
         )
         for job in jobs
         for use, module in enumerate(job.modules)
+    ]
+    handles += [
+        job.modules[0].register_forward_hook(lambda _, args, y, job=job: gave(job, y))
+        for job in jobs
+        if isinstance(job.task, _Fit) and job.task.added is not None
     ]
     try:
         yield
@@ -385,8 +511,13 @@ class _Fit:
         damping: see :class:`Refit`.
         work: the processes.
         turn: of queries or keys that lose numbers: by what the original's outputs are multiplied, [rows, rows left].
+        added: where its outputs are added to something, if they are.
+        centred: whether a batch norm follows, which takes the mean: the layer has no bias and need not.
         samples: of its inputs, [groups, samples, columns].
         elsewhere: whether some examples came to it at other positions than in the original.
+        others: samples of what is added to its outputs, [groups, samples, rows].
+        other_moments: of the same, see :func:`_moments`.
+        makes_up: whether it was fitted to make up for what is missing there.
     """
 
     pair: Pair
@@ -395,8 +526,13 @@ class _Fit:
     damping: float
     work: Workload
     turn: Tensor | None = None
+    added: Added | None = None
+    centred: bool = False
     samples: dict[Run, Tensor] = field(default_factory=dict)
     elsewhere: bool = False
+    others: dict[Run, Tensor] = field(default_factory=dict)
+    other_moments: list[Tensor] = field(default_factory=list)
+    makes_up: bool = False
 
     def look(self, use: int, x: Tensor, examples: Examples) -> None:
         """Take what it gets from these examples."""
@@ -410,18 +546,39 @@ class _Fit:
         if not self.pair.of_bottleneck:  # whose parts have positions of their own
             self.elsewhere |= _places(layer, x) != self.original.places_of(name, examples, use, before)
 
+    def look_other(self, v: Tensor, examples: Examples) -> None:
+        """Take what is added to its outputs for these examples."""
+        assert self.added is not None
+        name, layer = self.pair.name, self.pair.layer
+        v = v.transpose(0, 1) if (name, 0, 0) in self.original.turned else v
+        for part, some in examples.split(v):
+            choice = examples.choice(part, self.original.many[name])
+            self.others[part.number, 0, 0] = outputs_at(layer, some, choice)
+        if self.added.norm is not None:
+            self.other_moments += [_moments(some) for some in v.split(PART)]
+
+    def as_added(self, y: Tensor) -> Tensor:
+        """What is made of its outputs before the sum, where no batch norm is between them."""
+        assert self.added is not None
+        shape = (1, -1, *[1] * (y.ndim - 2)) if self.pair.layer.kernel else (-1,)
+        a, b = (self._kept(t).flatten().to(y).reshape(shape) for t in (self.added.factor, self.added.shift))
+        return y * a + b
+
     def take(self) -> str | None:
         """Fit it; if it stays as it is, why."""
         if self.turn is not None:
             self.pair.write(self._turned())
         found = self._inputs_and_targets()
-        self.samples, self.elsewhere = {}, False
+        self.samples, self.others, self.elsewhere = {}, {}, False
         if found is None:
             turned = "" if self.turn is None else "; it is turned to the nearest products, and not fitted"
             return f"the forward takes it to other positions than in the original{turned}"
         (x, y), table, pair = found, self.pair.table(), self.pair
+        if self.centred:
+            x, y = x.double() - x.double().mean(1, keepdim=True), y.double() - y.double().mean(1, keepdim=True)
         if pair.blocks is None:
-            step = least_squares(x, y, table, self.damping, pair.layer.name)
+            counts = self._kept(self.added.factor) if self.added is not None and self.makes_up else None
+            step = least_squares(x, y, table, self.damping, pair.layer.name, counts)
         else:
             step = _in_blocks(pair.blocks, len(pair.biases), x, y, table, self.damping, pair.layer.name)
         pair.write(table + step)
@@ -437,9 +594,10 @@ class _Fit:
 
     def forget(self) -> None:
         """It is done, so what the original computes is needed no longer."""
-        self.samples = {}
+        self.samples, self.others = {}, {}
         if self.pair.last is None:
             self.original.outputs.pop(self.pair.name, None)
+            self.original.others.pop(self.pair.name, None)
 
     def _inputs_and_targets(self) -> tuple[Tensor, Tensor] | None:
         """Samples of all processes, of which it makes nothing if any process's do not belong together."""
@@ -451,14 +609,35 @@ class _Fit:
         same = torch.tensor(int(alike), device=work.device)
         if int(all_reduce_(same, work.group)) < work.processes:
             return None
-        missing = self.plan.slices.get(pair.one.parameter("weight"), {}).get(int(pair.layer.transposed), [])
         none = F.pad(wide(pair.layer.table()[:, :0, 0]), (0, len(pair.biases)))
         x = _gathered(_by_examples(self.samples), none, work)
         y = _gathered(_by_examples(outputs), wide(pair.one.table()[:, :, 0, :0].mT), work)
         if self.turn is not None:
             return x, y.double() @ self.turn
-        y = _without(y.transpose(1, 2).flatten(0, 1), missing).unflatten(0, (pair.layer.groups, -1)).transpose(1, 2)
-        return x, pair.targets(y)
+        y = self._kept(y.transpose(1, 2)).transpose(1, 2)
+        return x, pair.targets(y if self.added is None else self._made_up(y, runs))
+
+    def _made_up(self, y: Tensor, runs: list[Run]) -> Tensor:
+        """The targets [groups, samples, rows], and what is missing in what they are added to."""
+        pair, work, added = self.pair, self.work, self.added
+        assert added is not None
+        then = self.original.others.get(pair.name, {})
+        alike = sorted(self.others) == sorted(then) == runs
+        alike = alike and all(self.others[run].shape[1] == then[run].shape[1] for run in runs)
+        same = torch.tensor(int(alike), device=work.device)
+        self.makes_up = int(all_reduce_(same, work.group)) == work.processes
+        if not self.makes_up:
+            return y
+        none = wide(pair.one.table()[:, :, 0, :0].mT)
+        v = self._kept(_gathered(_by_examples(then), none, work).transpose(1, 2)).transpose(1, 2)
+        now = _gathered(_by_examples(self.others), v[:, :0], work)
+        missing = (v.double() - now.double()) / self._kept(added.factor)[:, None]
+        return y.double() + torch.where(self._kept(added.asked)[:, None], missing, 0.0)
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        """Of rows of the original, [groups, rows, ...], those that are left, likewise."""
+        missing = self.plan.slices.get(self.pair.one.parameter("weight"), {}).get(int(self.pair.layer.transposed), [])
+        return _without(rows.flatten(0, 1), missing).unflatten(0, (self.pair.layer.groups, -1))
 
     def _turned(self) -> Tensor:
         """The original's weight and bias in the columns that are left, multiplied like its outputs."""
@@ -502,6 +681,8 @@ class _Follow:
         original: what the original computes.
         plan: what was removed.
         work: the processes.
+        before: the layer whose outputs it norms, where they are added to something then. If that layer made up for what
+            is missing there, the variance stays and the mean follows what it should have given.
         moments: of its inputs, see :func:`_moments`.
     """
 
@@ -510,6 +691,7 @@ class _Follow:
     original: _Original
     plan: Plan
     work: Workload
+    before: _Fit | None = None
     moments: list[Tensor] = field(default_factory=list)
 
     def look(self, use: int, x: Tensor, examples: Examples) -> None:
@@ -526,11 +708,23 @@ class _Follow:
         now = _combined(self.moments, channels, self.work)
         if not now[:, 0].any():
             return "the smaller model's forward does not reach it"
+        self.moments = []
         self.norm.running_mean += now[:, 1] - then[:, 1]
+        if self.before is not None and self.before.makes_up:
+            self.norm.running_mean -= self._asked_for(self.before, channels, missing)
+            return None
         varied = then[:, 2] > 1e-12  # what is constant in the original tells nothing
         self.norm.running_var *= torch.where(varied, now[:, 2] / then[:, 2].clamp(min=1e-12), 1.0).clamp(max=1e6)
-        self.moments = []
         return None
+
+    def _asked_for(self, fit: _Fit, channels: int, missing: Sequence[int]) -> Tensor:
+        """By how much more the layer before it should have given in the mean, for what is missing elsewhere."""
+        added = fit.added
+        assert added is not None
+        whole = _combined(self.original.other_moments[fit.pair.name].values(), channels + len(missing), self.work)
+        then, now = _without(whole, missing), _combined(fit.other_moments, channels, self.work)
+        more = (then[:, 1] - now[:, 1]) / fit._kept(added.factor).flatten()
+        return torch.where(fit._kept(added.asked).flatten(), more, 0.0)
 
     def distance(self) -> None:
         """It is not fitted to what it should compute."""
@@ -538,6 +732,8 @@ class _Follow:
     def forget(self) -> None:
         """It is done, so what the original shows is needed no longer."""
         self.original.moments.pop(self.name, None)
+        if self.before is not None:
+            self.original.other_moments.pop(self.before.pair.name, None)
 
 
 def _moments(x: Tensor) -> Tensor:
@@ -559,15 +755,18 @@ def _combined(parts: Iterable[Tensor], channels: int, work: Workload) -> Tensor:
     return torch.stack([total, middle, (count * (variance + (mean - middle).square())).sum(0) / most], 1)
 
 
-def least_squares(x: Tensor, y: Tensor, table: Tensor, damping: float, name: str = "a layer") -> Tensor:
+def least_squares(
+    x: Tensor, y: Tensor, table: Tensor, damping: float, name: str = "a layer", counts: Tensor | None = None
+) -> Tensor:
     """By how much a table of weights should change.
 
     Args:
         x: inputs, [groups, samples, columns].
         y: what should come out, [groups, samples, rows].
         table: weights, [groups, rows, columns].
-        damping: in units of the mean square of the inputs.
+        damping: in units of the mean square of the inputs; the least that is tried.
         name: for messages.
+        counts: how much a row counts where the length of the step is sought, [groups, rows]; all alike by default.
 
     Returns:
         The step, float64, [groups, rows, columns].
@@ -585,17 +784,27 @@ def least_squares(x: Tensor, y: Tensor, table: Tensor, damping: float, name: str
     squares = seen @ seen.mT if few else seen.mT @ seen
     energy = seen.square().sum((1, 2))
     ridge = torch.where(energy > 0, damping * energy / x.shape[2], 1.0)  # a group that sees only zeros stays
-    squares.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    lower, wrong = torch.linalg.cholesky_ex(squares)
-    if wrong.any() or not lower.isfinite().all():
-        raise SecateurError(
-            f"refit: the inputs of {name!r} are linearly dependent, and damping={damping:g}: give more damping, or "
-            "more examples"
-        )
-    step = torch.cholesky_solve(rest, lower).mT @ seen if few else torch.cholesky_solve(seen.mT @ rest, lower).mT
-    moved = x[:, fitted:] @ step.mT
-    best = (moved * missing[:, fitted:]).sum((1, 2)) / moved.square().sum((1, 2)).clamp(min=1e-300)
-    return step * best.clamp(0, 1)[:, None, None]
+    toward = rest if few else seen.mT @ rest
+    weights = 1.0 if counts is None else counts.double()[:, None]
+    held_in, held_out = x[:, fitted:], missing[:, fitted:] * weights
+    steps, gains = [], []
+    for less, more in pairwise((0, *DAMPED)):
+        squares.diagonal(dim1=1, dim2=2).add_((more - less) * ridge[:, None])
+        lower, wrong = torch.linalg.cholesky_ex(squares)
+        if wrong.any() or not lower.isfinite().all():
+            raise SecateurError(
+                f"refit: the inputs of {name!r} are linearly dependent, and damping={damping:g}: give more damping, or "
+                "more examples"
+            )
+        step = torch.cholesky_solve(toward, lower).mT
+        step = step @ seen if few else step
+        moved = held_in @ step.mT * weights
+        along, length = (moved * held_out).sum((1, 2)), moved.square().sum((1, 2)).clamp(min=1e-300)
+        best = (along / length).clamp(0, 1)
+        steps.append(step * best[:, None, None])
+        gains.append(best * (2 * along - best * length))  # by how much less is missing in what is held out
+    chosen = torch.stack(gains).argmax(0)
+    return torch.stack(steps)[chosen, torch.arange(len(chosen), device=chosen.device)]
 
 
 def _in_blocks(
@@ -636,6 +845,10 @@ class _Original:
         calls: how often a layer or norm runs in a forward, at most.
         strange: layers that do not compute their weight times their input.
         turned: layers, uses and runs whose inputs have the examples as their second dim, not their first.
+        added: where the outputs of a layer are added to something.
+        others: samples of what that is, [groups, samples, rows].
+        other_moments: of the same, where a batch norm is between.
+        normed: the batch norm that runs on the outputs of a layer.
         order: layers and norms in the order in which they run.
         largest: bytes of the inputs and outputs of a layer for an example, at most.
     """
@@ -650,6 +863,10 @@ class _Original:
     calls: Counter[str] = field(default_factory=Counter)
     strange: set[str] = field(default_factory=set)
     turned: set[tuple[str, int, int]] = field(default_factory=set)
+    added: dict[str, Added] = field(default_factory=dict)
+    others: dict[str, dict[Run, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    other_moments: dict[str, dict[Run, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    normed: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     largest: float = 0.0
 
@@ -671,7 +888,10 @@ class _Original:
                     return self._see_all(model)
                 except _Unclear:
                     self.many.update(many)
-                    for found in (self.outputs, self.places, self.moments, self.calls, self.order, self.turned):
+                    for found in (
+                        self.outputs, self.places, self.moments, self.calls, self.order, self.turned, self.added,
+                        self.others, self.other_moments, self.normed,
+                    ):  # fmt: skip
                         found.clear()
 
     def _see_all(self, model: nn.Module) -> None:
@@ -685,9 +905,11 @@ class _Original:
     def _see(self, model: nn.Module, parts: Iterable[Part]) -> None:
         for part in parts:
             runs: Counter[tuple[str, int]] = Counter()
-            handles = self._attach(part, runs)
+            latest = _Latest()
+            handles = self._attach(part, runs, latest)
             try:
-                forward_part(model, replace(part, inputs=copied(part.inputs)))
+                with Sums(partial(self._sum, part, latest), latest.make):
+                    forward_part(model, replace(part, inputs=copied(part.inputs)))
             finally:
                 for handle in handles:
                     handle.remove()
@@ -696,7 +918,55 @@ class _Original:
                 calls[name] += number
             self.calls |= calls
 
-    def _attach(self, part: Part, runs: Counter[tuple[str, int]]) -> list[RemovableHandle]:
+    def _sum(self, part: Part, latest: _Latest, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a sum if an operand is made of the outputs of the layer that ran last."""
+        first, second = operands
+        if latest.y is None or first.shape != latest.y.shape or first is second:
+            return first, second
+        latest.seen += 1
+        name, layer = latest.name, latest.layer
+        choice = self.examples.choice(part, self.many[name])
+        if part.number == 0 and name not in self.added:
+            for side, u in enumerate(operands):
+                found = affine(self.outputs[name][latest.run], outputs_at(layer, self._as_seen(latest, u), choice))
+                if found is not None and not latest.made_since(operands[1 - side]):
+                    self.added[name] = Added(latest.seen - 1, side, *found, latest.norm)
+                    break
+        added = self.added.get(name)
+        if added is not None and latest.seen - 1 == added.number:
+            v = self._as_seen(latest, operands[1 - added.side])
+            self.others[name][latest.run] = outputs_at(layer, v, choice)
+            if added.norm is not None:
+                self.other_moments[name][latest.run] = _moments(v)
+            latest.forget()
+        return first, second
+
+    def _as_seen(self, latest: _Latest, t: Tensor) -> Tensor:
+        return t.transpose(0, 1) if (latest.name, *latest.run[1:]) in self.turned else t
+
+    def normed_of_all(self, work: Workload, names: set[str]) -> set[str]:
+        """The layers among these whose outputs a batch norm takes, each running once, the same on all processes."""
+        own = [[int(n in self.normed and self.calls[n] == 1 == self.calls[self.normed[n]])] for n in sorted(names)]
+        every = torch.stack(all_gather(torch.tensor(own, device=work.device).reshape(-1, 1), work.group))
+        return {name for name, all_of in zip(sorted(names), every.all(0).flatten().tolist(), strict=True) if all_of}
+
+    def sums_of_all(self, work: Workload, names: set[str]) -> dict[str, Added]:
+        """Where outputs of these layers are added to something, the same on all processes."""
+        once = {name: of for name, of in self.added.items() if name in names and self.calls[name] == 1}
+        norms = list(self.norms)
+        own = [[once[n].number, once[n].side, -1 if (m := once[n].norm) is None else norms.index(m)]
+               if n in once else [-1, -1, -1] for n in sorted(names)]  # fmt: skip
+        every = torch.stack(all_gather(torch.tensor(own, device=work.device).reshape(-1, 3), work.group))
+        agreed = ((every == every[0]).all(0).all(1) & (every[0, :, 0] >= 0)).tolist()
+        found = {}
+        for name, same in zip(sorted(names), agreed, strict=True):
+            norm = once[name].norm if same else None
+            if same and (norm is None or self.calls[norm] == 1):
+                a, b = (all_gather(t, work.group)[0] for t in (once[name].factor, once[name].shift))
+                found[name] = replace(once[name], factor=a, shift=b)
+        return found
+
+    def _attach(self, part: Part, runs: Counter[tuple[str, int]], latest: _Latest) -> list[RemovableHandle]:
         def ran(name: str, use: int) -> int:
             runs[name, use] += 1
             if name not in self.order:
@@ -705,11 +975,14 @@ class _Original:
 
         def layer_ran(name: str, use: int, layer: Layer, x: Any, y: Any) -> None:
             run = (part.number, use, ran(name, use))
+            latest.forget()
             if name in self.strange or not computes(layer, x, y):
                 self.strange.add(name)
                 return
             if _examples_dim(layer, x, part.count) is None and self.examples.halve(part):
                 raise _Unclear
+            if not isinstance(layer, Scale) and isinstance(y, Tensor):
+                latest.ran(name, run, layer, y)
             if _examples_dim(layer, x, part.count) == 1:
                 x, y = x.transpose(0, 1), y.transpose(0, 1)
                 self.turned.add((name, *run[1:]))
@@ -718,6 +991,8 @@ class _Original:
             self.outputs[name][run] = outputs_at(layer, y, self.examples.choice(part, self.many[name]))
 
         def norm_runs(name: str, x: Tensor) -> None:
+            if latest.normed(name, x):
+                self.normed[latest.name] = name
             self.moments[name][part.number, 0, ran(name, 0)] = _moments(x)
 
         return [
@@ -759,6 +1034,59 @@ class _Original:
                     merged.insert(at, number)
                 at = max(at, merged.index(number) + 1)
         return [name for number in merged if (name := names[number]) not in left], several, left
+
+
+@dataclass(eq=False)
+class _Latest:
+    """The layer that ran last, and what was computed since.
+
+    Attributes:
+        name: the layer's.
+        run: which one it was.
+        layer: itself.
+        y: its outputs; None if another module that is looked at has run since.
+        norm: the batch norm that ran on them.
+        seen: how many sums of their shape there were.
+        since: what was computed.
+    """
+
+    name: str = ""
+    run: Run = (0, 0, 0)
+    layer: Any = None
+    y: Tensor | None = None
+    norm: str | None = None
+    seen: int = 0
+    since: list[Any] = field(default_factory=list)
+
+    def ran(self, name: str, run: Run, layer: Layer, y: Tensor) -> None:
+        """A layer ran."""
+        self.name, self.run, self.layer, self.y = name, run, layer, y
+
+    def normed(self, name: str, x: Any) -> bool:
+        """A batch norm runs on something; whether that is what the layer gave."""
+        if self.norm is None and x is self.y:
+            self.norm = name
+        else:
+            self.forget()
+        return self.norm is not None
+
+    def make(self, found: Any) -> None:
+        """A function has computed something."""
+        if self.y is not None:
+            self.since.append(found)
+
+    def made_since(self, t: Tensor) -> bool:
+        """Whether a tensor was computed after the layer ran, so that it may depend on what that gave."""
+        return any(t is found for found in self.since)
+
+    def forget(self) -> None:
+        """Nothing ran last."""
+        self.y, self.norm, self.seen, self.since = None, None, 0, []
+
+
+def _may_make_up(pair: Pair, turned: Mapping[str, Tensor]) -> bool:
+    """Whether a layer could be asked for what is missing in what its outputs are added to."""
+    return len(pair.layers) == 1 and not isinstance(pair.layer, Scale) and not pair.blocks and pair.name not in turned
 
 
 def _without(tensor: Tensor, positions: Iterable[int]) -> Tensor:
