@@ -35,7 +35,7 @@ BATCH = 128
 SETTINGS: dict[str, dict[str, Any]] = {
     "lenet5": {"data": "mnist", "epochs": 6, "lr": 0.01, "augment": False, "every": 2},
     "resnet8": {"data": "cifar10", "epochs": 6, "lr": 0.02, "augment": True, "every": 2},
-    "resnet20": {"data": "cifar10", "epochs": 30, "lr": 0.02, "augment": True, "every": 10},
+    "resnet20": {"data": "cifar10", "epochs": 6, "lr": 0.02, "augment": True, "every": 2},
 }
 STRATEGY = "uniform"  # as in the papers; by magnitude, "global" leaves blocks of a ResNet with a single channel
 MACS = (0.5, 0.25)
@@ -150,10 +150,12 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["lenet5"], choices=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--macs", nargs="+", type=float, default=list(MACS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("runs/gentle"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    kept = Rows(RESULTS)
+    kept = Rows(given.out)
     if "cost" in given.what:
         found = cost()
         kept.state(cost=found)
@@ -161,7 +163,7 @@ def main() -> None:
     if "accuracy" in given.what:
         for name in given.networks:
             for seed in given.seeds:
-                for macs in MACS:
+                for macs in given.macs:
                     for method in given.methods:
                         key = {"network": name, "method": method, "macs": macs, "seed": seed}
                         key |= SETTINGS[name] | {"strategy": STRATEGY}

@@ -84,7 +84,8 @@ def torch_pruning(criterion: str, scope: str, model: nn.Module, inputs: Tensor, 
             p.grad = None
         return small
 
-    gradients, squares = gradients_of(model, images) if criterion in ("taylor", "hessian") else ({}, {})
+    gradients = gradients_of(model, images) if criterion in ("taylor", "hessian") else {}
+    squares = squares_of(model, images) if criterion == "hessian" else {}
     low, high, best = 0.0, 1.0, None
     for _ in range(12):
         ratio = (low + high) / 2
@@ -102,17 +103,27 @@ def torch_pruning(criterion: str, scope: str, model: nn.Module, inputs: Tensor, 
 
 
 @lru_cache(maxsize=1)
-def gradients_of(model: nn.Module, images: Images) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The gradients of the mean loss, and the mean over examples of the squared gradients of each."""
+def gradients_of(model: nn.Module, images: Images) -> dict[str, Tensor]:
+    """The gradients of the mean loss."""
+    return _summed(model, images.batches, lambda g: g)
+
+
+@lru_cache(maxsize=1)
+def squares_of(model: nn.Module, images: Images) -> dict[str, Tensor]:
+    """The mean over examples of the squared gradients of each."""
+    return _summed(
+        model, [(x[i : i + 1], y[i : i + 1]) for x, y in images.batches for i in range(len(x))], torch.square
+    )
+
+
+def _summed(model: nn.Module, batches: list[Any], of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     weights = dict(model.named_parameters())
-    first, second = (dict.fromkeys(weights, torch.zeros(())) for _ in range(2))
-    pairs = [(x[i : i + 1], y[i : i + 1]) for x, y in images.batches for i in range(len(x))]
-    for x, y in pairs:
-        found = torch.autograd.grad(F.cross_entropy(model(x), y), list(weights.values()))
-        for name, g in zip(weights, found, strict=True):
-            first[name] = first[name] + g / len(pairs)
-            second[name] = second[name] + g.square() / len(pairs)
-    return first, second
+    found, total = dict.fromkeys(weights, torch.zeros(())), sum(len(x) for x, _ in batches)
+    for x, y in batches:
+        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(weights.values()))
+        for name, g in zip(weights, gradients, strict=True):
+            found[name] = found[name] + of(g) * (len(x) / total)
+    return found
 
 
 def networks(

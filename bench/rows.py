@@ -31,6 +31,10 @@ class Rows:
         found: list[Row] = self._whole().get("rows", [])
         return found
 
+    def fact(self, name: str, otherwise: Any = None) -> Any:
+        """What stands beside the rows under a name."""
+        return self._whole().get(name, otherwise)
+
     def has(self, key: Row) -> bool:
         """Whether there is a row with these values."""
         wanted = json.loads(json.dumps(key))

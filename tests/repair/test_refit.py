@@ -825,6 +825,30 @@ def test_examples_that_would_not_fit_go_in_parts_and_it_is_told(monkeypatch):
         torch.testing.assert_close(value, found[2][name], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:refit. 600 examples at a time")
+@pytest.mark.parametrize(
+    ("free", "size", "taken"), [(2 * 300 * 6912, 50, 300), (2 * 300 * 6912, 128, 256), (10**12, 50, 600)]
+)
+def test_as_many_examples_are_taken_as_fit_where_these_are_enough(monkeypatch, free, size, taken):
+    """One way through the smaller model: a forward for each layer would take many times as long."""
+    torch.manual_seed(1)
+    model, x = Residual().double().eval(), torch.randn(600, 2, 6, 6, dtype=torch.float64)
+    plan = removing(model, x[:2], "first", [0])
+    monkeypatch.setattr("secateur.repair.refit.available", lambda _: free)
+    seen: list[int] = []
+    small = sc.cut(model, plan)
+    small.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    work = Workload(model, x.split(size))
+    refitted(sc.Refit(positions=300), model, small, plan, work)
+    assert seen == [taken]
+    assert ["the first 300 are taken: Refit(together=300)" in note for note in work.notices] == [True] * (taken < 600)
+    monkeypatch.undo()
+    other = sc.cut(model, plan)  # the same as if no more had been asked for
+    sc.refit(model, other, plan, x.split(size), examples=taken, positions=300)
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
 def test_what_is_free_is_the_machines_or_the_containers(monkeypatch, tmp_path):
     monkeypatch.setattr("secateur._internal.memory.GROUP", tmp_path)
     monkeypatch.setattr("secateur._internal.memory.MEMORY", tmp_path / "meminfo")

@@ -50,6 +50,12 @@ class Examples:
     own: int
     total: int
 
+    def first(self, most: int) -> Examples:
+        """So many of them, or fewer, in whole parts; of one process."""
+        some = [part for part in self.parts if part.first + part.count <= most] or self.parts[:1]
+        count = sum(part.count for part in some)
+        return Examples(some, count, count)
+
     def chunks(self, together: int | None) -> list[Examples]:
         """Those whose inputs are of the same shapes, so many at a time."""
         alike: dict[Any, list[Part]] = {}

@@ -77,6 +77,8 @@ HELD_OUT = 8
 """One in so many samples, the last ones, is held out to find the length of the step; of few samples 16, or half."""
 DAMPED = (1, 10, 100, 1000)
 """So many times the damping is tried, and what is held out says which is best: few examples want more of it."""
+FEWEST = 256
+"""So many examples are enough where memory has no room for more; fewer go in parts, which takes a forward a layer."""
 ON_THE_WAY, FREE = 2, 1 / 2
 """So much of the largest inputs and outputs of a layer is held at a time (there is a shortcut); of the free memory."""
 
@@ -132,7 +134,8 @@ class Refit:
         damping: in units of the mean square of the layer's inputs; the least that is tried (:data:`DAMPED`).
         together: so many examples go through the smaller model at a time. By default all of them, once, which needs
             memory for what they are on the way; where that is more than half of what is free, as many as need no
-            more, which is told. Fewer than all need a forward for each layer, as far as that layer.
+            more: the first ones alone where these are 256 or more, of one shape and in one process; else in parts. It
+            is told. Fewer than all need a forward for each layer, as far as that layer.
     """
 
     needs: ClassVar[Needs] = Needs(data=True, plan=True)
@@ -171,10 +174,15 @@ def _refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, w
     with torch.inference_mode(False), torch.no_grad():
         examples = read_examples(work, settings.examples, min(PART, settings.together or PART))
         originals = {name: m for name, m in model.named_modules() if name in norms}
-        original = _Original(places, originals, many, examples)
+        original = _Original(places, originals, dict(many), examples)
         work.together(lambda: original.watch(model))
-        order, several, kept = original.order_of_all(work)
         together = settings.together or _at_a_time(original, work)
+        if settings.together is None and _enough(together, examples, work):
+            assert together is not None
+            examples, together = examples.first(together), None
+            original = _Original(places, originals, dict(many), examples)
+            original.watch(model)
+        order, several, kept = original.order_of_all(work)
         doable = [pair for pair in pairs if pair.name in order and pair.name not in several]
         turned = turns(model, plan, doable, original.outputs, examples.parts, work)
         added = original.sums_of_all(work, {p.name for p in doable if _may_make_up(p, turned)})
@@ -221,12 +229,23 @@ def _at_a_time(original: _Original, work: Workload) -> int | None:
     at_a_time = max(int(allowed / needed * examples.own), *(part.count for part in examples.parts))
     if len(examples.chunks(at_a_time)) == len(examples.chunks(None)):
         return None
-    work.note(
+    much = (
         f"refit: {examples.own} examples at a time would need about {needed / 2**30:.3g} GiB on their way, more than "
-        f"half of what is free; they go {at_a_time} at a time, once for each layer, which takes longer: "
-        "Refit(examples=...) takes fewer, Refit(together=...) decides"
+        "half of what is free; "
+    )
+    work.note(
+        f"{much}the first {at_a_time} are taken: Refit(together={at_a_time}) takes all, so many at a time, which needs "
+        "a forward for each layer"
+        if _enough(at_a_time, examples, work)
+        else f"{much}they go {at_a_time} at a time, once for each layer, which takes longer: Refit(examples=...) takes "
+        "fewer, Refit(together=...) decides"
     )
     return at_a_time
+
+
+def _enough(at_a_time: int | None, examples: Examples, work: Workload) -> bool:
+    """Whether as many as memory has room for are taken, and no more: enough of one shape, in one process."""
+    return at_a_time is not None and at_a_time >= FEWEST and work.processes == 1 and len(examples.chunks(None)) == 1
 
 
 # ------------------------------------------------------------------------------------ the way through the smaller model
