@@ -32,7 +32,6 @@ from secateur.lab.models.registry import build, example_input
 
 with warnings.catch_warnings():  # what it imports uses torch.jit
     warnings.simplefilter("ignore", DeprecationWarning)
-    from curvlinops import KFACLinearOperator
 
 RESULTS = Path(__file__).parent / "results" / "factors.json"
 TARGETS = {"channel / plain": 1.5, "curvlinops / channel": 3.0, "curvlinops / full": 1.0}
@@ -49,11 +48,13 @@ def plain(model: nn.Module, batches: Batches) -> None:
 
 def ours(form: str, positions: int | None = None) -> Callable[[nn.Module, Batches], Any]:
     """Our factors in one form."""
-    return lambda model, batches: sc.kronecker_factors(model, batches, form=form, positions=positions)
+    return lambda model, batches: sc.kronecker_factors(model, batches, "cross_entropy", form=form, positions=positions)
 
 
 def theirs(model: nn.Module, batches: Batches) -> Any:
     """The same factors as our full form, by curvlinops, with one drawn target per example."""
+    from curvlinops import KFACLinearOperator
+
     found = KFACLinearOperator(
         model, nn.CrossEntropyLoss(), kernels(model), batches, fisher_type="mc", mc_samples=1,
         separate_weight_and_bias=False, check_deterministic=False, num_data=sum(len(x) for x, _ in batches),

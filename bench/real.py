@@ -49,20 +49,17 @@ def smaller(name: str, of: Network, budget: sc.Budget, batches: list[Any], image
     model, inputs = of.model, of.inputs
     data = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    options = dict(of.options)
     if name == "secateur":
-        return sc.prune(model, inputs, budget, data=data, **options).model
+        return sc.prune(model, inputs, budget, data=data).model
     if name == "secateur.hybrid":
-        return sc.hybrid(model, inputs, budget, data=data, **options).model
+        return sc.hybrid(model, inputs, budget, data=data).model
     if name in ("magnitude", "taylor"):
         given = {"data": batches, "loss": "cross_entropy"} if name == "taylor" else {}
-        small = sc.prune(
-            model, inputs, budget, criterion=name, strategy="uniform", repair="none", **given, **options
-        ).model
+        small = sc.prune(model, inputs, budget, criterion=name, strategy="uniform", repair="none", **given).model
         return better_norms(small, batches) if norms else small
     if name == "magnitude+refit":
         return sc.prune(
-            model, inputs, budget, data=data, criterion="magnitude", strategy="uniform", repair="refit", **options
+            model, inputs, budget, data=data, criterion="magnitude", strategy="uniform", repair="refit"
         ).model
     peer, criterion, *scope = name.split("/")
     macs = int((budget.macs or 1.0) * counted(model, inputs)["macs"])
@@ -155,7 +152,7 @@ def keep(rows: Rows, row: Row) -> None:
 
 def frozen_in(of: Network) -> list[dict[str, Any]]:
     """What a trace froze: how many positions, the reason, what a user can do, and some of the axes."""
-    graph = sc.trace(of.model, of.inputs, **({"outputs": of.options["outputs"]} if "outputs" in of.options else {}))
+    graph = sc.trace(of.model, of.inputs)
     alike: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for found in graph.frozen:
         alike[found.operation, found.reason].append(found)

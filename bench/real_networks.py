@@ -16,8 +16,8 @@ import sys
 import tempfile
 import types
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -59,7 +59,6 @@ class Network:
         fractions: of ``of`` parts; what may remain.
         of: how many parameters count, where the budget leaves others out (embeddings); all by default.
         methods: those that are tried.
-        options: for :func:`secateur.prune`.
         advice: what was frozen here, and what a user can do about it.
     """
 
@@ -73,7 +72,6 @@ class Network:
     fractions: tuple[float, ...] = (0.7, 0.5, 0.3)
     of: int | None = None
     methods: tuple[str, ...] = COMMON
-    options: Mapping[str, Any] = field(default_factory=dict)
     advice: str = ""
 
     def part(self, fraction: float) -> float:
@@ -154,6 +152,7 @@ def _accuracy(model: nn.Module, batches: list[Any]) -> float:
 
 def cifar_resnet(depth: int, published: float) -> Network:
     """A ResNet on CIFAR-10 by akamaster."""
+    peers = [peer for peer in PEERS if depth == 20 or not peer.startswith("torch-kirigami")]  # which takes hours there
     model = CifarResNet(depth)
     model.load_state_dict(load_file(SHARED / "nets" / f"cifar_resnet{depth}.safetensors"))
     return Network(
@@ -164,8 +163,7 @@ def cifar_resnet(depth: int, published: float) -> Network:
         inputs=torch.zeros(1, 3, 32, 32),
         data=lambda seed: [_normalised(b) for b in islice(cifar10().loader("train", 128, shuffle=True, seed=seed), 25)],
         measure=lambda m, seed: {"metric": _accuracy(m, _tested())},
-        methods=("magnitude", "magnitude+refit", "taylor", "secateur", "secateur.hybrid")
-        + tuple(peer for peer in PEERS if depth == 20 or not peer.startswith("torch-kirigami")),  # which takes hours
+        methods=("magnitude", "magnitude+refit", "taylor", "secateur", "secateur.hybrid", *peers),
         advice="The streams of the second and third stage are frozen: option A pads them with zeros, and how many is a "
         "number in the forward. Give the zeros as buffers (`register_buffer`, `torch.cat`), and they are cut along; "
         "tried for ResNet-20, seed 0, half of the MACs: no gain (68.5 instead of 68.9 %), for the convolutions inside "
@@ -333,7 +331,6 @@ def stories260k() -> Network:
         unit="params",
         fractions=(0.9, 0.8, 0.7, 0.6),
         of=sum(p.numel() for p in model.parameters()) - model.get_submodule("model.embed_tokens").weight.numel(),
-        options={"outputs": lambda out: out.logits},
         advice="Words are looked up by number, and the head shares their table, so that it cannot be fitted. Key/value "
         "heads with their two query heads go, feed-forward neurons, and channels of the stream.",
     )
