@@ -1,8 +1,8 @@
 """What the six systems' papers say, and what is measured here: published, ours, difference, state.
 
 The published side is facts with their source; of arXiv 2107.05328, 1807.01488 and 1712.01084 the abstract alone is
-public, so that no table can be quoted. Our side is read from ``bench/results``; what is not there keeps its row and says what it
-wants. ``--write`` puts the table into ``docs/results.md``; a test holds that it is what this prints::
+public, so that no table can be quoted. Our side is read from ``bench/results``; what is not there keeps its row and
+says what it wants. ``--write`` puts the table into ``docs/results.md``; a test holds that it is what this prints::
 
     python bench/published.py --write
 """
@@ -89,9 +89,9 @@ def on_a_card(piece: str) -> Callable[[], Ours | None]:
         pairs = [(pruned[r["seed"]], r) for r in rows if not r["c"] and r["seed"] in pruned]
         if not pairs:
             return None
+        left = 100 * statistics.mean(a["macs"] for a, _ in pairs)
         return Ours(
-            f"{mean([100 * a['test'] for a, _ in pairs])} % at {100 * statistics.mean(a['macs'] for a, _ in pairs):.0f} % "
-            "of the MACs",
+            f"{mean([100 * a['test'] for a, _ in pairs])} % at {left:.0f} % of the MACs",
             f"{mean([100 * (a['test'] - b['test']) for a, b in pairs])} points to SGD",
             f"{pairs[0][0]['epochs']} epochs, JPEG",
         )

@@ -40,6 +40,7 @@ from secateur.measure.counting import counted
 from tables import cell
 
 RESULTS = HERE / "results" / "real.json"
+PAGE, BEGIN, END = HERE.parent / "docs" / "results.md", "<!-- real: written by bench/real.py -->", "<!-- real: end -->"
 UNITS = {"macs": "MACs", "params": "parameters"}
 BACKENDS = ("eager", "onnxruntime")
 
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="these alone")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the pages of what is there")
+    parser.add_argument("--write", action="store_true", help="put them into docs/results.md")
     parser.add_argument("--told", action="store_true", help="print a story before and after")
     given = parser.parse_args()
     if unknown := set(given.networks) - set(NETWORKS):
@@ -236,7 +238,7 @@ def main() -> None:
         print(stories_before_and_after())
         return
     make: Callable[[], Network]
-    for name, make in ((name, NETWORKS[name]) for name in ([] if given.table else given.networks)):
+    for name, make in ((name, NETWORKS[name]) for name in ([] if given.table or given.write else given.networks)):
         of = make()
         about = rows.fact("about", {})
         rows.state(about=about | {name: {
@@ -244,9 +246,12 @@ def main() -> None:
         }})  # fmt: skip
         one(name, of, given.seeds, given.methods or list(of.methods), rows)
     about = rows.fact("about", {})
-    for name in given.networks:
-        if name in about and any(r["network"] == name and r["method"] != "whole" for r in rows.rows):
-            print(page(name, rows.rows, about[name]))
+    there = [n for n in given.networks if any(r["network"] == n and r["method"] != "whole" for r in rows.rows)]
+    pages = "\n".join(page(name, rows.rows, about[name]) for name in there)
+    print(pages)
+    if given.write:
+        before, rest = PAGE.read_text().split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{pages}{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

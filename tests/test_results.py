@@ -6,13 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_table_of_published_numbers_is_what_its_script_prints():
-    done = subprocess.run([sys.executable, ROOT / "bench" / "published.py"], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(("script", "options"), [("published", ()), ("real", ("--table",))])
+def test_a_table_is_what_its_script_prints(script, options):
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / f"{script}.py", *options], capture_output=True, text=True, check=True
+    )
     page = (ROOT / "docs" / "results.md").read_text()
-    begin, end = "<!-- published: written by bench/published.py -->\n", "\n<!-- published: end -->"
+    begin, end = f"<!-- {script}: written by bench/{script}.py -->\n", f"<!-- {script}: end -->"
     written = page.split(begin)[1].split(end)[0]
-    assert written == done.stdout.rstrip("\n"), "python bench/published.py --write"
+    assert written.strip() == done.stdout.strip(), f"python bench/{script}.py --write"
     assert written.count("\n") > 10
