@@ -68,7 +68,7 @@ from secateur.repair.examples import PART, Examples, Part, forward_part, read_ex
 from secateur.repair.logits import turns
 from secateur.repair.pairs import Pair, Scale, check_models, computes, inputs_at, outputs_at, pairs_of, tensor_of
 from secateur.repair.recalibrate import has_statistics
-from secateur.repair.sums import Added, Sums, affine
+from secateur.repair.sums import Added, Outputs, Sums
 from secateur.surgery.blocks.pattern import Pattern
 from secateur.surgery.channels import check_plan
 
@@ -194,9 +194,10 @@ def _refitted(settings: Refit, model: nn.Module, small: nn.Module, plan: Plan, w
             centred = pair.name in normed and pair.last is None
             fit = _Fit(pair, original, plan, settings.damping, work, turned.get(pair.name), of, centred)
             modules = [layer.module for layer in pair.layers]
-            if of is not None and of.norm is not None:
-                before_norm[of.norm] = fit
-            jobs[pair.name].append(_Job(pair.layer.name, modules, fit, pair.name in several))
+            between = [] if of is None or of.norm is None else [of.norm]
+            before_norm |= dict.fromkeys(between, fit)
+            behind = [norms[norm] for norm in between]
+            jobs[pair.name].append(_Job(pair.layer.name, modules, fit, pair.name in several, behind))
         for name, norm in norms.items():
             follow = _Follow(name, norm, original, plan, work, before_norm.get(name))
             jobs[name].append(_Job(name, [norm], follow, name in several))
@@ -260,12 +261,14 @@ class _Job:
         modules: what runs wherever it is used: one module, or all that share its weight.
         task: what is done.
         several: whether it runs several times in a forward.
+        norms: the batch norm, if any, between a layer and what its outputs are added to.
     """
 
     name: str
     modules: Sequence[nn.Module]
     task: _Fit | _Follow
     several: bool
+    norms: Sequence[nn.Module] = ()
 
 
 def _one_after_another(
@@ -314,7 +317,7 @@ def _one_way(
     def reached(job: _Job, use: int, x: Tensor | None) -> None:
         nonlocal waiting
         if waiting is not None:
-            if waiting.again or job is waiting.norm:
+            if job is waiting.norm:
                 return
             settle(None)  # what it is added to did not come
         while job in ahead:  # what this process's examples do not reach is done without them
@@ -333,33 +336,29 @@ def _one_way(
         """Do the layer that waits, and its norm; what it gives then."""
         nonlocal waiting
         assert waiting is not None
-        now, fit = waiting, waiting.fit
-        now.again = True
+        now, waiting = waiting, None
         if other is not None:
-            fit.look_other(other, chunks[0])
+            now.fit.look_other(other, chunks[0])
         ahead.remove(now.job)
         do(now.job)
-        y: Tensor = now.job.modules[0](now.x)
+        y: Tensor = now.job.modules[0].forward(now.x)  # its hooks have run
         if now.norm is not None:
             now.norm.task.look(0, y, chunks[0])
             ahead.remove(now.norm)
             do(now.norm)
-            y = now.norm.modules[0](y)
-        else:
-            y = fit.as_added(y)
-        waiting = None
+            y = now.norm.modules[0].forward(y)
         return y
 
     def summed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        if waiting is None or (side := waiting.side_of(first)) is None:
+        if waiting is None or waiting.u is None:
             return first, second
-        both = [first, second]
-        both[side] = settle(both[1 - side]).to(both[side].dtype)
-        return both[0], both[1]
+        if first is waiting.u:
+            return settle(second).to(first.dtype), second
+        return (first, settle(first).to(second.dtype)) if second is waiting.u else (first, second)
 
     def gave(job: _Job, y: Any) -> None:
-        if waiting is not None and waiting.job is job and isinstance(y, Tensor):
-            waiting.shape = y.shape
+        if waiting is not None and isinstance(y, Tensor):
+            waiting.u = y
 
     watched = _watched([*jobs, *later[:1]], reached, gave)
     with watched, _ConvolutionsInParts(), Sums(summed), suppress(_FarEnough):
@@ -379,31 +378,19 @@ class _Waiting:
         job: of the layer.
         norm: the job of the batch norm between it and the sum.
         x: its inputs.
-        shape: of its outputs, when it has run.
-        seen: how many sums of that shape there were.
-        again: whether it runs once more, with new weights.
+        u: what is added: its outputs, or what the norm makes of them.
     """
 
     job: _Job
     norm: _Job | None
     x: Tensor
-    shape: torch.Size | None = None
-    seen: int = 0
-    again: bool = False
+    u: Tensor | None = None
 
     @property
     def fit(self) -> _Fit:
         """What is done with the layer."""
         assert isinstance(self.job.task, _Fit)
         return self.job.task
-
-    def side_of(self, operand: Tensor) -> int | None:
-        """Which operand of a sum is made of its outputs, if it is the sum that it waits for."""
-        assert self.fit.added is not None
-        if self.again or operand.shape != self.shape:
-            return None
-        self.seen += 1
-        return self.fit.added.side if self.seen - 1 == self.fit.added.number else None
 
 
 def _ways_to(small: nn.Module, job: _Job, chunks: list[Examples]) -> None:
@@ -423,14 +410,14 @@ def _ways_to(small: nn.Module, job: _Job, chunks: list[Examples]) -> None:
                 raise _FarEnough
 
         def gave(_: _Job, y: Any, waiting: list[_Waiting] = waiting) -> None:
-            if isinstance(y, Tensor):
-                waiting[-1].shape = y.shape
+            if waiting and isinstance(y, Tensor):
+                waiting[-1].u = y
 
         def summed(
             first: Tensor, second: Tensor, chunk: Examples = chunk, waiting: list[_Waiting] = waiting
         ) -> tuple[Tensor, Tensor]:
-            if waiting and (side := waiting[-1].side_of(first)) is not None:
-                waiting[-1].fit.look_other((second, first)[side], chunk)
+            if waiting and (first is waiting[-1].u or second is waiting[-1].u):
+                waiting[-1].fit.look_other(second if first is waiting[-1].u else first, chunk)
                 raise _FarEnough
             return first, second
 
@@ -476,9 +463,10 @@ def _watched(
         for use, module in enumerate(job.modules)
     ]
     handles += [
-        job.modules[0].register_forward_hook(lambda _, args, y, job=job: gave(job, y))
+        module.register_forward_hook(lambda _, args, y, job=job: gave(job, y), prepend=True)
         for job in jobs
         if isinstance(job.task, _Fit) and job.task.added is not None
+        for module in (job.modules[0], *job.norms)
     ]
     try:
         yield
@@ -575,13 +563,6 @@ class _Fit:
             self.others[part.number, 0, 0] = outputs_at(layer, some, choice)
         if self.added.norm is not None:
             self.other_moments += [_moments(some) for some in v.split(PART)]
-
-    def as_added(self, y: Tensor) -> Tensor:
-        """What is made of its outputs before the sum, where no batch norm is between them."""
-        assert self.added is not None
-        shape = (1, -1, *[1] * (y.ndim - 2)) if self.pair.layer.kernel else (-1,)
-        a, b = (self._kept(t).flatten().to(y).reshape(shape) for t in (self.added.factor, self.added.shift))
-        return y * a + b
 
     def take(self) -> str | None:
         """Fit it; if it stays as it is, why."""
@@ -864,7 +845,8 @@ class _Original:
         calls: how often a layer or norm runs in a forward, at most.
         strange: layers that do not compute their weight times their input.
         turned: layers, uses and runs whose inputs have the examples as their second dim, not their first.
-        added: where the outputs of a layer are added to something.
+        added: the batch norm between, or None, of layers whose outputs are added to something.
+        read_elsewhere: layers whose outputs something else reads too.
         others: samples of what that is, [groups, samples, rows].
         other_moments: of the same, where a batch norm is between.
         normed: the batch norm that runs on the outputs of a layer.
@@ -882,7 +864,8 @@ class _Original:
     calls: Counter[str] = field(default_factory=Counter)
     strange: set[str] = field(default_factory=set)
     turned: set[tuple[str, int, int]] = field(default_factory=set)
-    added: dict[str, Added] = field(default_factory=dict)
+    added: dict[str, str | None] = field(default_factory=dict)
+    read_elsewhere: set[str] = field(default_factory=set)
     others: dict[str, dict[Run, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     other_moments: dict[str, dict[Run, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     normed: dict[str, str] = field(default_factory=dict)
@@ -909,7 +892,7 @@ class _Original:
                     self.many.update(many)
                     for found in (
                         self.outputs, self.places, self.moments, self.calls, self.order, self.turned, self.added,
-                        self.others, self.other_moments, self.normed,
+                        self.others, self.other_moments, self.normed, self.read_elsewhere,
                     ):  # fmt: skip
                         found.clear()
 
@@ -924,68 +907,64 @@ class _Original:
     def _see(self, model: nn.Module, parts: Iterable[Part]) -> None:
         for part in parts:
             runs: Counter[tuple[str, int]] = Counter()
-            latest = _Latest()
-            handles = self._attach(part, runs, latest)
+            outputs = Outputs(partial(self._take_other, part))
+            handles = self._attach(part, runs, outputs)
             try:
-                with Sums(partial(self._sum, part, latest), latest.make):
+                with Sums(outputs.reached, outputs.ran):
                     forward_part(model, replace(part, inputs=copied(part.inputs)))
             finally:
                 for handle in handles:
                     handle.remove()
+            self.added |= outputs.added
+            self.normed |= outputs.normed
+            self.read_elsewhere |= outputs.read_elsewhere()
+            self.read_elsewhere |= {n for n, norm in outputs.added.items() if self.added[n] != norm}
             calls: Counter[str] = Counter()
             for (name, _), number in runs.items():
                 calls[name] += number
             self.calls |= calls
 
-    def _sum(self, part: Part, latest: _Latest, *operands: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a sum if an operand is made of the outputs of the layer that ran last."""
-        first, second = operands
-        if latest.y is None or first.shape != latest.y.shape or first is second:
-            return first, second
-        latest.seen += 1
-        name, layer = latest.name, latest.layer
-        choice = self.examples.choice(part, self.many[name])
-        if part.number == 0 and name not in self.added:
-            for side, u in enumerate(operands):
-                found = affine(self.outputs[name][latest.run], outputs_at(layer, self._as_seen(latest, u), choice))
-                if found is not None and not latest.made_since(operands[1 - side]):
-                    self.added[name] = Added(latest.seen - 1, side, *found, latest.norm)
-                    break
-        added = self.added.get(name)
-        if added is not None and latest.seen - 1 == added.number:
-            v = self._as_seen(latest, operands[1 - added.side])
-            self.others[name][latest.run] = outputs_at(layer, v, choice)
-            if added.norm is not None:
-                self.other_moments[name][latest.run] = _moments(v)
-            latest.forget()
-        return first, second
+    def _take_other(self, part: Part, name: str, norm: str | None, v: Tensor) -> None:
+        """Take what the outputs of a layer are added to."""
+        run, layer = (part.number, 0, 0), self.layers[name][0]
+        v = v.transpose(0, 1) if (name, 0, 0) in self.turned else v
+        self.others[name][run] = outputs_at(layer, v, self.examples.choice(part, self.many[name]))
+        if norm is not None:
+            self.other_moments[name][run] = _moments(v)
 
-    def _as_seen(self, latest: _Latest, t: Tensor) -> Tensor:
-        return t.transpose(0, 1) if (latest.name, *latest.run[1:]) in self.turned else t
+    def _once(self, name: str, norm: str | None) -> bool:
+        """Whether a layer, and a norm behind it, run once in a forward, and nothing else reads what they give."""
+        alone = name not in self.read_elsewhere and self.calls[name] == 1 and len(self.layers[name]) == 1
+        return alone and (norm is None or self.calls[norm] == 1)
 
     def normed_of_all(self, work: Workload, names: set[str]) -> set[str]:
-        """The layers among these whose outputs a batch norm takes, each running once, the same on all processes."""
-        own = [[int(n in self.normed and self.calls[n] == 1 == self.calls[self.normed[n]])] for n in sorted(names)]
+        """The layers among these whose outputs a batch norm takes and nothing else, the same on all processes."""
+        own = [[int(n in self.normed and self._once(n, self.normed[n]))] for n in sorted(names)]
         every = torch.stack(all_gather(torch.tensor(own, device=work.device).reshape(-1, 1), work.group))
         return {name for name, all_of in zip(sorted(names), every.all(0).flatten().tolist(), strict=True) if all_of}
 
     def sums_of_all(self, work: Workload, names: set[str]) -> dict[str, Added]:
-        """Where outputs of these layers are added to something, the same on all processes."""
-        once = {name: of for name, of in self.added.items() if name in names and self.calls[name] == 1}
-        norms = list(self.norms)
-        own = [[once[n].number, once[n].side, -1 if (m := once[n].norm) is None else norms.index(m)]
-               if n in once else [-1, -1, -1] for n in sorted(names)]  # fmt: skip
-        every = torch.stack(all_gather(torch.tensor(own, device=work.device).reshape(-1, 3), work.group))
-        agreed = ((every == every[0]).all(0).all(1) & (every[0, :, 0] >= 0)).tolist()
+        """Which outputs of these layers are added to something, the same on all processes."""
+        norms = [None, *self.norms]
+        own = [
+            norms.index(self.added[n]) if n in self.added and self._once(n, self.added[n]) else -1
+            for n in sorted(names)
+        ]
+        every = torch.stack(all_gather(torch.tensor(own, dtype=torch.int64, device=work.device), work.group))
         found = {}
-        for name, same in zip(sorted(names), agreed, strict=True):
-            norm = once[name].norm if same else None
-            if same and (norm is None or self.calls[norm] == 1):
-                a, b = (all_gather(t, work.group)[0] for t in (once[name].factor, once[name].shift))
-                found[name] = replace(once[name], factor=a, shift=b)
+        for name, of_all in zip(sorted(names), every.T.tolist(), strict=True):
+            if of_all and of_all[0] >= 0 and len(set(of_all)) == 1:
+                norm, layer = norms[of_all[0]], self.layers[name][0]
+                table = layer.table()
+                factor = torch.ones(table.shape[:2], dtype=torch.float64, device=work.device)
+                if norm is not None:
+                    of: Any = self.norms[norm]
+                    scale = 1.0 if of.weight is None else of.weight.double()
+                    factor = (scale / (of.running_var.double() + of.eps).sqrt()).reshape(factor.shape)
+                found[name] = Added(norm, factor)
         return found
 
-    def _attach(self, part: Part, runs: Counter[tuple[str, int]], latest: _Latest) -> list[RemovableHandle]:
+    def _attach(self, part: Part, runs: Counter[tuple[str, int]], outputs: Outputs) -> list[RemovableHandle]:
         def ran(name: str, use: int) -> int:
             runs[name, use] += 1
             if name not in self.order:
@@ -994,15 +973,16 @@ class _Original:
 
         def layer_ran(name: str, use: int, layer: Layer, x: Any, y: Any) -> None:
             run = (part.number, use, ran(name, use))
-            latest.forget()
+            outputs.forget()
             if name in self.strange or not computes(layer, x, y):
                 self.strange.add(name)
                 return
             if _examples_dim(layer, x, part.count) is None and self.examples.halve(part):
                 raise _Unclear
-            if not isinstance(layer, Scale) and isinstance(y, Tensor):
-                latest.ran(name, run, layer, y)
-            if _examples_dim(layer, x, part.count) == 1:
+            turned = _examples_dim(layer, x, part.count) == 1
+            if not isinstance(layer, Scale):
+                outputs.layer_ran(name, x, y, not turned and (bool(layer.kernel) or y.ndim == 2))
+            if turned:
                 x, y = x.transpose(0, 1), y.transpose(0, 1)
                 self.turned.add((name, *run[1:]))
             self.largest = max(self.largest, (x.nbytes + y.nbytes) / max(p.count for p in self.examples.parts))
@@ -1010,21 +990,25 @@ class _Original:
             self.outputs[name][run] = outputs_at(layer, y, self.examples.choice(part, self.many[name]))
 
         def norm_runs(name: str, x: Tensor) -> None:
-            if latest.normed(name, x):
-                self.normed[latest.name] = name
+            outputs.norm_runs(name, x)
             self.moments[name][part.number, 0, ran(name, 0)] = _moments(x)
 
         return [
             layer.module.register_forward_hook(
-                lambda _, a, k, y, name=name, use=use, of=layer: layer_ran(name, use, of, first_argument(a, k), y),
+                lambda _, a, k, y, name=name, use=use, of=layer: outputs.looking(
+                    layer_ran, name, use, of, first_argument(a, k), y
+                ),
                 with_kwargs=True, prepend=True,
             )
             for name, layers in self.layers.items()
             for use, layer in enumerate(layers)
         ] + [
             norm.register_forward_pre_hook(
-                lambda _, a, k, name=name: norm_runs(name, first_argument(a, k)), with_kwargs=True
+                lambda _, a, k, name=name: outputs.looking(norm_runs, name, first_argument(a, k)), with_kwargs=True
             )
+            for name, norm in self.norms.items()
+        ] + [
+            norm.register_forward_hook(lambda _, a, z, name=name: outputs.norm_ran(name, z), prepend=True)
             for name, norm in self.norms.items()
         ]  # fmt: skip
 
@@ -1053,54 +1037,6 @@ class _Original:
                     merged.insert(at, number)
                 at = max(at, merged.index(number) + 1)
         return [name for number in merged if (name := names[number]) not in left], several, left
-
-
-@dataclass(eq=False)
-class _Latest:
-    """The layer that ran last, and what was computed since.
-
-    Attributes:
-        name: the layer's.
-        run: which one it was.
-        layer: itself.
-        y: its outputs; None if another module that is looked at has run since.
-        norm: the batch norm that ran on them.
-        seen: how many sums of their shape there were.
-        since: what was computed.
-    """
-
-    name: str = ""
-    run: Run = (0, 0, 0)
-    layer: Any = None
-    y: Tensor | None = None
-    norm: str | None = None
-    seen: int = 0
-    since: list[Any] = field(default_factory=list)
-
-    def ran(self, name: str, run: Run, layer: Layer, y: Tensor) -> None:
-        """A layer ran."""
-        self.name, self.run, self.layer, self.y = name, run, layer, y
-
-    def normed(self, name: str, x: Any) -> bool:
-        """A batch norm runs on something; whether that is what the layer gave."""
-        if self.norm is None and x is self.y:
-            self.norm = name
-        else:
-            self.forget()
-        return self.norm is not None
-
-    def make(self, found: Any) -> None:
-        """A function has computed something."""
-        if self.y is not None:
-            self.since.append(found)
-
-    def made_since(self, t: Tensor) -> bool:
-        """Whether a tensor was computed after the layer ran, so that it may depend on what that gave."""
-        return any(t is found for found in self.since)
-
-    def forget(self) -> None:
-        """Nothing ran last."""
-        self.y, self.norm, self.seen, self.since = None, None, 0, []
 
 
 def _may_make_up(pair: Pair, turned: Mapping[str, Tensor]) -> bool:

@@ -1,23 +1,24 @@
 """What a layer's outputs are added to, as in every residual block: seen in a forward, whatever the model's Python is.
 
-In ``s = u + v`` what matters is the sum. Where ``u`` is, channel by channel, ``a y + b`` of the outputs ``y`` of the
-layer that ran last (a batch norm or a scale is between them, or nothing), all of ``v`` is known when the layer is
-fitted, and what is missing in it can be asked of the layer: ``y + (v - v') / a`` in place of ``y``. Due to arXiv
-1707.06168, section 3.3, for residual blocks.
+In ``s = u + v`` what matters is the sum. Where ``u`` is the outputs ``y`` of the layer that ran last, or a batch norm
+of them, ``a y + b`` channel by channel, all of ``v`` is known when the layer is fitted, and what is missing in it can
+be asked of the layer: ``y + (v - v') / a`` in place of ``y`` (arXiv 1707.06168, section 3.3, for residual blocks).
+Nothing else may read ``y`` (or what the norm makes of it), and ``v`` must be there before the layer runs.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
 
-EXACT = 1e-3
-"""So much of ``u`` may be missing in ``a y + b``, of its spread (half precision has less)."""
 TINY = 1e-3
 """A channel that counts less, in parts of the one that counts most, is not asked for what is missing elsewhere."""
 
@@ -27,21 +28,15 @@ ADDING_IN_PLACE = {torch.Tensor.add_, torch.Tensor.__iadd__}
 
 @dataclass(frozen=True, eq=False)
 class Added:
-    """Where the outputs of a layer are added to something.
+    """That the outputs of a layer are added to something.
 
     Attributes:
-        number: which sum of two tensors of its shape it is, after the layer ran.
-        side: which of the two operands is made of the layer's outputs.
-        factor: ``a``, float64 [groups, rows].
-        shift: ``b``, likewise.
         norm: the path of the batch norm between them, if there is one.
+        factor: ``a``, float64 [groups, rows].
     """
 
-    number: int
-    side: int
-    factor: Tensor
-    shift: Tensor
     norm: str | None
+    factor: Tensor
 
     @property
     def asked(self) -> Tensor:
@@ -54,14 +49,16 @@ class Sums(TorchFunctionMode):
 
     Args:
         reached: called with both operands; returns them, or others, of which the sum is computed then.
-        made: called with whatever any other function returns.
+        ran: called after any function, with it, its arguments and what it returned.
     """
 
     def __init__(
-        self, reached: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], made: Callable[[Any], None] | None = None
+        self,
+        reached: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        ran: Callable[[Any, Any, Any], None] | None = None,
     ) -> None:
         super().__init__()
-        self.reached, self.made = reached, made
+        self.reached, self.ran = reached, ran
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -72,8 +69,8 @@ class Sums(TorchFunctionMode):
                 first = args[0]
             args = (first, second)
         found = func(*args, **kwargs)
-        if self.made is not None:
-            self.made(found)
+        if self.ran is not None:
+            self.ran(func, (args, kwargs), found)
         return found
 
 
@@ -87,22 +84,98 @@ def _is_sum(args: Any, kwargs: Any) -> bool:
     )
 
 
-def affine(y: Tensor, u: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``a`` and ``b`` with ``u = a y + b`` row by row; None where it is something else.
+@dataclass(eq=False)
+class Outputs:
+    """What becomes of the outputs of layers in one forward.
 
-    Args:
-        y: samples, [groups, samples, rows].
-        u: likewise.
+    Attributes:
+        summed: called with a layer's name and what its outputs are added to, when that happens.
+        added: the norm between, or None, of the layers whose outputs are added to something.
+        normed: the batch norm that runs on the outputs of a layer.
+        reads: how often the outputs of a layer are read, and what a norm makes of them.
+        looked_at: whether what runs is none of the model's doing.
     """
-    y, u = y.double(), u.double()
-    if y.shape != u.shape or y.shape[1] < 3 or not (y.isfinite().all() and u.isfinite().all()):
-        return None
-    y_mean, u_mean = y.mean(1, keepdim=True), u.mean(1, keepdim=True)
-    energy = (y - y_mean).square().sum(1)
-    a = ((y - y_mean) * (u - u_mean)).sum(1) / energy.clamp(min=1e-300)
-    a = torch.where(energy > 1e-20 * y.square().sum(1), a, 0.0)  # what is constant tells nothing
-    b = u_mean[:, 0] - a * y_mean[:, 0]
-    missing = (u - a[:, None] * y - b[:, None]).norm()
-    if not a.any() or missing > EXACT * (u - u_mean).norm():
-        return None
-    return a, b
+
+    summed: Callable[[str, str | None, Tensor], None]
+    added: dict[str, str | None] = field(default_factory=dict)
+    normed: dict[str, str] = field(default_factory=dict)
+    reads: Counter[tuple[str, str | None]] = field(default_factory=Counter)
+    looked_at: bool = False
+    _known: dict[int, tuple[Any, str, str | None, int]] = field(default_factory=dict)
+    _since: list[Any] = field(default_factory=list)
+    _name: str = ""
+    _norm: str | None = None
+    _x: Tensor | None = None
+    _version: int = 0
+    _y: Tensor | None = None
+    _u: Tensor | None = None
+    _rows_second: bool = False
+
+    def looking(self, look: Callable[..., None], *given: Any) -> None:
+        """Call what looks at tensors of the model; what it reads does not count."""
+        self.looked_at = True
+        try:
+            look(*given)
+        finally:
+            self.looked_at = False
+
+    def layer_ran(self, name: str, x: Tensor, y: Tensor, rows_second: bool) -> None:
+        """A layer has made ``y`` of ``x``; whether its rows are the second dim, as a batch norm's channels are."""
+        self.forget()
+        self._name, self._x, self._version, self._y, self._u = name, x, x._version, y, y
+        self._rows_second = rows_second
+        self._know(y, None)
+
+    def norm_runs(self, name: str, x: Any) -> None:
+        """A batch norm is about to run."""
+        if self._norm is None and x is self._y and self._rows_second:
+            self._norm = self.normed[self._name] = name
+        else:
+            self.forget()
+
+    def norm_ran(self, name: str, z: Any) -> None:
+        """It has run."""
+        if self._norm == name and isinstance(z, Tensor):
+            self._u = z
+            self._know(z, name)
+
+    def reached(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """A sum is about to be computed."""
+        if self._u is not None and self._x is not None and self._x._version == self._version:
+            for u, v in ((first, second), (second, first)):
+                own = v is self._y or v is self._u or any(v is made for made in self._since)
+                if u is self._u and not own:
+                    self.added[self._name] = self._norm
+                    self.summed(self._name, self._norm, v)
+                    break
+        return first, second
+
+    def ran(self, func: Any, given: Any, found: Any) -> None:
+        """A function has run: what it reads is counted, what it makes is kept until the next layer runs."""
+        if self.looked_at:
+            return
+        made = [t for t in tree_iter(found) if isinstance(t, Tensor)]
+        if self._u is not None:
+            self._since += made
+        if not made and func is not torch.Tensor.__setitem__:
+            return  # a shape, or a number
+        for t in tree_iter(given):
+            known = self._known.get(id(t)) if isinstance(t, Tensor) else None
+            if known is None or known[0]() is not t:
+                continue
+            if t._version == known[3] and any(t is one for one in made):
+                continue  # it is handed through, as by dropout
+            self.reads[known[1:3]] += 1
+            if func in ADDING_IN_PLACE and t is given[0][0]:
+                del self._known[id(t)]  # from now on it is the sum
+
+    def forget(self) -> None:
+        """Something else has run than what is between the last layer and a sum."""
+        self._norm, self._x, self._y, self._u, self._since = None, None, None, None, []
+
+    def read_elsewhere(self) -> set[str]:
+        """The layers whose outputs, or what a norm makes of them, are read more than once."""
+        return {name for (name, _), times in self.reads.items() if times > 1}
+
+    def _know(self, t: Tensor, norm: str | None) -> None:
+        self._known[id(t)] = (weakref.ref(t), self._name, norm, t._version)

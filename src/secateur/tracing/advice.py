@@ -24,8 +24,8 @@ _ADVICE = (
     (r"spatial position|place in a sequence|kernel position|values are taken from|by its place", NOTHING),
     (
         r"fixed position|positions (that )?are fixed",
-        "see what else is frozen: it meets the model's inputs, zeros that padding adds, or a tensor that is no parameter "
-        "and no buffer; register_buffer lets one be cut along (zeros too: torch.cat in place of F.pad)",
+        "see what else is frozen: it meets the model's inputs, zeros that padding adds, or a tensor that is no "
+        "parameter and no buffer; register_buffer lets one be cut along (zeros too: torch.cat in place of F.pad)",
     ),
     (
         r"picked|put in order|searched|seen in windows|frequencies|diagonal|imaginary|squeezed|viewed|merged|broadcast"
