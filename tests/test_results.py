@@ -20,4 +20,4 @@ def test_a_table_is_what_its_script_prints(script, options):
     begin, end = f"<!-- {script}: written by bench/{script}.py -->\n", f"<!-- {script}: end -->"
     written = page.split(begin)[1].split(end)[0]
     assert written.strip() == done.stdout.strip(), f"python bench/{script}.py --write"
-    assert written.count("\n") > 10
+    assert written.count("\n") > 5
