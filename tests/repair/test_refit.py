@@ -841,7 +841,9 @@ def test_as_many_examples_are_taken_as_fit_where_these_are_enough(monkeypatch, f
     work = Workload(model, x.split(size))
     refitted(sc.Refit(positions=300), model, small, plan, work)
     assert seen == [taken]
-    assert ["the first 300 are taken: Refit(together=300)" in note for note in work.notices] == [True] * (taken < 600)
+    assert [f"the first {taken} are taken: Refit(together=300)" in note for note in work.notices] == [True] * (
+        taken < 600
+    )
     monkeypatch.undo()
     other = sc.cut(model, plan)  # the same as if no more had been asked for
     sc.refit(model, other, plan, x.split(size), examples=taken, positions=300)

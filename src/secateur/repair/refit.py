@@ -235,8 +235,8 @@ def _at_a_time(original: _Original, work: Workload) -> int | None:
         "half of what is free; "
     )
     work.note(
-        f"{much}the first {at_a_time} are taken: Refit(together={at_a_time}) takes all, so many at a time, which needs "
-        "a forward for each layer"
+        f"{much}the first {examples.first(at_a_time).own} are taken: Refit(together={at_a_time}) takes all, so "
+        "many at a time, which needs a forward for each layer"
         if _enough(at_a_time, examples, work)
         else f"{much}they go {at_a_time} at a time, once for each layer, which takes longer: Refit(examples=...) takes "
         "fewer, Refit(together=...) decides"
@@ -246,7 +246,9 @@ def _at_a_time(original: _Original, work: Workload) -> int | None:
 
 def _enough(at_a_time: int | None, examples: Examples, work: Workload) -> bool:
     """Whether as many as memory has room for are taken, and no more: enough of one shape, in one process."""
-    return at_a_time is not None and at_a_time >= FEWEST and work.processes == 1 and len(examples.chunks(None)) == 1
+    if at_a_time is None or work.processes > 1 or len(examples.chunks(None)) > 1:
+        return False
+    return examples.first(at_a_time).own >= FEWEST
 
 
 # ------------------------------------------------------------------------------------ the way through the smaller model
