@@ -18,14 +18,12 @@ import time
 import warnings
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import secateur as sc
-from oneshot import HERE
+from oneshot import HERE, smaller
 from rows import Row, Rows
 from secateur.lab.data.registry import load
 from secateur.lab.models.registry import build, example_input
@@ -39,25 +37,6 @@ PARAMS = (0.4, 0.2)
 EPOCHS, ROUNDS, LR, WEIGHT_DECAY = 3, 3, 0.02, 1e-4
 METHODS = ("magnitude", "obs", "kron_obd", "kron_obs", "eigendamage", "secateur", "secateur.hybrid")
 PASSES = {"one pass": 1, "iterative": ROUNDS}
-EXACT: dict[str, Any] = {"batches": SEEN, "fisher": "exact"}
-
-
-def smaller(method: str, model: nn.Module, params: float, data: list[Any]) -> nn.Module:
-    """What a method leaves of a model within such a part of its parameters, before training."""
-    inputs, loss = torch.zeros(example_input(NETWORK)), "cross_entropy"
-    if method == "secateur":
-        return sc.prune(model, inputs, sc.Budget(params=params), data=data).model
-    if method == "secateur.hybrid":
-        return sc.hybrid(model, inputs, sc.Budget(params=params), data=data).model
-    budget = sc.Budget(params=params, round_to=1)
-    if method == "eigendamage":
-        return sc.eigendamage(model, inputs, budget, data=data, loss=loss, fisher="exact", repair="none").model
-    criterion = method if method == "magnitude" else sc.CRITERIA.make(method, EXACT)
-    repair: Any = sc.Compensate(**EXACT) if method in ("obs", "kron_obs") else "none"
-    strategy = "uniform" if method == "magnitude" else "global"
-    return sc.prune(
-        model, inputs, budget, data=data, loss=loss, criterion=criterion, strategy=strategy, repair=repair
-    ).model
 
 
 def trained(model: nn.Module, epochs: int, seed: int, work: Path) -> None:
@@ -82,7 +61,7 @@ def one(method: str, passes: str, fraction: float, seed: int, work: Path) -> Row
     for number in range(1, rounds + 1):
         start = time.perf_counter()
         now = counted(model, inputs)["params"] / full["params"]
-        model = smaller(method, model, fraction ** (number / rounds) / now, images)
+        model = smaller(method, model, inputs, fraction ** (number / rounds) / now, images)
         seconds += time.perf_counter() - start
         untrained = untrained or accuracy(model.eval(), test)
         trained(model, EPOCHS // rounds, seed + 10 * number, work / str(number))

@@ -37,18 +37,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
-from torch.nn import functional as F
 
 import factors
 import secateur as sc
 import step
 from networks import RESNETS, ResNet
+from oneshot import smaller
 from rows import Rows
 from secateur.lab.data.dataset import Dataset, Split
 from secateur.lab.data.registry import load
 from secateur.lab.models.registry import build
-from secateur.lab.training.schedule import named
+from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import accuracy
 from secateur.measure.counting import counted
 
@@ -57,7 +58,6 @@ SHAPE = (1, 3, 32, 32)
 BATCH, LR = 128, 0.1
 C, MU = 5e-4, 0.6
 """Of gRDA's experiments (arXiv 2006.09358); the paper's are not public."""
-EXACT: dict[str, Any] = {"batches": 25, "fisher": "exact"}
 
 
 class NoTimeError(Exception):
@@ -76,7 +76,7 @@ class Bench:
         epochs: of a training from scratch.
         seeds: how many.
         dry: two steps of everything, with narrow networks.
-        seconds: of an epoch, by network, as measured.
+        seconds: of an epoch, by network and width, as measured.
     """
 
     device: torch.device
@@ -86,7 +86,7 @@ class Bench:
     epochs: int
     seeds: int
     dry: bool
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[tuple[str, float], float] = field(default_factory=dict)
 
     def make(self, name: str, width: float = 1.0) -> nn.Module:
         """A new network on the device, narrow where it is dry."""
@@ -117,35 +117,16 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def trained(bench: Bench, model: nn.Module, optimizer: Any, epochs: float, schedule: str, seed: int) -> float:
-    """Train in place, so many epochs; the seconds that one took, without compiling."""
-    factor, batches = named(schedule), bench.data.loader("train", BATCH, shuffle=True, augment=True, seed=seed)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    steps = 2 if bench.dry else max(2, round(epochs * len(batches)))
-    net: Any = model.train() if bench.dry else torch.compile(model.train())
-    begun, start, done, epoch = time.perf_counter(), 0, 0, 0
-    while done < steps:
-        batches.set_epoch(epoch)
-        for x, y in batches:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor(done / steps)
-            with torch.autocast(bench.device.type, torch.bfloat16):
-                loss = F.cross_entropy(net(x.contiguous(memory_format=torch.channels_last)), y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            done += 1
-            if done == min(20, steps // 2 + 1):
-                bench.cuda()
-                begun, start = time.perf_counter(), done
-            if done == steps:
-                break
-        epoch += 1
-    bench.cuda()
+def trained(bench: Bench, model: nn.Module, optimizer: Any, epochs: int, schedule: str, seed: int) -> float:
+    """Train in place, so many epochs; the seconds that the last one took."""
+    batches = bench.data.loader("train", BATCH, shuffle=True, augment=True, seed=seed)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=bench.device.type == "cpu")
+    history = fit(
+        model, optimizer, batches, epochs=epochs, schedule=schedule, accelerator=accelerator, progress=False,
+        channels_last=True, compile=not bench.dry,
+    )  # fmt: skip
     model.eval()
-    if not loss.isfinite():
-        raise sc.SecateurError(f"the loss is {loss.item()} after {steps} steps")
-    return (time.perf_counter() - begun) / max(steps - start, 1) * len(batches)
+    return float(history[-1]["seconds"])
 
 
 def sgd(model: nn.Module, lr: float = LR, decay: float = 5e-4) -> torch.optim.Optimizer:
@@ -250,16 +231,18 @@ def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], tuple[float, float
 
 def epochs(bench: Bench) -> None:
     """Seconds an epoch, by which everything else is planned."""
-    for network, width in (("vgg16_bn", 1.0), ("wrn_28_10", 10.0), ("resnet32", 4.0), ("vgg19_bn", 1.0)):
-        row = next((r for r in bench.rows.rows if r["piece"] == "epochs" and r["network"] == network), None)
+    networks = (("vgg16_bn", 1.0), ("wrn_28_10", 10.0), ("resnet32", 4.0), ("vgg19_bn", 1.0), ("resnet32", 1.0))
+    for network, width in networks:
+        key = ("epochs", network, width)
+        row = next((r for r in bench.rows.rows if (r["piece"], r.get("network"), r.get("width")) == key), None)
         if row is None:
             torch.manual_seed(0)
             model = bench.make(network, width)
-            seconds = trained(bench, model, sgd(model), 0.3, "constant", 0)
+            seconds = trained(bench, model, sgd(model), 2, "constant", 0)  # the first compiles
             bench.keep(piece="epochs", network=network, width=width, seconds=seconds)
         else:
             seconds = row["seconds"]
-        bench.seconds[network] = seconds
+        bench.seconds[network, width] = seconds
 
 
 def by_sdprun(bench: Bench, piece: str, network: str, width: float, fraction: float) -> None:
@@ -269,7 +252,7 @@ def by_sdprun(bench: Bench, piece: str, network: str, width: float, fraction: fl
             key = {"piece": piece, "network": network, "seed": seed, "c": c, "epochs": bench.epochs}
             if bench.has(**key):
                 continue
-            bench.left(1.2 * bench.epochs * bench.seconds[network] + 40, f"{network}, c = {c:g}, seed {seed}")
+            bench.left(1.2 * bench.epochs * bench.seconds[network, width] + 40, f"{network}, c = {c:g}, seed {seed}")
             torch.manual_seed(seed)
             model, start = bench.make(network, width), time.perf_counter()
             graph = sc.trace(model, torch.zeros(SHAPE, device=bench.device))
@@ -313,7 +296,8 @@ def eigendamage(bench: Bench) -> None:
         if bench.has(**key):
             continue
         bench.left(
-            (bench.epochs + rounds * after) * bench.seconds[network] * 1.2 + 40 + 25 * rounds, f"{network}, seed {seed}"
+            (bench.epochs + rounds * after) * bench.seconds[network, 4.0] * 1.2 + 40 + 25 * rounds,
+            f"{network}, seed {seed}",
         )
         start = time.perf_counter()
         model, before = dense(bench, network, 4.0, seed)
@@ -345,33 +329,20 @@ def one_pass(bench: Bench) -> None:
             missing = [key for key in keys if not bench.has(**key)]
             if not missing:
                 continue
-            seconds = bench.seconds[network]
+            seconds = bench.seconds[network, width]
             bench.left(1.2 * (bench.epochs + after) * seconds + 60, f"{network}, seed {seed}")
             model, before = dense(bench, network, width, seed)
             full = counted(model, x)
             for key in missing:
                 bench.left(1.2 * after * seconds + 30, f"{network}, {key['method']}")
                 start = time.perf_counter()
-                small = pruned(bench, str(key["method"]), model, float(key["fraction"]), seed)  # type: ignore[arg-type]
+                small = smaller(str(key["method"]), model, x, float(key["fraction"]), bench.images(seed))  # type: ignore[arg-type]
                 took = time.perf_counter() - start
                 left = {unit: n / full[unit] for unit, n in counted(small, x).items()}
                 first = tested(bench, small)
                 trained(bench, small, sgd(small, 0.02, 1e-4), after, "one_cycle", 100 + seed)
                 test = tested(bench, small)
                 bench.keep(**key, after=after, **left, before=before, untrained=first, test=test, seconds=took)
-
-
-def pruned(bench: Bench, method: str, model: nn.Module, fraction: float, seed: int) -> nn.Module:
-    """What a method leaves of a model's parameters."""
-    x, data, loss = torch.zeros(SHAPE, device=bench.device), bench.images(seed), "cross_entropy"
-    if method == "secateur":
-        return sc.prune(model, x, sc.Budget(params=fraction), data=data).model
-    budget = sc.Budget(params=fraction, round_to=1)
-    if method == "eigendamage":
-        return sc.eigendamage(model, x, budget, data=data, loss=loss, fisher="exact", repair="none").model
-    repair: Any = sc.Compensate(**EXACT) if method in ("obs", "kron_obs") else "none"
-    criterion = sc.CRITERIA.make(method, EXACT)
-    return sc.prune(model, x, budget, data=data, loss=loss, criterion=criterion, strategy="global", repair=repair).model
 
 
 PIECES: dict[str, Callable[[Bench], None]] = {

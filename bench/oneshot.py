@@ -28,6 +28,29 @@ Makers = Callable[[nn.Module, torch.Tensor, Any, int, int, set[str]], Iterator[t
 """``makers(model, inputs, images, batches, seed, wanted)`` -> each wanted method, a function from budget to network."""
 
 
+def smaller(method: str, model: nn.Module, inputs: torch.Tensor, fraction: float, data: Sequence[Any]) -> nn.Module:
+    """What a method leaves of a model within such a part of its parameters, before any training.
+
+    ``secateur`` and ``secateur.hybrid`` are the defaults with data alone; all others go channel by channel, with the
+    exact Fisher where they want one, C-OBS and Kron-OBS with their compensation.
+    """
+    if method == "secateur":
+        return sc.prune(model, inputs, sc.Budget(params=fraction), data=data).model
+    if method == "secateur.hybrid":
+        return sc.hybrid(model, inputs, sc.Budget(params=fraction), data=data).model
+    given: dict[str, Any] = {"data": data, "loss": "cross_entropy"}
+    exact, budget = {"batches": len(data), "fisher": "exact"}, sc.Budget(params=fraction, round_to=1)
+    if method == "eigendamage":
+        return sc.eigendamage(model, inputs, budget, **given, fisher="exact", repair="none").model
+    if method == "magnitude":  # as in the papers; by norms, "global" leaves blocks of a ResNet with a single channel
+        return sc.prune(
+            model, inputs, budget, **given, criterion="magnitude", strategy="uniform", repair="none"
+        ).model  # fmt: skip
+    repair: Any = sc.Compensate(**exact) if method in ("obs", "kron_obs") else "none"
+    criterion = sc.CRITERIA.make(method, exact)
+    return sc.prune(model, inputs, budget, **given, criterion=criterion, strategy="global", repair=repair).model
+
+
 @dataclass(frozen=True)
 class Setting:
     """How one network is measured.

@@ -241,7 +241,7 @@ CLAIMS = (
     ),
     Claim(
         "IncReg",
-        "its release's page (arXiv 1804.09461)",
+        "its release's page (arXiv 1811.08390)",
         "VGG-16, ImageNet, 5x fewer FLOPs of convolutions",
         "top-1 70.62 -> 67.62 %",
         lambda: None,
@@ -249,7 +249,7 @@ CLAIMS = (
     ),
     Claim(
         "IncReg",
-        "its release's page (arXiv 1804.09461)",
+        "its release's page (arXiv 1811.08390)",
         "ResNet-50, ImageNet, 2x",
         "top-1 72.92 -> 72.47 %",
         lambda: None,
@@ -257,9 +257,9 @@ CLAIMS = (
     ),
     Claim(
         "IncReg",
-        "arXiv 1804.09461, abstract",
-        "against methods of its time",
-        "comparable or better",
+        "arXiv 1811.08390",
+        "small networks",
+        "no number is quoted here",
         gradual("increg"),
         "open: `python bench/gentle.py accuracy`",
     ),
