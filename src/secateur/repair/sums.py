@@ -3,7 +3,7 @@
 In ``s = u + v`` what matters is the sum. Where ``u`` is the outputs ``y`` of the layer that ran last, or a batch norm
 of them, ``a y + b`` channel by channel, all of ``v`` is known when the layer is fitted, and what is missing in it can
 be asked of the layer: ``y + (v - v') / a`` in place of ``y`` (arXiv 1707.06168, section 3.3, for residual blocks).
-Nothing else may read ``y`` (or what the norm makes of it), and ``v`` must be there before the layer runs.
+Nothing else may read ``y`` (or what the norm makes of it), so that ``v`` does not depend on it.
 """
 
 from __future__ import annotations
@@ -102,7 +102,6 @@ class Outputs:
     reads: Counter[tuple[str, str | None]] = field(default_factory=Counter)
     looked_at: bool = False
     _known: dict[int, tuple[Any, str, str | None, int]] = field(default_factory=dict)
-    _since: list[Any] = field(default_factory=list)
     _name: str = ""
     _norm: str | None = None
     _x: Tensor | None = None
@@ -143,20 +142,17 @@ class Outputs:
         """A sum is about to be computed."""
         if self._u is not None and self._x is not None and self._x._version == self._version:
             for u, v in ((first, second), (second, first)):
-                own = v is self._y or v is self._u or any(v is made for made in self._since)
-                if u is self._u and not own:
+                if u is self._u:
                     self.added[self._name] = self._norm
                     self.summed(self._name, self._norm, v)
                     break
         return first, second
 
     def ran(self, func: Any, given: Any, found: Any) -> None:
-        """A function has run: what it reads is counted, what it makes is kept until the next layer runs."""
+        """A function has run: what it reads is counted."""
         if self.looked_at:
             return
         made = [t for t in tree_iter(found) if isinstance(t, Tensor)]
-        if self._u is not None:
-            self._since += made
         if not made and func is not torch.Tensor.__setitem__:
             return  # a shape, or a number
         for t in tree_iter(given):
@@ -171,7 +167,7 @@ class Outputs:
 
     def forget(self) -> None:
         """Something else has run than what is between the last layer and a sum."""
-        self._norm, self._x, self._y, self._u, self._since = None, None, None, None, []
+        self._norm, self._x, self._y, self._u = None, None, None, None
 
     def read_elsewhere(self) -> set[str]:
         """The layers whose outputs, or what a norm makes of them, are read more than once."""
