@@ -24,6 +24,7 @@ from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import accuracy
 from secateur.plan import Plan
 from secateur.repair.examples import Examples, Part, _split
+from secateur.curvature.passes import STRANGE
 from secateur.repair.refit import _by_examples, _done_if_nearer, _Job, least_squares, refitted
 from secateur.surgery.low_rank.bottleneck import bottlenecked, three
 from secateur.tracing.graph import fingerprint
@@ -245,6 +246,28 @@ class Shared(nn.Module):
 
     def forward(self, x):
         return self.head(self.last(self.tied(self.twice(self.twice(self.first(x).relu()).relu()).relu())))
+
+
+class Toeplitz(nn.Conv1d):
+    """A line of numbers [n, l] along which it slides, as in the pitch tracker PESTO; of its class, inputs are wider."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(1, 1, inputs + outputs - 1, padding=outputs - 1, bias=False)
+
+    def forward(self, x):
+        return super().forward(x.unsqueeze(-2)).squeeze(-2)
+
+
+def test_a_convolution_that_takes_a_line_is_left_as_it_is():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 12), Toeplitz(12, 9)).double()
+    data = examples(6, n=400)
+    plan = removing(model, data[0][0], "0", [1, 5])
+    small = sc.cut(model, plan)
+    weight, error = small[3].weight.clone(), (small(data[0][0]) - model(data[0][0])).norm()
+    assert sc.refit(model, small, plan, data) == {"3": STRANGE}
+    assert torch.equal(small[3].weight, weight)
+    assert (small(data[0][0]) - model(data[0][0])).norm() < 0.8 * error
 
 
 def test_layers_that_run_twice_or_share_a_weight_are_fitted_to_all_they_compute():

@@ -431,9 +431,10 @@ def computes_its_weight(layer: Layer, x: object, y: object) -> bool:
         samples, outputs = input_samples_at(whole, wide(x), some), output_samples_at(whole, wide(y), some)
     except (RuntimeError, IndexError, ValueError):  # shapes that its weight could not take
         return False
-    if len(set(totals)) > 1:
+    table = whole.table().double().squeeze(2)
+    if len(set(totals)) > 1 or samples.shape[::2] != table.shape[::2]:
         return False
-    expected = samples.double() @ whole.table().double().squeeze(2).mT
+    expected = samples.double() @ table.mT
     size = float(expected.norm())
     # single precision on a GPU may be reduced inside; reduced precision is off by less than a hundredth
     exact = y.dtype == torch.float64 or (y.dtype == torch.float32 and y.device.type == "cpu")
