@@ -199,7 +199,13 @@ def page(name: str, of_rows: list[Row], about: dict[str, Any]) -> str:
         took = f"{statistics.median(seconds):.0f}" if seconds else "-"
         lines.append(f"| `{method}` | {' | '.join(cells)} | {sizes} | {shown} | {took} |")
     lines += ["", f"Frozen: {about['advice']}", ""]
-    return "\n".join(lines)
+    for found in about["frozen"]:
+        axes, more = ", ".join(f"`{axis}`" for axis in found["some"]), found["axes"] - len(found["some"])
+        lines.append(
+            f"- {found['positions']:,} positions, {axes}{f' and {more} more' if more else ''}: {found['reason']} "
+            f"(`{found['operation']}`); to do: {found['advice']}"
+        )
+    return "\n".join([*lines, ""])
 
 
 def _ratio(found: Any) -> str:

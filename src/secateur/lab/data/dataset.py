@@ -19,6 +19,9 @@ class Split:
     images: Tensor
     labels: Tensor
 
+    def __repr__(self) -> str:
+        return f"Split({len(self)} of {'x'.join(map(str, self.images.shape[1:]))}, {self.images.dtype})"
+
     def __len__(self) -> int:
         return len(self.labels)
 
