@@ -19,12 +19,12 @@ from secateur._internal.memory import available
 from secateur._internal.workload import Workload
 from secateur.curvature.eigenbasis import eigenbasis_of
 from secateur.curvature.layers import spread
+from secateur.curvature.passes import STRANGE
 from secateur.lab.models.registry import build
 from secateur.lab.training.loop import fit
 from secateur.measure.accuracy import accuracy
 from secateur.plan import Plan
 from secateur.repair.examples import Examples, Part, _split
-from secateur.curvature.passes import STRANGE
 from secateur.repair.refit import _by_examples, _done_if_nearer, _Job, least_squares, refitted
 from secateur.surgery.low_rank.bottleneck import bottlenecked, three
 from secateur.tracing.graph import fingerprint
