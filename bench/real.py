@@ -4,7 +4,7 @@ A row a network, method, budget and seed; the seed draws the data that prune. ``
 :func:`secateur.prune` and :func:`secateur.hybrid` with nothing but inputs; ``magnitude`` takes the same part of every
 group, ``+refit`` fits the rest to the original. ``taylor``, torch-pruning and torch-kirigami get labels too, and the
 largest network within the budget by bisection of what they take instead of MACs; of networks that are not refitted the
-batch norms are re-estimated where the same images bear that out. Latency is timed for the first seed: whole and cut in
+batch norms are re-estimated where the same images bear that out (by accuracy, or by the whole's outputs where there are no labels). Latency is timed for the first seed: whole and cut in
 turn, batch of the example inputs, one thread (:func:`secateur.compare_latency`). Rows that are there are not run
 again; a killed run goes on::
 
@@ -49,6 +49,7 @@ def smaller(name: str, of: Network, budget: sc.Budget, batches: list[Any], image
     """What a method leaves of a network."""
     model, inputs = of.model, of.inputs
     data = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+    labelled = isinstance(batches[0], tuple)
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if name == "secateur":
         return sc.prune(model, inputs, budget, data=data).model
@@ -57,7 +58,7 @@ def smaller(name: str, of: Network, budget: sc.Budget, batches: list[Any], image
     if name in ("magnitude", "taylor"):
         given = {"data": batches, "loss": "cross_entropy"} if name == "taylor" else {}
         small = sc.prune(model, inputs, budget, criterion=name, strategy="uniform", repair="none", **given).model
-        return better_norms(small, batches) if norms else small
+        return small if not norms else better_norms(small, batches) if labelled else nearer_norms(model, small, data)
     if name == "magnitude+refit":
         return sc.prune(
             model, inputs, budget, data=data, criterion="magnitude", strategy="uniform", repair="refit"
@@ -67,6 +68,19 @@ def smaller(name: str, of: Network, budget: sc.Budget, batches: list[Any], image
     if peer == "torch-pruning":
         return better_norms(torch_pruning(criterion, scope[0], model, inputs, images, macs), batches)
     return better_norms(kirigami(criterion, model, inputs, images, macs), batches)
+
+
+@torch.no_grad()
+def nearer_norms(whole: nn.Module, small: nn.Module, data: list[Any]) -> nn.Module:
+    """The network with its norms re-estimated, if its outputs on the same inputs are nearer to the whole's so."""
+    other = copy.deepcopy(small)
+    sc.recalibrate(other, data, batches=len(data))
+    wanted = [whole(x) for x in data]
+
+    def distance(one: nn.Module) -> float:
+        return sum(float((one(x) - y).square().sum()) for x, y in zip(data, wanted, strict=True))
+
+    return min((small.eval(), other.eval()), key=distance)
 
 
 def kirigami(criterion: str, model: nn.Module, inputs: Any, images: Images, macs: int) -> nn.Module:
