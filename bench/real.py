@@ -2,8 +2,8 @@
 
 A row a network, method, budget and seed; the seed draws the data that prune. ``secateur`` and ``secateur.hybrid`` are
 :func:`secateur.prune` and :func:`secateur.hybrid` with nothing but inputs; ``magnitude`` takes the same part of every
-group, ``+refit`` fits the rest to the original. ``taylor``, torch-pruning and torch-kirigami get labels too, and the largest
-network within the budget by bisection of what they take instead of MACs; of networks that are not refitted the batch
+group, ``+refit`` fits the rest to the original. ``taylor``, torch-pruning and torch-kirigami get labels too, and the
+largest network within the budget by bisection of what they take instead of MACs; of what is not refitted the batch
 norms are re-estimated where the same images bear that out (by accuracy, or by the whole's outputs where there are no
 labels). Latency is timed for the first seed: whole and cut in turn, batch of the example inputs, one thread
 (:func:`secateur.compare_latency`). Rows that are there are not run again; a killed run goes on::
