@@ -13,7 +13,7 @@ import secateur
 ROOT = Path(secateur.__file__).parent
 FLOORS = [
     {"_internal"},
-    {"tracing"},
+    {"tracing", "report"},
     {"plan", "shipping"},
     {"curvature", "measure", "result"},
     {"scoring", "surgery"},
@@ -22,7 +22,7 @@ FLOORS = [
     {"pruning"},
     {"methods"},
     {"lab", "loops"},
-    {"report", "cli"},
+    {"cli"},
     {"__main__"},
 ]
 """Rooms (packages, and modules beside them) from the ground up. Who is on one floor does not know of each other."""

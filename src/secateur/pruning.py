@@ -23,6 +23,7 @@ from secateur.allocation.latency.api import LatencyClock, measure_latency
 from secateur.allocation.latency.clock import check_clock, check_reachable, check_same_backend
 from secateur.allocation.latency.sampler import LatencySettings
 from secateur.measure.backends import EAGER
+from secateur.measure.layers import layer_data
 from secateur.repair.api import repaired, repairs_of
 from secateur.repair.contract import Repair
 from secateur.result import Result, counts_of
@@ -137,7 +138,8 @@ def prune(
         )
     facts["chosen"] = {"criterion": _settings(one), "strategy": _settings(two), "repair": [_settings(r) for r in three]}
     facts |= {"forwards": work.forwards, "notices": list(work.notices), "remarks": list(work.remarks)}
-    return Result(small, counts_of(graph), after, plan, graph, scores, facts)
+    layers = layer_data(model, small, work.inputs)
+    return Result(small, counts_of(graph), after, plan, graph, scores, facts, layers)
 
 
 def check_feasible(

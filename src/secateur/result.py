@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from secateur.plan import Plan
-from secateur.tracing.graph import ChannelGraph
+from secateur.report.of_result import page_of_result
+from secateur.report.page import write_page
+from secateur.tracing.graph import ChannelGraph, Frozen
 
 Rows = list[tuple[str, ...]]
 
@@ -50,6 +57,8 @@ class Result:
             ``"forwards"`` (batches that were run through the model), ``"round_to"`` (group -> what its width is a
             multiple of, where that is more than 1), ``"notices"`` (what was substituted), ``"left whole"`` (layer ->
             why it stays as it was), and what the seats add.
+        layers: what every layer costs before and after, in the order of the forward
+            (:func:`secateur.measure.layers.compare_layers`); empty where a method does not tell.
     """
 
     model: nn.Module
@@ -59,6 +68,33 @@ class Result:
     graph: ChannelGraph | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    layers: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+
+    def as_data(self) -> dict[str, Any]:
+        """All but the model, as JSON holds it: counts, layers, groups with their scores, what is frozen, facts."""
+        data: dict[str, Any] = {
+            "model": type(self.model).__name__,
+            "before": asdict(self.before), "after": asdict(self.after), "layers": [dict(row) for row in self.layers],
+            **traced_data(self.graph, self.plan, self.scores), "facts": dict(self.facts),
+        }  # fmt: skip
+        found: dict[str, Any] = json.loads(json.dumps(data, default=str))
+        return found
+
+    def report(self, path: str | Path, *, title: str = "") -> Path:
+        """Write a page that a person reads: one HTML file that needs nothing else.
+
+        Args:
+            path: of the file.
+            title: of the page; the model's class by default.
+
+        Returns:
+            The path.
+
+        Raises:
+            BadFile: it cannot be written.
+            MissingExtra: Jinja2 is not installed.
+        """
+        return write_page(page_of_result(self.as_data(), title=title), path)
 
     def rows(self) -> Rows:
         """Counts before and after, and what every group kept."""
@@ -93,6 +129,98 @@ class Result:
             for row in rows
         ]
         return f"<table>{''.join(cells)}</table>"
+
+
+MOST_SCORES = 48
+"""A group's scores are told as so many numbers at most."""
+
+
+def traced_data(graph: ChannelGraph | None, plan: Plan | None, scores: Mapping[str, Tensor] = {}) -> dict[str, Any]:
+    """What is known of the groups, of what is frozen and of what is patched, as JSON holds it; empty without a graph.
+
+    Args:
+        graph: the channel graph of the original.
+        plan: what was removed.
+        scores: group name to one score a channel.
+
+    Returns:
+        ``groups`` (name, width before and after, exact, reason, scores from low to high with the share that went there,
+        and predicted rises), ``frozen`` (by operation and reason), ``frozen in`` (layer -> positions of its outputs and
+        why), ``skipped``, ``patched``, ``notes``.
+    """
+    if graph is None or plan is None:
+        return {}
+    groups = []
+    rises = getattr(scores, "rises", {})
+    for group, kept in zip(graph.groups, graph.kept(plan).tolist(), strict=True):
+        gone = plan.removed.get(group.name, ())
+        found: dict[str, Any] = {"name": group.name, "width": [len(group), kept], "exact": group.exact}
+        found |= {"reason": group.reason} if group.reason else {}
+        if group.name in scores:
+            found["scores"] = _thinned(np.asarray(scores[group.name].detach().double().cpu()), gone)
+        if group.name in rises:
+            found["rises"] = _curve(np.asarray(rises[group.name].detach().double().cpu()))
+        groups.append(found)
+    return {
+        "groups": groups,
+        "frozen": frozen_data(graph.frozen),
+        "frozen in": _frozen_outputs(graph.frozen),
+        "skipped": dict(plan.skipped),
+        "patched": {key: [str(before), str(after)] for key, (before, after) in plan.patched.items()},
+        "notes": list(graph.notes),
+    }
+
+
+def frozen_data(frozen: Sequence[Frozen], most: int = 4) -> list[dict[str, Any]]:
+    """What cannot be removed, by operation and reason: how many positions, of which axes, where, and what can be done.
+
+    Args:
+        frozen: of a graph.
+        most: so many axes and places of each are named.
+    """
+    alike: dict[tuple[str, str], list[Frozen]] = defaultdict(list)
+    for one in frozen:
+        alike[one.operation, one.reason].append(one)
+    return [
+        {
+            "operation": operation, "reason": reason, "advice": some[0].advice,
+            "positions": sum(f.positions for f in some), "axes": len(some),
+            "some": [f"{f.axis}:{f.dim}" for f in some[:most]],
+            "places": list(dict.fromkeys(f.place for f in some if f.place))[:most],
+        }
+        for (operation, reason), some in alike.items()
+    ]  # fmt: skip
+
+
+def _frozen_outputs(frozen: Sequence[Frozen]) -> dict[str, list[Any]]:
+    """Layer -> how many positions of its weight's rows cannot go, and why."""
+    found: dict[str, list[Any]] = {}
+    for f in frozen:
+        layer, _, tensor = f.axis.rpartition(".")
+        if f.dim == 0 and tensor.endswith("weight"):
+            before = found.setdefault(layer, [0, f.words])
+            before[0] += f.positions
+    return found
+
+
+def _thinned(scores: np.ndarray, gone: Sequence[int]) -> list[list[float | None]]:
+    """Scores from low to high, not too many, each with the share of the channels around it that went."""
+    went = np.zeros(len(scores))
+    went[list(gone)] = 1.0
+    order = np.argsort(scores, kind="stable")
+    parts = np.array_split(order, min(len(order), MOST_SCORES))
+    return [[_plain(scores[part].mean()), float(went[part].mean())] for part in parts]
+
+
+def _curve(rises: np.ndarray) -> list[list[float | None]]:
+    """[channels that went, rise of the loss], not too many."""
+    at = np.unique(np.linspace(0, len(rises) - 1, min(len(rises), MOST_SCORES)).round().astype(int))
+    return [[int(n), _plain(rises[n])] for n in at]
+
+
+def _plain(value: float) -> float | None:
+    """Four digits, as JSON holds it; what is not finite is nothing."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:

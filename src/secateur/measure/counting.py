@@ -7,7 +7,8 @@ one MAC. :meth:`secateur.ChannelGraph.macs` gives the same numbers without runni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -36,24 +37,36 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
     Raises:
         SecateurError: the forward fails on the inputs.
     """
+    with counting(model, inputs) as (run, total):
+        run()
+    return total()
+
+
+@contextmanager
+def counting(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Callable[[], Any], Callable[[], int]]]:
+    """What runs the forward once, as :func:`count_macs` does, and what says how much was counted so far."""
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
     copied = pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, inputs)
-    try:
-        with (
-            torch.inference_mode(any(p.is_inference() for p in model.parameters())),  # which others cannot handle
-            preserved(model, gradients=False, fast_path=False),
-            without_einsum_paths(),
-            torch.no_grad(),
-            _Counter(display=False, custom_mapping=dict(_FORMULAS)) as counter,
-        ):
-            call_model(model, copied)
-    except Exception as error:
-        shapes = ", ".join(str(list(t.shape)) for t in tensors_in(inputs))
-        raise SecateurError(
-            f"{type(model).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: {error}"
-        ) from error
-    return counter.get_total_flops() // 2
+    counter = _Counter(display=False, custom_mapping=dict(_FORMULAS))
+
+    def run() -> Any:
+        try:
+            with counter:
+                return call_model(model, copied)
+        except Exception as error:
+            shapes = ", ".join(str(list(t.shape)) for t in tensors_in(inputs))
+            raise SecateurError(
+                f"{type(model).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: {error}"
+            ) from error
+
+    with (
+        torch.inference_mode(any(p.is_inference() for p in model.parameters())),  # which others cannot handle
+        preserved(model, gradients=False, fast_path=False),
+        without_einsum_paths(),
+        torch.no_grad(),
+    ):
+        yield run, lambda: counter.get_total_flops() // 2
 
 
 def count_params(model: nn.Module) -> int:

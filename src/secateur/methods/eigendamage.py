@@ -25,6 +25,7 @@ from secateur.curvature.eigenbasis import Eigenbasis, eigenbasis_of, second_mome
 from secateur.curvature.fisher import Fisher
 from secateur.curvature.kronecker import factors_of
 from secateur.curvature.layers import CONVOLUTIONS
+from secateur.measure.layers import layer_data
 from secateur.methods.contract import METHODS, described, measured_counts, settings_from, share_weights
 from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
 from secateur.plan import Plan
@@ -201,7 +202,7 @@ class EigenDamage:
         facts[LEFT_WHOLE] |= repaired_facts.pop(LEFT_WHOLE, {})
         facts |= repaired_facts
         facts |= {"forwards": work.forwards, "notices": list(work.notices)}
-        return Result(small, before, after, facts=facts)
+        return Result(small, before, after, facts=facts, layers=layer_data(model, small, inputs))
 
     def _begin(self, model: nn.Module, inputs: Inputs, budget: Budget | None) -> tuple[Probed, Counts, Budget]:
         """What can become a bottleneck, what the model costs, and the budget, which such bottlenecks can meet."""

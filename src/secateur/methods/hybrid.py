@@ -41,6 +41,7 @@ from secateur.curvature.layers import Layer
 from secateur.curvature.passes import NOT_REACHED
 from secateur.curvature.projections import projections
 from secateur.curvature.readers import POSITIONS, readers
+from secateur.measure.layers import layer_data
 from secateur.methods.contract import METHODS, described, measured_counts, settings_from, share_weights
 from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
 from secateur.plan import Plan, make_plan
@@ -187,7 +188,7 @@ class Hybrid:
         more = repaired(repairs, model, small, best.plan, work)
         facts[LEFT_WHOLE] |= more.pop(LEFT_WHOLE, {})
         facts |= more | {"forwards": work.forwards, "notices": list(work.notices), "remarks": list(work.remarks)}
-        return Result(small, house.before, after, facts=facts)
+        return Result(small, house.before, after, facts=facts, layers=layer_data(model, small, inputs))
 
     def _house(self, model: nn.Module, inputs: Inputs, budget: Budget | None) -> _House:
         """What both moves can do, and what the budget allows."""

@@ -34,6 +34,7 @@ from secateur._internal.state import device_of, eval_mode
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.budget import Budget
 from secateur.curvature.kronecker import Curvature
+from secateur.measure.layers import layer_data
 from secateur.methods.contract import METHODS, TRAINING_METHODS, described, measured_counts, settings_from
 from secateur.methods.layer_selection import check_exclude, excluded_layers, frozen_layers
 from secateur.plan import Plan
@@ -105,7 +106,8 @@ class PivotSettings:
         facts = {"packed": sorted(done["layers"]), "dense": sorted(done["patterns"]), "ms": done["ms"]}
         if facts["dense"]:
             facts["remarks"] = [f"pack: no slower dense, and left so: {', '.join(facts['dense'])}"]
-        return Result(small, measured_counts(model, inputs), measured_counts(small, inputs), facts=facts)
+        before, after = measured_counts(model, inputs), measured_counts(small, inputs)
+        return Result(small, before, after, facts=facts, layers=layer_data(model, small, inputs))
 
 
 @METHODS.register("pivot")
@@ -168,7 +170,7 @@ class Pivot(PivotSettings):
             facts |= told
             _check_inside(small, patterns)
         facts["notices"] = list(work.notices)
-        return Result(small, before, after, facts=facts)
+        return Result(small, before, after, facts=facts, layers=layer_data(model, small, inputs))
 
 
 def pivot(

@@ -15,6 +15,7 @@ from secateur._internal.checks import check_flag
 from secateur._internal.errors import SecateurError
 from secateur._internal.workload import Needs, Workload
 from secateur.allocation.budget import Budget
+from secateur.measure.layers import layer_data
 from secateur.methods.contract import METHODS, described
 from secateur.methods.layer_selection import check_exclude
 from secateur.result import Result, counts_of
@@ -56,4 +57,6 @@ class Zero:
                 "norm), so none is cut"
             )
         facts = {"chosen": {"method": described(self)}, "notices": list(work.notices)}
-        return Result(cut(model, plan), counts_of(graph), counts_of(graph, plan), plan, graph, facts=facts)
+        small = cut(model, plan)
+        layers = layer_data(model, small, inputs)
+        return Result(small, counts_of(graph), counts_of(graph, plan), plan, graph, facts=facts, layers=layers)
