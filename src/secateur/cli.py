@@ -1,4 +1,4 @@
-"""The command line: ``secateur run``, ``prune``, ``inspect``, ``export``, ``measure`` and ``list``.
+"""The command line: ``secateur run``, ``prune``, ``inspect``, ``export``, ``measure``, ``report`` and ``list``.
 
 Bad input ends with exit code 2 and one message on stderr, an interruption with 130, and SIGTERM with 143. Anything else
 is a bug of ours and keeps its traceback. Results go to stdout; what is said meanwhile goes to stderr. Nothing heavy is
@@ -8,6 +8,7 @@ imported before a command needs it.
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import textwrap
@@ -114,12 +115,14 @@ def run_command(
         done = folder.earlier(where, description, fresh=fresh)
         if done is not None and done["finished"]:
             _show(f"{where}: this run is finished (--fresh does it again)")
+        command = shlex.join(["secateur", "run", recipe, *(overrides or ()), "--out", str(where)])
         result = run(
-            description, where, fresh=fresh, progress=not quiet, say=_say(quiet), agree=None if yes else _refuse_long
-        )
+            description, where, fresh=fresh, progress=not quiet, say=_say(quiet), agree=None if yes else _refuse_long,
+            command=command,
+        )  # fmt: skip
         console = Console()
         console.print(table(result, console.width))
-        _show(f"everything is in {where}")
+        _show(f"everything is in {where}; {where / folder.REPORT} is a page to read")
 
 
 @app.command("prune")
@@ -258,6 +261,18 @@ def measure_command(
         source = Source(model, _options_of(options), build, weights, tuple(shape or ()), inputs)
         found = timed(source, backend or ["eager"], threads or [], batch or [], progress=not quiet)
         _show_as(comparison_data(found), str(found), as_json)
+
+
+@app.command("report")
+def report_command(
+    what: Annotated[Path, typer.Argument(help="The folder of a run, or one that `secateur prune` has saved.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in that folder.")] = None,
+) -> None:
+    """Write a page that a person reads: one HTML file that needs nothing else."""
+    with told("nothing was written"):
+        from secateur.lab.reporting import report
+
+        _show(str(report(what, out)))
 
 
 @app.command("list")

@@ -29,10 +29,12 @@ from secateur._internal.workload import Workload
 from secateur.allocation.budget import Budget, budget_from
 from secateur.allocation.latency.sampler import LatencySettings
 from secateur.lab.given import INPUT, Source, data_of, described, evaluation_of, loss_of, outputs_of
-from secateur.lab.run.folder import held, versions, write_json
+from secateur.lab.run.folder import REPORT, held, versions, write_json
 from secateur.measure.latency import file_size, threads_set
 from secateur.methods.contract import METHODS
 from secateur.pruning import BATCHES, prune
+from secateur.report.of_answer import page_of_answer
+from secateur.report.page import write_page
 from secateur.result import Result
 
 FILE, PRUNED, CHECKPOINTS = "question.json", "pruned", "checkpoints"
@@ -301,6 +303,7 @@ def _answered(ready: Answering, out: Path, work: Path, asked: Mapping[str, Any],
             facts["evaluated"]["tuned"] = ready.measured(model)
     noted = described(ready.inputs)
     store.save(model, out, notes={**facts, **asked, **({} if noted is None else {INPUT: noted})})
+    write_page(page_of_answer(facts | asked), out / REPORT)
     _cleared(work)
     return dict(store.read_head(out)["notes"])
 
@@ -312,12 +315,7 @@ def facts_of(ready: Answering, result: Result) -> dict[str, Any]:
         each = zip(result.graph.groups, result.graph.kept(result.plan).tolist(), strict=True)
         kept = {group.name: [len(group), width] for group, width in each}
     bytes_ = {"before": file_size(ready.model), "after": file_size(result.model)}
-    facts: dict[str, Any] = {
-        "before": asdict(result.before), "after": asdict(result.after), "bytes": bytes_, "widths": kept,
-        "facts": dict(result.facts),
-    }  # fmt: skip
-    found: dict[str, Any] = json.loads(json.dumps(facts, default=str))
-    return found
+    return {**result.as_data(), "bytes": bytes_, "widths": kept}
 
 
 def _earlier(out: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -78,7 +78,7 @@ def searched(facts: Mapping[str, Any]) -> list[Block]:
         for row in found["table"]
     ]  # fmt: skip
     table = Table(["group", "width", "of", "gap (reward)", "plays", ""], rows)
-    chosen = Text(f"{words} Found: {_widths(best)}.") if best else None
+    chosen = Text(f"{words} Found: {_widths(best)}; then rounded, and the budget filled.") if best else None
     return [b for b in (chosen, parts.Folded(f"All {len(rows)} widths that were tried", [table])) if b is not None]
 
 

@@ -26,6 +26,7 @@ from secateur.lab.models.registry import MODELS
 from secateur.lab.recipe.yaml_text import TypedFloat
 from secateur.lab.training.optimizers.contract import OPTIMIZERS, Optimizer
 from secateur.lab.training.schedule import SCHEDULES
+from secateur.measure.backends import EAGER, check_backend
 from secateur.methods.contract import METHODS, TRAINING_METHODS
 from secateur.repair.contract import REPAIRS
 from secateur.scoring.contract import CRITERIA
@@ -324,11 +325,20 @@ class Measure(_Section):
         batch_sizes: images a forward.
         repeats: forwards whose median counts.
         threads: CPU threads.
+        backends: what runs it: ``eager``, which is always timed, ``compile``, ``onnxruntime``.
     """
 
     batch_sizes: list[int] = [1, 32]
     repeats: int = Field(default=50, ge=1)
     threads: int = Field(default=1, ge=1)
+    backends: list[str] = [EAGER]
+
+    @field_validator("backends")
+    @classmethod
+    def _backends(cls, backends: list[str]) -> list[str]:
+        for backend in backends:
+            check_backend(backend)
+        return backends
 
     @field_validator("batch_sizes")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from secateur.lab.run.estimate import Estimate, estimate
 from secateur.lab.run.setting import Setting
 from secateur.lab.run.table import summary
 from secateur.measure.latency import threads_set
+from secateur.report.of_run import page_of_run
+from secateur.report.page import write_page
 
 
 def run(
@@ -31,6 +34,7 @@ def run(
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
     agree: Callable[[Estimate], None] | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Carry out a recipe, or go on with it where an earlier call was interrupted.
 
@@ -39,12 +43,13 @@ def run(
 
     Args:
         recipe: from :func:`secateur.lab.recipe.read`.
-        out: the folder to keep everything in: ``run.json``, and ``seed-N/STAGE`` with a model that
+        out: the folder to keep everything in: ``run.json``, ``report.html``, and ``seed-N/STAGE`` with a model that
             :func:`secateur.load` reads.
         fresh: replace another run in the folder.
         progress: show progress bars.
         say: is told each stage as it begins.
         agree: is told what a new run is going to do and how long that takes, before anything is written; it may raise.
+        command: what does this again, for the report.
 
     Returns:
         What ``run.json`` holds.
@@ -73,7 +78,9 @@ def run(
                 folder.clear(out)
             begun = {
                 "recipe": folder.dump(recipe),
+                "command": command,
                 "versions": folder.versions(),
+                "cpu": _cpu(),
                 "platform": f"{platform.platform()} {platform.machine()}",
                 "device": str(accelerator.device),
                 "threads": threads,
@@ -140,4 +147,15 @@ def _finish(setting: Setting, out: Path, begun: dict[str, Any]) -> dict[str, Any
         make_folder(at)
         seeds[str(seed)] = stages.one_seed(setting, seed, at)
     folder.write(out, {**begun, "finished": True, "summary": summary(list(seeds.values())), "seeds": seeds})
-    return folder.read(out)
+    found = folder.read(out)
+    write_page(page_of_run(found, out), out / folder.REPORT)
+    return found
+
+
+def _cpu() -> str:
+    """What the CPU calls itself, where that can be known."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

@@ -23,7 +23,7 @@ from secateur.lab.recipe.reading import validate
 from secateur.lab.recipe.sections import Recipe
 
 VERSION = 1
-FILE = "run.json"
+FILE, REPORT = "run.json", "report.html"
 _FREE = ("name", "about")  # what may be changed without making it another run
 
 
@@ -113,7 +113,7 @@ def held(out: Path) -> Iterator[None]:
 
 def sweep(out: Path) -> None:
     """Remove what a process left that was killed while it wrote."""
-    for pattern in (f"{FILE}.*.tmp", "seed-*/**/*.tmp"):
+    for pattern in (f"{FILE}.*.tmp", f"{REPORT}.*.tmp", "seed-*/**/*.tmp"):
         for left in out.glob(pattern):
             left.unlink(missing_ok=True)
 
@@ -123,6 +123,7 @@ def clear(out: Path) -> None:
     sweep(out)
     for entry in out.glob("seed-*"):
         shutil.rmtree(entry)
+    (out / REPORT).unlink(missing_ok=True)
     (out / FILE).unlink(missing_ok=True)
 
 

@@ -25,7 +25,7 @@ from secateur.methods.contract import finished
 from secateur.plan import Plan
 from secateur.pruning import prune
 from secateur.repair.api import repaired
-from secateur.result import Result, counts_of
+from secateur.result import Result, counts_of, traced_data
 from secateur.surgery.channels import check
 from secateur.tracing.api import trace
 
@@ -139,6 +139,7 @@ def _while_training(
     if plan is not None and plan.graph is not None:
         kept = plan.graph.kept(plan)
         facts["widths"] = {g.name: [len(g), int(k)] for g, k in zip(plan.graph.groups, kept, strict=True)}
+        facts |= traced_data(plan.graph, plan)
         facts["difference"] = _difference(setting, model, small, plan)
     facts |= getattr(handle, "facts", {})
     work = Workload(before, _batches(setting, seed), LOSS, inputs=setting.inputs, progress=setting.progress)
@@ -187,7 +188,7 @@ def _facts(setting: Setting, result: Result) -> Facts:
     if result.graph is not None and result.plan is not None:
         kept = result.graph.kept(result.plan)
         facts["widths"] = {g.name: [len(g), int(k)] for g, k in zip(result.graph.groups, kept, strict=True)}
-        facts["skipped"] = dict(result.plan.skipped)
+        facts |= traced_data(result.graph, result.plan, result.scores)
         facts["removed"] = len(result.plan)
     for remark in (*facts.get("notices", ()), *facts.get("remarks", ())):
         setting.say(remark)

@@ -24,8 +24,10 @@ from secateur.lab.run.pruning import finish, make_handle, pruned, timed
 from secateur.lab.run.setting import TEST_BATCH, Facts, Setting
 from secateur.lab.run.training import fitted, make_optimizer, plain
 from secateur.measure.accuracy import accuracy
+from secateur.measure.backends import EAGER
 from secateur.measure.counting import counted
 from secateur.measure.latency import file_size, latency
+from secateur.measure.layers import layer_data
 from secateur.pruning import check_feasible
 from secateur.tracing.api import trace
 from secateur.tracing.graph import ChannelGraph
@@ -124,7 +126,8 @@ def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
         columns["after"] = last = kept("finished", lambda _: finish(setting, _load(setting, last)))
     if last != before:  # pruned in training beside its baseline, even where nothing is cut
         columns["after"] = last
-    return {**_measured(setting, folder, columns), "stages": stages}
+    pruned = folder / "pruned" if "pruned" in stages and "tuned" in stages else None
+    return {**_measured(setting, folder, columns, pruned), "stages": stages}
 
 
 def _stage(setting: Setting, folder: Path, name: str, make: Callable[[Path], tuple[nn.Module, Facts]]) -> Facts:
@@ -167,12 +170,26 @@ def _prune(setting: Setting, source: Path, seed: int, number: int, checkpoints: 
     return pruned(setting, _load(setting, source), seed, number, checkpoints)
 
 
-def _measured(setting: Setting, folder: Path, columns: Mapping[str, Path]) -> Facts:
-    """Metrics of the models in these directories, by column; the test images are looked at here alone."""
+def _measured(setting: Setting, folder: Path, columns: Mapping[str, Path], pruned: Path | None) -> Facts:
+    """Metrics of the models in these directories, by column; the test images are looked at here alone.
+
+    Args:
+        setting: what all stages share.
+        folder: of the seed.
+        columns: name -> a saved model.
+        pruned: the pruned model before its fine-tuning, of which the accuracies are told too.
+    """
     path = folder / "measured.json"
     if not path.exists():
         setting.say(f"{folder.name}: measured")
-        write_json(path, {name: metrics(setting, _load(setting, at)) for name, at in columns.items()})
+        models = {name: _load(setting, at) for name, at in columns.items()}
+        found: Facts = {name: metrics(setting, model) for name, model in models.items()}
+        if pruned is not None:
+            found["pruned"] = accuracies(setting, _load(setting, pruned))
+        if "after" in models:
+            image = torch.zeros(1, *setting.data.image)
+            found["layers"] = layer_data(models["before"].cpu(), models["after"].cpu(), image)
+        write_json(path, found)
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
@@ -183,16 +200,25 @@ def metrics(setting: Setting, model: nn.Module) -> Facts:
     """Accuracies, counts, bytes of the file, and latencies on the CPU, of a model on the CPU."""
     how, data = setting.recipe.measure, setting.data
     image = torch.zeros(1, *data.image)
-    found: Facts = {
-        **counted(model, image),
-        "file_bytes": file_size(model),
-        "latency": {
+
+    def timed_by(backend: str) -> Facts:
+        return {
             str(size): latency(
-                model, image.expand(size, -1, -1, -1).contiguous(), repeats=how.repeats, threads=how.threads
+                model, image.expand(size, -1, -1, -1).contiguous(), repeats=how.repeats, threads=how.threads,
+                backend=backend,
             )
             for size in how.batch_sizes
-        },
-    }
+        }  # fmt: skip
+
+    found: Facts = {**counted(model, image), "file_bytes": file_size(model), "latency": timed_by(EAGER)}
+    if others := [backend for backend in how.backends if backend != EAGER]:
+        found["latency_of"] = {backend: timed_by(backend) for backend in others}
+    return {**found, **accuracies(setting, model)}
+
+
+def accuracies(setting: Setting, model: nn.Module) -> Facts:
+    """On the images held out, where some are, and on the test images."""
+    data, found = setting.data, Facts()
     model.to(setting.device)
     for split in ("validation", "test"):
         if getattr(data, split) is not None:

@@ -6,11 +6,20 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from secateur.report.metrics import (
+    ACCURACY,
+    CHANGE,
+    COLUMNS,
+    LATENCY,
+    metric_cells,
+    metric_title,
+    run_caption,
+    run_title,
+    shown,
+)
+
 if TYPE_CHECKING:
     from rich.table import Table
-
-COLUMNS = ("before", "after")
-_HEADS = {"change": "after / before"}
 
 
 def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -21,8 +30,8 @@ def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if rows:
             found[column] = {name: _spread([row[name] for row in rows]) for name in rows[0]}
     if "after" in found:
-        changes = [seed["after"]["test_accuracy"] - seed["before"]["test_accuracy"] for seed in seeds]
-        found["change"] = {"test_accuracy": _spread(changes)}
+        changes = [seed["after"][ACCURACY] - seed["before"][ACCURACY] for seed in seeds]
+        found["change"] = {ACCURACY: _spread(changes)}
     return found
 
 
@@ -42,12 +51,12 @@ def _side_by_side(result: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     found = result["summary"]
-    drawn = Table(title=_name(result), caption=_caption(result), title_style="bold")
+    drawn = Table(title=run_title(result), caption=run_caption(result), title_style="bold")
     drawn.add_column("")
     for column in found:
-        drawn.add_column(_HEADS.get(column, column), justify="right", no_wrap=True)
-    for name in _shown(found):
-        drawn.add_row(_title(name), *_cells(name, found))
+        drawn.add_column(_head(column), justify="right", no_wrap=True)
+    for name in shown(found):
+        drawn.add_row(metric_title(name), *metric_cells(name, found))
     return drawn
 
 
@@ -55,14 +64,18 @@ def _below_each_other(result: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     found = result["summary"]
-    drawn = Table(title=_name(result), caption=_caption(result), title_style="bold", box=None, show_header=False)
+    drawn = Table(title=run_title(result), caption=run_caption(result), title_style="bold", box=None, show_header=False)
     drawn.add_column("")
     drawn.add_column("", justify="right", no_wrap=True)
-    for name in _shown(found):
-        drawn.add_row(_title(name), "")
-        for column, cell in zip(found, _cells(name, found), strict=True):
-            drawn.add_row(f"  {_HEADS.get(column, column)}", cell)
+    for name in shown(found):
+        drawn.add_row(metric_title(name), "")
+        for column, cell in zip(found, metric_cells(name, found), strict=True):
+            drawn.add_row(f"  {_head(column)}", cell)
     return drawn
+
+
+def _head(column: str) -> str:
+    return CHANGE if column == "change" else column
 
 
 def _needs(drawn: Table) -> int:
@@ -74,62 +87,15 @@ def _needs(drawn: Table) -> int:
     return Measurement.get(console, console.options, drawn).maximum
 
 
-def _name(result: Mapping[str, Any]) -> str:
-    return f"{result['recipe']['name']}: {result['recipe']['model']['name']}"
-
-
-def _caption(result: Mapping[str, Any]) -> str:
-    recipe = result["recipe"]
-    seeds, how = recipe["seeds"], recipe["measure"]
-    over = f"mean ± sd of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
-    note = f" ({result['data']})" if result["data"] else ""
-    timed = f"latency: CPU, {how['threads']} thread{'s'[: how['threads'] - 1]}, median of {how['repeats']}"
-    return f"{recipe['data']['name']}{note}; {over}; {timed}"
-
-
-def _shown(found: Mapping[str, Any]) -> list[str]:
-    return [name for name in found["before"] if name != "validation_accuracy"]
-
-
 def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Metrics in the table's order, latencies by batch size."""
-    accuracies = {name: metrics[name] for name in ("test_accuracy", "validation_accuracy") if name in metrics}
-    times = {f"latency_ms_{size}": took["median_ms"] for size, took in metrics["latency"].items()}
+    accuracies = {name: metrics[name] for name in (ACCURACY, "validation_accuracy") if name in metrics}
+    times = {f"{LATENCY}{size}": took["median_ms"] for size, took in metrics["latency"].items()}
+    for backend, sizes in metrics.get("latency_of", {}).items():
+        times |= {f"{LATENCY}{size}_{backend}": took["median_ms"] for size, took in sizes.items()}
     return {**accuracies, **{name: metrics[name] for name in ("params", "macs", "file_bytes")}, **times}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     sd = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "sd": sd}
-
-
-def _title(name: str) -> str:
-    if name.startswith("latency_ms_"):
-        return f"latency, batch {name.removeprefix('latency_ms_')}"
-    return {"test_accuracy": "test accuracy", "params": "parameters", "macs": "MACs", "file_bytes": "file size"}[name]
-
-
-def _cells(name: str, found: Mapping[str, Any]) -> list[str]:
-    cells = [_cell(name, found[column][name]) for column in COLUMNS if column in found]
-    if "change" not in found:
-        return cells
-    if name == "test_accuracy":
-        change = found["change"][name]
-        return [*cells, _with_spread(100 * change["mean"], 100 * change["sd"], "+.2f", " pts")]
-    return [*cells, f"{100 * found['after'][name]['mean'] / found['before'][name]['mean']:.1f} %"]
-
-
-def _cell(name: str, value: Mapping[str, float]) -> str:
-    mean, sd = value["mean"], value["sd"]
-    if name == "test_accuracy":
-        return _with_spread(100 * mean, 100 * sd, ".2f", " %")
-    if name.startswith("latency_ms_"):
-        return _with_spread(mean, sd, ".3f", " ms")
-    if name == "file_bytes":
-        return _with_spread(mean / 1000, sd / 1000, ",.1f", " kB")
-    return _with_spread(mean, sd, ",.0f", "")
-
-
-def _with_spread(mean: float, sd: float, form: str, unit: str) -> str:
-    spread = f" ± {sd:{form.lstrip('+')}}" if sd else ""
-    return f"{mean:{form}}{spread}{unit}"

@@ -1,0 +1,75 @@
+"""The metrics of a run as rows that a person reads: in the terminal, on a page, beside those of other runs.
+
+A run's ``summary`` has, by column (``before``, ``after``) and metric, a mean and a standard deviation over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+COLUMNS = ("before", "after")
+CHANGE = "after / before"
+LATENCY = "latency_ms_"
+ACCURACY = "test_accuracy"
+NOT_SHOWN = ("validation_accuracy",)
+
+
+def shown(summary: Mapping[str, Any]) -> list[str]:
+    """The metrics that a reader gets, in their order: what was chosen by is no result."""
+    return [name for name in summary["before"] if name not in NOT_SHOWN]
+
+
+def metric_title(name: str) -> str:
+    """What a metric is called."""
+    if name.startswith(LATENCY):
+        size, _, backend = name.removeprefix(LATENCY).partition("_")
+        return f"latency, batch {size}{f', {backend}' if backend else ''}"
+    known = {ACCURACY: "test accuracy", "params": "parameters", "macs": "MACs", "file_bytes": "file size"}
+    return known.get(name, name)
+
+
+def metric_cell(name: str, value: Mapping[str, float]) -> str:
+    """A metric's mean, and its spread where there is one, with its unit."""
+    mean, sd = value["mean"], value["sd"]
+    if name.endswith("accuracy"):
+        return with_spread(100 * mean, 100 * sd, ".2f", " %")
+    if name.startswith(LATENCY):
+        return with_spread(mean, sd, ".3f", " ms")
+    if name == "file_bytes":
+        return with_spread(mean / 1000, sd / 1000, ",.1f", " kB")
+    return with_spread(mean, sd, ",.0f", "") if name in {"params", "macs"} else with_spread(mean, sd, ".4g", "")
+
+
+def metric_cells(name: str, summary: Mapping[str, Any]) -> list[str]:
+    """Before, after, and what that is of before; of accuracies and metrics of one's own the difference."""
+    cells = [metric_cell(name, summary[column][name]) for column in COLUMNS if column in summary]
+    if "change" not in summary:
+        return cells
+    if name in summary["change"]:
+        change = summary["change"][name]
+        if name.endswith("accuracy"):
+            return [*cells, with_spread(100 * change["mean"], 100 * change["sd"], "+.2f", " pts")]
+        return [*cells, with_spread(change["mean"], change["sd"], "+.4g", "")]
+    return [*cells, f"{100 * summary['after'][name]['mean'] / summary['before'][name]['mean']:.1f} %"]
+
+
+def with_spread(mean: float, sd: float, form: str, unit: str) -> str:
+    """A number, and its spread where there is one."""
+    spread = f" ± {sd:{form.lstrip('+')}}" if sd else ""
+    return f"{mean:{form}}{spread}{unit}"
+
+
+def run_title(run: Mapping[str, Any]) -> str:
+    """What a run is called."""
+    return f"{run['recipe']['name']}: {run['recipe']['model']['name']}"
+
+
+def run_caption(run: Mapping[str, Any]) -> str:
+    """What a reader of a run's numbers must know: data, seeds, how time was measured."""
+    recipe = run["recipe"]
+    seeds, how = recipe["seeds"], recipe["measure"]
+    over = f"mean ± sd of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    note = f" ({run['data']})" if run["data"] else ""
+    timed = f"latency: CPU, {how['threads']} thread{'s'[: how['threads'] - 1]}, median of {how['repeats']}"
+    return f"{recipe['data']['name']}{note}; {over}; {timed}"

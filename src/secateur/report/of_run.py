@@ -1,0 +1,189 @@
+"""The page of a run: what ``run.json`` holds, for a person who has seen nothing else."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.report import parts
+from secateur.report.metrics import (
+    ACCURACY,
+    CHANGE,
+    LATENCY,
+    metric_cell,
+    metric_cells,
+    metric_title,
+    run_caption,
+    run_title,
+    shown,
+)
+from secateur.report.of_result import SHOWN, searched
+from secateur.report.page import Block, Cell, Code, Folded, Page, Pictures, Section, Table, Text
+
+FIGURES = "figures"
+"""The folder of a run in which figures are shown: .svg and .png."""
+PRUNED = ("pruned", "trained", "finished")
+TRACED = ("groups", "frozen", "frozen in", "patched", "notes", "skipped", "widths", "removed", "difference", "history",
+          "seconds", "flat", "steps")  # fmt: skip
+
+
+def page_of_run(run: Mapping[str, Any], folder: Path | None = None) -> Page:
+    """The page.
+
+    Args:
+        run: what ``run.json`` holds, of a finished run.
+        folder: of the run, for the figures in it.
+    """
+    seeds = run["seeds"]
+    each = [_seed_sections(seed, found) for seed, found in seeds.items()]
+    sections = each[0]
+    if len(each) > 1:
+        titled = [
+            Folded(f"Seed {seed}", [b for s in one for b in (Text(f"{s.title}:"), *s.blocks) if s.blocks])
+            for seed, one in zip(list(seeds)[1:], each[1:], strict=True)
+        ]
+        sections = [*sections, Section("The other seeds", titled)]
+    return Page(
+        title=run_title(run),
+        verdict=verdict(run),
+        facts=[run["recipe"]["about"] or "A run of secateur", run_caption(run)],
+        sections=[
+            Section("Before and after", _tables(run)),
+            *sections,
+            parts.section("Figures", _figures(folder)),
+            Section("How, and on what", _how(run)),
+        ],
+    )
+
+
+def verdict(run: Mapping[str, Any]) -> str:
+    """What came out, in a line."""
+    found = run["summary"]
+    before, after = found["before"], found.get("after")
+    if after is None:
+        return f"Test accuracy {metric_cell(ACCURACY, before[ACCURACY])}; nothing was pruned."
+    seeds = len(run["recipe"]["seeds"])
+    change = found["change"][ACCURACY]
+    spread = f" ± {100 * change['sd']:.2f}" if change["sd"] else ""
+    words = (
+        f"{100 * after['macs']['mean'] / before['macs']['mean']:.1f} % of the MACs left: test accuracy "
+        f"{100 * before[ACCURACY]['mean']:.2f} → {100 * after[ACCURACY]['mean']:.2f} % "
+        f"({100 * change['mean']:+.2f}{spread} points, {f'{seeds} seeds' if seeds > 1 else 'one seed'})"
+    )
+    times = {name: before[name]["mean"] / after[name]["mean"] for name in before if name.startswith(LATENCY)}
+    if times:
+        words += "; times as fast: " + ", ".join(
+            f"{ratio:.2f} ({metric_title(name).removeprefix('latency, ')})" for name, ratio in times.items()
+        )
+    return f"{words}."
+
+
+def _tables(run: Mapping[str, Any]) -> list[Block]:
+    found = run["summary"]
+    head = ["", *(CHANGE if column == "change" else column for column in found)]
+    rows: list[list[Cell]] = [[metric_title(name), *metric_cells(name, found)] for name in shown(found)]
+    blocks: list[Block] = [Table(head, rows, run_caption(run) + ". The test images are looked at here alone.")]
+    return [*blocks, Folded("Every seed, and the spread of the timings", [_every_seed(run)])]
+
+
+def _every_seed(run: Mapping[str, Any]) -> Table:
+    rows: list[list[Cell]] = []
+    for seed, found in run["seeds"].items():
+        for column, metrics in found.items():
+            if not isinstance(metrics, Mapping) or ACCURACY not in metrics:
+                continue
+            times = [
+                f"{took['median_ms']:.3f} (quartiles {took['iqr_ms']:.3f} apart; batch {size}{where})"
+                for where, sizes in (
+                    ("", metrics.get("latency", {})),
+                    *((f", {backend}", of) for backend, of in metrics.get("latency_of", {}).items()),
+                )
+                for size, took in sizes.items()
+            ]
+            held_out = metrics.get("validation_accuracy")
+            rows.append([
+                seed, column, f"{100 * metrics[ACCURACY]:.2f}", "" if held_out is None else f"{100 * held_out:.2f}",
+                f"{metrics['macs']:,}" if "macs" in metrics else "",
+                f"{metrics['params']:,}" if "params" in metrics else "", "; ".join(times),
+            ])  # fmt: skip
+    head = ["seed", "network", "test (%)", "held out (%)", "MACs", "parameters", "latency (ms)"]
+    return Table(head, rows, "Held out: training images that nothing was trained on, for what had to be chosen.")
+
+
+def _seed_sections(seed: str, found: Mapping[str, Any]) -> list[Section]:
+    """What one seed has to show."""
+    stages = found["stages"]
+    pruning = _merged([stages[name] for name in stages if name.split("-")[0] in PRUNED])
+    histories = {name: facts["history"] for name, facts in stages.items() if "history" in facts}
+    measured = pruning.get("sensitivity", {}).get("rises", {})
+    groups = pruning.get("groups", ())
+    apart = pruning.get("difference")
+    words = f"Masked and cut network differ by {apart:.2g} of the largest output on training images." if apart else ""
+    proof = [Text(words)] if words else []
+    seconds = [f"{name} {facts['seconds']:.1f}" for name, facts in stages.items() if "seconds" in facts]
+    spent = [Text(f"Seconds: {', '.join(seconds)}.")] if seconds else []
+    return [
+        parts.section("The network", parts.network(found.get("layers", ()), pruning.get("frozen in", {}))),
+        parts.section("What the channels are worth", parts.scores(groups), parts.rises(groups, measured)),
+        parts.section("What the search learned", searched(pruning)),
+        parts.section("Training", parts.history(histories), spent),
+        parts.section("What was not done, and why", parts.reasons(pruning, pruning)),
+        parts.section(
+            "What pruned", parts.chosen(pruning), proof, _effort(pruning), parts.others(pruning, (*SHOWN, *TRACED))
+        ),
+    ]
+
+
+def _effort(facts: Mapping[str, Any]) -> Text | None:
+    return Text(f"Batches that went through the model: {facts['forwards']:,}.") if "forwards" in facts else None
+
+
+def _merged(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several stages have noted; where two say different things, the later one."""
+    found: dict[str, Any] = {}
+    for stage in stages:
+        for name, fact in stage.items():
+            before = found.get(name)
+            found[name] = [*before, *fact] if name in {"notices", "remarks"} and before else fact
+    return found
+
+
+def _how(run: Mapping[str, Any]) -> list[Block]:
+    """All that is needed to do it again."""
+    import yaml
+
+    recipe = yaml.safe_dump(run["recipe"], sort_keys=False, allow_unicode=True)
+    rows = [
+        *(["version", f"{name} {version}"] for name, version in run["versions"].items()),
+        ["machine", ", ".join(filter(None, (run["platform"], run.get("cpu"))))],
+        ["device", f"{run['device']}, {run['threads']} CPU thread{'s' * (run['threads'] > 1)}"],
+        ["seeds", ", ".join(map(str, run["recipe"]["seeds"]))],
+        ["data", f"{run['recipe']['data']['name']}: {run['data'] or 'nothing is known of them'}"],
+    ]
+    return [
+        *([Code(run["command"])] if run.get("command") else []),
+        Table(["", ""], rows),
+        Folded("The recipe, defaults included", [Code(recipe)]),
+        Folded("Everything that was kept (run.json)", [Code(json.dumps(_short(run), indent=1))]),
+    ]
+
+
+def _short(value: Any) -> Any:
+    """The same without the long lists that the page shows as pictures."""
+    if isinstance(value, Mapping):
+        return {name: _short(one) for name, one in value.items() if name not in {"groups", "layers", "table"}}
+    return value
+
+
+def _figures(folder: Path | None) -> list[Block]:
+    """The figures that lie in the run's folder."""
+    found = []
+    kinds = {".svg": "svg+xml", ".png": "png"}
+    for path in sorted((folder / FIGURES).glob("*")) if folder is not None else []:
+        if path.suffix in kinds:
+            data = base64.b64encode(path.read_bytes()).decode()
+            found.append((path.stem, f'<img alt="" src="data:image/{kinds[path.suffix]};base64,{data}">'))
+    return [Pictures(found)] if found else []
