@@ -1,4 +1,4 @@
-"""The command line: ``secateur run``, ``prune``, ``inspect``, ``export``, ``measure``, ``report`` and ``list``.
+"""The command line, ``secateur``: a function a command.
 
 Bad input ends with exit code 2 and one message on stderr, an interruption with 130, and SIGTERM with 143. Anything else
 is a bug of ours and keeps its traceback. Results go to stdout; what is said meanwhile goes to stderr. Nothing heavy is
@@ -275,6 +275,24 @@ def report_command(
         _show(str(report(what, out)))
 
 
+@app.command("compare")
+def compare_command(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Finished runs, or what `secateur prune` has saved.")
+    ],
+    kind: Annotated[str | None, typer.Option("--format", help="table, markdown, csv, latex, json or html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write it to this file; .md, .csv, .tex, .json and .html say the format.")
+    ] = None,
+) -> None:
+    """Put runs side by side: a table for the terminal, a paper or a program, or a page with figures."""
+    with told("nothing was written"):
+        from secateur.lab.comparing import compare, written
+
+        width = get_terminal_size().columns if sys.stdout.isatty() else None
+        _show_table(written(compare(runs), kind, out, width))
+
+
 @app.command("list")
 def list_command(
     kind: Annotated[str | None, typer.Argument(help="One of the lists alone, such as models.")] = None,
@@ -389,6 +407,21 @@ def _show_as(data: Any, text: str, as_json: bool) -> None:
         typer.echo(json.dumps(data, indent=1))
     else:
         _show(text)
+
+
+def _show_table(drawn: Any) -> None:
+    """Print a table of rich, in a file as wide as it needs to be, or text as it is."""
+    if isinstance(drawn, str):
+        typer.echo(drawn)
+        return
+    from rich.console import Console
+
+    from secateur.lab.run.table import needs
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(needs(drawn), 80))
+    console.print(drawn)
 
 
 def _refuse_long(found: Estimate) -> None:

@@ -26,7 +26,7 @@ def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds of every metric, by column, and of the accuracy's change."""
     found: dict[str, Any] = {}
     for column in COLUMNS:
-        rows = [_flat(seed[column]) for seed in seeds if column in seed]
+        rows = [flat(seed[column]) for seed in seeds if column in seed]
         if rows:
             found[column] = {name: _spread([row[name] for row in rows]) for name in rows[0]}
     if "after" in found:
@@ -44,7 +44,7 @@ def table(result: Mapping[str, Any], width: int = 80) -> Table:
             cut short.
     """
     drawn = _side_by_side(result)
-    return drawn if _needs(drawn) <= width else _below_each_other(result)
+    return drawn if needs(drawn) <= width else _below_each_other(result)
 
 
 def _side_by_side(result: Mapping[str, Any]) -> Table:
@@ -78,7 +78,7 @@ def _head(column: str) -> str:
     return CHANGE if column == "change" else column
 
 
-def _needs(drawn: Table) -> int:
+def needs(drawn: Table) -> int:
     """Signs in a line that a table needs if nothing in it is to be broken."""
     from rich.console import Console
     from rich.measure import Measurement
@@ -87,7 +87,7 @@ def _needs(drawn: Table) -> int:
     return Measurement.get(console, console.options, drawn).maximum
 
 
-def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
+def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Metrics in the table's order, latencies by batch size."""
     accuracies = {name: metrics[name] for name in (ACCURACY, "validation_accuracy") if name in metrics}
     times = {f"{LATENCY}{size}": took["median_ms"] for size, took in metrics["latency"].items()}
