@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -124,7 +124,7 @@ def first_that_reaches(
     """
     for criterion, following in pairwise(some):
         try:
-            scores = scored(criterion, graph, work)
+            scores = _scored_once(criterion, graph, work)
             check({g.name: "has no scores" for g in graph.groups if g.name not in scores})
             return criterion, scores
         except CannotMeasure as error:
@@ -138,4 +138,12 @@ def first_that_reaches(
             )
         one, other = (getattr(seat, "name", type(seat).__name__) for seat in (criterion, following))
         work.note(f"criterion='auto': {other!r} is taken and not {one!r}: {why}")
-    return some[-1], scored(some[-1], graph, work)
+    return some[-1], _scored_once(some[-1], graph, work)
+
+
+def _scored_once(criterion: Criterion, graph: ChannelGraph, work: Workload) -> Scores:
+    """The scores; runs that share what a workload finds share them too, where its settings are all of a criterion."""
+    if not is_dataclass(criterion):
+        return scored(criterion, graph, work)
+    groups = tuple((group.name, len(group)) for group in graph.groups)
+    return work.once(("scores", repr(criterion), groups), lambda: scored(criterion, graph, work))

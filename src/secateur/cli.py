@@ -293,6 +293,43 @@ def compare_command(
         _show_table(written(compare(runs), kind, out, width))
 
 
+@app.command("sweep")
+def sweep_command(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that `secateur list` shows.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=[A,B]]...", help="Settings and their values; all combinations are run."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the sweep; default: sweeps/RECIPE.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many runs at a time.")] = 1,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="On a Ray cluster: that of RAY_ADDRESS, or one of this machine.")
+    ] = False,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Without random and magnitude, which ride along otherwise.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run all combinations of settings. Killed, the same command goes on; what failed is a row, and is tried again."""
+    with told(_SAME):
+        from secateur.lab.comparing import terminal_table
+        from secateur.lab.run import folder
+        from secateur.lab.sweep import TABLE, read_sweep, sweep
+
+        what = read_sweep(recipe, settings or (), baselines=not alone)
+        where = out if out is not None else Path("sweeps") / Path(recipe).stem
+        say = _say(quiet)
+        for note in what.notes:
+            say(note)
+        say(f"{len(what.cells)} runs in {where}")
+        table = sweep(
+            what, where, jobs=jobs, ray=ray, progress=not quiet and sys.stderr.isatty(), say=say,
+            show=lambda table, done, of: say(f"{done} of {of} done; {where / TABLE} is the table so far"),
+        )  # fmt: skip
+        _show_table(terminal_table(table, get_terminal_size().columns if sys.stdout.isatty() else None))
+        _show(f"everything is in {where}; {where / folder.REPORT} is a page to read")
+
+
 @app.command("list")
 def list_command(
     kind: Annotated[str | None, typer.Argument(help="One of the lists alone, such as models.")] = None,

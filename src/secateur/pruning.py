@@ -99,6 +99,18 @@ def prune(
     work = Workload(model, data, loss, inputs=first, batches=batches, group=group, progress=progress, outputs=outputs)
     if loss is not None:
         _ = work.loss  # what is none is told, whether or not it is needed
+    return pruned(
+        work, example_inputs, budget, criterion=criterion, strategy=strategy, repair=repair, exclude=exclude,
+        approximate=approximate, latency=latency,
+    )  # fmt: skip
+
+
+def pruned(
+    work: Workload, example_inputs: Inputs | list[Inputs], budget: Budget, *, criterion: Any, strategy: Any,
+    repair: Any, exclude: Exclude, approximate: bool, latency: LatencyClock | LatencySettings | None,
+) -> Result:  # fmt: skip
+    """:func:`prune` at a table that is laid."""
+    model, outputs = work.model, work.outputs
     ones = auto.criteria(criterion, work)
     three = repairs_of(auto.repair(repair, work))
     for seat in (*ones, auto.strategy(strategy, {}), *three):

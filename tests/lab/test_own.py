@@ -109,7 +109,7 @@ def test_a_model_of_ones_own_is_pruned_tuned_saved_and_shipped(own, tmp_path):
     assert result.exit_code == 0, result.output
     for word in ("macs", "params", "digit", "odd", "before fine-tuning", "conv1", "small: secateur.load reads it"):
         assert word in result.output
-    saved = ["README.md", "model.safetensors", "secateur.json"]
+    saved = ["README.md", "model.safetensors", "report.html", "secateur.json"]
     assert files(tmp_path) == ["own_net.py", "small", *(f"small/{name}" for name in saved), "w.safetensors"]
     small = sc.load("small", build=own.make)
     graph = sc.trace(own.make(), own.X[:1])

@@ -39,6 +39,17 @@ class Needs:
     plan: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Something that was computed once: what that took and told, without what else was asked for in it."""
+
+    value: Any
+    forwards: int
+    notices: list[str]
+    facts: dict[str, Any]
+    inside: set[Hashable]
+
+
 class Workload:
     """What the seats share.
 
@@ -52,6 +63,7 @@ class Workload:
         group: the processes that work along; each has its own shard of the data.
         progress: whether to show what takes long.
         outputs: which of what a forward returns matters.
+        known: what workloads of the same model, data and loss have found, to be shared by several.
 
     Attributes:
         forwards: batches that were run through the model so far.
@@ -63,7 +75,7 @@ class Workload:
     def __init__(
         self, model: nn.Module, data: Iterable[Any] | None = None, loss: Any = None, *, inputs: Inputs | None = None,
         batches: int | None = None, group: Group = None, progress: bool = False,
-        outputs: Callable[[Any], Any] | None = None,
+        outputs: Callable[[Any], Any] | None = None, known: dict[Hashable, Any] | None = None,
     ) -> None:  # fmt: skip
         check_count("batches", batches, optional=True)
         self.model, self.inputs, self.most, self.group, self.progress = model, inputs, batches, group, progress
@@ -73,7 +85,9 @@ class Workload:
         self._loss = loss
         self._read: Loss | None = None
         self._first: Batch | None = None
-        self._known: dict[Hashable, Any] = {}
+        self._known: dict[Hashable, _Found] = {} if known is None else known
+        self._counted: set[Hashable] = set()
+        self._asked: list[set[Hashable]] = [set()]
         self.forwards = 0
         self.notices: list[str] = []
         self.facts: dict[str, Any] = {}
@@ -152,11 +166,39 @@ class Workload:
         return needs_gradient(batch_loss(self.model if run is None else run, batch, self.loss))
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """What two seats both want: computed by the first that asks."""
+        """What two seats both want: computed by the first that asks.
+
+        Of what another workload has found, what it told and what it took are told and counted here too, so that a
+        result says the same whoever computed it.
+        """
+        self._asked[-1].add(key)
         if key not in self._known:
-            self._known[key] = compute()
-        found: T = self._known[key]
+            before, told, facts, counted = self.forwards, len(self.notices), set(self.facts), set(self._counted)
+            self._asked.append(set())
+            try:
+                value = compute()
+            finally:
+                inside = self._asked.pop()
+            spent = self.forwards - before - sum(self._known[other].forwards for other in self._counted - counted)
+            new = {name: fact for name, fact in self.facts.items() if name not in facts}
+            self._known[key] = _Found(value, spent, self.notices[told:], new, inside)
+            self._counted.add(key)
+        self._count(key)
+        found: T = self._known[key].value
         return found
+
+    def _count(self, key: Hashable) -> None:
+        """Count and tell what something took and told that another workload has found, and what it was found with."""
+        if key in self._counted:
+            return
+        self._counted.add(key)
+        found = self._known[key]
+        self.forwards += found.forwards
+        self.facts |= found.facts
+        for other in found.inside:
+            self._count(other)
+        for text in found.notices:
+            self.note(text)
 
     def note(self, text: str) -> None:
         """Tell the user, once, and remember it for the result."""

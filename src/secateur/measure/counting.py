@@ -7,6 +7,7 @@ one MAC. :meth:`secateur.ChannelGraph.macs` gives the same numbers without runni
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from secateur._internal.batches import Inputs, call_model, tensors_in
 from secateur._internal.errors import SecateurError
@@ -85,6 +86,24 @@ class _Counter(FlopCounterMode):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.mod_tracker = _Everything()  # type: ignore[assignment]
+
+    def __enter__(self) -> _Counter:
+        super().__enter__()
+        assert self.mode is not None
+        self.mode.__exit__(None, None, None)
+        self.mode = _Uncompiled(self)
+        self.mode.__enter__()
+        return self
+
+
+class _Uncompiled(_FlopCounterMode):
+    """PyTorch's mode without the compiler, which is loaded only to be told to leave it alone: that takes a second."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    __torch_dispatch__ = inspect.unwrap(_FlopCounterMode.__torch_dispatch__)
 
 
 class _Everything:

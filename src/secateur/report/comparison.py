@@ -61,10 +61,12 @@ class Comparison:
     Attributes:
         entries: in the order in which they are shown.
         failures: what has no numbers: name -> why.
+        remarks: what else whoever compares should know.
     """
 
     entries: Sequence[Entry]
     failures: Mapping[str, str] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.entries and not self.failures:
@@ -85,7 +87,7 @@ class Comparison:
     @property
     def notes(self) -> list[str]:
         """What whoever compares should know."""
-        found = []
+        found = list(self.remarks)
         for what, values in (
             ("data sets", {e.data for e in self.entries if e.data}),
             ("networks", {e.network for e in self.entries}),

@@ -244,7 +244,7 @@ def test_a_folder_in_which_a_process_was_killed_at_once(tmp_path: Path) -> None:
     (tmp_path / "seed-0" / "baseline").rmdir()
     (tmp_path / "seed-0").rmdir()
     assert run(made(TAYLOR), tmp_path, progress=False)["finished"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [folder.FILE, "seed-0"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [folder.REPORT, folder.FILE, "seed-0"]
 
 
 @pytest.mark.parametrize(

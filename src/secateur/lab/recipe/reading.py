@@ -85,6 +85,11 @@ def _overridden(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
     return given
 
 
+def value_of(override: str) -> Any:
+    """The value of a ``key=value``."""
+    return parse_yaml(override.partition("=")[2], f"override {override!r}")
+
+
 def _section(given: Any) -> dict[str, Any]:
     """What is below a key of which an override sets a part; a name alone is short for a section with that name."""
     if isinstance(given, str):

@@ -19,7 +19,7 @@ from secateur.lab.data.registry import SOURCES, load, stand_in
 from secateur.lab.recipe.sections import Recipe
 from secateur.lab.run import folder, stages
 from secateur.lab.run.estimate import Estimate, estimate
-from secateur.lab.run.setting import Setting
+from secateur.lab.run.setting import Setting, Sharing
 from secateur.lab.run.table import summary
 from secateur.measure.latency import threads_set
 from secateur.report.of_run import page_of_run
@@ -35,6 +35,7 @@ def run(
     say: Callable[[str], None] = lambda line: None,
     agree: Callable[[Estimate], None] | None = None,
     command: str = "",
+    sharing: Sharing | None = None,
 ) -> dict[str, Any]:
     """Carry out a recipe, or go on with it where an earlier call was interrupted.
 
@@ -50,6 +51,7 @@ def run(
         say: is told each stage as it begins.
         agree: is told what a new run is going to do and how long that takes, before anything is written; it may raise.
         command: what does this again, for the report.
+        sharing: what runs that differ in how they prune do once (:mod:`secateur.lab.sweep`).
 
     Returns:
         What ``run.json`` holds.
@@ -66,7 +68,7 @@ def run(
     if before is not None and before["finished"]:
         return before
     with threads_set(recipe.threads) as threads:
-        setting = _setting(recipe, load, progress, say)
+        setting = _setting(recipe, load, progress, say, sharing)
         data, accelerator = setting.data, setting.accelerator
         stages.check_setting(setting, new=before is None)
         if agree is not None and before is None:
@@ -132,12 +134,15 @@ def _check_alone() -> None:
         )
 
 
-def _setting(recipe: Recipe, load_data: Callable[..., Dataset], progress: bool, say: Callable[[str], None]) -> Setting:
+def _setting(
+    recipe: Recipe, load_data: Callable[..., Dataset], progress: bool, say: Callable[[str], None],
+    sharing: Sharing | None = None,
+) -> Setting:  # fmt: skip
     """What all stages share, with the data on the recipe's device."""
     accelerator = Accelerator(cpu=recipe.device == "cpu")
     section = recipe.data
     data = load_data(section.name, root=section.root, device=accelerator.device, validation=section.validation)
-    return Setting(recipe, data, accelerator, progress, say)
+    return Setting(recipe, data, accelerator, progress, say, sharing)
 
 
 def _finish(setting: Setting, out: Path, begun: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from secateur.lab.run.training import fitted, make_optimizer
 from secateur.measure.latency import threads_set
 from secateur.methods.contract import finished
 from secateur.plan import Plan
-from secateur.pruning import prune
+from secateur.pruning import pruned as pruned_at
 from secateur.repair.api import repaired
 from secateur.result import Result, counts_of, traced_data
 from secateur.surgery.channels import check
@@ -72,6 +72,15 @@ def _batches(setting: Setting, seed: int) -> Any:
     return loader if section.batches is None else list(itertools.islice(loader, section.batches))
 
 
+def _workload(setting: Setting, model: nn.Module, seed: int) -> Workload:
+    """The table; what other runs have found of the same network by the same images lies there already."""
+    known = None
+    if setting.sharing is not None:
+        data, batches = setting.recipe.data.model_dump_json(), setting.recipe.prune.batches
+        model, known = setting.sharing.of(model, (data, batches, seed))
+    return Workload(model, _batches(setting, seed), LOSS, inputs=setting.inputs, progress=setting.progress, known=known)
+
+
 def _by_seats(
     setting: Setting, model: nn.Module, budget: Budget, seed: int, checkpoints: Path
 ) -> tuple[nn.Module, Facts]:
@@ -82,20 +91,18 @@ def _by_seats(
         clock = timed(setting, model, TIMED, checkpoints / "timing.json")
     open_ones = {"seed": seed, "checkpoint": str(checkpoints / "strategy.json")}
     repairs = section.make_repairs(seed=seed)
-    result = prune(
-        model,
+    work = _workload(setting, model, seed)
+    model = work.model
+    result = pruned_at(
+        work,
         setting.inputs,
         budget,
-        data=_batches(setting, seed),
-        loss=LOSS,
         criterion=section.make_criterion(seed=seed),
         strategy=section.make_strategy(**open_ones),
         repair=AUTO if repairs == [AUTO] else repairs,
         exclude=section.exclude,
         approximate=section.approximate,
         latency=clock,
-        batches=None,
-        progress=setting.progress,
     )
     if clock is not None:
         setting.say("latency: {before:.3g} ms before, {after:.3g} after".format(**result.facts["latency_ms"]))
@@ -113,7 +120,8 @@ def _by_method(
     method = section.make_method(seed=seed, exclude=tuple(section.exclude))
     if not last and hasattr(method, "before_last"):
         method = method.before_last()
-    work = Workload(model, _batches(setting, seed), LOSS, inputs=setting.inputs, progress=setting.progress)
+    work = _workload(setting, model, seed)
+    model = work.model
     result = method.apply(model, setting.inputs, budget, work)
     repairs = section.make_repairs(seed=seed)
     repaired_facts = repaired(repairs, model, result.model, result.plan, work)

@@ -6,6 +6,7 @@ or not; so it ends the same. Inside a training stage the loop's checkpoints do t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from secateur import storage as store
 from secateur._internal.errors import BadFile, SecateurError
 from secateur.lab.given import INPUT
-from secateur.lab.recipe.sections import Tune, name_of
-from secateur.lab.run.folder import write_json
+from secateur.lab.recipe.sections import Recipe, Tune, name_of
+from secateur.lab.run.folder import held, write_json
 from secateur.lab.run.pruning import finish, make_handle, pruned, timed
 from secateur.lab.run.setting import TEST_BATCH, Facts, Setting
 from secateur.lab.run.training import fitted, make_optimizer, plain
@@ -106,12 +107,16 @@ def one_seed(setting: Setting, seed: int, folder: Path) -> Facts:
         stages[name] = stage(name, make)
         return folder / name
 
+    def trained(name: str, section: Tune) -> Path:
+        make = partial(_train_once, setting, folder / name, section, seed)
+        return kept(name, make)
+
     if train is None:
         last = before = kept("baseline", lambda _: (setting.begin(seed), {}))
     elif train.baseline or not train.make_optimizer().prunes:
-        last = before = kept("baseline", lambda at: _train(setting, setting.begin(seed), plain(train), seed, at))
+        last = before = trained("baseline", plain(train))
     if train is not None and train.make_optimizer().prunes:
-        last = kept("trained", lambda at: _train(setting, setting.begin(seed), train, seed, at))
+        last = trained("trained", train)
         before = before or last
     assert before is not None
     columns = {"before": before}
@@ -155,6 +160,27 @@ def _train(setting: Setting, model: nn.Module, section: Tune, seed: int, checkpo
     if remark:
         setting.say(remark)
     return model, {**facts, **found}
+
+
+def _train_once(setting: Setting, at: Path, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
+    """Train from the beginning, unless another run has trained the same, from which it is taken then."""
+    if setting.sharing is None:
+        return _train(setting, setting.begin(seed), section, seed, checkpoints)
+    where = setting.sharing.trained / training_key(setting.recipe, section, seed)
+    with held(where):
+        if not (where / "model" / store.FILE).exists():
+            model, facts = _train(setting, setting.begin(seed), section, seed, where / "checkpoints")
+            store.save(model, where / "model", notes=facts)
+            shutil.rmtree(where / "checkpoints", ignore_errors=True)
+    setting.say(f"{at.parent.name}: {at.name} is that of {where}")
+    return _load(setting, where / "model"), dict(store.read_head(where / "model")["notes"])
+
+
+def training_key(recipe: Recipe, section: Tune, seed: int) -> str:
+    """What a training from the beginning depends on, in a few signs."""
+    what = [one.model_dump(mode="json") for one in (recipe.data, recipe.model, section)]
+    given = [*what, recipe.device, recipe.threads, seed]
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _tune(setting: Setting, source: Path, section: Tune, seed: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
