@@ -87,7 +87,8 @@ def test_what_an_installation_brings(installed: Path) -> None:
     assert found[""] == CORE and found["lab"] == LAB
     assert "secateur" in found["dev"]  # the lab
     assert found["onnx"] == {"onnx", "onnxscript", "onnxruntime"}
-    assert set(found) == {"", "lab", "onnx", "dev", "bench"}
+    assert found["ray"] == {"secateur", "ray"}
+    assert set(found) == {"", "lab", "onnx", "ray", "dev", "bench"}
 
 
 BLOCKED = """

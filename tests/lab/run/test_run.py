@@ -372,7 +372,7 @@ def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock
     assert not (tmp_path / "impossible").exists() or not list((tmp_path / "impossible").rglob("*.safetensors"))
     module = importlib.import_module("secateur.lab.run.pruning")
     latency = importlib.import_module("secateur.allocation.latency.api")
-    counted, prune, measure = [], module.prune, latency.measured_model
+    counted, prune, measure = [], module.pruned_at, latency.measured_model
 
     def counting(stopwatch: Any, graph: Any, settings: sc.LatencySettings, **given: Any) -> Any:
         counted.append((settings.samples, stopwatch.where(graph)["inputs"][0][0], settings.threads))
@@ -387,11 +387,11 @@ def test_a_budget_in_milliseconds_is_measured_once_and_goes_by_the_recipes_clock
         prune(*args, **given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "prune", stop)
+    monkeypatch.setattr(module, "pruned_at", stop)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "again", progress=False)
     assert counted == [(4, 4, 1), (6, 4, 1)]  # networks at the door, and for the answer; batch size, threads
-    monkeypatch.setattr(module, "prune", prune)
+    monkeypatch.setattr(module, "pruned_at", prune)
     seed = run(recipe, tmp_path / "again", progress=False)["seeds"]["0"]
     assert len(counted) == 2  # the rest was on disk
     assert seed["after"]["macs"] <= 0.5 * seed["before"]["macs"]
