@@ -127,7 +127,7 @@ def test_scores_and_rises_that_are_not_finite_are_drawn(result: sc.Result) -> No
 
 
 QUESTIONS = {
-    "was it chosen by the test images": ("held out", "The test images are looked at here alone"),
+    "was it chosen by the test images": ("held out", "The test examples are looked at here alone"),
     "what did pruning cost before the fine-tuning": ("pruned",),
     "is the small network the masked one": ("Masked and cut network differ by",),
     "is it faster, on what, how sure": ("times as fast", "quartiles", "1 thread", "median of"),
@@ -150,7 +150,7 @@ def test_every_seed_and_setting_of_a_run_is_there(run_folder: Path) -> None:
     run = json.loads((run_folder / "run.json").read_text())
     for seed, found in run["seeds"].items():
         for column in ("before", "pruned", "after"):
-            assert f"<td>{100 * found[column]['test_accuracy']:.2f}</td>" in html, (seed, column)
+            assert f"<td>{100 * found[column]['test_accuracy']:.2f} %</td>" in html, (seed, column)
         before, after = (sum(row["macs"][at] for row in found["layers"]) for at in (0, 1))
         assert before == found["before"]["macs"] > after == found["after"]["macs"]
     for name in run["recipe"]:

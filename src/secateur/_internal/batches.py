@@ -221,6 +221,8 @@ def tensors_in(value: Any) -> list[Tensor]:
                 )
             elif not isinstance(leaf, _PLAIN) and id(leaf) not in seen:
                 seen[id(leaf)] = leaf
+                if isinstance(leaf, Mapping):  # a dict of a class of its own
+                    left.append([*leaf.values()])
                 slots = [s for kind in type(leaf).__mro__ for s in np.atleast_1d(vars(kind).get("__slots__", ()))]
                 left.append([*vars(leaf).values()] if hasattr(leaf, "__dict__") else [])
                 left.append([getattr(leaf, s) for s in slots if s != "__dict__" and hasattr(leaf, s)])

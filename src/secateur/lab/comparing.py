@@ -15,6 +15,7 @@ from secateur.lab.reporting import finished_run
 from secateur.lab.run import folder
 from secateur.lab.run.table import flat, needs
 from secateur.report.comparison import WORDS, Comparison, Entry
+from secateur.report.metrics import measured_in
 from secateur.report.page import write_page
 from secateur.result import Result
 
@@ -160,12 +161,12 @@ def entry_of_run(name: str, run: Mapping[str, Any]) -> Entry:
         name: what it is called.
         run: what ``run.json`` holds.
     """
-    recipe, seeds = run["recipe"], run["seeds"]
-    sides = {side: [flat(found[side]) for found in seeds.values() if side in found] for side in ("before", "after")}
+    recipe, seeds, of = run["recipe"], run["seeds"], measured_in(run)
+    sides = {side: [flat(found[side], of) for found in seeds.values() if side in found] for side in ("before", "after")}
     values = {side: {m: [one[m] for one in some] for m in some[0]} if some else {} for side, some in sides.items()}
     return Entry(
         name=name, network=recipe["model"]["name"], data=recipe["data"]["name"], how=how(recipe), seeds=len(seeds),
-        before=values["before"], after=values["after"],
+        before=values["before"], after=values["after"], measured=(of,),
     )  # fmt: skip
 
 

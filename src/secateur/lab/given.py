@@ -278,16 +278,21 @@ def _called(option: str, text: str, function: Callable[..., Any], *arguments: An
         raise SecateurError(f"{option} {text}: it fails ({type(error).__name__}: {error})") from error
 
 
-def loss_of(text: str | None) -> Any:
-    """A loss by its name, or ``package.module:function`` of (outputs, targets)."""
+def loss_of(text: str | None, option: str = "--loss") -> Any:
+    """A loss by its name, or ``package.module:function`` of (outputs, targets).
+
+    Args:
+        text: the name.
+        option: what it is called in messages.
+    """
     if text is None or not is_import_string(text):
         if text is not None and text not in LOSSES:
             raise SecateurError(
-                f"--loss {text!r}: {', '.join(LOSSES)} or package.module:function of (outputs, targets) is expected"
+                f"{option} {text!r}: {', '.join(LOSSES)} or package.module:function of (outputs, targets) is expected"
             )
         return text
-    found = import_string("--loss", text)
-    return _called("--loss", text, found) if isinstance(found, type) and issubclass(found, nn.Module) else found
+    found = import_string(option, text)
+    return _called(option, text, found) if isinstance(found, type) and issubclass(found, nn.Module) else found
 
 
 def outputs_of(text: str | None) -> Callable[[Any], Any] | None:

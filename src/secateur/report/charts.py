@@ -41,8 +41,9 @@ def line_chart(series: Mapping[str, Points], x: str, y: str, *, dots: bool = Fal
 
 
 def scatter_chart(
-    series: Mapping[str, Sequence[tuple[float, float, float, float]]], x: str, y: str, points: Mapping[str, Points] = {}
-) -> str:
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]], x: str, y: str,
+    points: Mapping[str, Points] = {}, *, higher: bool = True,
+) -> str:  # fmt: skip
     """Means with their spread, joined in the order of the horizontal axis, and what they are the mean of.
 
     Args:
@@ -50,7 +51,9 @@ def scatter_chart(
         x: what the horizontal axis says.
         y: what the vertical axis says.
         points: single ones, of the same names.
+        higher: whether more of ``y`` is better; what no other is better than at no more of ``x`` gets a ring.
     """
+    sign = 1 if higher else -1
     means = {name: [m for m in some if all(map(math.isfinite, m))] for name, some in series.items()}
     singles = {name: _finite(points.get(name, ())) for name in series}
     all_x = [v for some in means.values() for m in some for v in (m[0] - m[2], m[0] + m[2])]
@@ -58,6 +61,8 @@ def scatter_chart(
     across = _range(all_x + [p[0] for some in singles.values() for p in some])
     up = _range(all_y + [p[1] for some in singles.values() for p in some])
     drawn, colours = [], {}
+    every = [(m[0], sign * m[1]) for some in means.values() for m in some]
+    best = {m for m in every if not any(o[0] <= m[0] and o[1] >= m[1] and o != m for o in every)}
     for (name, some), colour in zip(means.items(), _repeated(len(means)), strict=True):
         at = [_at((a, b), across, up) for a, b, *_ in sorted(some)]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
@@ -67,6 +72,8 @@ def scatter_chart(
                 (x1, y1), (x2, y2) = _at(one, across, up), _at(other, across, up)
                 drawn.append(f'<line stroke="{colour}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
             cx, cy = _at((a, b), across, up)
+            if (a, sign * b) in best:
+                drawn.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="7.5" fill="none" stroke="{colour}"/>')
             told = escape(f"{name}: {x} {a:.4g}, {y} {b:.4g}")
             drawn.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{colour}"><title>{told}</title></circle>')
         for p in singles[name]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from secateur._internal.errors import SecateurError
 from secateur.report.charts import scatter_chart
-from secateur.report.metrics import LATENCY, metric_cell, metric_title, with_spread
+from secateur.report.metrics import HELD_OUT, LATENCY, Measured, metric_title, with_spread
 from secateur.report.page import Block, Page, Pictures, Section, Table, Text
 
 COSTS = ("macs", "params")
@@ -31,7 +31,7 @@ class Entry:
         seeds: how many.
         before: metric -> one value a seed, of the original.
         after: likewise, of the smaller network; empty where nothing was pruned.
-        page: its own report, if there is one.
+        measured: what was measured on data.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Entry:
     seeds: int
     before: Mapping[str, Sequence[float]]
     after: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    page: str = ""
+    measured: Sequence[Measured] = ()
 
     def kept(self, metric: str) -> list[float]:
         """What is left of a metric, in parts of the original, one value a seed."""
@@ -76,8 +76,13 @@ class Comparison:
     def metrics(self) -> list[str]:
         """What was measured on data, in the order in which it first occurs; what is held out is no result."""
         found = dict.fromkeys(m for e in self.entries for m in e.before)
-        costs = {*COSTS, "file_bytes", "channels", "validation_accuracy"}
-        return [m for m in found if m not in costs and not m.startswith(LATENCY)]
+        costs = {*COSTS, "file_bytes", "channels"}
+        return [m for m in found if m not in costs and not m.startswith((LATENCY, HELD_OUT))]
+
+    def measured(self, metric: str) -> Measured:
+        """What is known of a metric."""
+        known = {m.test: m for e in self.entries for m in e.measured}
+        return known.get(metric, Measured(metric))
 
     @property
     def latencies(self) -> list[str]:
@@ -116,8 +121,9 @@ class Comparison:
             row = [e.name, e.network, e.data, e.how, str(e.seeds)]
             row += [_spread(e.kept(m), lambda v, s: with_spread(100 * v, 100 * s, ".1f", " %")) for m in COSTS]
             for m in self.metrics:
-                row += [_spread(e.before.get(m, ()), _as_metric(m)), _spread(e.after.get(m, ()), _as_metric(m))]
-                row.append(_spread(e.change(m), _as_change(m)))
+                of = self.measured(m)
+                row += [_spread(e.before.get(m, ()), of.cell), _spread(e.after.get(m, ()), of.cell)]
+                row.append(_spread(e.change(m), of.change))
             for m in self.latencies:
                 row.append(_spread([1 / v for v in e.kept(m) if v], lambda v, s: with_spread(v, s, ".2f", "")))
             found.append(row)
@@ -201,11 +207,14 @@ class Comparison:
         if not pruned or not self.metrics:
             return f"{len(self.entries)} side by side."
         m = self.metrics[0]
-        ranked = sorted((e for e in pruned if e.after.get(m)), key=lambda e: -_mean(e.after[m]))
+        of = self.measured(m)
+        sign = -1 if of.higher else 1
+        ranked = sorted((e for e in pruned if e.after.get(m)), key=lambda e: sign * _mean(e.after[m]))
         if not ranked:
             return f"{len(self.entries)} side by side."
         best, cost = ranked[0], _mean(ranked[0].kept("macs"))
-        words = f"Highest {metric_title(m)} of the pruned: {_spread(best.after[m], _as_metric(m))}, {best.name}"
+        which = "Highest" if of.higher else "Lowest"
+        words = f"{which} {metric_title(m)} of the pruned: {_spread(best.after[m], of.cell)}, {best.name}"
         return f"{words}, with {100 * cost:.1f} % of the MACs."
 
     def _pictures(self) -> list[Block | None]:
@@ -215,26 +224,29 @@ class Comparison:
                 drawn = self._picture(m, cost)
                 if drawn:
                     pictures.append((f"{metric_title(m)} over {metric_title(cost)} left", drawn))
-        note = "Large: means, with their standard deviations; small: seeds. What was pruned alike is joined."
+        note = (
+            "Large: means, with their standard deviations; small: seeds. What was pruned alike is joined. Ringed: no "
+            "other is as good at as little cost."
+        )
         return [Pictures(pictures, note=note) if pictures else None]
 
     def _picture(self, metric: str, cost: str) -> str:
         """A metric of what is left over what it costs, in parts of the original."""
-        factor = 100 if metric.endswith("accuracy") else 1
+        of = self.measured(metric)
         means: dict[str, list[tuple[float, float, float, float]]] = {}
         seeds: dict[str, list[tuple[float, float]]] = {}
         several = len({(e.network, e.data) for e in self.entries}) > 1
         for e in self.entries:
-            xs, ys = [100 * v for v in e.kept(cost)], [factor * v for v in e.after.get(metric, ())]
+            xs, ys = [100 * v for v in e.kept(cost)], [of.factor * v for v in e.after.get(metric, ())]
             if not xs or len(xs) != len(ys):
                 continue
             name = f"{e.how} ({e.network}, {e.data})" if several else e.how
             x, y = _statistics(xs), _statistics(ys)
             means.setdefault(name, []).append((x["mean"], y["mean"], x["sd"], y["sd"]))
             seeds.setdefault(name, []).extend(zip(xs, ys, strict=True))
-        unit = " (%)" if factor == 100 else ""
+        unit = f" ({of.unit})" if of.unit else ""
         across, up = f"{metric_title(cost)} left (%)", f"{metric_title(metric)}{unit}"
-        return scatter_chart(means, across, up, seeds) if means else ""
+        return scatter_chart(means, across, up, seeds, higher=of.higher) if means else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -257,16 +269,6 @@ def _spread(values: Sequence[float], say: Callable[[float, float], str]) -> str:
         return ""
     found = _statistics(values)
     return say(found["mean"], found["sd"])
-
-
-def _as_metric(metric: str) -> Callable[[float, float], str]:
-    return lambda mean, sd: metric_cell(metric, {"mean": mean, "sd": sd})
-
-
-def _as_change(metric: str) -> Callable[[float, float], str]:
-    if metric.endswith("accuracy"):
-        return lambda mean, sd: with_spread(100 * mean, 100 * sd, "+.2f", " pts")
-    return lambda mean, sd: with_spread(mean, sd, "+.4g", "")
 
 
 _TEX = {

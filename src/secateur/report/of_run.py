@@ -10,9 +10,9 @@ from typing import Any
 
 from secateur.report import parts
 from secateur.report.metrics import (
-    ACCURACY,
     CHANGE,
     LATENCY,
+    measured_in,
     metric_cell,
     metric_cells,
     metric_title,
@@ -62,16 +62,17 @@ def page_of_run(run: Mapping[str, Any], folder: Path | None = None) -> Page:
 def verdict(run: Mapping[str, Any]) -> str:
     """What came out, in a line."""
     found = run["summary"]
-    before, after = found["before"], found.get("after")
+    before, after, of = found["before"], found.get("after"), measured_in(run)
+    title = metric_title(of.test)
     if after is None:
-        return f"Test accuracy {metric_cell(ACCURACY, before[ACCURACY])}; nothing was pruned."
+        return f"{title[0].upper()}{title[1:]} {metric_cell(of.test, before[of.test], of)}; nothing was pruned."
     seeds = len(run["recipe"]["seeds"])
-    change = found["change"][ACCURACY]
-    spread = f" ± {100 * change['sd']:.2f}" if change["sd"] else ""
+    change = found["change"][of.test]
     words = (
-        f"{100 * after['macs']['mean'] / before['macs']['mean']:.1f} % of the MACs left: test accuracy "
-        f"{100 * before[ACCURACY]['mean']:.2f} → {100 * after[ACCURACY]['mean']:.2f} % "
-        f"({100 * change['mean']:+.2f}{spread} points, {f'{seeds} seeds' if seeds > 1 else 'one seed'})"
+        f"{100 * after['macs']['mean'] / before['macs']['mean']:.1f} % of the MACs left: {title} "
+        f"{of.cell(before[of.test]['mean'])} → {of.cell(after[of.test]['mean'])} "
+        f"({of.change(change['mean'], change['sd'])}, {f'{seeds} seeds' if seeds > 1 else 'one seed'}"
+        f"{'' if of.higher else '; lower is better'})"
     )
     times = {name: before[name]["mean"] / after[name]["mean"] for name in before if name.startswith(LATENCY)}
     if times:
@@ -84,16 +85,19 @@ def verdict(run: Mapping[str, Any]) -> str:
 def _tables(run: Mapping[str, Any]) -> list[Block]:
     found = run["summary"]
     head = ["", *(CHANGE if column == "change" else column for column in found)]
-    rows: list[list[Cell]] = [[metric_title(name), *metric_cells(name, found)] for name in shown(found)]
-    blocks: list[Block] = [Table(head, rows, run_caption(run) + ". The test images are looked at here alone.")]
+    rows: list[list[Cell]] = [
+        [metric_title(name), *metric_cells(name, found, measured_in(run))] for name in shown(found)
+    ]
+    blocks: list[Block] = [Table(head, rows, run_caption(run) + ". The test examples are looked at here alone.")]
     return [*blocks, Folded("Every seed, and the spread of the timings", [_every_seed(run)])]
 
 
 def _every_seed(run: Mapping[str, Any]) -> Table:
     rows: list[list[Cell]] = []
+    of = measured_in(run)
     for seed, found in run["seeds"].items():
         for column, metrics in found.items():
-            if not isinstance(metrics, Mapping) or ACCURACY not in metrics:
+            if not isinstance(metrics, Mapping) or of.test not in metrics:
                 continue
             times = [
                 f"{took['median_ms']:.3f} (quartiles {took['iqr_ms']:.3f} apart; batch {size}{where})"
@@ -103,14 +107,14 @@ def _every_seed(run: Mapping[str, Any]) -> Table:
                 )
                 for size, took in sizes.items()
             ]
-            held_out = metrics.get("validation_accuracy")
+            held_out = metrics.get(of.held_out)
             rows.append([
-                seed, column, f"{100 * metrics[ACCURACY]:.2f}", "" if held_out is None else f"{100 * held_out:.2f}",
+                seed, column, of.cell(metrics[of.test]), "" if held_out is None else of.cell(held_out),
                 f"{metrics['macs']:,}" if "macs" in metrics else "",
                 f"{metrics['params']:,}" if "params" in metrics else "", "; ".join(times),
             ])  # fmt: skip
-    head = ["seed", "network", "test (%)", "held out (%)", "MACs", "parameters", "latency (ms)"]
-    return Table(head, rows, "Held out: training images that nothing was trained on, for what had to be chosen.")
+    head = ["seed", "network", metric_title(of.test), "held out", "MACs", "parameters", "latency (ms)"]
+    return Table(head, rows, "Held out: examples that nothing was trained on, for what had to be chosen.")
 
 
 def _seed_sections(seed: str, found: Mapping[str, Any]) -> list[Section]:
@@ -121,7 +125,7 @@ def _seed_sections(seed: str, found: Mapping[str, Any]) -> list[Section]:
     measured = pruning.get("sensitivity", {}).get("rises", {})
     groups = pruning.get("groups", ())
     apart = pruning.get("difference")
-    words = f"Masked and cut network differ by {apart:.2g} of the largest output on training images." if apart else ""
+    words = f"Masked and cut network differ by {apart:.2g} of the largest output on training examples." if apart else ""
     proof = [Text(words)] if words else []
     seconds = [f"{name} {facts['seconds']:.1f}" for name, facts in stages.items() if "seconds" in facts]
     spent = [Text(f"Seconds: {', '.join(seconds)}.")] if seconds else []

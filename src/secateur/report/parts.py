@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.report.charts import line_chart, score_chart
+from secateur.report.metrics import ACCURACY, HELD_OUT
 from secateur.report.page import Bar, Bars, Block, Cell, Folded, Pictures, Section, Table, Text
 
 LONG = 40
@@ -123,8 +124,11 @@ def history(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Block]:
     """
     pictures = []
     for name, rows in stages.items():
-        for key, title in (("loss", "training loss"), ("validation_accuracy", "accuracy held out (%)")):
-            factor = 100 if key.endswith("accuracy") else 1
+        held_out = sorted({key for row in rows for key in row if key.startswith(HELD_OUT)})
+        for key in ("loss", *held_out):
+            percent = key == ACCURACY.held_out
+            factor = 100 if percent else 1
+            title = f"{key.removeprefix(HELD_OUT)} held out{' (%)' * percent}" if key != "loss" else "training loss"
             points = [(row["epoch"], factor * row[key]) for row in rows if row.get(key) is not None]
             if points:
                 pictures.append((name, line_chart({name: points}, "epoch", title)))
@@ -216,7 +220,7 @@ def _short(value: Any, most: int = 600) -> str:
 
 def section(title: str, *blocks: Sequence[Block] | Block | None) -> Section:
     """Blocks, and lists of them, under a heading."""
-    found: list[Block | None] = []
+    found: list[Block] = []
     for one in blocks:
-        found += list(one) if isinstance(one, Sequence) else [one]
+        found += list(one) if isinstance(one, Sequence) else [one] if one is not None else []
     return Section(title, found)

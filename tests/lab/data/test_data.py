@@ -120,7 +120,7 @@ def test_fetched_where_there_is_a_network(small_mnist, offline, monkeypatch):
         ("digits", {"validation": 1.0}, "validation=1.0"),
         ("digits", {"validation": float("nan")}, "validation=nan"),
         ("digits", {"validation": 1e-4}, "leaves an empty part"),
-        ("builtins:dict", {}, "returned a dict, not a secateur Dataset"),
+        ("builtins:dict", {}, "a dict with train and test"),
         ("nosuchmodule:make", {}, "cannot import"),
     ],
 )

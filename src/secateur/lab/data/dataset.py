@@ -58,6 +58,10 @@ class Dataset:
         """Shape [channels, height, width] of one image."""
         return tuple(self.train.images.shape[1:])
 
+    def example(self, count: int = 1) -> Tensor:
+        """So many images of zeros, on the CPU."""
+        return torch.zeros(count, *self.image)
+
     def split(self, name: str) -> Split:
         """The split ``train``, ``validation`` or ``test``."""
         if name not in {"train", "validation", "test"}:

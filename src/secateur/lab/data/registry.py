@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from secateur._internal.errors import SecateurError, unknown
 from secateur._internal.extras import extra
 from secateur.lab.data import parquet
 from secateur.lab.data.dataset import Dataset, Split, hold_out, stratified
+from secateur.lab.data.own import own_data
 
 
 @dataclass(frozen=True)
@@ -81,36 +83,44 @@ DATA: dict[str, Callable[[str | Path | None, float], Dataset]] = {
 
 
 def load(
-    name: str, *, root: str | Path | None = None, device: str | torch.device = "cpu", validation: float = 0.1
-) -> Dataset:
+    name: str, *, root: str | Path | None = None, device: str | torch.device = "cpu", validation: float = 0.1,
+    options: Mapping[str, Any] | None = None,
+) -> Any:  # fmt: skip
     """A data set, wholly on the device.
 
     Args:
-        name: a key of ``DATA``, or ``package.module:factory``, called without arguments, that returns a ``Dataset``.
+        name: a key of ``DATA``, or ``package.module:factory`` that returns a ``Dataset``, or a dict of splits, which
+            becomes :class:`secateur.lab.data.own.OwnData`.
         root: a folder that holds ``NAME/train.parquet`` and ``NAME/test.parquet``. Without it: ``$SECATEUR_DATA``,
             ``data`` and ``../shared/data`` beside the working directory or this repository, then huggingface_hub.
         device: where the tensors are put.
         validation: share of every class of the training images held out, always the same ones, because nothing may
             be chosen by the test images; 0 for none. A user's own data set brings its own.
+        options: keyword arguments of a factory.
 
     Raises:
         SecateurError: unknown name, missing or damaged files, a factory that returns something else.
     """
     if factory.is_import_string(name):
-        dataset = factory.import_string("data", name)()
-        if not isinstance(dataset, Dataset):
-            raise SecateurError(
-                f"data {name!r}: the factory returned a {type(dataset).__name__}, not a secateur Dataset"
-            )
-        return dataset.to(device)
+        try:
+            dataset = factory.import_string("data", name)(**(options or {}))
+        except SecateurError:
+            raise
+        except Exception as error:  # whatever a user's factory raises
+            raise SecateurError(f"data {name!r}: the factory fails ({type(error).__name__}: {error})") from error
+        found = dataset if isinstance(dataset, Dataset) else own_data(name, dataset)
+        return found.to(device)
+    if options:
+        raise SecateurError(f"data.options: data {name!r} takes none; they are for package.module:factory")
     if name not in DATA:
         raise unknown("data", name, DATA)
     return DATA[name](root, validation).to(device)
 
 
 def stand_in(
-    name: str, *, root: str | Path | None = None, device: str | torch.device = "cpu", validation: float = 0.1
-) -> Dataset:
+    name: str, *, root: str | Path | None = None, device: str | torch.device = "cpu", validation: float = 0.1,
+    options: Mapping[str, Any] | None = None,
+) -> Any:  # fmt: skip
     """A data set of the same sizes whose images are all zero: nothing is read from large files, fetched or kept.
 
     Of ``digits``, which is small, and of a user's own, which nobody here knows, it is the data set itself.
@@ -120,10 +130,11 @@ def stand_in(
         root: likewise.
         device: likewise.
         validation: likewise.
+        options: likewise.
     """
     source = SOURCES.get(name)
     if source is None:
-        return load(name, root=root, device=device, validation=validation)
+        return load(name, root=root, device=device, validation=validation, options=options)
     here = local(name, root) is not None
     held_out = round(validation * source.images[0])
 

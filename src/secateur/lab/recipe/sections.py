@@ -68,9 +68,11 @@ class Data(_Section):
         batch_size: images a step.
         augment: random crops and mirror images while training.
         validation: share of the training images held out, to choose settings by.
+        options: keyword arguments of a factory.
     """
 
     name: str
+    options: dict[str, Any] = {}
     root: str | None = None
     batch_size: int = Field(default=128, ge=1)
     augment: bool = False
@@ -318,6 +320,9 @@ def made(registry: Registry[Any], seat: Seat, more: dict[str, Any]) -> Any:
     return registry.make({**{key: value for key, value in more.items() if key in known}, **given})
 
 
+METRIC_WORDS, BETTER = ("function", "name", "unit", "better"), ("higher", "lower")
+
+
 class Measure(_Section):
     """How latency is measured, always on the CPU.
 
@@ -326,12 +331,28 @@ class Measure(_Section):
         repeats: forwards whose median counts.
         threads: CPU threads.
         backends: what runs it: ``eager``, which is always timed, ``compile``, ``onnxruntime``.
+        metric: ``package.module:function`` of a model and the batches of a split instead of accuracy, or a mapping of
+            ``function``, ``name``, ``unit`` and ``better`` (``higher`` or ``lower``).
     """
 
     batch_sizes: list[int] = [1, 32]
     repeats: int = Field(default=50, ge=1)
     threads: int = Field(default=1, ge=1)
     backends: list[str] = [EAGER]
+    metric: str | dict[str, str] | None = None
+
+    @field_validator("metric")
+    @classmethod
+    def _metric(cls, metric: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        words = {"function": metric} if isinstance(metric, str) else metric or {"function": "a:b"}
+        for key in words:
+            if key not in METRIC_WORDS:
+                raise unknown("key", key, METRIC_WORDS)
+        if not is_import_string(words.get("function", "")):
+            raise SecateurError(f"function {words.get('function')!r}: package.module:function is expected")
+        if words.get("better", "higher") not in BETTER:
+            raise SecateurError(f"better {words['better']!r}: {' or '.join(BETTER)} is expected")
+        return metric
 
     @field_validator("backends")
     @classmethod
@@ -359,6 +380,9 @@ class Recipe(_Section):
         threads: CPU threads for training; results depend on it in the last bits. ``None`` for PyTorch's choice.
         data: section.
         model: section.
+        loss: of training, pruning and fine-tuning: ``cross_entropy``, ``mse``, ``model`` (its own), or
+            ``package.module:function`` of outputs and targets; ``auto`` is the model's own where batches are dicts with
+            labels, else the cross entropy.
         train: section; left out where ``model.weights`` is given.
         prune: section.
         finetune: section.
@@ -372,6 +396,7 @@ class Recipe(_Section):
     threads: int | None = Field(default=None, ge=1)
     data: Data
     model: Model
+    loss: str = AUTO
     train: Train | None = None
     prune: Prune = Field(default_factory=Prune)
     finetune: Tune | None = None
@@ -401,6 +426,9 @@ class Recipe(_Section):
                 f"{name_of(self.train.optimizer)!r} "
                 "leaves nothing that it could take"
             )
+        smoothed = [s for s in (self.train, self.finetune, self.prune.train) if s is not None and s.label_smoothing]
+        if smoothed and self.loss not in (AUTO, "cross_entropy"):
+            raise SecateurError(f"label_smoothing is for loss cross_entropy, and loss is {self.loss}: leave it out")
         if self.finetune is not None and not self.prune.prunes:
             raise SecateurError("a finetune section needs a prune section: nothing is pruned")
         return self

@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ def run(
                 "device": str(accelerator.device),
                 "threads": threads,
                 "data": data.notes,
+                "metric": asdict(setting.metric.shown),
                 "finished": False,
             }
             if before is None:
@@ -141,7 +142,10 @@ def _setting(
     """What all stages share, with the data on the recipe's device."""
     accelerator = Accelerator(cpu=recipe.device == "cpu")
     section = recipe.data
-    data = load_data(section.name, root=section.root, device=accelerator.device, validation=section.validation)
+    data = load_data(
+        section.name, root=section.root, device=accelerator.device, validation=section.validation,
+        options=section.options,
+    )  # fmt: skip
     return Setting(recipe, data, accelerator, progress, say, sharing)
 
 
@@ -151,7 +155,9 @@ def _finish(setting: Setting, out: Path, begun: dict[str, Any]) -> dict[str, Any
         at = out / f"seed-{seed}"
         make_folder(at)
         seeds[str(seed)] = stages.one_seed(setting, seed, at)
-    folder.write(out, {**begun, "finished": True, "summary": summary(list(seeds.values())), "seeds": seeds})
+    folder.write(
+        out, {**begun, "finished": True, "summary": summary(list(seeds.values()), setting.metric.shown), "seeds": seeds}
+    )
     found = folder.read(out)
     write_page(page_of_run(found, out), out / folder.REPORT)
     return found

@@ -10,18 +10,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from secateur import storage as store
+from secateur._internal.batches import Batch, call_model, read_batch
+from secateur._internal.losses import outputs_of, read_loss
 from secateur._internal.workload import Needs
 from secateur.auto import AUTO
 from secateur.lab.data.dataset import Dataset
+from secateur.lab.data.own import OwnData
 from secateur.lab.recipe.sections import Prune, Recipe, Tune, name_of
 from secateur.lab.run.setting import Setting
 from secateur.lab.run.training import make_optimizer
@@ -136,7 +139,7 @@ def _is_done(folder: Path, name: str) -> bool:
     return (folder / MEASURED if name == "measured" else folder / name / store.FILE).exists()
 
 
-def stages_of(recipe: Recipe, data: Dataset, cost: Cost) -> list[Stage]:
+def stages_of(recipe: Recipe, data: Dataset | OwnData, cost: Cost) -> list[Stage]:
     """The stages of one seed, in their order, as :func:`secateur.lab.run.stages.one_seed` does them."""
     steps = len(data.loader("train", recipe.data.batch_size))
     held_out = len(data.validation) if data.validation is not None else 0
@@ -170,7 +173,7 @@ def stages_of(recipe: Recipe, data: Dataset, cost: Cost) -> list[Stage]:
         found.append(Stage("finished", f"what {name_of(prune.method)} does last", 0.0))
     how = recipe.measure
     forwards = len(data.test) + held_out + sum(how.batch_sizes) * how.repeats
-    found.append(Stage("measured", "accuracy, counts and latency", columns * forwards * cost.forward))
+    found.append(Stage("measured", "accuracy or your metric, counts and latency", columns * forwards * cost.forward))
     return found
 
 
@@ -211,14 +214,20 @@ def timed_cost(setting: Setting) -> Cost:
     optimizer = None if section is None else make_optimizer(setting, model, section)
     loader = setting.data.loader("train", recipe.data.batch_size, shuffle=True, augment=recipe.data.augment)
 
-    def batch(most: int | None) -> tuple[Tensor, Tensor]:
-        images, labels = next(iter(loader))
-        images = images[:most].to(setting.device).contiguous(memory_format=order)
-        return images, labels[:most].to(setting.device)
+    own = isinstance(setting.data, OwnData)
+
+    def batch(most: int | None) -> Batch:
+        raw = next(iter(loader))
+        raw = raw if own else [t[:most] for t in raw]  # those of a user's own may be anything
+        found = read_batch(raw, 0, setting.device)
+        image = isinstance(found.inputs, Tensor) and found.inputs.ndim == 4
+        return replace(found, inputs=found.inputs.contiguous(memory_format=order)) if image else found
+
+    loss = read_loss(setting.loss, batch(None))
 
     def both_ways(most: int | None = None) -> None:
-        images, labels = batch(most)
-        F.cross_entropy(model(images), labels).backward()
+        some = batch(most)
+        loss.mean(outputs_of(partial(call_model, model), some, loss), some.targets).backward()  # whatever it is
 
     def update() -> None:
         if optimizer is not None:
@@ -231,10 +240,10 @@ def timed_cost(setting: Setting) -> Cost:
 
     def forward(most: int | None = None) -> None:
         with torch.no_grad():
-            model(batch(most)[0])
+            call_model(model, batch(most).inputs)
 
-    full = min(recipe.data.batch_size, len(setting.data.train))
-    small = min(_SMALL, full)
+    full = batch(None).examples
+    small = full if own else min(_SMALL, full)
     both_ways(small)
     update()  # both have warmed up
     update_seconds = _timed(setting.device, update)

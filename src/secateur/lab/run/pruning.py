@@ -12,12 +12,14 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
+from secateur._internal.batches import read_batch
 from secateur._internal.files import make_folder
 from secateur._internal.workload import Workload
 from secateur.allocation.budget import Budget, in_round
 from secateur.allocation.latency.api import LatencyClock, measure_latency
 from secateur.allocation.latency.sampler import LatencySettings
 from secateur.auto import AUTO
+from secateur.lab.data.dataset import Dataset
 from secateur.lab.run.setting import Facts, Setting
 from secateur.lab.run.training import fitted, make_optimizer
 from secateur.measure.latency import threads_set
@@ -31,7 +33,6 @@ from secateur.tracing.api import trace
 
 TIMED = 32
 """Networks that are timed for a budget in ``latency_ms``."""
-LOSS = "cross_entropy"
 
 
 def pruned(setting: Setting, model: nn.Module, seed: int, number: int, checkpoints: Path) -> tuple[nn.Module, Facts]:
@@ -78,7 +79,9 @@ def _workload(setting: Setting, model: nn.Module, seed: int) -> Workload:
     if setting.sharing is not None:
         data, batches = setting.recipe.data.model_dump_json(), setting.recipe.prune.batches
         model, known = setting.sharing.of(model, (data, batches, seed))
-    return Workload(model, _batches(setting, seed), LOSS, inputs=setting.inputs, progress=setting.progress, known=known)
+    return Workload(
+        model, _batches(setting, seed), setting.loss, inputs=setting.inputs, progress=setting.progress, known=known
+    )
 
 
 def _by_seats(
@@ -150,7 +153,7 @@ def _while_training(
         facts |= traced_data(plan.graph, plan)
         facts["difference"] = _difference(setting, model, small, plan)
     facts |= getattr(handle, "facts", {})
-    work = Workload(before, _batches(setting, seed), LOSS, inputs=setting.inputs, progress=setting.progress)
+    work = Workload(before, _batches(setting, seed), setting.loss, inputs=setting.inputs, progress=setting.progress)
     facts |= repaired(section.make_repairs(seed=seed), model, small, plan, work)  # type: ignore[arg-type]
     _say_left_whole(setting, facts)
     return small, facts
@@ -168,9 +171,12 @@ def make_handle(
 def finish(setting: Setting, model: nn.Module) -> tuple[nn.Module, Facts]:
     """What a method does last, after all fine-tuning (:attr:`finishes` says whether it does)."""
     how = setting.recipe.measure
-    images = torch.rand((how.batch_sizes[0], *setting.data.image), generator=torch.Generator().manual_seed(0))
+    size = how.batch_sizes[0]
+    inputs: Any = setting.data.example(size)
+    if isinstance(setting.data, Dataset):
+        inputs = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(0))
     with threads_set(how.threads):
-        result: Result = setting.recipe.prune.make_method().finish(model, images)
+        result: Result = setting.recipe.prune.make_method().finish(model, inputs)
     for remark in result.facts.get("remarks", ()):
         setting.say(remark)
     return result.model, dict(result.facts)
@@ -181,13 +187,13 @@ def timed(setting: Setting, model: nn.Module, samples: int, checkpoint: Path | N
     section, how = setting.recipe.prune, setting.recipe.measure
     budget, own = section.make_budget(), copy.deepcopy(model).cpu()
     assert budget is not None
-    images = setting.inputs.cpu().expand(how.batch_sizes[0], -1, -1, -1).contiguous()
+    inputs = setting.data.example(how.batch_sizes[0])
     settings = LatencySettings(
         samples=samples, threads=how.threads, round_to=budget.round_to, approximate=section.approximate,
         checkpoint=checkpoint,
     )  # fmt: skip
-    graph = trace(own, setting.inputs.cpu())
-    return measure_latency(own, graph, settings, inputs=images, progress=setting.progress)
+    graph = trace(own, setting.data.example())
+    return measure_latency(own, graph, settings, inputs=inputs, progress=setting.progress)
 
 
 def _facts(setting: Setting, result: Result) -> Facts:
@@ -211,5 +217,5 @@ def _say_left_whole(setting: Setting, facts: Facts) -> None:
 
 def _difference(setting: Setting, model: nn.Module, small: nn.Module, plan: Plan) -> float:
     """Masked and cut compute the same: shown, not assumed."""
-    images, _ = next(iter(setting.data.loader("train", 64)))
-    return check(model, small, plan, images)
+    inputs = read_batch(next(iter(setting.data.loader("train", 64))), 0, setting.device).inputs
+    return check(model, small, plan, inputs)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 
 from secateur import storage as store
 from secateur._internal.serial import digest_of
+from secateur.auto import AUTO
 from secateur.lab.data.dataset import Dataset
+from secateur.lab.data.own import OwnData, on_device
+from secateur.lab.given import loss_of
 from secateur.lab.models.registry import build
 from secateur.lab.recipe.sections import Recipe
+from secateur.lab.run.metric import Metric, metric_of
 
 Facts = dict[str, Any]
 TEST_BATCH = 500
@@ -60,7 +65,7 @@ class Setting:
     """
 
     recipe: Recipe
-    data: Dataset
+    data: Dataset | OwnData
     accelerator: Accelerator
     progress: bool
     say: Callable[[str], None]
@@ -72,9 +77,23 @@ class Setting:
         return torch.device(self.accelerator.device)
 
     @property
-    def inputs(self) -> Tensor:
-        """One example image."""
-        return torch.zeros(1, *self.data.image, device=self.device)
+    def inputs(self) -> Any:
+        """One example."""
+        return on_device(self.data.example(), self.device)
+
+    @cached_property
+    def metric(self) -> Metric:
+        """What is measured on data."""
+        return metric_of(self.recipe.measure.metric)
+
+    @cached_property
+    def loss(self) -> Any:
+        """The loss, as every verb takes it."""
+        given = self.recipe.loss
+        if given == AUTO:
+            own = isinstance(self.data, OwnData) and self.data.train.first.labelled
+            return "model" if own else "cross_entropy"
+        return loss_of(given, "loss")
 
     def build(self) -> nn.Module:
         """The network as the recipe describes it, from the present random state."""

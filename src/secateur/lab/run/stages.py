@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from secateur import storage as store
+from secateur._internal.batches import call_model
 from secateur._internal.errors import BadFile, SecateurError
-from secateur.lab.given import INPUT
+from secateur.lab.data.dataset import Dataset
+from secateur.lab.given import INPUT, described
 from secateur.lab.recipe.sections import Recipe, Tune, name_of
 from secateur.lab.run.folder import held, write_json
 from secateur.lab.run.pruning import finish, make_handle, pruned, timed
 from secateur.lab.run.setting import TEST_BATCH, Facts, Setting
 from secateur.lab.run.training import fitted, make_optimizer, plain
-from secateur.measure.accuracy import accuracy
 from secateur.measure.backends import EAGER
 from secateur.measure.counting import counted
 from secateur.measure.latency import file_size, latency
@@ -48,10 +49,11 @@ def check_setting(setting: Setting, *, new: bool) -> None:
     models = [setting.begin(seed) for seed in setting.recipe.seeds]
     model = models[0].to(setting.device)
     graph = trace(model, setting.inputs)
+    _ = setting.metric, setting.loss
     with torch.no_grad():
-        output = model.eval()(setting.inputs)
-    classes = setting.data.classes
-    if not isinstance(output, Tensor) or output.shape != (1, classes):
+        output = call_model(model.eval(), setting.inputs)
+    classes = setting.data.classes if isinstance(setting.data, Dataset) else None
+    if classes is not None and (not isinstance(output, Tensor) or output.shape != (1, classes)):
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise SecateurError(
             f"model {setting.recipe.model.name!r}: for one image of data {setting.data.name!r} it gives {shape}, and "
@@ -141,7 +143,8 @@ def _stage(setting: Setting, folder: Path, name: str, make: Callable[[Path], tup
     if not (at / store.FILE).exists():
         setting.say(f"{folder.name}: {name}")
         model, facts = make(checkpoints)
-        store.save(model, at, notes={**facts, INPUT: list(setting.inputs.shape)})
+        noted = list(setting.inputs.shape) if isinstance(setting.data, Dataset) else described(setting.data.example())
+        store.save(model, at, notes={**facts, **({} if noted is None else {INPUT: noted})})
     shutil.rmtree(checkpoints, ignore_errors=True)
     return {name: fact for name, fact in store.read_head(at)["notes"].items() if name != INPUT}
 
@@ -211,10 +214,9 @@ def _measured(setting: Setting, folder: Path, columns: Mapping[str, Path], prune
         models = {name: _load(setting, at) for name, at in columns.items()}
         found: Facts = {name: metrics(setting, model) for name, model in models.items()}
         if pruned is not None:
-            found["pruned"] = accuracies(setting, _load(setting, pruned))
+            found["pruned"] = measured(setting, _load(setting, pruned))
         if "after" in models:
-            image = torch.zeros(1, *setting.data.image)
-            found["layers"] = layer_data(models["before"].cpu(), models["after"].cpu(), image)
+            found["layers"] = layer_data(models["before"].cpu(), models["after"].cpu(), setting.data.example())
         write_json(path, found)
     try:
         return dict(json.loads(path.read_text("utf-8")))
@@ -225,28 +227,26 @@ def _measured(setting: Setting, folder: Path, columns: Mapping[str, Path], prune
 def metrics(setting: Setting, model: nn.Module) -> Facts:
     """Accuracies, counts, bytes of the file, and latencies on the CPU, of a model on the CPU."""
     how, data = setting.recipe.measure, setting.data
-    image = torch.zeros(1, *data.image)
 
     def timed_by(backend: str) -> Facts:
         return {
             str(size): latency(
-                model, image.expand(size, -1, -1, -1).contiguous(), repeats=how.repeats, threads=how.threads,
-                backend=backend,
+                model, data.example(size), repeats=how.repeats, threads=how.threads, backend=backend
             )
             for size in how.batch_sizes
         }  # fmt: skip
 
-    found: Facts = {**counted(model, image), "file_bytes": file_size(model), "latency": timed_by(EAGER)}
+    found: Facts = {**counted(model, data.example()), "file_bytes": file_size(model), "latency": timed_by(EAGER)}
     if others := [backend for backend in how.backends if backend != EAGER]:
         found["latency_of"] = {backend: timed_by(backend) for backend in others}
-    return {**found, **accuracies(setting, model)}
+    return {**found, **measured(setting, model)}
 
 
-def accuracies(setting: Setting, model: nn.Module) -> Facts:
-    """On the images held out, where some are, and on the test images."""
+def measured(setting: Setting, model: nn.Module) -> Facts:
+    """The metric on the examples held out, where some are, and on the test examples."""
     data, found = setting.data, Facts()
     model.to(setting.device)
     for split in ("validation", "test"):
         if getattr(data, split) is not None:
-            found[f"{split}_accuracy"] = accuracy(model, data.loader(split, TEST_BATCH))
+            found[f"{split}_{setting.metric.shown.name}"] = setting.metric.of(model, data.loader(split, TEST_BATCH))
     return found

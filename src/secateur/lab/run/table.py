@@ -11,6 +11,8 @@ from secateur.report.metrics import (
     CHANGE,
     COLUMNS,
     LATENCY,
+    Measured,
+    measured_in,
     metric_cells,
     metric_title,
     run_caption,
@@ -22,16 +24,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds of every metric, by column, and of the accuracy's change."""
+def summary(seeds: Sequence[Mapping[str, Any]], measured: Measured = ACCURACY) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds of every metric, by column, and of the change on data."""
     found: dict[str, Any] = {}
     for column in COLUMNS:
-        rows = [flat(seed[column]) for seed in seeds if column in seed]
+        rows = [flat(seed[column], measured) for seed in seeds if column in seed]
         if rows:
             found[column] = {name: _spread([row[name] for row in rows]) for name in rows[0]}
     if "after" in found:
-        changes = [seed["after"][ACCURACY] - seed["before"][ACCURACY] for seed in seeds]
-        found["change"] = {ACCURACY: _spread(changes)}
+        changes = [seed["after"][measured.test] - seed["before"][measured.test] for seed in seeds]
+        found["change"] = {measured.test: _spread(changes)}
     return found
 
 
@@ -56,7 +58,7 @@ def _side_by_side(result: Mapping[str, Any]) -> Table:
     for column in found:
         drawn.add_column(_head(column), justify="right", no_wrap=True)
     for name in shown(found):
-        drawn.add_row(metric_title(name), *metric_cells(name, found))
+        drawn.add_row(metric_title(name), *metric_cells(name, found, measured_in(result)))
     return drawn
 
 
@@ -69,7 +71,7 @@ def _below_each_other(result: Mapping[str, Any]) -> Table:
     drawn.add_column("", justify="right", no_wrap=True)
     for name in shown(found):
         drawn.add_row(metric_title(name), "")
-        for column, cell in zip(found, metric_cells(name, found), strict=True):
+        for column, cell in zip(found, metric_cells(name, found, measured_in(result)), strict=True):
             drawn.add_row(f"  {_head(column)}", cell)
     return drawn
 
@@ -87,13 +89,13 @@ def needs(drawn: Table) -> int:
     return Measurement.get(console, console.options, drawn).maximum
 
 
-def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
+def flat(metrics: Mapping[str, Any], measured: Measured = ACCURACY) -> dict[str, float]:
     """Metrics in the table's order, latencies by batch size."""
-    accuracies = {name: metrics[name] for name in (ACCURACY, "validation_accuracy") if name in metrics}
+    on_data = {name: metrics[name] for name in (measured.test, measured.held_out) if name in metrics}
     times = {f"{LATENCY}{size}": took["median_ms"] for size, took in metrics["latency"].items()}
     for backend, sizes in metrics.get("latency_of", {}).items():
         times |= {f"{LATENCY}{size}_{backend}": took["median_ms"] for size, took in sizes.items()}
-    return {**accuracies, **{name: metrics[name] for name in ("params", "macs", "file_bytes")}, **times}
+    return {**on_data, **{name: metrics[name] for name in ("params", "macs", "file_bytes")}, **times}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

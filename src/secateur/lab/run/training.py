@@ -11,10 +11,11 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.nn import functional as F
 
+from secateur._internal.errors import SecateurError
+from secateur.lab.data.dataset import Dataset
 from secateur.lab.recipe.sections import Train, Tune
 from secateur.lab.run.setting import TEST_BATCH, Facts, Setting
 from secateur.lab.training.loop import fit
-from secateur.measure.accuracy import accuracy
 
 
 def plain(train: Train) -> Tune:
@@ -36,16 +37,21 @@ def fitted(
     set_seed(seed)
     data, recipe = setting.data, setting.recipe
     held_out = data.loader("validation", TEST_BATCH) if data.validation is not None else None
+    metric, loss = setting.metric, setting.loss
+    if loss == "cross_entropy" and isinstance(data, Dataset):
+        loss = partial(F.cross_entropy, label_smoothing=section.label_smoothing)
+    elif section.label_smoothing:
+        raise SecateurError("label_smoothing is for the built-in data and the cross entropy: leave it out")
     history = fit(
         model,
         optimizer,
         data.loader("train", recipe.data.batch_size, shuffle=True, augment=recipe.data.augment, seed=seed),
         epochs=section.epochs,
-        loss_fn=partial(F.cross_entropy, label_smoothing=section.label_smoothing),
+        loss_fn=loss,
         schedule=section.schedule,
         checkpoint_dir=checkpoints,
         after_step=handles,
-        after_epoch=(lambda: {"validation_accuracy": accuracy(model, held_out)}) if held_out is not None else None,
+        after_epoch=None if held_out is None else lambda: {metric.shown.held_out: metric.of(model, held_out)},
         accelerator=setting.accelerator,
         progress=setting.progress,
         channels_last=section.channels_last,
