@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from secateur import cli
 from secateur.allocation.contract import STRATEGIES
+from secateur.lab.recipe.reference import BEGIN, END, reference
 from secateur.methods.contract import METHODS, TRAINING_METHODS
 from secateur.repair.contract import REPAIRS
 from secateur.scoring.contract import CRITERIA
@@ -70,7 +71,7 @@ def test_every_block_runs_as_it_is_printed(page: Path, tmp_path: Path, monkeypat
             where = f"{page.name}, block {number}"
             if "skip=" in kind:
                 continue
-            if title := re.search(r'title="([^"]+)"', kind):
+            if title := re.search(r'title="([^"]+)"', kind):  # a file
                 (tmp_path / title[1]).write_text(code)
             elif kind.startswith("python"):
                 with warnings.catch_warnings():
@@ -81,7 +82,7 @@ def test_every_block_runs_as_it_is_printed(page: Path, tmp_path: Path, monkeypat
                     shell(line, where, tmp_path)
     finally:
         for name in set(sys.modules) - before:
-            if name.split(".")[0] in {"small", "my_net"} or name.startswith("own_"):
+            if name.split(".")[0] in {"small", "my_net", "words"} or name.startswith("own_"):
                 del sys.modules[name]
 
 
@@ -119,3 +120,10 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert there.exists(), f"{page.name}: {target}"
         if anchor:
             assert anchor in anchors(there), f"{page.name}: {target}"
+
+
+def test_the_keys_of_a_recipe_are_those_of_its_classes() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    written = page.split(BEGIN)[1].split(END)[0]
+    assert written.strip() == reference().strip(), "python -m secateur.lab.recipe.reference"
+    assert "|  |" not in written, "a key without a meaning"
