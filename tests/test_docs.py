@@ -7,10 +7,13 @@ models that nobody here has.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -19,6 +22,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import secateur as sc
 from secateur import cli
 from secateur.allocation.contract import STRATEGIES
 from secateur.lab.recipe.reference import BEGIN, END, reference
@@ -29,6 +33,7 @@ from secateur.scoring.contract import CRITERIA
 matplotlib.use("agg")
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r'(?:href|src)="([^"]*)"')
 FENCE = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 KINDS = {"python", "bash", "yaml", "text"}
 ELSEWHERE = ("make ", "pip ", "bash ", "python -m pip", "cd ", "git ")
@@ -127,3 +132,52 @@ def test_the_keys_of_a_recipe_are_those_of_its_classes() -> None:
     written = page.split(BEGIN)[1].split(END)[0]
     assert written.strip() == reference().strip(), "python -m secateur.lab.recipe.reference"
     assert "|  |" not in written, "a key without a meaning"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, as `make docs` builds it: warnings are errors."""
+    out = tmp_path_factory.mktemp("site")
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "-q", "-f", ROOT / "mkdocs.yml", "-d", out],
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - begun < 120
+    return out
+
+
+def test_the_site_has_no_dead_link_and_asks_nothing_of_a_network(site: Path) -> None:
+    pages = {path: path.read_text() for path in site.rglob("*.html") if path.name != "404.html"}
+    names = {path: set(re.findall(r' (?:id|name)="([^"]+)"', text)) for path, text in pages.items()}
+    assert len(pages) > 20
+    for path, text in pages.items():
+        for target in LINK.findall(text):
+            if target.startswith(("https://", "http://", "mailto:", "data:", "javascript:")):
+                continue
+            file, _, anchor = target.partition("#")
+            there = (path.parent / file).resolve() if file else path
+            assert there.exists(), f"{path.name}: {target}"
+            if anchor and there in names:
+                assert anchor in names[there] or anchor == "__skip", f"{path.name}: {target}"
+        for asked in re.findall(r'<(?:script|img|link|iframe)[^>]*(?:src|href)="(https?:[^"]*)"', text):
+            assert "canonical" in asked, f"{path.name} asks {asked} of a network"
+
+
+def test_the_reference_has_every_public_name(site: Path) -> None:
+    page = (ROOT / "docs" / "reference.md").read_text()
+    listed = re.findall(r"^::: secateur\.([\w.]+)$", page, re.MULTILINE)
+    assert sorted(name.rpartition(".")[2] for name in listed) == sorted(sc.__all__)
+    html = (site / "reference.html").read_text()
+    assert all(f'id="secateur.{name}"' in html for name in listed) and ":func:" not in html
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text().split("nav:")[1], re.MULTILINE)
+    there = {page.name for page in (ROOT / "docs").glob("*.md")} - {"package.md"}
+    assert sorted(listed) == sorted(there)
+
+
+def test_the_page_of_the_package_has_no_link_that_needs_the_repository() -> None:
+    assert not re.search(r"\]\((?!https?:)", (ROOT / "docs" / "package.md").read_text())
