@@ -11,6 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def test_every_table_is_made_of_the_results() -> None:
+    done = subprocess.run([sys.executable, ROOT / "bench" / "pages.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (ROOT / "docs" / "results.md").read_text().count("<!-- table: ") > 25
+
+
 @pytest.mark.parametrize(("script", "options"), [("published", ()), ("real", ("--table",))])
 def test_a_table_is_what_its_script_prints(script, options):
     done = subprocess.run(
