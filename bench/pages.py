@@ -1,6 +1,6 @@
 """Every table of the pages that is made of ``bench/results/*.json``: one command writes them all, a test compares.
 
-A page says ``<!-- table: NAME -->``, then the table, then ``<!-- end -->``; ``NAME`` is one of :data:`TABLES`. Nothing is
+A page says ``<!-- table: NAME -->``, then the table, then ``<!-- end -->``; ``NAME`` is one of ``TABLES``. Nothing is
 run here, and no number is typed. ``published.py`` and ``real.py`` write their own parts::
 
     python bench/pages.py --write
@@ -71,7 +71,7 @@ def named(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
 
 
 def best_norms(row: Row) -> float | None:
-    """Test accuracy (%) with the norms as they are or re-estimated, whichever is better; None where a method refused."""
+    """Test accuracy (%) with norms as they are or re-estimated, the better one; None where a method refused."""
     found = [row[key] for key in ("test", "test_recalibrated") if row.get(key) is not None]
     return 100 * max(found) if found else None
 
