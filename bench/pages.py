@@ -158,6 +158,41 @@ for _network in ("lenet5", "resnet20"):
     TABLES[f"directional.{_network}"] = partial(directional, _network)
 
 
+PEERS = (
+    "secateur", "secateur.hybrid", "secateur, by the loss", "secateur, by the loss, round_to=1",
+    *(f"torch-pruning/{c}/{s}" for c in ("magnitude", "taylor", "bn_scale", "hessian") for s in ("global", "layer")),
+)  # fmt: skip
+MACS = (0.7, 0.5, 0.3)
+
+
+def peer_values(method: str, macs: float, value: str = "test") -> list[float]:
+    """Test accuracy (%) of a method of ``bench/peers.py``, one number a seed."""
+    return [100 * row[value] for row in rows_of("peers", method=method, fraction=macs) if value in row]
+
+
+@named("peers")
+def peers() -> str:
+    """Beside torch-pruning, before and after two epochs of training."""
+    rows = [
+        [m, *(spread(peer_values(m, f)) for f in MACS),
+         *(spread(peer_values(m, f, "trained")).replace("-", "open") for f in MACS)]
+        for m in PEERS
+    ]  # fmt: skip
+    return table(["", *(f"{100 * f:g} %" for f in MACS), *(f"{100 * f:g} %, trained" for f in MACS)], rows)
+
+
+@named("peers.best")
+def peers_best() -> str:
+    """The same in three rows: ours, and the best of theirs at each budget."""
+    theirs = [max(statistics.mean(peer_values(m, f)) for m in PEERS if m.startswith("torch-pruning")) for f in MACS]
+    rows = [
+        ["`sc.hybrid`, channels and bottlenecks", *(spread(peer_values("secateur.hybrid", f)) for f in MACS)],
+        ["`sc.prune`, the default", *(spread(peer_values("secateur", f)) for f in MACS)],
+        ["the best of eight settings of torch-pruning", *(f"{value:.1f}" for value in theirs)],
+    ]
+    return table(["ResNet-20, CIFAR-10, 85.1 % whole", *(f"{100 * f:g} % of the MACs" for f in MACS)], rows)
+
+
 @named("rounds")
 def rounds() -> str:
     """EigenDamage in rounds, with fine-tuning."""
@@ -419,7 +454,8 @@ def main() -> None:
         if name not in TABLES:
             parser.error(f"no table is called {name}; there are {', '.join(TABLES)}")
         sys.stdout.write(TABLES[name]())
-    for page in sorted(DOCS.glob("*.md")) if given.write or given.check else ():
+    pages = [HERE.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+    for page in pages if given.write or given.check else ():
         before = page.read_text()
         after = written(before)
         if given.check and before != after:

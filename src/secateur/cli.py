@@ -1,8 +1,8 @@
 """The command line, ``secateur``: a function a command.
 
-Bad input ends with exit code 2 and one message on stderr, an interruption with 130, and SIGTERM with 143. Anything else
-is a bug of ours and keeps its traceback. Results go to stdout; what is said meanwhile goes to stderr. Nothing heavy is
-imported before a command needs it.
+Bad input ends with exit code 2 and one message on stderr, a sweep with runs that failed with 1, an interruption with
+130, and SIGTERM with 143. Anything else is a bug of ours and keeps its traceback. Results go to stdout; what is said
+meanwhile goes to stderr. Nothing heavy is imported before a command needs it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
 MODEL = "A built-in model, package.module:factory, torchvision:NAME, timm:NAME, hf:PATH_OR_NAME, or a saved directory."
 
-BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 _SAME = "the same command goes on where it was"
 
 
@@ -328,6 +328,9 @@ def sweep_command(
         )  # fmt: skip
         _show_table(terminal_table(table, get_terminal_size().columns if sys.stdout.isatty() else None))
         _show(f"everything is in {where}; {where / folder.REPORT} is a page to read")
+        if table.failures:
+            typer.echo(f"{len(table.failures)} of {len(what.cells)} runs failed; their rows say why", err=True)
+            raise typer.Exit(FAILED)
 
 
 @app.command("list")

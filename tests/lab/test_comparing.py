@@ -124,6 +124,8 @@ BAD = {
     "html to nowhere": (["run", "--format", "html"], "wants --out"),
     "a table as a file": (["run", "--format", "table", "--out", "x.txt"], "is no file"),
     "no folder": (["run", "--out", "none/x.csv"], "there is no folder"),
+    "a folder as a file": (["run", "--out", "unfinished", "--format", "csv"], "it is a folder"),
+    "damaged": (["damaged"], "is damaged: it has no recipe"),
 }
 
 
@@ -133,10 +135,12 @@ def test_bad_input_is_one_message(case: str, runs: list[Path], tmp_path: Path, m
     (tmp_path / "run").symlink_to(runs[0])
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "run.json").write_text('{"secateur_run": 1, "finished": false}')
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "run.json").write_text('{"secateur_run": 1, "finished": true}')
     arguments, words = BAD[case]
     found = called("compare", *arguments)
     assert found.exit_code == 2 and words in found.output and found.output.count("secateur:") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "unfinished"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "run", "unfinished"]
 
 
 def test_no_values_give_no_cells() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -136,13 +138,14 @@ def test_killed_it_goes_on_to_the_same_table(swept: Path, tmp_path: Path, jobs: 
 def test_what_fails_is_a_row_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*SMALL, "train.lr=[0.1,1e30]"]
     found = called("sweep", "digits-taylor", *words, "--out", tmp_path / "out", "--quiet", "--alone")
-    assert found.exit_code == 0 and "failed: " in found.output and "the loss is" in found.output
+    assert found.exit_code == 1 and "failed: " in found.output and "the loss is" in found.output
+    assert "1 of 2 runs failed" in found.output
     assert "failed" in (tmp_path / "out" / "table.md").read_text()
     (tmp_path / "broken_net.py").write_text("def make(**_):\n    raise ZeroDivisionError('mine')\n")
     monkeypatch.chdir(tmp_path)
     words = [*SMALL[:2], "model.name=[digits_cnn,broken_net:make]", "model.options={}"]
     found = called("sweep", "digits-taylor", *words, "--out", tmp_path / "other", "--quiet", "--alone")
-    assert found.exit_code == 0 and "mine" in found.output
+    assert found.exit_code == 1 and "mine" in found.output
 
 
 def test_on_a_ray_cluster(swept: Path, tmp_path: Path) -> None:
@@ -209,3 +212,110 @@ def test_a_network_that_differs_shares_nothing(tmp_path: Path) -> None:
     assert model is first and sharing.of(first, "data")[1] is known
     assert sharing.of(second, "data") == (second, {})
     assert sharing.of(second, "other data")[1] == {}
+
+
+def test_the_criterion_may_be_fixed_and_baselines_ride_along_once() -> None:
+    found = read_sweep("digits-taylor", ["prune.criterion=taylor", "prune.budget.macs=[0.5,0.3]"])
+    assert [c.recipe.prune.criterion for c in found.cells] == ["taylor"] * 2 + ["random", "magnitude"] * 2
+    found = read_sweep("digits-taylor", ["prune.criterion=[{name: taylor},{name: magnitude}]"])
+    assert [c.recipe.prune.criterion for c in found.cells] == [{"name": "taylor"}, {"name": "magnitude"}, "random"]
+    found = read_sweep("digits-taylor", ["prune.criterion.name=[taylor,magnitude]"])
+    assert len(found.cells) == 3
+
+
+def test_names_that_no_folder_can_have_and_commands_that_run(tmp_path: Path) -> None:
+    found = read_sweep("digits-taylor", ['name=["a\\u0000b","a/b","a-b","漢字"]', "seeds=3"], baselines=False)
+    names = [cell.folder for cell in found.cells]
+    assert len(set(names)) == 4 and all(re.fullmatch(r"[\x21-\x7e]+", name) and "/" not in name for name in names)
+    found = read_sweep("digits-taylor", ["prune.criterion=[{name: taylor}]", "seeds=3"], baselines=False)
+    words = shlex.split(found.cells[0].command("digits-taylor", tmp_path))
+    assert words[:3] == ["secateur", "run", "digits-taylor"]
+    again = read_named(words[2], words[3:-2])
+    assert again == found.cells[0].recipe and words[-1].startswith(str(tmp_path))
+
+
+MINE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+def net(act="relu"):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), {"relu": nn.ReLU, "tanh": nn.Tanh}[act](), nn.Linear(24, 10))
+
+def squared(outputs, targets):
+    return (outputs.softmax(1) - F.one_hot(targets, 10)).square().sum(1).mean()
+
+def accuracy(model, batches):
+    return sum(100 * float((model(x).argmax(1) == y).float().mean()) for x, y in batches) / len(batches)
+"""
+OWN = """
+device: cpu
+threads: 1
+data: {name: digits, batch_size: 64, validation: 0.2}
+model: {name: "mine:net"}
+train: {epochs: 1, lr: 0.1}
+prune: {budget: {macs: 0.5}, criterion: taylor, repair: none}
+measure: {batch_sizes: [1], repeats: 1}
+"""
+
+
+@pytest.mark.parametrize("varied", ["loss=[cross_entropy,mine:squared]", "model.options.act=[relu,tanh]"])
+def test_what_differs_is_not_shared(varied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "own.yaml").write_text(OWN)
+    assert called("sweep", "own.yaml", varied, "--alone", "--quiet", "--out", "s").exit_code == 0
+    key, _, values = varied.partition("=")
+    for value in values.strip("[]").split(","):
+        assert called("run", "own.yaml", f"{key}={value}", "--quiet", "--out", value.replace(":", "-")).exit_code == 0
+        alone = json.loads((tmp_path / value.replace(":", "-") / "run.json").read_text())["seeds"]["0"]
+        (cell,) = (p for p in (tmp_path / "s" / "cells").iterdir() if f"={value}," in p.name)
+        found = json.loads((cell / "run.json").read_text())["seeds"]["0"]
+        assert found["stages"]["pruned"] == alone["stages"]["pruned"]
+        assert found["after"]["test_accuracy"] == alone["after"]["test_accuracy"]
+    sys.modules.pop("mine", None)
+
+
+def test_metrics_that_are_called_alike_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "own.yaml").write_text(OWN)
+    words = ["measure.metric=[null,mine:accuracy]", "--alone", "--quiet", "--out", "s"]
+    assert called("sweep", "own.yaml", *words).exit_code == 0
+    text = (tmp_path / "s" / "table.md").read_text()
+    assert "test accuracy [2] before" in text and "Different metrics are called accuracy" in text
+    (cell,) = (tmp_path / "s" / "cells").glob("metric=mine*")
+    html = (cell / "report.html").read_text()
+    assert "accuracy held out (%)" not in html and "accuracy held out" in html
+    sys.modules.pop("mine", None)
+
+
+def test_forwards_are_those_of_the_run_alone(tmp_path: Path) -> None:
+    words = [*SMALL, "prune.repair=refit", "prune.criterion=auto"]
+    varied = ["prune.budget.macs=[0.6,0.5]", "prune.strategy=[sensitivity,global]"]
+    assert (
+        called("sweep", "digits-taylor", *words, *varied, "--alone", "--quiet", "--out", tmp_path / "s").exit_code == 0
+    )
+    for cell in (tmp_path / "s" / "cells").iterdir():
+        run_ = json.loads((cell / "run.json").read_text())
+        again = shlex.split(run_["command"])[1:-1]
+        assert called(*again, tmp_path / "alone" / cell.name, "--quiet").exit_code == 0
+        alone = json.loads((tmp_path / "alone" / cell.name / "run.json").read_text())
+        one, other = (r["seeds"]["0"]["stages"]["pruned"] for r in (run_, alone))
+        assert one["forwards"] == other["forwards"] and one["notices"] == other["notices"], cell.name
+
+
+def test_jobs_of_one_network_wait_for_its_training(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "secateur", "sweep", "digits-taylor", "train.epochs=8", *SMALL[1:]]
+    command += ["prune.criterion=[taylor,magnitude]", "--alone", "--jobs", "2", "--quiet", "--out", str(tmp_path / "s")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+
+
+def test_the_folder_of_another_sweep_is_refused_and_one_that_has_just_begun_is_not(swept: Path, tmp_path: Path) -> None:
+    found = called("sweep", "digits-spp", "seeds=[0,1]", "--out", swept)
+    assert found.exit_code == 2 and "holds a sweep of digits-taylor" in found.output
+    (tmp_path / "sweep.json.1.tmp").write_text("")
+    words = [*SMALL, "--alone", "--quiet", "--out", tmp_path]
+    assert called("sweep", "digits-taylor", *words).exit_code == 0

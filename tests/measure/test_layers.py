@@ -93,3 +93,8 @@ def test_products_of_activations_are_between_layers_and_the_model_comes_back() -
 def test_a_forward_that_fails_is_told() -> None:
     with pytest.raises(sc.SecateurError, match="fails on the example inputs"):
         compare_layers(nn.Linear(4, 2), nn.Linear(4, 2), torch.zeros(1, 3))
+
+
+def test_a_layer_that_is_the_whole_model_has_a_width() -> None:
+    (row,) = sums_are_right(nn.Linear(4, 3), nn.Linear(4, 3), torch.zeros(2, 4))
+    assert (row.layer, row.kind, row.width) == ("", "Linear", (3, 3))

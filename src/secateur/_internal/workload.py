@@ -183,11 +183,11 @@ class Workload:
             new = {name: fact for name, fact in self.facts.items() if name not in facts}
             self._known[key] = _Found(value, spent, self.notices[told:], new, inside)
             self._counted.add(key)
-        self._count(key)
+        self.recall(key)
         found: T = self._known[key].value
         return found
 
-    def _count(self, key: Hashable) -> None:
+    def recall(self, key: Hashable) -> None:
         """Count and tell what something took and told that another workload has found, and what it was found with."""
         if key in self._counted:
             return
@@ -196,7 +196,7 @@ class Workload:
         self.forwards += found.forwards
         self.facts |= found.facts
         for other in found.inside:
-            self._count(other)
+            self.recall(other)
         for text in found.notices:
             self.note(text)
 

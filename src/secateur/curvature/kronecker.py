@@ -11,7 +11,7 @@ used at several places (a module called twice, a tied parameter) sees all of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -168,15 +168,16 @@ def factors_of(
 ) -> Curvature:  # fmt: skip
     """:func:`kronecker_factors` at a table that is laid; what was measured there before is not measured again."""
     check_count("positions", positions, optional=True)
-    measured: list[Curvature] = work.once(("kronecker", how, form, positions, bias), list)
-    for known in measured:
+    measured: list[tuple[Hashable, Curvature]] = work.once(("kronecker", how, form, positions, bias), list)
+    for key, known in measured:
         if layers is not None and _covers(known, layers, work.model):
+            work.recall(key)
             some = {name: known.layers[name] for name in layers if name in known.layers}
             return replace(known, layers=some, skipped={n: known.skipped[n] for n in layers if n not in some})
     key = ("kronecker", how, form, None if layers is None else tuple(layers), positions, bias)
     found = work.once(key, lambda: _factors(work, how, form, layers, positions, bias))
-    if not any(known is found for known in measured):
-        measured.append(found)
+    if not any(known is found for _, known in measured):
+        measured.append((key, found))
     return found
 
 

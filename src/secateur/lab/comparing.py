@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from secateur.lab.reporting import finished_run
 from secateur.lab.run import folder
 from secateur.lab.run.table import flat, needs
 from secateur.report.comparison import WORDS, Comparison, Entry
-from secateur.report.metrics import measured_in
+from secateur.report.metrics import Measured, measured_in
 from secateur.report.page import write_page
 from secateur.result import Result
 
@@ -38,7 +39,22 @@ def compare(given: Sequence[str | Path] | Mapping[str, Result | str | Path]) -> 
     if not isinstance(given, Mapping):
         paths = [Path(path) for path in given]
         given = dict(zip(_names(paths), paths, strict=True))
-    return Comparison([_entry(name, one) for name, one in given.items()])
+    return Comparison(told_apart([_entry(name, one) for name, one in given.items()]))
+
+
+def told_apart(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries, where different metrics that are called alike have names of their own."""
+    names: dict[Measured, str] = {}
+    for m in (m for e in entries for m in e.measured):
+        alike = sum(other.name == m.name for other in names if other != m)
+        names.setdefault(m, f"{m.name} [{alike + 1}]" if alike else m.name)
+    found = []
+    for e in entries:
+        new = [replace(m, name=names[m]) for m in e.measured]
+        keys = {old.test: m.test for old, m in zip(e.measured, new, strict=True)}
+        sides = [{keys.get(key, key): some for key, some in side.items()} for side in (e.before, e.after)]
+        found.append(replace(e, before=sides[0], after=sides[1], measured=tuple(new)))
+    return found
 
 
 def written(found: Comparison, kind: str | None, out: Path | None, terminal_width: int | None = None) -> str | Table:
@@ -60,6 +76,8 @@ def written(found: Comparison, kind: str | None, out: Path | None, terminal_widt
     if kind not in FORMATS:
         names = f"{', '.join(FORMATS)}, or a file that ends in {', '.join(SUFFIXES)}"
         raise SecateurError(f"--format {kind}: {names} is expected" if kind else f"--out {out}: {names} is expected")
+    if out is not None and out.is_dir():
+        raise SecateurError(f"--out {out}: it is a folder; give the name of a file")
     if kind == "html":
         if out is None:
             raise SecateurError("--format html wants --out FILE.html")

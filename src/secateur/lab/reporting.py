@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from secateur import storage as store
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import BadFile, SecateurError
 from secateur.lab.run import folder
 from secateur.report.of_answer import page_of_answer
 from secateur.report.of_run import page_of_run
@@ -58,4 +58,6 @@ def finished_run(what: Path) -> dict[str, object]:
     found = folder.read(what)
     if not found.get("finished"):
         raise SecateurError(f"{what}: this run is not finished; the command that began it goes on")
+    if missing := [key for key in ("recipe", "versions", "summary", "seeds") if not found.get(key)]:
+        raise BadFile(f"{what / folder.FILE} is damaged: it has no {' and no '.join(missing)}")
     return found

@@ -12,6 +12,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import shlex
 import threading
 import time
 import traceback
@@ -28,12 +30,12 @@ from typing import Any, Union, get_args, get_origin
 import torch
 from pydantic import BaseModel
 
-from secateur._internal.errors import SecateurError
+from secateur._internal.errors import BadFile, SecateurError
 from secateur._internal.extras import extra
 from secateur._internal.files import make_folder, write_atomically
-from secateur.lab.comparing import entry_of_run
+from secateur.lab.comparing import entry_of_run, told_apart
 from secateur.lab.recipe.reading import value_of
-from secateur.lab.recipe.sections import Recipe
+from secateur.lab.recipe.sections import Recipe, name_of
 from secateur.lab.recipe.shipped import read_named
 from secateur.lab.run import folder
 from secateur.lab.run.api import run
@@ -44,7 +46,7 @@ from secateur.report.page import write_page
 
 BASELINES = ("random", "magnitude")
 """Criteria that ride along: whoever is not better than these is not good."""
-CELLS, TRAINED, TABLE = "cells", "trained", "table.md"
+FILE, CELLS, TRAINED, TABLE = "sweep.json", "cells", "trained", "table.md"
 LONGEST = 120
 """A folder's name is no longer."""
 Say = Callable[[str], None]
@@ -69,15 +71,17 @@ class Cell:
     @property
     def folder(self) -> str:
         """The name of its folder."""
-        name = f"{self.name},seed={self.seed}".replace("/", "-").replace(" ", "")
-        if len(name) > LONGEST:
-            name = f"{name[: LONGEST - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-        return name
+        name = f"{self.name},seed={self.seed}"
+        plain = re.sub(r"[^\w.,=:+\-\[\]{}]", "-", name, flags=re.ASCII)
+        if plain == name and len(plain) <= LONGEST:
+            return plain
+        return f"{plain[: LONGEST - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"  # no two are called alike
 
-    @property
-    def command(self) -> str:
-        """What does it again by itself, but for the recipe's name."""
-        return " ".join([*self.overrides, f"seeds=[{self.seed}]"])
+    def command(self, given: str, out: Path) -> str:
+        """What does it again by itself."""
+        words = [word for word in self.overrides if not word.startswith("seeds=")]
+        where = out / CELLS / self.folder
+        return shlex.join(["secateur", "run", given, *words, f"seeds=[{self.seed}]", "--out", str(where)])
 
     @property
     def job(self) -> tuple[str, int]:
@@ -146,7 +150,7 @@ def read_sweep(given: str, words: Sequence[str], *, baselines: bool = True) -> S
         combinations, notes = [*combinations, *more], [*([why] if why else [])]
     cells = []
     for one in combinations:
-        overrides = [*fixed, *(f"{key}={json.dumps(value)}" for key, value in one.items())]
+        overrides = _words(fixed, one)
         recipe = read_named(given, overrides)
         for seed in recipe.seeds if seeds is None else seeds:
             own = read_named(given, [*(o for o in overrides if not o.startswith("seeds=")), f"seeds=[{seed}]"])
@@ -191,21 +195,37 @@ def _with_baselines(
 ) -> tuple[list[dict[str, Any]], str]:
     """The combinations in which random and magnitude decide, that are not among the others; why there are none."""
     found: list[dict[str, Any]] = []
-    known = {json.dumps(dict(one), sort_keys=True) for one in combinations}
-    for one in combinations:
-        recipe = read_named(given, [*fixed, *(f"{key}={json.dumps(value)}" for key, value in one.items())])
+    known: set[str] = set()
+    recipes = [read_named(given, _words(fixed, one)) for one in combinations]
+    for one, recipe in zip(combinations, recipes, strict=True):
+        known.add(json.dumps([_without_criterion(one), name_of(recipe.prune.criterion)], sort_keys=True))
+    for one, recipe in zip(combinations, recipes, strict=True):
         if recipe.prune.method is not None:
             return [], "random and magnitude do not ride along: a method decides by itself what goes."
         if recipe.prune.budget is None:
             return [], "random and magnitude do not ride along: nothing is pruned after the training."
         for criterion in BASELINES:
-            other = {**one, "prune.criterion": criterion}
-            key = json.dumps(other, sort_keys=True)
-            same = recipe.prune.criterion == criterion
-            if key not in known and not same:
+            other = _without_criterion(one)
+            key = json.dumps([other, criterion], sort_keys=True)
+            if key not in known:
                 known.add(key)
-                found.append(other)
+                found.append({"prune.criterion": criterion, **other})
     return found, ""
+
+
+def _without_criterion(one: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in one.items() if not _of_criterion(key)}
+
+
+def _of_criterion(key: str) -> bool:
+    return key == "prune.criterion" or key.startswith("prune.criterion.")
+
+
+def _words(fixed: Sequence[str], one: Mapping[str, Any]) -> list[str]:
+    """The overrides of a combination; what it says of the criterion is said instead of what is fixed."""
+    own = any(_of_criterion(key) for key in one)
+    kept = [word for word in fixed if not (own and _of_criterion(word.partition("=")[0]))]
+    return [*kept, *(f"{key}={json.dumps(value)}" for key, value in one.items())]
 
 
 def _name(one: Mapping[str, Any]) -> str:
@@ -260,15 +280,17 @@ def sweep(
     Raises:
         SecateurError: the folder holds something else, or another sweep is at work in it.
     """
-    if out.exists() and not (out / "sweep.json").exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise SecateurError(f"--out {out}: it holds something else; give a new folder")
+    _check_place(what, out)
     with folder.held(out):
+        folder.write_json(out / FILE, {"recipe": what.given, "cells": [c.folder for c in what.cells]})
         make_folder(out / CELLS)
-        folder.write_json(out / "sweep.json", {"recipe": what.given, "cells": [c.folder for c in what.cells]})
         done = Done()
         groups = what.jobs(jobs)
-        arguments = [[(cell.recipe.model_dump(mode="json"), cell.command, cell.folder) for cell in g] for g in groups]
-        call = partial(_job, str(out), what.given, torch.get_num_threads() if jobs > 1 or ray else None)
+        arguments = [
+            [(cell.recipe.model_dump(mode="json"), cell.command(what.given, out), cell.folder) for cell in group]
+            for group in groups
+        ]
+        call = partial(_job, str(out), torch.get_num_threads() if jobs > 1 or ray else None)
         remarks = list(what.notes)
         if jobs > 1:
             remarks.append(
@@ -288,6 +310,21 @@ def sweep(
     return table
 
 
+def _check_place(what: Sweep, out: Path) -> None:
+    """Raise if a folder holds something else than this sweep."""
+    if not out.exists():
+        return
+    if not out.is_dir() or (not (out / FILE).exists() and any(p.suffix != ".tmp" for p in out.iterdir())):
+        raise SecateurError(f"--out {out}: it holds something else; give a new folder")
+    if (out / FILE).exists():
+        try:
+            before = json.loads((out / FILE).read_text("utf-8"))["recipe"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadFile(f"{out / FILE} is damaged ({error}): give another folder, or delete it") from error
+        if before != what.given:
+            raise SecateurError(f"--out {out}: it holds a sweep of {before}, not of {what.given}; give another folder")
+
+
 def tabulated(what: Sweep, done: Done, remarks: Sequence[str] = ()) -> Comparison:
     """The cells that are done, those of one combination together."""
     entries, failures = [], {}
@@ -304,7 +341,7 @@ def tabulated(what: Sweep, done: Done, remarks: Sequence[str] = ()) -> Compariso
                 failures[f"{name}, seed {cell.seed}"] = done.failures[cell.folder]
         if first is not None:
             entries.append(entry_of_run(name, {**first, "seeds": seeds}))
-    return Comparison(entries, failures or ({} if entries else {"all": "nothing is done yet"}), remarks)
+    return Comparison(told_apart(entries), failures or ({} if entries else {"all": "nothing is done yet"}), remarks)
 
 
 def _write(table: Comparison, out: Path, given: str) -> None:
@@ -318,16 +355,14 @@ Result = tuple[str, Mapping[str, Any] | None, str]
 """A cell's folder, what its ``run.json`` holds, or why there is none."""
 
 
-def _job(
-    out: str, given: str, threads: int | None, cells: Sequence[tuple[Mapping[str, Any], str, str]]
-) -> list[Result]:
+def _job(out: str, threads: int | None, cells: Sequence[tuple[Mapping[str, Any], str, str]]) -> list[Result]:
     """The cells of one network, one after the other, in a process of its own."""
     if threads is not None:
         torch.set_num_threads(threads)
-    return list(_in_turn(Path(out), given, cells, progress=False, say=lambda line: None))
+    return list(_in_turn(Path(out), cells, progress=False, say=lambda line: None))
 
 
-def _in_turn(out: Path, given: str, cells: Sequence[Given], *, progress: bool, say: Say) -> Iterator[Result]:
+def _in_turn(out: Path, cells: Sequence[Given], *, progress: bool, say: Say) -> Iterator[Result]:
     """The cells of one network; an error of one is no error of the others."""
     sharing = Sharing((out / TRAINED).absolute())
     for recipe, command, name in cells:
@@ -336,7 +371,7 @@ def _in_turn(out: Path, given: str, cells: Sequence[Given], *, progress: bool, s
         try:
             found = run(
                 Recipe.model_validate(recipe), at, progress=progress, say=told,
-                command=f"secateur run {given} {command}", sharing=sharing,
+                command=command, sharing=sharing,
             )  # fmt: skip
             yield name, found, ""
         except SecateurError as error:
@@ -358,9 +393,9 @@ def _results(
     if ray:
         yield from _on_ray(call, arguments, jobs)
     elif jobs == 1:
-        out, given, _ = call.args  # type: ignore[attr-defined]
+        out, _ = call.args  # type: ignore[attr-defined]
         for cells in arguments:
-            yield from _in_turn(Path(out), given, cells, progress=progress, say=say)
+            yield from _in_turn(Path(out), cells, progress=progress, say=say)
     else:
         with ProcessPoolExecutor(jobs, get_context("spawn"), _end_with_parent) as pool:
             waiting: set[Future[list[Result]]] = {pool.submit(call, cells) for cells in arguments}

@@ -59,13 +59,12 @@ def compare_layers(before: nn.Module, after: nn.Module, inputs: Inputs) -> list[
     Raises:
         SecateurError: a forward fails on the inputs.
     """
-    names = [name for name, module in before.named_modules() if name and _own(module)]
+    names = [name for name, module in before.named_modules() if _own(module)]
     first = _seen(before, inputs, names)
-    rows = [name for name in names if name in first.shapes]  # in the order of the forward
-    rows.sort(key=list(first.shapes).index)
-    for name in names:
-        if name not in rows and not _above(name, rows):
-            rows.append(name)
+    place = {name: at for at, name in enumerate(first.shapes)}
+    rows = sorted((name for name in names if name in place and name), key=place.__getitem__)
+    known = set(rows)
+    rows += [name for name in names if name and name not in known and not _above(name, known)]
     second = _seen(after, inputs, names)
     costs = [_totals(model, seen, rows) for model, seen in ((before, first), (after, second))]
     modules, found = dict(before.named_modules()), []
@@ -77,7 +76,12 @@ def compare_layers(before: nn.Module, after: nn.Module, inputs: Inputs) -> list[
         found.append(LayerCost(name, type(modules[name]).__name__, width, (macs, macs_after), (params, params_after)))
     (macs, params), (macs_after, params_after) = (cost[""] for cost in costs)
     if macs or macs_after or params or params_after:
-        found.append(LayerCost("", BETWEEN, None, (macs, macs_after), (params, params_after)))
+        one, other = first.shapes.get(""), second.shapes.get("")
+        alone = not rows and one is not None and other is not None and len(one) == len(other)
+        dim = _channels(before, one)
+        width = (one[dim], other[dim]) if alone and one and other else None
+        kind = type(before).__name__ if alone else BETWEEN
+        found.append(LayerCost("", kind, width, (macs, macs_after), (params, params_after)))
     return found
 
 
@@ -109,11 +113,11 @@ def _own(module: nn.Module) -> bool:
 
 def _seen(model: nn.Module, inputs: Inputs, also: Iterable[str]) -> _Seen:
     also = set(also)
-    watched = {name: m for name, m in model.named_modules() if name and (_own(m) or name in also)}
+    watched = {name: m for name, m in model.named_modules() if _own(m) or name in also}
     seen = _Seen({"": 0}, {})
     with counting(model, inputs) as (run, total), _watching(watched, seen, total):
         run()
-        seen.macs[""] = total() - sum(seen.macs.values())
+        seen.macs[""] += total() - sum(seen.macs.values())
     return seen
 
 
@@ -154,26 +158,21 @@ def _watching(modules: dict[str, nn.Module], seen: _Seen, total: Callable[[], in
 # -------------------------------------------------------------------------------------------------------- what is whose
 
 
-def _above(name: str, rows: Iterable[str]) -> str | None:
-    """The layer at, or above, a path: the nearest one."""
-    found = [row for row in rows if row and (name == row or name.startswith(f"{row}."))]
-    return max(found, key=len, default=None)
+def _above(name: str, rows: set[str]) -> str:
+    """The nearest layer at, or above, a path; empty for none."""
+    while name and name not in rows:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _totals(model: nn.Module, seen: _Seen, rows: list[str]) -> dict[str, tuple[int, int]]:
     """Multiply-accumulates and parameters by layer of the original, "" for what is in none."""
     macs, params = dict.fromkeys(["", *rows], 0), dict.fromkeys(["", *rows], 0)
     known = set(rows)
-
-    def home(name: str) -> str:
-        while name and name not in known:
-            name = name.rpartition(".")[0]
-        return name
-
     for name, n in seen.macs.items():
-        macs[home(name)] += n
+        macs[_above(name, known)] += n
     for name, p in model.named_parameters():
-        params[home(name.rpartition(".")[0])] += p.numel()
+        params[_above(name.rpartition(".")[0], known)] += p.numel()
     return {name: (macs[name], params[name]) for name in macs}
 
 

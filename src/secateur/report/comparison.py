@@ -93,6 +93,10 @@ class Comparison:
     def notes(self) -> list[str]:
         """What whoever compares should know."""
         found = list(self.remarks)
+        called: dict[str, set[Measured]] = {}
+        for m in (m for e in self.entries for m in e.measured):
+            called.setdefault(m.name.partition(" [")[0], set()).add(m)
+        found += [f"Different metrics are called {name}." for name, some in called.items() if len(some) > 1]
         for what, values in (
             ("data sets", {e.data for e in self.entries if e.data}),
             ("networks", {e.network for e in self.entries}),
@@ -132,7 +136,7 @@ class Comparison:
 
     def told_apart(self) -> tuple[list[int], str]:
         """The columns that are not the same of all, and in words what is."""
-        head, rows = self.head(), self.rows()
+        head, rows = self.head(), self.rows()[: len(self.entries)]
         alike = [at for at in range(1, WORDS) if len({row[at] for row in rows}) == 1]
         told = "".join(f"; {head[at]}: {rows[0][at]}" for at in alike if rows[0][at])
         return [at for at in range(len(head)) if at not in alike], told

@@ -12,6 +12,7 @@ from secateur.report import parts
 from secateur.report.metrics import (
     CHANGE,
     LATENCY,
+    Measured,
     measured_in,
     metric_cell,
     metric_cells,
@@ -38,7 +39,7 @@ def page_of_run(run: Mapping[str, Any], folder: Path | None = None) -> Page:
         folder: of the run, for the figures in it.
     """
     seeds = run["seeds"]
-    each = [_seed_sections(seed, found) for seed, found in seeds.items()]
+    each = [_seed_sections(found, measured_in(run)) for found in seeds.values()]
     sections = each[0]
     if len(each) > 1:
         titled = [
@@ -117,7 +118,7 @@ def _every_seed(run: Mapping[str, Any]) -> Table:
     return Table(head, rows, "Held out: examples that nothing was trained on, for what had to be chosen.")
 
 
-def _seed_sections(seed: str, found: Mapping[str, Any]) -> list[Section]:
+def _seed_sections(found: Mapping[str, Any], of: Measured) -> list[Section]:
     """What one seed has to show."""
     stages = found["stages"]
     pruning = _merged([stages[name] for name in stages if name.split("-")[0] in PRUNED])
@@ -133,7 +134,7 @@ def _seed_sections(seed: str, found: Mapping[str, Any]) -> list[Section]:
         parts.section("The network", parts.network(found.get("layers", ()), pruning.get("frozen in", {}))),
         parts.section("What the channels are worth", parts.scores(groups), parts.rises(groups, measured)),
         parts.section("What the search learned", searched(pruning)),
-        parts.section("Training", parts.history(histories), spent),
+        parts.section("Training", parts.history(histories, of), spent),
         parts.section("What was not done, and why", parts.reasons(pruning, pruning)),
         parts.section(
             "What pruned", parts.chosen(pruning), proof, _effort(pruning), parts.others(pruning, (*SHOWN, *TRACED))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.report.charts import line_chart, score_chart
-from secateur.report.metrics import ACCURACY, HELD_OUT
+from secateur.report.metrics import ACCURACY, Measured
 from secateur.report.page import Bar, Bars, Block, Cell, Folded, Pictures, Section, Table, Text
 
 LONG = 40
@@ -116,19 +116,19 @@ def _points(rows: Sequence[Sequence[float | None]]) -> list[tuple[float, float]]
     return [(float(n), float(rise)) for n, rise in rows if n is not None and rise is not None]
 
 
-def history(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Block]:
+def history(stages: Mapping[str, Sequence[Mapping[str, Any]]], measured: Measured = ACCURACY) -> list[Block]:
     """Training curves.
 
     Args:
         stages: of a training, its rows by epoch.
+        measured: what was measured on the examples held out.
     """
     pictures = []
     for name, rows in stages.items():
-        held_out = sorted({key for row in rows for key in row if key.startswith(HELD_OUT)})
-        for key in ("loss", *held_out):
-            percent = key == ACCURACY.held_out
-            factor = 100 if percent else 1
-            title = f"{key.removeprefix(HELD_OUT)} held out{' (%)' * percent}" if key != "loss" else "training loss"
+        unit = f" ({measured.unit})" if measured.unit else ""
+        titles = {"loss": "training loss", measured.held_out: f"{measured.name} held out{unit}"}
+        for key, title in titles.items():
+            factor = measured.factor if key == measured.held_out else 1
             points = [(row["epoch"], factor * row[key]) for row in rows if row.get(key) is not None]
             if points:
                 pictures.append((name, line_chart({name: points}, "epoch", title)))

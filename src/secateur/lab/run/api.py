@@ -66,6 +66,8 @@ def run(
     _check_alone()
     before = folder.earlier(out, recipe, fresh=fresh)
     if before is not None and before["finished"]:
+        if not (out / folder.REPORT).exists():  # it was finished before there were such pages, or just before this one
+            write_page(page_of_run(before, out), out / folder.REPORT)
         return before
     with threads_set(recipe.threads) as threads:
         setting = _setting(recipe, load, progress, say, sharing)

@@ -97,15 +97,20 @@ def dump(recipe: Recipe) -> dict[str, Any]:
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Make the folder, and keep other processes out of it; the lock goes with the process."""
+def held(out: Path, *, wait: bool = False) -> Iterator[None]:
+    """Make the folder, and keep other processes out of it; the lock goes with the process.
+
+    Args:
+        out: the folder.
+        wait: until another process is done with it, instead of an error.
+    """
     make_folder(out)
     try:
         handle = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise BadFile(f"--out {out}: it cannot be read ({error})") from error
     try:
-        _lock(handle, out)
+        _lock(handle, out, wait=wait)
         yield
     finally:
         os.close(handle)
@@ -127,13 +132,13 @@ def clear(out: Path) -> None:
     (out / FILE).unlink(missing_ok=True)
 
 
-def _lock(handle: int, out: Path) -> None:
+def _lock(handle: int, out: Path, *, wait: bool) -> None:
     try:
         import fcntl
     except ImportError:  # a system without it
         return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise SecateurError(
             f"--out {out}: another process is at work in it; wait for it, or give another folder"

@@ -77,8 +77,9 @@ def _workload(setting: Setting, model: nn.Module, seed: int) -> Workload:
     """The table; what other runs have found of the same network by the same images lies there already."""
     known = None
     if setting.sharing is not None:
-        data, batches = setting.recipe.data.model_dump_json(), setting.recipe.prune.batches
-        model, known = setting.sharing.of(model, (data, batches, seed))
+        recipe = setting.recipe
+        what = [recipe.data.model_dump_json(), recipe.model.model_dump_json(), recipe.loss, recipe.prune.batches, seed]
+        model, known = setting.sharing.of(model, tuple(what))
     return Workload(
         model, _batches(setting, seed), setting.loss, inputs=setting.inputs, progress=setting.progress, known=known
     )

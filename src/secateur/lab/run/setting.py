@@ -45,7 +45,8 @@ class Sharing:
 
     def of(self, model: nn.Module, key: Hashable) -> tuple[nn.Module, dict[Hashable, Any]]:
         """The network, or the same one of an earlier run, with what was found of it."""
-        key = (digest_of(list(model.state_dict().values())), key)
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        key = (digest_of([[name, tensor.detach()] for name, tensor in tensors]), key)
         if key != self.key or self.model is None:
             self.key, self.model, self.known = key, model, {}
         return self.model, self.known

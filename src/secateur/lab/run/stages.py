@@ -170,7 +170,7 @@ def _train_once(setting: Setting, at: Path, section: Tune, seed: int, checkpoint
     if setting.sharing is None:
         return _train(setting, setting.begin(seed), section, seed, checkpoints)
     where = setting.sharing.trained / training_key(setting.recipe, section, seed)
-    with held(where):
+    with held(where, wait=True):
         if not (where / "model" / store.FILE).exists():
             model, facts = _train(setting, setting.begin(seed), section, seed, where / "checkpoints")
             store.save(model, where / "model", notes=facts)
@@ -182,7 +182,7 @@ def _train_once(setting: Setting, at: Path, section: Tune, seed: int, checkpoint
 def training_key(recipe: Recipe, section: Tune, seed: int) -> str:
     """What a training from the beginning depends on, in a few signs."""
     what = [one.model_dump(mode="json") for one in (recipe.data, recipe.model, section)]
-    given = [*what, recipe.device, recipe.threads, seed]
+    given = [*what, recipe.loss, recipe.measure.metric, recipe.device, recipe.threads, seed]
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
 
 
