@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long lint docs bench clean
+.PHONY: demo test test-long lint docs bench bench-full clean
 
 demo: $(READY)
 	$(BIN)/secateur run digits-sdprun --out runs/digits-sdprun
@@ -31,10 +31,10 @@ docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(READY)
 	$(BIN)/mkdocs build
 
-bench: $(READY)
+# a quarter of an hour on two cores; all of them take days, and go on where they were
+bench bench-full: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
-	$(BIN)/python bench/trace.py
-	$(BIN)/python bench/step.py
+	$(BIN)/python bench/run.py $(if $(filter bench-full,$@),--full)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -28,3 +28,10 @@ def test_a_table_is_what_its_script_prints(script, options):
     written = page.split(begin)[1].split(end)[0]
     assert written.strip() == done.stdout.strip(), f"python bench/{script}.py --write"
     assert written.count("\n") > 5
+
+
+def test_the_list_of_benches_names_scripts_that_are_there() -> None:
+    command = [sys.executable, ROOT / "bench" / "run.py", "--full", "--list"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    scripts = [line.split()[1] for line in done.stdout.splitlines()]
+    assert len(scripts) > 20 and all((ROOT / script).is_file() for script in scripts)

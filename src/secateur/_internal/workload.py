@@ -189,6 +189,7 @@ class Workload:
 
     def recall(self, key: Hashable) -> None:
         """Count and tell what something took and told that another workload has found, and what it was found with."""
+        self._asked[-1].add(key)
         if key in self._counted:
             return
         self._counted.add(key)
