@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import backends
+import tables
 from oneshot import HERE
 
 DOCS = HERE.parent / "docs"
@@ -191,6 +192,34 @@ def peers_best() -> str:
         ["the best of eight settings of torch-pruning", *(f"{value:.1f}" for value in theirs)],
     ]
     return table(["ResNet-20, CIFAR-10, 85.1 % whole", *(f"{100 * f:g} % of the MACs" for f in MACS)], rows)
+
+
+CONFIGURATIONS = (
+    "hybrid/auto", "auto+distill", "auto", "outputs/global/refit", "schur/global/refit", "schur/uniform/refit",
+    "schur/global/none", "schur/threshold/refit", "schur/sensitivity/refit", "obs/global/refit", "kron_obs/global/refit",
+    "taylor/global/refit", "taylor/uniform/refit", "taylor/uniform/none", "taylor/global/none",
+    "taylor/sensitivity/refit", "magnitude/global/refit", "magnitude/uniform/refit", "magnitude/uniform/none",
+    "schur/global/recalibrate", "schur/uniform/recalibrate", "obs/global/recalibrate", "kron_obs/global/compensate",
+    "kron_obs/global/none", "taylor/global/recalibrate", "taylor/uniform/recalibrate", "magnitude/global/recalibrate",
+    "magnitude/uniform/recalibrate", "eigendamage/none", "eigendamage/refit", "hybrid/refit", "hybrid/refit+distill",
+    "outputs/global/refit+distill", "hybrid/refit+distill_more", "outputs/global/refit+distill_more",
+    "magnitude/uniform/distill",
+)  # fmt: skip
+
+
+def ablation(network: str) -> str:
+    """Criteria, strategies and repairs, nothing trained."""
+    return tables.table(rows_of("ablation", network=network), "test", 100, 1, list(CONFIGURATIONS)) + "\n"
+
+
+for _network in ("resnet20", "resnet8", "lenet5", "lenet_300_100", "small_vit"):
+    TABLES[f"ablation.{_network}"] = partial(ablation, _network)
+
+
+@named("stories")
+def stories() -> str:
+    """The same of a Llama, nats a token."""
+    return tables.table(results("stories")["rows"], "nats", 1, 2, list(CONFIGURATIONS)) + "\n"
 
 
 @named("rounds")
