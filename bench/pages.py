@@ -196,7 +196,8 @@ def peers_best() -> str:
 
 CONFIGURATIONS = (
     "hybrid/auto", "auto+distill", "auto", "outputs/global/refit", "schur/global/refit", "schur/uniform/refit",
-    "schur/global/none", "schur/threshold/refit", "schur/sensitivity/refit", "obs/global/refit", "kron_obs/global/refit",
+    "schur/global/none", "schur/threshold/refit", "schur/sensitivity/refit", "obs/global/refit",
+    "kron_obs/global/refit",
     "taylor/global/refit", "taylor/uniform/refit", "taylor/uniform/none", "taylor/global/none",
     "taylor/sensitivity/refit", "magnitude/global/refit", "magnitude/uniform/refit", "magnitude/uniform/none",
     "schur/global/recalibrate", "schur/uniform/recalibrate", "obs/global/recalibrate", "kron_obs/global/compensate",
