@@ -23,7 +23,7 @@ from secateur.lab.data.dataset import Dataset
 from secateur.lab.run.setting import Facts, Setting
 from secateur.lab.run.training import fitted, make_optimizer
 from secateur.measure.latency import threads_set
-from secateur.methods.contract import finished
+from secateur.methods.contract import described, finished
 from secateur.plan import Plan
 from secateur.pruning import pruned as pruned_at
 from secateur.repair.api import repaired
@@ -153,7 +153,7 @@ def _while_training(
         facts["widths"] = {g.name: [len(g), int(k)] for g, k in zip(plan.graph.groups, kept, strict=True)}
         facts |= traced_data(plan.graph, plan)
         facts["difference"] = _difference(setting, model, small, plan)
-    facts |= getattr(handle, "facts", {})
+    facts |= {"chosen": {"method": described(section.make_method())}, **getattr(handle, "facts", {})}
     work = Workload(before, _batches(setting, seed), setting.loss, inputs=setting.inputs, progress=setting.progress)
     facts |= repaired(section.make_repairs(seed=seed), model, small, plan, work)  # type: ignore[arg-type]
     _say_left_whole(setting, facts)
