@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from secateur import cli
@@ -260,11 +262,20 @@ measure: {batch_sizes: [1], repeats: 1}
 """
 
 
+@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("varied", ["loss=[cross_entropy,mine:squared]", "model.options.act=[relu,tanh]"])
-def test_what_differs_is_not_shared(varied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_differs_is_not_shared(
+    varied: str, trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "own.yaml").write_text(OWN)
+    if not trained:  # the same weights for all
+        save_file(importlib.import_module("mine").net().state_dict(), tmp_path / "w.safetensors")
+        (tmp_path / "own.yaml").write_text(
+            OWN.replace('"mine:net"', '"mine:net", weights: w.safetensors').replace("train:", "#")
+        )
     assert called("sweep", "own.yaml", varied, "--alone", "--quiet", "--out", "s").exit_code == 0
     key, _, values = varied.partition("=")
     for value in values.strip("[]").split(","):
