@@ -254,3 +254,17 @@ def test_a_browser_draws_it(run_folder: Path, tmp_path: Path, width: int) -> Non
 def test_a_table_has_names_for_its_columns() -> None:
     html = render(Page("t", "v", sections=[Section("s", [Table(["a", "b"], [["x", ("1 k", 1000.0)]])])]))
     assert 'data-by="1000.0"' in html and html.count('scope="col"') == 2
+
+
+def test_what_a_search_learned_is_drawn(result: sc.Result) -> None:
+    data = result.as_data()
+    rows = [
+        {"group": "first", "width": width, "of": 12, "gap": gap, "plays": 3, "active": width != 4, "found": width == 8}
+        for width, gap in ((4, 0.3), (8, 0.0), (12, 0.1))
+    ]
+    data["facts"]["search"] = {"forwards": 90, "started": "uniform", "table": rows}
+    html = render(page_of_result(data))
+    checked(html)
+    assert "What the search learned" in html and "data:image/svg+xml;base64," in html and "ruled out" in html
+    data["facts"]["search"] = {"forwards": 0, "table": []}
+    assert "What the search learned" not in render(page_of_result(data))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
 from secateur.report import parts
-from secateur.report.page import Block, Page, Section, Table, Text
+from secateur.report.page import Block, Page, Pictures, Section, Table, Text, image
 
 SHOWN = ("chosen", "notices", "remarks", "left whole", "not fitted", "approximate", "forwards", "latency_ms", "search")
 
@@ -79,7 +80,18 @@ def searched(facts: Mapping[str, Any]) -> list[Block]:
     ]  # fmt: skip
     table = Table(["group", "width", "of", "gap (reward)", "plays", ""], rows)
     chosen = Text(f"{words} Found: {_widths(best)}; then rounded, and the budget filled.") if best else None
-    return [b for b in (chosen, parts.Folded(f"All {len(rows)} widths that were tried", [table])) if b is not None]
+    drawn = Pictures([("How good every width looks, how often it was tried, and what was found", _as_image(found))])
+    folded = parts.Folded(f"All {len(rows)} widths that were tried", [table])
+    return [block for block in (chosen, drawn, folded) if block is not None]
+
+
+def _as_image(found: Mapping[str, Any]) -> str:
+    """The figure of a search as an element of a page."""
+    from secateur.report.search import draw_search
+
+    text = io.BytesIO()
+    draw_search(found["table"]).savefig(text, format="svg", metadata={"Date": None})
+    return image(text.getvalue(), "svg+xml")
 
 
 def effort(facts: Mapping[str, Any]) -> Text | None:

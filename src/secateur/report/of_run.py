@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from secateur.report.metrics import (
     shown,
 )
 from secateur.report.of_result import SHOWN, searched
-from secateur.report.page import Block, Cell, Code, Folded, Page, Pictures, Section, Table, Text
+from secateur.report.page import Block, Cell, Code, Folded, Page, Pictures, Section, Table, Text, image
 
 FIGURES = "figures"
 """The folder of a run in which figures are shown: .svg and .png."""
@@ -189,6 +188,5 @@ def _figures(folder: Path | None) -> list[Block]:
     kinds = {".svg": "svg+xml", ".png": "png"}
     for path in sorted((folder / FIGURES).glob("*")) if folder is not None else []:
         if path.suffix in kinds:
-            data = base64.b64encode(path.read_bytes()).decode()
-            found.append((path.stem, f'<img alt="" src="data:image/{kinds[path.suffix]};base64,{data}">'))
+            found.append((path.stem, image(path.read_bytes(), kinds[path.suffix])))
     return [Pictures(found)] if found else []

@@ -6,6 +6,7 @@ It opens from disk, light or dark as the reader has it, on a phone, and prints. 
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -137,6 +138,16 @@ class Page:
     verdict: str
     facts: Sequence[str] = ()
     sections: Sequence[Section] = field(default_factory=tuple)
+
+
+def image(data: bytes, kind: str) -> str:
+    """A picture that is no SVG of ours as an element, with all that it needs.
+
+    Args:
+        data: of the file.
+        kind: ``png`` or ``svg+xml``.
+    """
+    return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
 
 def render(page: Page) -> str:
