@@ -21,6 +21,7 @@ from secateur.report.page import write_page
 from secateur.result import Result
 
 FORMATS = ("table", "markdown", "csv", "latex", "json", "html")
+SEATS = ("criterion", "strategy", "repair")
 FEW = 3
 """So many runs are a column each."""
 SUFFIXES = {".md": "markdown", ".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
@@ -183,13 +184,15 @@ def entry_of_run(name: str, run: Mapping[str, Any]) -> Entry:
     sides = {side: [flat(found[side], of) for found in seeds.values() if side in found] for side in ("before", "after")}
     values = {side: {m: [one[m] for one in some] for m in some[0]} if some else {} for side, some in sides.items()}
     return Entry(
-        name=name, network=recipe["model"]["name"], data=recipe["data"]["name"], how=how(recipe), seeds=len(seeds),
-        before=values["before"], after=values["after"], measured=(of,),
+        name=name, network=recipe["model"]["name"], data=recipe["data"]["name"], how=how(recipe, seeds),
+        seeds=len(seeds), before=values["before"], after=values["after"], measured=(of,),
     )  # fmt: skip
 
 
-def how(recipe: Mapping[str, Any]) -> str:
-    """What prunes, in a word or three."""
+def how(recipe: Mapping[str, Any], seeds: Mapping[str, Any] = {}) -> str:
+    """What prunes, in a word or three; of what was left to "auto", what that became."""
+    chosen: Mapping[str, Any] = next((s["stages"].get("pruned", {}).get("chosen", {}) for s in seeds.values()), {})
+    recipe = {**recipe, "prune": {**recipe["prune"], **{k: v for k, v in chosen.items() if k in SEATS}}}
     section = recipe["prune"]
     train = recipe.get("train")
     if section["method"] is not None:

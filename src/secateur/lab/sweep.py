@@ -41,7 +41,7 @@ from secateur.lab.run import folder
 from secateur.lab.run.api import run
 from secateur.lab.run.setting import Sharing
 from secateur.lab.run.stages import training_key
-from secateur.report.comparison import Comparison
+from secateur.report.comparison import Comparison, Entry
 from secateur.report.page import write_page
 
 BASELINES = ("random", "magnitude")
@@ -58,12 +58,14 @@ class Cell:
 
     Attributes:
         name: of its settings, without the seed.
+        others: of those that are not the criterion's.
         overrides: the recipe's settings that it changes, as ``key=value``.
         seed: its seed.
         recipe: all of its settings.
     """
 
     name: str
+    others: str
     overrides: tuple[str, ...]
     seed: int
     recipe: Recipe
@@ -154,7 +156,7 @@ def read_sweep(given: str, words: Sequence[str], *, baselines: bool = True) -> S
         recipe = read_named(given, overrides)
         for seed in recipe.seeds if seeds is None else seeds:
             own = read_named(given, [*(o for o in overrides if not o.startswith("seeds=")), f"seeds=[{seed}]"])
-            cells.append(Cell(_name(one), tuple(overrides), int(seed), own))
+            cells.append(Cell(_name(one), _name(_without_criterion(one)), tuple(overrides), int(seed), own))
     names = [cell.folder for cell in cells]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SecateurError(f"sweep: {twice[0]} is asked for twice; give each value once")
@@ -341,7 +343,26 @@ def tabulated(what: Sweep, done: Done, remarks: Sequence[str] = ()) -> Compariso
                 failures[f"{name}, seed {cell.seed}"] = done.failures[cell.folder]
         if first is not None:
             entries.append(entry_of_run(name, {**first, "seeds": seeds}))
+    remarks = [*remarks, *_no_better(what, entries)]
     return Comparison(told_apart(entries), failures or ({} if entries else {"all": "nothing is done yet"}), remarks)
+
+
+def _no_better(what: Sweep, entries: Sequence[Entry]) -> list[str]:
+    """Who is no better than random, with the same other settings."""
+    cells = {cell.name: cell for cell in what.cells}
+    worse = []
+    for entry in entries:
+        cell = cells[entry.name]
+        for other in entries:
+            alike = cells[other.name]
+            if alike.others != cell.others or name_of(alike.recipe.prune.criterion) != "random" or other is entry:
+                continue
+            for m in entry.measured:
+                sign = 1 if m.higher else -1
+                mine, its = ([sign * v for v in e.after.get(m.test, ())] for e in (entry, other))
+                if mine and its and sum(mine) / len(mine) <= sum(its) / len(its):
+                    worse.append(entry.name)
+    return [f"No better than random here: {'; '.join(worse)}."] if worse else []
 
 
 def _write(table: Comparison, out: Path, given: str) -> None:

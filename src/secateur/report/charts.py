@@ -89,11 +89,17 @@ def score_chart(scores: Sequence[tuple[float, float]]) -> str:
     Args:
         scores: ``(score, share of the channels there that went)``, from low to high.
     """
-    most = max((abs(score) for score, _ in scores if math.isfinite(score)), default=0.0) or 1.0
+    sizes = sorted(abs(score) for score, _ in scores if math.isfinite(score))
+    most = sizes[-1] if sizes and sizes[-1] else 1.0
+    least = next((size for size in sizes if size), most)
+    low = max(least, 1e-6 * most)
+    logarithmic = most > 100 * low
     wide = 150 / max(len(scores), 1)
     bars = []
     for number, (score, gone) in enumerate(scores):
-        tall = max(40 * abs(score) / most, 0.6) if math.isfinite(score) else 40
+        size = abs(score) if math.isfinite(score) else most
+        part = 0.1 + 0.9 * math.log(max(size, low) / low) / math.log(most / low) if logarithmic else size / most
+        tall = max(40 * part, 0.6)
         colour = "var(--orange)" if gone > 0.5 else "var(--blue)"
         bars.append(
             f'<rect x="{number * wide:.2f}" y="{42 - tall:.2f}" width="{max(wide - 0.3, 0.4):.2f}" '
@@ -118,7 +124,7 @@ def _chart(
         _, at = _at((across[0], value), across, up)
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="dim" x="{LEFT - 5}" y="{at + 4:.1f}" text-anchor="end">{_number(value)}</text>')
-    for value in _ticks(*across):
+    for value in _ticks(*across, whole=x == "epoch"):
         at, _ = _at((value, up[0]), across, up)
         parts.append(
             f'<text class="dim" x="{at:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{_number(value)}</text>'
@@ -163,11 +169,12 @@ def _at(point: tuple[float, float], across: tuple[float, float], up: tuple[float
     return x, y
 
 
-def _ticks(low: float, high: float, most: int = 5) -> list[float]:
+def _ticks(low: float, high: float, most: int = 5, *, whole: bool = False) -> list[float]:
     """Round numbers between both."""
     raw = (high - low) / most
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+    step = max(step, 1) if whole else step
     first = math.ceil(low / step)
     return [n * step for n in range(first, math.floor(high / step) + 1)]
 

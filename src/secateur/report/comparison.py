@@ -114,7 +114,9 @@ class Comparison:
 
     def head(self) -> list[str]:
         """The names of the columns."""
-        measured = [c for m in self.metrics for c in (f"{metric_title(m)} before", "after", "change")]
+        measured = [
+            c for m in self.metrics for c in (f"{metric_title(m)} before", f"{metric_title(m)} after", "change")
+        ]
         times = [f"times as fast ({metric_title(m).removeprefix('latency, ')})" for m in self.latencies]
         return ["", "network", "data", "how", "seeds", "MACs left", "parameters left", *measured, *times]
 
@@ -137,7 +139,8 @@ class Comparison:
     def told_apart(self) -> tuple[list[int], str]:
         """The columns that are not the same of all, and in words what is."""
         head, rows = self.head(), self.rows()[: len(self.entries)]
-        alike = [at for at in range(1, WORDS) if len({row[at] for row in rows}) == 1]
+        words = [at for at, name in enumerate(head) if 0 < at < WORDS or name.endswith(" before")]
+        alike = [at for at in words if len({row[at] for row in rows}) == 1]
         told = "".join(f"; {head[at]}: {rows[0][at]}" for at in alike if rows[0][at])
         return [at for at in range(len(head)) if at not in alike], told
 
@@ -213,7 +216,9 @@ class Comparison:
         m = self.metrics[0]
         of = self.measured(m)
         sign = -1 if of.higher else 1
-        ranked = sorted((e for e in pruned if e.after.get(m)), key=lambda e: sign * _mean(e.after[m]))
+        ranked = sorted(
+            (e for e in pruned if e.after.get(m)), key=lambda e: (sign * _mean(e.after[m]), _mean(e.kept("macs")))
+        )
         if not ranked:
             return f"{len(self.entries)} side by side."
         best, cost = ranked[0], _mean(ranked[0].kept("macs"))

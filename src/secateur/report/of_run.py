@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ def verdict(run: Mapping[str, Any]) -> str:
         f"{100 * after['macs']['mean'] / before['macs']['mean']:.1f} % of the MACs left: {title} "
         f"{of.cell(before[of.test]['mean'])} → {of.cell(after[of.test]['mean'])} "
         f"({of.change(change['mean'], change['sd'])}, {f'{seeds} seeds' if seeds > 1 else 'one seed'}"
-        f"{'' if of.higher else '; lower is better'})"
+        f"{'' if of.higher else '; lower is better'}{_untuned(run, of)})"
     )
     times = {name: before[name]["mean"] / after[name]["mean"] for name in before if name.startswith(LATENCY)}
     if times:
@@ -82,13 +84,32 @@ def verdict(run: Mapping[str, Any]) -> str:
     return f"{words}."
 
 
+def _untuned(run: Mapping[str, Any], of: Measured) -> str:
+    """What it was between pruning and fine-tuning."""
+    values = [found["pruned"][of.test] for found in run["seeds"].values() if of.test in found.get("pruned", {})]
+    tune = run["recipe"].get("finetune")
+    if not values or not tune:
+        return ""
+    return f"; {of.cell(statistics.fmean(values))} before {tune['epochs']} epochs of fine-tuning"
+
+
 def _tables(run: Mapping[str, Any]) -> list[Block]:
-    found = run["summary"]
+    found, of = run["summary"], measured_in(run)
     head = ["", *(CHANGE if column == "change" else column for column in found)]
-    rows: list[list[Cell]] = [
-        [metric_title(name), *metric_cells(name, found, measured_in(run))] for name in shown(found)
-    ]
-    blocks: list[Block] = [Table(head, rows, run_caption(run) + ". The test examples are looked at here alone.")]
+    rows: list[list[Cell]] = [[metric_title(name), *metric_cells(name, found, of)] for name in shown(found)]
+    note = f"{run_caption(run)}. The test examples are looked at here alone"
+    count = run.get("examples", {}).get("test")
+    note += f"; there are {count:,}" if count else ""
+    if count and of.percent and "after" in found:
+        share = found["after"][of.test]["mean"]
+        error = 100 * math.sqrt(max(share * (1 - share), 0.0) / count)
+        note += f", so that one standard error of an accuracy is {error:.2f} points"
+    blocks: list[Block] = [Table(head, rows, f"{note}.")]
+    tune = run["recipe"].get("finetune")
+    if tune and "after" in found:
+        blocks.append(
+            Text(f"The network after pruning was trained for {tune['epochs']} epochs more; the one before was not.")
+        )
     return [*blocks, Folded("Every seed, and the spread of the timings", [_every_seed(run)])]
 
 

@@ -40,8 +40,7 @@ def network(layers: Sequence[Mapping[str, Any]], frozen: Mapping[str, Sequence[A
     bars = [_bar(row, wide, frozen.get(row["layer"])) for row in layers if row["width"] and row["macs"][0]]
     note = (
         "In the order of the forward; dashed: before, filled: what is left. A bar is as long as the root of the width. "
-        "Blue layers cost what they did, orange ones lost most of their MACs (readers get narrower with what "
-        "they read). Hatched: outputs that cannot go; the table says why."
+        "A layer gets cheaper, too, when its inputs do. Hatched: outputs that cannot go; the table says why."
     )
     shown: list[Block] = [Bars(bars, note)] if bars else []
     return [*shown, Folded(f"All {len(layers)} layers as a table", [_layer_table(layers, frozen)])]
@@ -88,7 +87,10 @@ def scores(groups: Sequence[Mapping[str, Any]]) -> list[Block]:
          score_chart([(math.nan if s is None else s, gone) for s, gone in g["scores"]]))
         for g in with_scores
     ]  # fmt: skip
-    note = "One picture a group, channels from the lowest score to the highest; orange: went, blue: stays."
+    note = (
+        "One picture a group, channels from the lowest score to the highest; orange: went, blue: stays. Where scores "
+        "differ by more than a hundred times, heights are logarithmic."
+    )
     shown = Pictures(pictures, small=True, note=note)
     return [shown] if len(pictures) <= LONG else [Folded(f"The scores of {len(pictures)} groups", [shown])]
 

@@ -6,7 +6,10 @@ import re
 
 NOTHING = "nothing: these positions are no channels"
 _ADVICE = (
-    (r"belongs to the model's output", "name what matters of what the forward returns: outputs=lambda out: out.logits"),
+    (
+        r"belongs to the model's output",
+        "nothing, if these are the classes; else name what matters: outputs=lambda out: out.logits",
+    ),
     (r"no rule knows the operation", "write it with operations of docs/operations.md; or leave it, the rest is cut"),
     (
         r"cannot bear it|fixes a (width|position)|computes a number from a width|takes another path|sets the scale",

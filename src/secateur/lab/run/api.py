@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from secateur._internal.errors import BadFile, SecateurError
 from secateur._internal.files import make_folder
 from secateur.lab.data.dataset import Dataset
+from secateur.lab.data.own import SPLITS
 from secateur.lab.data.registry import SOURCES, load, stand_in
 from secateur.lab.recipe.sections import Recipe
 from secateur.lab.run import folder, stages
@@ -89,6 +90,7 @@ def run(
                 "device": str(accelerator.device),
                 "threads": threads,
                 "data": data.notes,
+                "examples": {s: len(found) for s in SPLITS if (found := getattr(data, s)) is not None},
                 "metric": asdict(setting.metric.shown),
                 "finished": False,
             }
