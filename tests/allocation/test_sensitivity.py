@@ -151,4 +151,4 @@ def test_what_is_tried_without_repair_is_told():
     sc.allocate(
         graph, sc.score(model, graph, "magnitude"), sc.Budget(macs=0.6, round_to=1), strategy="sensitivity", work=work
     )
-    assert work.facts["sensitivity"] == {"tried without repair": {"2": "it is grouped"}}
+    assert work.facts["sensitivity"]["tried without repair"] == {"2": "it is grouped"}

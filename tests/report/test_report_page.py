@@ -268,3 +268,20 @@ def test_what_a_search_learned_is_drawn(result: sc.Result) -> None:
     assert "What the search learned" in html and "data:image/svg+xml;base64," in html and "ruled out" in html
     data["facts"]["search"] = {"forwards": 0, "table": []}
     assert "What the search learned" not in render(page_of_result(data))
+
+
+def test_what_was_measured_of_every_width_is_drawn_beside_what_was_predicted() -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(16, 1, 8, 8), torch.randint(4, (16,))) for _ in range(3)]
+    found = sc.prune(
+        Net(), torch.zeros(1, 1, 8, 8), sc.Budget(macs=0.5), data=data, loss="cross_entropy",
+        strategy=sc.Sensitivity(evaluations=60),
+    )  # fmt: skip
+    curves = found.facts["sensitivity"]["rises"]
+    assert curves.keys() == {g.name for g in found.graph.groups}
+    for group in found.graph.groups:
+        rows = curves[group.name]
+        assert rows[0] == [0, 0.0] and all(0 < n < len(group) for n, _ in rows[1:])
+    html = render(page_of_result(found.as_data()))
+    checked(html)
+    assert "measured" in html and "predicted" in html and "rise of the loss" in html

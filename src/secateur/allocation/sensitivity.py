@@ -7,9 +7,10 @@ are assumed to add up; then :mod:`secateur.allocation.least_rise` knows the widt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.optimize import isotonic_regression
@@ -80,9 +81,12 @@ class Sensitivity:
                 forwards += count
                 shown(forwards)
         work.forwards += forwards
+        means = mean_rises(rises, len(tried), batches)
+        found: dict[str, Any] = {"rises": curves(problem, tried, means)}
         if evaluate.repair is not None and evaluate.repair.left:
-            work.facts["sensitivity"] = {"tried without repair": evaluate.repair.left}
-        return problem.widths(least_rise(measured(problem, tried, mean_rises(rises, len(tried), batches))))
+            found["tried without repair"] = evaluate.repair.left
+        work.facts["sensitivity"] = found
+        return problem.widths(least_rise(measured(problem, tried, means)))
 
 
 # --------------------------------------------------------------------------------------------------------- what to try
@@ -147,6 +151,19 @@ def mean_rises(rises: Rises, groups: int, batches: Sequence[int]) -> list[list[f
     if not whole:
         return []
     return [np.mean([rises[place, batch] for batch in whole], 0).tolist() for place in range(groups)]
+
+
+def curves(
+    problem: Problem, tried: Sequence[Sequence[tuple[int, int]]], rises: Sequence[Sequence[float]]
+) -> dict[str, list[list[float]]]:
+    """What was measured of every group, for whoever reads it: [channels that went, rise of the loss]."""
+    found = {}
+    for own, some in zip(tried, rises, strict=True):
+        name = problem.meter.graph.groups[own[0][0]].name
+        gone = [int(problem.gone[group, taken]) for group, taken in own]
+        rows = [[n, float(f"{rise:.4g}")] for n, rise in zip(gone, some, strict=True)]
+        found[name] = [[0, 0.0], *(row for row in rows if math.isfinite(row[1]))]
+    return found
 
 
 def measured(problem: Problem, tried: Sequence[Sequence[tuple[int, int]]], rises: Sequence[Sequence[float]]) -> Problem:

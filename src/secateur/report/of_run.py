@@ -117,7 +117,8 @@ def _every_seed(run: Mapping[str, Any]) -> Table:
     rows: list[list[Cell]] = []
     of = measured_in(run)
     for seed, found in run["seeds"].items():
-        for column, metrics in found.items():
+        in_order = sorted(found, key=lambda column: (column != "before", column == "after"))
+        for column, metrics in ((column, found[column]) for column in in_order):
             if not isinstance(metrics, Mapping) or of.test not in metrics:
                 continue
             times = [
