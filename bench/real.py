@@ -24,7 +24,6 @@ import platform
 import statistics
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from peers import Images, better_norms, gradients_of, torch_pruning
 from real_networks import HERE, NETWORKS, Network, told
 from rows import Row, Rows
 from secateur.measure.counting import counted
+from secateur.result import frozen_data
 from tables import cell
 
 RESULTS = HERE / "results" / "real.json"
@@ -165,22 +165,6 @@ def keep(rows: Rows, row: Row) -> None:
     print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
 
-def frozen_in(of: Network) -> list[dict[str, Any]]:
-    """What a trace froze: how many positions, the reason, what a user can do, and some of the axes."""
-    graph = sc.trace(of.model, of.inputs)
-    alike: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    for found in graph.frozen:
-        alike[found.operation, found.reason].append(found)
-    return [
-        {
-            "operation": operation, "reason": reason, "advice": some[0].advice,
-            "positions": sum(f.positions for f in some), "axes": len(some),
-            "some": [f"{f.axis}:{f.dim}" for f in some[:3]],
-        }
-        for (operation, reason), some in alike.items()
-    ]  # fmt: skip
-
-
 def page(name: str, of_rows: list[Row], about: dict[str, Any]) -> str:
     """A network's table, and what was frozen in it."""
     metric, unit, _ = about["metric"]
@@ -261,9 +245,9 @@ def main() -> None:
     for name, make in ((name, NETWORKS[name]) for name in ([] if given.table or given.write else given.networks)):
         of = make()
         about = rows.fact("about", {})
-        rows.state(about=about | {name: {
-            "about": of.about, "metric": of.metric, "advice": of.advice, "frozen": frozen_in(of),
-        }})  # fmt: skip
+        frozen = frozen_data(sc.trace(of.model, of.inputs).frozen, most=3)
+        known = {"about": of.about, "metric": of.metric, "advice": of.advice, "frozen": frozen}
+        rows.state(about=about | {name: known})
         one(name, of, given.seeds, given.methods or list(of.methods), rows)
     about = rows.fact("about", {})
     there = [n for n in given.networks if any(r["network"] == n and r["method"] != "whole" for r in rows.rows)]

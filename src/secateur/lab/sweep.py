@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import sys
 import threading
 import time
 import traceback
@@ -292,12 +293,12 @@ def sweep(
             [(cell.recipe.model_dump(mode="json"), cell.command(what.given, out), cell.folder) for cell in group]
             for group in groups
         ]
-        call = partial(_job, str(out), torch.get_num_threads() if jobs > 1 or ray else None)
+        threads = torch.get_num_threads() if jobs > 1 or ray else None
+        call = partial(_job, str(out.absolute()), threads, str(Path.cwd()))
         remarks = list(what.notes)
-        if jobs > 1:
-            remarks.append(
-                f"Timed while {jobs} runs ran at a time: latencies are rough; `secateur measure` times anew."
-            )
+        if jobs > 1 or ray:
+            several = f"{jobs} runs" if jobs > 1 else "others, perhaps on several machines,"
+            remarks.append(f"Timed while {several} ran at a time: latencies are rough; `secateur measure` times anew.")
         for name, found, why in _results(call, arguments, jobs, ray, progress, say):
             if found is not None:
                 done.runs[name] = found
@@ -376,10 +377,12 @@ Result = tuple[str, Mapping[str, Any] | None, str]
 """A cell's folder, what its ``run.json`` holds, or why there is none."""
 
 
-def _job(out: str, threads: int | None, cells: Sequence[tuple[Mapping[str, Any], str, str]]) -> list[Result]:
+def _job(out: str, threads: int | None, where: str, cells: Sequence[Given]) -> list[Result]:
     """The cells of one network, one after the other, in a process of its own."""
     if threads is not None:
         torch.set_num_threads(threads)
+    if where not in sys.path:  # models and data of the user's own are found from the folder that the command is in
+        sys.path.insert(0, where)
     return list(_in_turn(Path(out), cells, progress=False, say=lambda line: None))
 
 
@@ -414,7 +417,7 @@ def _results(
     if ray:
         yield from _on_ray(call, arguments, jobs)
     elif jobs == 1:
-        out, _ = call.args  # type: ignore[attr-defined]
+        out, *_ = call.args  # type: ignore[attr-defined]
         for cells in arguments:
             yield from _in_turn(Path(out), cells, progress=progress, say=say)
     else:
@@ -457,7 +460,11 @@ def _on_ray(call: Callable[..., list[Result]], arguments: Sequence[Any], jobs: i
 
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+        if os.environ.get("RAY_ADDRESS"):  # a cluster that is there has its own number of CPUs
+            ray.init(**quiet)
+        else:
+            ray.init(num_cpus=jobs, include_dashboard=False, **quiet)
     try:
         task = ray.remote(num_cpus=1)(job)
         waiting = [task.remote(cells) for cells in arguments]
